@@ -1,0 +1,23 @@
+"""The toolbox behind the scripts in the root: data, tokenizers, optimizer, checkpoints, decoding."""
+
+import sys
+from collections.abc import Callable
+
+__version__ = "0.1.0"
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message says what, why and what to do; scripts print it and exit 2."""
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit: its return value (0 if None), or 2 after a line for each fault of an `InputError`."""
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
