@@ -10,14 +10,19 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message says what, why and what to do; scripts print it and exit 2."""
 
 
+class RunStopped(Exception):
+    """A run ended before its time to protect what it has; scripts print why and what to do, and exit 3."""
+
+
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: its return value (0 if None), or 2 after a line for each fault of an `InputError`."""
+    """Run a script's `main` and exit: its return value (0 if None), or 2 or 3 after a line for each fault it raised."""
     try:
         sys.exit(main() or 0)
-    except InputError as error:
+    except (InputError, RunStopped) as error:
+        sys.stdout.flush()
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, RunStopped) else 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

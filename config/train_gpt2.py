@@ -1,0 +1,21 @@
+# GPT-2's 124M network on OpenWebText, about half a million tokens a step; meant for eight large GPUs:
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+dataset = "openwebtext"
+wandb_log = True
+wandb_project = "owt"
+wandb_run_name = "gpt2-124M"
+
+# Rows of one step, over all processes: 12 * 40 = 480, that is 491,520 tokens.
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+
+# 600,000 such steps read some 295 billion tokens.
+max_iters = 600_000
+lr_decay_iters = max_iters
+weight_decay = 0.1
+
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10

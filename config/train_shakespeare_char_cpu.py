@@ -1,0 +1,28 @@
+# The smaller sister of train_shakespeare_char.py, for a laptop without a GPU:
+#   python train.py config/train_shakespeare_char_cpu.py
+
+out_dir = "out-shakespeare-char-cpu"
+dataset = "shakespeare_char"
+device = "cpu"
+compile = False
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+dropout = 0.0
+
+batch_size = 12
+block_size = 64
+gradient_accumulation_steps = 1
+
+learning_rate = 1e-3
+min_lr = learning_rate / 10
+warmup_iters = 100
+max_iters = 2000
+lr_decay_iters = max_iters
+beta2 = 0.99
+
+eval_interval = 250
+eval_iters = 20
+log_interval = 10
+always_save_checkpoint = False

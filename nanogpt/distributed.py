@@ -1,0 +1,217 @@
+"""Which process this is, on which device, in which number format, and how several of them train one model."""
+
+import contextlib
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nanogpt import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bfloat16 peak of one GPU in FLOP/s, by a part of the device's name; the first match counts.
+# Source: NVIDIA's data sheets, the figures without sparsity.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "B100": 1800e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its fellows: rank of size, the device it computes on and the dtype of its matrix products."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision: weights stay float32, matrix products run in `dtype`."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The elementwise sum of `values` (any shape) over all ranks; every rank gets it."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def from_main(self, value):
+        """Rank 0's picklable `value`, on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def put(self, *tensors: Tensor) -> list[Tensor]:
+        """Host tensors on this process's device; to a GPU the copy runs beside the computation."""
+        if self.device.type != "cuda":
+            return [t.to(self.device) for t in tensors]
+        return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model`, its gradients averaged over the ranks when there are several."""
+        if self.size == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_flops(self) -> float | None:
+        """The device's dense bfloat16/float16 peak in FLOP/s; None where it is unknown or the dtype is float32."""
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> World:
+    """Join the processes that torchrun started (or be alone) and settle device and dtype.
+
+    device: "auto", "cpu", "cuda", "cuda:N" or "mps"; dtype: "auto" or a key of `DTYPES`; backend: "auto", "nccl", "gloo".
+    Raises InputError for a device, dtype or backend that this machine lacks.
+    """
+    rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    chosen = pick_device(device, local_rank if size > 1 else None)
+    chosen_dtype = pick_dtype(dtype, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if size > 1:
+        if backend == "auto":
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+        elif backend == "nccl" and chosen.type != "cuda":
+            raise InputError(
+                f"backend=nccl: joins CUDA devices, and this process has {chosen.type}; use --backend=gloo"
+            )
+        dist.init_process_group(backend, device_id=chosen if backend == "nccl" else None)
+    return World(rank, size, chosen, chosen_dtype)
+
+
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The torch device for `name`; with a local rank, that process's own GPU. Raises InputError where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device={name}: no such device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise InputError(
+                f"device={name}: this machine has no usable CUDA device; use --device=cpu or --device=auto"
+            )
+        if device.index is None:
+            device = torch.device("cuda", local_rank or 0)
+        if device.index is not None and device.index >= count:
+            raise InputError(
+                f"device=cuda:{device.index}: this machine has {count} CUDA device(s); start at most that many processes"
+            )
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise InputError("device=mps: this machine has no Apple GPU that torch can use; use --device=cpu")
+    elif device.type != "cpu":
+        raise InputError(f"device={name}: not supported; use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products. auto: CUDA bfloat16 from capability 8.0, else float16; a CPU bfloat16 only where it
+    has the instructions; else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 are instructions of this CPU; emulated, they are far slower than float32."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if platform.machine() in ("aarch64", "arm64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return False
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still take on `device` (a CPU's without swapping); None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu":
+        try:
+            with open("/proc/meminfo") as file:
+                return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        except (OSError, StopIteration):
+            return None
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on any device."""
+    told = isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or told
+
+
+def compiled(model: nn.Module, x: Tensor, y: Tensor, world: World) -> tuple[nn.Module, str | None]:
+    """`model` compiled and tried forward and backward on one batch x, y (B, T); or, where that fails, `model` itself and
+    the reason in a line. Leaves no gradients."""
+    fast: nn.Module = torch.compile(model)  # type: ignore[assignment]
+    reason = None
+    try:
+        with world.autocast():
+            fast(x, y)[1].backward()
+    except Exception as error:  # the compiler and its backends raise whatever they like
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    model.zero_grad(set_to_none=True)
+    return (model if reason else fast), reason
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for a log line."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return str(device)

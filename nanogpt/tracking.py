@@ -1,0 +1,241 @@
+"""What a run tells: `metrics.jsonl` always, TensorBoard and wandb on request, and what is printed."""
+
+import json
+import math
+import os
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt import InputError, RunStopped
+from nanogpt.distributed import World
+
+
+class Stopwatch:
+    """Seconds of training so far; evaluation and saving are spent with it stopped."""
+
+    def __init__(self, seconds: float = 0.0):
+        self._before, self._since = seconds, None  # type: float, float | None
+
+    def start(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self._before, self._since = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+
+class Late:
+    """Reads device values on the host one step late, so that the device never waits for the host."""
+
+    def __init__(self, clock: "Stopwatch"):
+        self.clock = clock
+        self.pending: list[tuple[int, Tensor, torch.cuda.Event | None, float]] = []
+
+    def put(self, step: int, values: Tensor) -> None:
+        """Start copying `values` (n,) of `step` to the host."""
+        if values.device.type == "cuda":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+            self.pending.append((step, host, done, 0.0))
+        else:
+            self.pending.append((step, values.cpu(), None, self.clock.seconds))
+
+    def take(self, all: bool = False) -> list[tuple[int, list[float], float]]:
+        """(step, values, training seconds when they were there) of every step but the last one put; `all`: of that too."""
+        ready, self.pending = (self.pending, []) if all else (self.pending[:-1], self.pending[-1:])
+        results = []
+        for step, values, done, seconds in ready:
+            if done is not None:
+                done.synchronize()
+                seconds = self.clock.seconds
+            results.append((step, values.tolist(), seconds))
+        return results
+
+
+class Tracker:
+    """Appends one JSON object a line to `out_dir/metrics.jsonl` and hands the same numbers on to TensorBoard and wandb."""
+
+    def __init__(self, out_dir: Path, step: int, settings: dict[str, Any]):
+        """Lines after `step` go first: a resumed run writes them again. Raises InputError for a missing extra."""
+        path = out_dir / "metrics.jsonl"
+        if path.exists():
+            _keep_lines(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = self._wandb = None
+        if settings["tensorboard"]:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("tensorboard=True: not installed; run `pip install -e .[tracking]`") from None
+            self._tensorboard = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
+        if settings["wandb_log"]:
+            try:
+                import wandb
+            except ImportError:
+                raise InputError("wandb_log=True: not installed; run `pip install -e .[tracking]`") from None
+            project, name = settings["wandb_project"], settings["wandb_run_name"]
+            self._wandb = wandb.init(project=project, name=name, config=settings, dir=str(out_dir))
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write one line; numbers that are not finite become null."""
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        numbers = {key: value for key, value in finite.items() if value is not None and key != "step"}
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=line["step"])
+
+    def sync(self) -> None:
+        """Force what was logged to the disk, before a checkpoint that counts on it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class Log:
+    """Prints and records the steps, each read from the device one step late, and knows what the ranks agreed on.
+
+    `stop`: the exit status that a signal asked for, else 0. `save_due`: a checkpoint is wanted.
+    """
+
+    def __init__(
+        self,
+        config: Any,  # the run's settings: train.py's TrainConfig
+        model: Any,  # for `flops_per_token()` and `config.block_size`
+        world: World,
+        tracker: Tracker | None,  # None: print only
+        clock: Stopwatch,
+        patience: int,  # broken steps in a row that end the run
+        step: int,
+        samples: int,
+    ):
+        self.config, self.model, self.world, self.tracker = config, model, world, tracker
+        self.clock, self.patience, self.late = clock, patience, Late(clock)
+        self.first_step, self.first_samples = step, samples
+        self.last_line = (step, clock.seconds)
+        self.warm_s = clock.seconds  # when the first step, which warms up, was done
+        self.stop, self.save_due = 0, False
+
+    def put(self, step: int, values: Tensor) -> None:
+        """values (6,): loss, gradient norm, broken steps in a row, SIGINT seen, SIGTERM seen, a save is overdue."""
+        self.late.put(step, values)
+
+    def read(self, everything: bool = False) -> None:
+        """Deal with the steps that are due. Raises RunStopped for one that broke the run."""
+        for step, (loss, grad_norm, broken, sigint, sigterm, overdue), seconds in self.late.take(everything):
+            if broken >= self.patience:
+                raise RunStopped(
+                    f"step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite. No update was made from "
+                    "it and earlier checkpoints are good: go on from the last one with --resume=True and a lower "
+                    "--learning_rate"
+                )
+            self.stop = 143 if sigterm else 130 if sigint else self.stop
+            self.save_due |= bool(overdue)
+            if step == self.first_step + 1:
+                self.warm_s = seconds
+            if step % self.config.log_interval == 0:
+                self._line(step, loss, grad_norm, seconds)
+            if step == self.first_step + 10:
+                self._tell_finish(step, (seconds - self.warm_s) / 9)
+
+    def evaluation(self, step: int, losses: dict[str, float]) -> None:
+        """Record an evaluation: mean loss in nats by split, "train" and "val"."""
+        seconds = self.clock.seconds
+        if self.tracker:
+            line = {"step": step, "tokens": self._tokens(step), "time_s": round(seconds, 3)}
+            self.tracker.log(line | {f"{split}_loss": loss for split, loss in losses.items()})
+        told = " | ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
+        self._say(f"step {step:6d} | {told} | {duration(seconds)} trained")
+
+    def _line(self, step: int, loss: float, grad_norm: float, seconds: float) -> None:
+        (before, then), self.last_line = self.last_line, (step, seconds)
+        step_s = max(seconds - then, 1e-9) / (step - before)
+        tokens_per_s = self.config.rows_per_step * self.model.config.block_size / step_s
+        peak = self.world.peak_flops()
+        mfu = self.model.flops_per_token() * tokens_per_s / (peak * self.world.size) if peak else None
+        line = {
+            "step": step,
+            "tokens": self._tokens(step),
+            "time_s": round(seconds, 3),
+            "loss": loss,
+            "lr": self.config.learning_rate_at(step - 1),
+            "grad_norm": grad_norm,
+            "tokens_per_s": round(tokens_per_s, 1),
+            "mfu": mfu and round(mfu, 4),
+        }
+        if self.tracker:
+            self.tracker.log(line)
+        self._say(
+            f"step {step:6d} | loss {loss:.4f} | lr {line['lr']:.2e} | norm {grad_norm:.2f} | {tokens_per_s:,.0f} tok/s"
+            + (f" | mfu {mfu:.1%}" if mfu else "")
+            + f" | {duration((self.config.max_iters - step) * step_s)} left"
+        )
+
+    def _tell_finish(self, step: int, step_s: float) -> None:
+        left = (self.config.max_iters - step) * step_s
+        self._say(
+            f"finishes in about {duration(left)}, {datetime.now() + timedelta(seconds=left):%a %H:%M}, evaluations not counted"
+        )
+        if self.world.device.type == "cpu" and left > 30 * 60:
+            self._say("that is long: config/train_shakespeare_char_cpu.py is made for a CPU, a few minutes in all")
+
+    def _tokens(self, step: int) -> int:
+        rows = self.first_samples + (step - self.first_step) * self.config.rows_per_step
+        return rows * self.model.config.block_size
+
+    def _say(self, line: str) -> None:
+        if self.world.is_main:
+            print(line, flush=True)
+
+
+def _keep_lines(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a last one that a kill has cut, in one rename."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3:07 min, 5:42:10 h, 3 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours}:{m:02d}:{s:02d} h" if hours else f"{m}:{s:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them, in powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

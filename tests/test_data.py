@@ -1,0 +1,330 @@
+"""Datasets on disk and the rows read from them."""
+
+import contextlib
+import hashlib
+import http.server
+import itertools
+import json
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt import InputError
+from nanogpt.data import (
+    EvalWindows,
+    Rows,
+    _permuted,
+    fetch,
+    mix,
+    open_dataset,
+    read_text,
+    resolve,
+    split_text,
+    summary,
+    write_dataset,
+    write_text,
+)
+from nanogpt.tokenizer import Tokenizer
+
+TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of York;\n" * 30
+COUNT = np.arange(1000, dtype=np.uint16)  # each token is its own position
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_text(tmp_path / "york", TEXT, Tokenizer.characters(TEXT))
+    return tmp_path / "york"
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize("order", ["random", "epoch"])
+def test_rows_depend_on_seed_and_index_alone(order: str):
+    rows = Rows(COUNT, 7, 1000, seed=1337, order=order)
+    x, y = rows[0:1000]
+    assert x.shape == y.shape == (1000, 7)
+    assert x.dtype == y.dtype == torch.int64
+    assert torch.equal(x + 1, y)
+    assert x.is_contiguous()
+    assert y.is_contiguous()
+    again = Rows(COUNT.copy(), 7, 1000, 1337, order)
+    for cuts in ([0, 1000], [0, 1, 3, 141, 142, 143, 500, 1000], [*range(0, 1000, 37), 1000]):
+        parts = [again[a:b] for a, b in itertools.pairwise(cuts)]
+        assert torch.equal(torch.cat([p[0] for p in parts]), x)
+        assert torch.equal(torch.cat([p[1] for p in parts]), y)
+    assert not torch.equal(Rows(COUNT, 7, 1000, 1338, order)[0:1000][0], x)
+    assert rows[5:5][0].shape == (0, 7)
+    assert rows[2**40 : 2**40 + 2][0].shape == (2, 7)
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(2, 1), (9, 8), (17, 8), (25, 8), (1000, 7), (1000, 1)])
+def test_an_epoch_visits_each_window_once(tokens: int, block: int):
+    rows = Rows(COUNT[:tokens], block, 1000, seed=3, order="epoch")
+    n = rows.per_epoch
+    assert n == (tokens - 1) // block
+    epochs = rows[0 : 3 * n][0][:, 0].view(3, n)
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(0, n * block, block))
+    if n > 20:
+        assert not torch.equal(epochs[0], epochs[1])
+        assert abs(np.corrcoef(epochs[0], np.arange(n))[0, 1]) < 4 / n**0.5
+
+
+def test_permutations_are_evenly_drawn():
+    keys = np.arange(24_000, dtype=np.uint64)
+    drawn = np.stack([_permuted(np.full(len(keys), i, np.uint64), keys, 5) for i in range(5)], axis=1)
+    _, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert len(counts) == 120
+    assert ((counts - 200) ** 2 / 200).sum() < 173.6  # chi-squared with 119 degrees of freedom, p = 0.001
+
+
+def test_random_starts_are_uniform_and_reach_both_ends():
+    rows = Rows(COUNT, 990, 1000, seed=0)
+    starts = rows[0:5_000][0][:, 0]
+    counts = torch.bincount(starts)
+    assert len(counts) == 10  # 0 to len - block_size - 1
+    assert ((counts - 500) ** 2 / 500).sum() < 27.9  # 9 degrees of freedom, p = 0.001
+    assert abs(np.corrcoef(starts[1:], starts[:-1])[0, 1]) < 0.06
+
+
+def test_mix():
+    seeds = {mix(seed, step, rank) for seed in range(10) for step in range(100) for rank in range(-2, 8)}
+    assert len(seeds) == 10_000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert mix(1, 2) != mix(2, 1)
+    assert mix(0) != mix(0, 0)
+    # SplitMix64's own first outputs for seed 0 (Vigna, prng.di.unimi.it/splitmix64.c)
+    assert mix(0) == 0xE220A8397B1DCDAF >> 1
+    assert mix(2**64 - 1) == mix(-1)
+
+
+def test_a_bad_id_is_named_before_it_reaches_the_device(tmp_path: Path):
+    COUNT.tofile(tmp_path / "train.bin")
+    tokens = np.memmap(tmp_path / "train.bin", np.uint16, "r")
+    rows = Rows(tokens, 10, 1000, seed=0)
+    assert rows[0:500][0].max() <= 999
+    with pytest.raises(InputError, match=r"train\.bin holds id 9\d\d at token 9\d\d, .*vocab_size is 900"):
+        Rows(tokens, 10, 900, seed=0)[0:500]
+    with pytest.raises(InputError, match="holds id 900 at token 900"):
+        EvalWindows(tokens, 10, 0, 1, 900)[0:99]
+
+
+@pytest.mark.parametrize(("batches", "expected"), [(0, 142), (1, 4), (10, 40), (36, 142), (1000, 142)])
+def test_eval_windows_cover_the_split_at_most_once(batches: int, expected: int):
+    windows = EvalWindows(COUNT, 7, batches, 4, 1000)
+    assert len(windows) == expected
+    x, y = windows[0:expected]
+    assert torch.equal(x + 1, y)
+    starts = x[:, 0]
+    assert (starts % 7 == 0).all()
+    gaps = starts.diff()
+    assert gaps.min() >= 7
+    assert gaps.max() - gaps.min() <= 7
+    assert len(x.unique()) == 7 * expected
+    assert torch.equal(torch.cat([windows[i : i + 5][0] for i in range(0, expected, 5)]), x)
+    if not batches:
+        assert torch.equal(y.flatten(), torch.arange(1, 995))  # the tail shorter than a window is left out
+
+
+# ---- datasets
+
+
+def test_written_and_opened_again(folder: Path):
+    assert sorted(os.listdir(folder)) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    data = open_dataset(folder, block_size=64, vocab_size=50, verify=True)
+    assert data.name == "york"
+    assert data.tokenizer is not None
+    train, val = split_text(TEXT)
+    assert len(train) == int(len(TEXT) * 0.9)
+    assert data.tokenizer.decode(data.train.tolist()) == train
+    assert data.tokenizer.decode(data.val.tolist()) == val
+    assert data.vocab_size == len(set(TEXT)) == data.meta["largest_id"] + 1
+    assert data.train.dtype == np.dtype("<u2")
+    assert data.meta["splits"]["val"]["bytes"] == len(val.encode())
+    assert f"train: {len(train):,} tokens" in summary(data.meta)
+    assert Rows(data.train, 64, data.vocab_size, 0)[0:2][0].shape == (2, 64)
+
+
+def test_wide_ids_take_four_bytes(tmp_path: Path):
+    wide = Tokenizer.characters("".join(map(chr, range(0x10000, 0x10000 + 66_000))))
+    parts = {"train": [np.arange(40_000), np.arange(40_000, 66_000)], "val": [np.arange(99)]}
+    meta = write_dataset(tmp_path, parts, wide)
+    assert (meta["dtype"], meta["largest_id"]) == ("uint32", 65_999)
+    for _ in range(2):  # the second time without meta.json, as after an interruption
+        data = open_dataset(tmp_path, block_size=8)
+        assert data.vocab_size == 66_000
+        assert np.array_equal(data.train, np.arange(66_000))
+        (tmp_path / "meta.json").unlink(missing_ok=True)
+
+
+def test_nanogpt_folders_are_accepted(folder: Path):
+    (folder / "meta.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    data = open_dataset(folder, block_size=8)
+    assert (data.vocab_size, data.tokenizer) == (None, None)
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "stoi": {"b": 0, "a": 1}, "itos": {}}))
+    data = open_dataset(folder, block_size=8)
+    assert data.vocab_size == 2
+    with pytest.raises(InputError, match="vocab_size is 2"):
+        Rows(data.train, 8, 2, 0)[0:9]
+
+
+def _cut(path: Path, size: int) -> None:
+    os.truncate(path, path.stat().st_size + size if size < 0 else size)
+
+
+def _edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+BROKEN = {
+    "missing": (lambda f: (f / "val.bin").unlink(), r"val\.bin is missing: prepare"),
+    "empty": (lambda f: _cut(f / "val.bin", 0), r"val\.bin is empty"),
+    "odd": (lambda f: _cut(f / "train.bin", -1), r"train\.bin is cut short: \d+ bytes are not whole uint16"),
+    "short": (lambda f: _cut(f / "train.bin", -2), r"train\.bin holds 2,105 tokens where meta\.json counts 2,106"),
+    "other": (lambda f: (f / "val.bin").write_bytes(bytes((f / "val.bin").stat().st_size)), "SHA-256 differs"),
+    "json": (lambda f: _cut(f / "meta.json", -9), r"meta\.json is damaged \(JSONDecodeError"),
+    "list": (lambda f: (f / "meta.json").write_text("[]"), r"meta\.json is damaged"),
+    "newer": (lambda f: _edit(f / "meta.json", format=2), r"meta\.json is damaged \(.*another version"),
+    "dtype": (lambda f: _edit(f / "meta.json", dtype="uint32"), r"meta\.json is damaged \(.*do not fit"),
+    "words": (lambda f: _edit(f / "meta.json", vocab_size="many"), r"meta\.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_dataset_gives_a_line_that_says_so(folder: Path, name: str):
+    damage, message = BROKEN[name]
+    damage(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        open_dataset(folder, block_size=8, verify=True)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_all_faults_are_reported_at_once(folder: Path):
+    _cut(folder / "train.bin", -1)
+    with pytest.raises(InputError) as caught:
+        open_dataset(folder, block_size=10_000, vocab_size=20)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert "train.bin is cut short" in lines[0]
+    assert (
+        "val.bin is shorter than one block: 234 tokens, block_size 10000 needs 10,001; set --block_size=233" in lines[1]
+    )
+    assert f"holds id {len(set(TEXT)) - 1}, but the model's vocab_size is 20" in lines[2]
+    assert len(open_dataset(folder, block_size=233, splits=("val",)).val) == 234
+
+
+def test_a_broken_write_keeps_the_old_dataset(folder: Path):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = Tokenizer.characters("0123456789")
+
+    def breaks():
+        yield np.arange(5)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_dataset(folder, {"train": [np.arange(9)], "val": breaks()}, other)
+    with pytest.raises(InputError, match=r"the val split of .* would be empty"):
+        write_dataset(folder, {"train": [np.arange(9)], "val": [np.arange(0)]}, other)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_kill_between_two_renames_leaves_nothing_mixed(folder: Path, moment: int, monkeypatch: pytest.MonkeyPatch):
+    new, tokenizer = "0123456789" * 99, Tokenizer.characters("0123456789")
+    steps = iter(range(moment))
+    real_replace, real_unlink = os.replace, Path.unlink
+
+    def or_die(action):
+        def step(*args, **kwargs):
+            if next(steps, None) is None:
+                raise SystemExit
+            return action(*args, **kwargs)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", or_die(real_replace))
+        patch.setattr(Path, "unlink", lambda self, **kw: or_die(real_unlink)(self, **kw))
+        with pytest.raises(SystemExit):
+            write_text(folder, new, tokenizer)
+    with contextlib.suppress(InputError):
+        data = open_dataset(folder, block_size=8, verify=True)
+        assert data.tokenizer is not None
+        texts = data.tokenizer.decode(data.train.tolist()), data.tokenizer.decode(data.val.tolist())
+        assert texts in (split_text(TEXT), split_text(new))
+
+
+def test_resolve(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    folder.rename(tmp_path / "data/york")
+    assert resolve("york") == Path("data/york")
+    assert resolve("data/york") == Path("data/york")
+    assert open_dataset(tmp_path / "data/york", block_size=8).name == "york"
+    (tmp_path / "york").mkdir()  # an empty folder of that name does not hide the dataset
+    assert resolve("york") == Path("data/york")
+    with pytest.raises(InputError, match=r"no dataset 'yorck' .*: did you mean york\?"):
+        resolve("yorck")
+    with pytest.raises(InputError, match=r"data/ has .*york.*path will do"):
+        resolve("zzzzzzzz")
+    (tmp_path / "data/lear").mkdir()
+    (tmp_path / "data/lear/prepare.py").touch()
+    with pytest.raises(InputError, match=r"'lear' is not prepared yet: run `python data/lear/prepare\.py`"):
+        open_dataset("lear", block_size=8)
+
+
+# ---- text and downloads
+
+
+def test_read_text(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("é\r\nb\rc\n".encode())
+    assert read_text(path) == "é\nb\nc\n"
+    path.write_bytes(b"abc\xe9def")
+    with pytest.raises(InputError, match=r"a\.txt is not UTF-8 text: byte 0xe9 at offset 3"):
+        read_text(path)
+    with pytest.raises(InputError, match=r"No such file.*--input=FILE"):
+        read_text(tmp_path / "b.txt")
+
+
+def test_fetch(tmp_path: Path):
+    content = os.urandom(3 << 20)
+    digest = hashlib.sha256(content).hexdigest()
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path != "/none" else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: 1 << 20] if self.path == "/breaks" else content)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url, path = f"http://127.0.0.1:{server.server_port}", tmp_path / "new/input.txt"
+        for bad, sha256, message in (
+            ("none", None, "could not be downloaded .*404.*--input=FILE"),
+            ("breaks", None, "the connection broke off"),
+            ("good", "0" * 64, "did not give the expected file"),
+        ):
+            with pytest.raises(InputError, match=message):
+                fetch(f"{url}/{bad}", path, sha256)
+            assert os.listdir(path.parent) == []
+        assert fetch(f"{url}/good", path, digest).read_bytes() == content
+        server.shutdown()
+    assert fetch(f"{url}/good", path, digest) == path  # there already: no network needed
+    path.write_bytes(b"edited")
+    with pytest.raises(InputError, match=r"not the expected file .*delete it"):
+        fetch(f"{url}/good", path, digest)
+    with pytest.raises(InputError, match=r"could not be downloaded .*--input=FILE"):
+        fetch(f"{url}/good", tmp_path / "x", digest)

@@ -1,0 +1,224 @@
+"""The network against transformers' GPT-2, its counts against torch's counter, its start against the paper's."""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as model_file
+from model import GPT, GPTConfig, plain_attention
+from nanogpt.pretrained import _plain_names, _translate
+
+TOLERANCE = 1e-5  # float32 in another order of operations
+TINY = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=70, block_size=320)
+
+
+def build_oracle(config: GPTConfig) -> Any:
+    """transformers' model of the same function, every parameter moved away from its special start (zeros, ones)."""
+    activation = {"tanh": "gelu_new", "erf": "gelu"}[config.gelu]
+    theirs = transformers.GPT2Config(
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        vocab_size=config.vocab_size,
+        n_positions=config.block_size,
+        activation_function=activation,
+        initializer_range=config.n_embd**-0.5,  # large enough for each part to matter
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(1)
+    oracle = transformers.GPT2LMHeadModel._from_config(theirs, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return oracle
+
+
+def in_our_names(tensors: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+    return _translate("oracle", _plain_names("oracle", tensors), vars(config), transposed=True)
+
+
+def assert_equals_oracle(config: GPTConfig, T: int) -> None:
+    """Logits, loss and the gradient of every parameter; −1 leaves out the last target, as transformers does."""
+    oracle = build_oracle(config)
+    model = GPT.from_tensors(config, in_our_names(oracle.state_dict(), config))
+    idx = torch.randint(config.vocab_size, (2, T))
+    expected = oracle(input_ids=idx, labels=idx)
+    logits, loss = model(idx, F.pad(idx[:, 1:], (0, 1), value=-1))
+    assert logits.shape == (2, T, config.vocab_size)
+    assert (logits - expected.logits).abs().max() <= TOLERANCE
+    assert abs(loss - expected.loss) <= TOLERANCE
+    last, no_loss = model(idx)
+    assert no_loss is None
+    assert (last - expected.logits[:, -1:]).abs().max() <= TOLERANCE
+
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    their_names, their_parameters = zip(*oracle.named_parameters(), strict=True)
+    theirs = torch.autograd.grad(expected.loss, their_parameters)
+    gradients = in_our_names(dict(zip(their_names, theirs, strict=True)), config)
+    for name, gradient in zip(names, torch.autograd.grad(loss, parameters), strict=True):
+        rows = len(gradients[name])
+        assert (gradient[:rows] - gradients[name]).abs().max() <= TOLERANCE * gradients[name].abs().max(), name
+        assert not gradient[rows:].any(), name
+
+
+@pytest.mark.parametrize(
+    ("n_embd", "n_head"), [(768, 12), (1024, 16), (1280, 20), (1600, 25)], ids=["gpt2", "medium", "large", "xl"]
+)
+def test_equals_transformers_at_each_width(n_embd: int, n_head: int) -> None:
+    config = GPTConfig(n_layer=2, n_head=n_head, n_embd=n_embd, vocab_size=500, block_size=48)
+    assert_equals_oracle(config, T=32)
+
+
+@pytest.mark.parametrize(("gelu", "T"), [("tanh", 2), ("tanh", 256), ("tanh", 257), ("erf", 64), ("erf", 320)])
+def test_equals_transformers_with_either_gelu_and_attention(gelu: str, T: int) -> None:
+    assert model_file.PLAIN_ATTENTION_ON_CPU == 256
+    assert_equals_oracle(GPTConfig(**vars(TINY) | {"gelu": gelu}), T)
+
+
+@pytest.mark.slow
+def test_equals_transformers_as_published() -> None:
+    assert_equals_oracle(GPTConfig(), T=64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_counts_parameters_and_flops(bias: bool) -> None:
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=48, vocab_size=130, block_size=40, bias=bias)
+    model, idx = GPT(config), torch.randint(130, (2, 40))
+    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+    assert padding == 62 * 48
+    assert model.count_parameters() == sum(p.numel() for p in model.parameters()) - padding
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()
+    assert counter.get_total_flops() == idx.numel() * (model.flops_per_token() + 6 * padding)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parameters"),
+    [
+        ({"bias": False}, 124_337_664),
+        ({}, 124_439_808),
+        ({"n_layer": 24, "n_head": 16, "n_embd": 1024}, 354_823_168),
+        ({"n_layer": 36, "n_head": 20, "n_embd": 1280}, 774_030_080),
+        ({"n_layer": 48, "n_head": 25, "n_embd": 1600}, 1_557_611_200),
+    ],
+)
+def test_known_sizes(sizes: dict, parameters: int) -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**sizes))
+    padding = (model.config.padded_vocab_size - model.config.vocab_size) * model.config.n_embd
+    assert model.count_parameters() == parameters == sum(p.numel() for p in model.parameters()) - padding
+    if parameters == 124_337_664:
+        assert 1024 * model.flops_per_token(1024) == 874_944_921_600
+
+
+def test_padding_stays_zero_and_has_no_logits() -> None:
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    idx = torch.randint(TINY.vocab_size, (4, 16))
+    for _ in range(5):
+        optimizer.zero_grad()
+        logits, loss = model(idx, idx)
+        loss.backward()
+        optimizer.step()
+    assert logits.shape[-1] == TINY.vocab_size < len(model.tokens.weight)
+    assert not model.tokens.weight[TINY.vocab_size :].any()
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    config = GPTConfig(n_layer=8, n_head=2, n_embd=128, vocab_size=5000, block_size=128)
+    model = GPT(config)
+    idx = torch.randint(5000, (4, 128))
+    assert model(idx, torch.randint(5000, (4, 128)))[1].item() == pytest.approx(math.log(5000), abs=0.1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            rows = parameter[: config.vocab_size]
+            expected = 0.02 / 4 if name.endswith(("attention.out.weight", "mlp.down.weight")) else 0.02
+            assert rows.std().item() == pytest.approx(expected, rel=0.03), name
+            assert abs(rows.mean().item()) < 0.03 * expected, name
+
+
+def test_crop_block_size() -> None:
+    torch.manual_seed(0)
+    model, idx = GPT(TINY), torch.randint(70, (2, 16))
+    before = model(idx, idx)[0]
+    model.crop_block_size(16)
+    assert torch.equal(model(idx, idx)[0], before)
+    assert model.config.block_size == 16 == len(model.positions.weight)
+    assert torch.autograd.grad(model(idx, idx)[1], model.positions.weight)[0].any()
+    with pytest.raises(ValueError, match="block_size=16"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="block_size=17"):
+        model.crop_block_size(17)
+
+
+@pytest.mark.parametrize("T", [16, 320])
+def test_dropout_only_in_training(T: int) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**vars(TINY) | {"dropout": 0.2}))
+    plain = GPT.from_tensors(TINY, model.state_dict())
+    idx = torch.randint(70, (2, T))
+    assert not torch.equal(model(idx, idx)[0], model(idx, idx)[0])
+    assert torch.equal(model.eval()(idx, idx)[0], plain(idx, idx)[0])
+
+
+def test_attention_dropout_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 8, 4)
+    mean = sum(plain_attention(q, k, v, 0.3) for _ in range(4000)) / 4000
+    assert (mean - plain_attention(q, k, v, 0.0)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("T", [24, 320])
+def test_later_tokens_never_change_earlier_logits(T: int) -> None:
+    torch.manual_seed(0)
+    model, idx = GPT(TINY), torch.randint(70, (1, T))
+    before = model(idx, idx)[0]
+    for cut in (1, T // 2, T - 1):
+        changed = idx.clone()
+        changed[:, cut:] = (idx[:, cut:] + 1) % 70
+        after = model(changed, idx)[0]
+        assert torch.equal(before[:, :cut], after[:, :cut])
+        assert (before[:, cut:] != after[:, cut:]).any(-1).all()
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    tensors = GPT(TINY).state_dict()
+    for wrong in (
+        {"tokens.weight": torch.zeros(69, 32)},
+        {"tokens.weight": torch.zeros(192, 32)},
+        {"extra": torch.zeros(1)},
+    ):
+        with pytest.raises(RuntimeError, match=next(iter(wrong))):
+            GPT.from_tensors(TINY, tensors | wrong)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        GPT.from_tensors(GPTConfig(**vars(TINY) | {"bias": False}), tensors)
+
+
+@pytest.mark.parametrize("wrong", [{"n_head": 5}, {"n_layer": 0}, {"gelu": "fast"}, {"vocab_size": -1}])
+def test_contradicting_sizes_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GPTConfig(**vars(TINY) | wrong)
+
+
+def test_runs_when_copied_alone(tmp_path: Path) -> None:
+    shutil.copy(model_file.__file__, tmp_path)
+    code = "import sys, model, torch; model.GPT(model.GPTConfig(1, 1, 8, 9, 4))(torch.zeros(1, 4, dtype=int))"
+    code += "; sys.exit('nanogpt' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -1,0 +1,417 @@
+"""Train a GPT: python train.py config/train_shakespeare_char.py --batch_size=32
+
+Several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+"""
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from configurator import build, key, parse
+from model import GPT, GPTConfig
+from nanogpt import InputError, RunStopped, checkpoint, data, distributed, optim, run_script
+from nanogpt.distributed import World
+from nanogpt.inference import sample_text
+from nanogpt.pretrained import GPT2_VOCAB, read_weights
+from nanogpt.tokenizer import Tokenizer
+from nanogpt.tracking import Log, Stopwatch, Tracker, size
+
+Say = Callable[..., None]
+SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "bias", "block_size")
+OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
+
+
+@dataclass
+class TrainConfig:
+    """Every key of a run. Files and --key=value flags set them; --help lists them."""
+
+    out_dir: str = key("out", "folder for checkpoints and metrics", group="Run")
+    init_from: str = key("scratch", "weights of a new run: scratch, gpt2*, a hub id, a folder, nanoGPT's ckpt.pt")
+    resume: Literal["auto", True, False] = key(False, "go on with the run in out_dir; auto: if it holds one")
+    seed: int = key(1337, "seed of initialisation, order of rows and dropout", least=0)
+    eval_only: bool = key(False, "evaluate once and end; nothing is written")
+    dry_run: bool = key(False, "tell sizes and time, try ten steps, and end; nothing is written")
+
+    dataset: str = key("openwebtext", "a folder, or its name under data/", group="Data")
+    row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
+    batch_size: int = key(12, "rows per micro-batch and process", least=1)
+    gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", least=1)
+    block_size: int = key(1024, "tokens per row: the context length", least=1)
+
+    n_layer: int = key(12, "blocks", group="Model", least=1)
+    n_head: int = key(12, "attention heads per block", least=1)
+    n_embd: int = key(768, "channels", least=1)
+    dropout: float = key(0.0, "share of activations dropped in training", least=0, below=1)
+    bias: bool = key(False, "biases in linear layers and norms")
+
+    learning_rate: float = key(6e-4, "the highest learning rate", group="Optimizer", above=0)
+    max_iters: int = key(600_000, "updates in all", least=0)
+    weight_decay: float = key(0.1, "of matrices and embeddings", least=0)
+    beta1: float = key(0.9, "AdamW's memory of gradients", least=0, below=1)
+    beta2: float = key(0.95, "AdamW's memory of squared gradients", least=0, below=1)
+    grad_clip: float = key(1.0, "highest norm of the gradient; 0 = no clipping", least=0)
+    decay_lr: bool = key(True, "warm up, then decay; False: learning_rate throughout")
+    warmup_iters: int = key(2000, "updates until learning_rate is reached", least=0)
+    lr_decay_iters: int | None = key(None, "update at which min_lr is reached; None: max_iters", least=0)
+    min_lr: float | None = key(None, "the last learning rate; None: learning_rate / 10", least=0)
+
+    eval_interval: int = key(2000, "updates between evaluations", group="Evaluation and logs", least=1)
+    eval_iters: int = key(200, "batches per evaluation and split, at most the split once; 0 = all of it", least=0)
+    sample_chars: int = key(200, "characters of a sample printed at each evaluation; 0 = none", least=0)
+    log_interval: int = key(10, "updates between log lines", least=1)
+    tensorboard: bool = key(False, "log to out_dir/tensorboard too")
+    wandb_log: bool = key(False, "log to wandb too")
+    wandb_project: str = key("owt", "wandb's project")
+    wandb_run_name: str = key("gpt2", "wandb's name of this run")
+
+    always_save_checkpoint: bool = key(True, "save at each evaluation, not only at the best", group="Checkpoints")
+    checkpoint_minutes: float = key(15.0, "save at least this often; 0 = only as above", least=0)
+    keep_every: int = key(0, "also keep each checkpoint whose step is a multiple of this", least=0)
+
+    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of matrix products; weights stay float32")
+    compile: Literal["auto", True, False] = key("auto", "torch.compile; auto: on CUDA")
+    backend: Literal["auto", "nccl", "gloo"] = key("auto", "how processes talk")
+    deterministic: bool = key(False, "equal bits for equal runs on CUDA too, slower")
+
+    def check(self) -> None:
+        """Raises InputError for what the single values allow but their combination does not, a line each."""
+        found = []
+        if self.n_embd % self.n_head:
+            found.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if self.rows_per_step % processes:
+            found.append(
+                f"batch_size × gradient_accumulation_steps = {self.rows_per_step} rows per step do not divide by "
+                f"{processes} processes: change one of the three"
+            )
+        if found:
+            raise InputError("\n".join(found))
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of the update that follows `step` updates."""
+        if not self.decay_lr:
+            return self.learning_rate
+        end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+        floor = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        return optim.cosine(step, peak=self.learning_rate, floor=floor, warmup=self.warmup_iters, end=end)
+
+
+def main() -> int:
+    config, given = parse(TrainConfig, description="Train a GPT.")
+    if not (config.resume or config.init_from == "resume"):
+        config.check()
+    world = distributed.start(config.device, config.dtype, config.backend)
+    try:
+        return train(config, given, world)
+    finally:
+        world.close()
+
+
+def train(config: TrainConfig, given: dict[str, Any], world: World) -> int:
+    def say(*lines: str) -> None:
+        if world.is_main:
+            print(*lines, sep="\n", flush=True)
+
+    # --- Where the run starts: at a checkpoint, or anew; rank 0 looks, so that all ranks see the same
+    writes = not (config.eval_only or config.dry_run)
+    resume = True if config.init_from == "resume" else config.resume
+    source = world.from_main(checkpoint.to_resume(Path(config.out_dir), resume) if world.is_main else None)
+    resumed = checkpoint.load(source) if source else None
+    if resumed:
+        config = resume_settings(config, given, resumed, say)
+    config.check()
+    seed_everything(config)
+    dataset, raw_model, tokenizer = open_data_and_model(config, given, resumed, say)
+    shape = raw_model.config
+    config = replace(config, **{name: getattr(shape, name) for name in SHAPE_KEYS})
+    raw_model.to(world.device)
+
+    # --- What it will cost, and the folder it goes to
+    rows_per_rank = config.rows_per_step // world.size
+    micro_batch = max(n for n in range(1, min(config.batch_size, rows_per_rank) + 1) if rows_per_rank % n == 0)
+    micro_steps = rows_per_rank // micro_batch
+    report(config, raw_model, dataset, micro_batch, world, say)
+    out_dir = Path(config.out_dir)
+    if writes and world.is_main and not resumed and (moved := checkpoint.make_room(out_dir)):
+        say(f"{out_dir} held a run already: moved to {moved}")
+
+    # --- Rows, model, optimizer; then the state of the run so far
+    rows = data.Rows(dataset.train, shape.block_size, shape.vocab_size, config.seed, config.row_order)
+    windows = {
+        split: data.EvalWindows(tokens, shape.block_size, config.eval_iters, config.batch_size, shape.vocab_size)
+        for split, tokens in (("train", dataset.train), ("val", dataset.val))
+    }
+    model: nn.Module = raw_model
+    if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
+        with explained_out_of_memory(config, raw_model, world):
+            model, failure = distributed.compiled(raw_model, *world.put(*rows[0:micro_batch]), world)
+        if failure:
+            say(f"warning: torch.compile failed, going on without it ({failure})")
+    model = world.wrap(model)
+    optimizer = optim.adamw(raw_model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+    guard = optim.Guard(world.device, patience=OVERFLOWS if scaler.is_enabled() else 1)
+    step = samples = 0
+    best_val_loss, clock = math.inf, Stopwatch()
+    evaluated = False  # whether the evaluation due at this step is behind us
+    if resumed:
+        state = resumed.state
+        optim.load_state_tensors(optimizer, raw_model, resumed.optimizer)
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        step, samples, clock = state["step"], state["samples"], Stopwatch(state["time_s"])
+        best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
+        evaluated = state["val_loss"] is not None
+
+    if config.eval_only:
+        losses = {split: evaluate(model, windows[split], micro_batch, world) for split in windows}
+        say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        return 0
+
+    tracker = Tracker(out_dir, step, asdict(config)) if writes and world.is_main else None
+    signals = catch_signals()
+    log = Log(config, raw_model, world, tracker, clock, guard.patience, step, samples)
+    first_step, last_step = step, step + 10 if config.dry_run else config.max_iters
+    saved_at, val_loss = time.monotonic(), None
+
+    while True:
+        at_end = step >= last_step or log.stop != 0
+
+        # --- Evaluate at step 0, at each eval_interval and at the end
+        due = step % config.eval_interval == 0 or step == config.max_iters
+        if due and writes and not evaluated and not log.stop:
+            clock.stop()
+            log.read(everything=True)
+            losses = {split: evaluate(model, windows[split], micro_batch, world) for split in windows}
+            val_loss = losses["val"]
+            log.evaluation(step, losses)
+            if tracker and tokenizer and config.sample_chars:
+                with world.autocast():
+                    text = sample_text(raw_model, tokenizer, config.sample_chars, config.seed)
+                say("    " + text.replace("\n", "\n    ").strip())
+            log.save_due |= step > 0 and (config.always_save_checkpoint or val_loss < best_val_loss)
+            best_val_loss = min(best_val_loss, val_loss)
+
+        # --- Save what is worth keeping
+        if writes and (log.save_due or at_end) and (step > first_step or not resumed or val_loss is not None):
+            clock.stop()
+            log.read(everything=True)  # raises for a broken step, which is never saved
+            if tracker:
+                tracker.sync()
+                facts = {
+                    "step": step,
+                    "samples": samples,
+                    "time_s": clock.seconds,
+                    "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+                    "best_val_loss": best_val_loss if math.isfinite(best_val_loss) else None,
+                    "scaler": scaler.state_dict(),
+                    "model": asdict(shape),
+                    "config": asdict(config),
+                }
+                optimizer_state = optim.state_tensors(optimizer, raw_model)
+                checkpoint.save(out_dir, raw_model.state_dict(), optimizer_state, facts, tokenizer)
+                checkpoint.prune(out_dir, config.keep_every)
+            saved_at, log.save_due = time.monotonic(), False
+        if at_end:
+            break
+        evaluated, val_loss = False, None
+
+        # --- One step: forward and backward over the micro-batches, then one update
+        clock.start()
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+        loss_sum = torch.zeros((), device=world.device)
+        first_row = samples + world.rank * rows_per_rank
+        with explained_out_of_memory(config, raw_model, world, before_update=step == first_step):
+            for micro_step in range(micro_steps):
+                x, y = world.put(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
+                first_row += micro_batch
+                if config.dropout:
+                    torch.manual_seed(data.mix(config.seed, step, micro_step, world.rank))
+                between = world.size > 1 and micro_step < micro_steps - 1  # gradients are averaged once, at the last
+                with model.no_sync() if between else contextlib.nullcontext():  # type: ignore[operator]
+                    with world.autocast():
+                        _, loss = model(x, y)
+                    scaler.scale(loss / micro_steps).backward()
+                loss_sum += loss.detach()
+            # What the ranks must agree on: the loss, signals seen, time to save. All act on the sum, a step late.
+            overdue = config.checkpoint_minutes > 0 and time.monotonic() - saved_at > 60 * config.checkpoint_minutes
+            flags = torch.tensor([signals[signal.SIGINT], signals[signal.SIGTERM], overdue], dtype=torch.float32)
+            status = world.sum(torch.cat([loss_sum[None] / (micro_steps * world.size), *world.put(flags)]))
+            scaler.unscale_(optimizer)
+            grad_norm = optim.clip(raw_model.parameters(), config.grad_clip)
+            guard.check(optimizer, status[0], grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+        step, samples = step + 1, samples + config.rows_per_step
+        log.put(step, torch.stack([status[0], grad_norm, guard.bad_in_a_row, *status[1:]]))
+        log.read()
+
+    log.read(everything=True)
+    if tracker:
+        tracker.close()
+    if log.stop:
+        say(f"stopped at step {step} by a signal; saved: go on with --resume=True")
+    return log.stop
+
+
+def seed_everything(config: TrainConfig) -> None:
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def resume_settings(
+    config: TrainConfig, given: dict[str, Any], resumed: checkpoint.Checkpoint, say: Say
+) -> TrainConfig:
+    """The run's own settings, and over them what files and flags give again; prints the differences."""
+    about_this_start = ("out_dir", "resume", "init_from", "eval_only", "dry_run")
+    saved = resumed.state["config"] | {name: getattr(config, name) for name in about_this_start}
+    changed = {name: value for name, value in given.items() if saved.get(name) != value}
+    if fixed := [name for name in SHAPE_KEYS if name in changed]:
+        raise InputError(
+            "\n".join(
+                f"{name}={given[name]}: the run in {config.out_dir} has {name}={saved[name]}, which cannot change on "
+                "resume; leave it out, or start a new run"
+                for name in fixed
+            )
+        )
+    say(f"resuming {resumed.path}", *(f"  {name}: {saved.get(name)} -> {value}" for name, value in changed.items()))
+    return build(TrainConfig, saved | changed, source=str(resumed.path / "state.json"))
+
+
+def open_data_and_model(
+    config: TrainConfig, given: dict[str, Any], resumed: checkpoint.Checkpoint | None, say: Say
+) -> tuple[data.Dataset, GPT, Tokenizer | None]:
+    """The dataset and the model, checked against each other, and the data's tokenizer where it can be had."""
+    if resumed:
+        model = GPT.from_tensors(replace(GPTConfig(**resumed.state["model"]), dropout=config.dropout), resumed.model)
+    elif config.init_from != "scratch":
+        model = load_weights(config, given, say)
+    else:
+        dataset = data.open_dataset(config.dataset, block_size=config.block_size)
+        sizes = {name: getattr(config, name) for name in SHAPE_KEYS}
+        model = GPT(GPTConfig(vocab_size=dataset.vocab_size or GPT2_VOCAB, dropout=config.dropout, **sizes))
+    shape = model.config
+    dataset = data.open_dataset(config.dataset, block_size=shape.block_size, vocab_size=shape.vocab_size)
+    tokenizer = dataset.tokenizer
+    if tokenizer is None and dataset.vocab_size is None and shape.vocab_size == GPT2_VOCAB:
+        say(f"{dataset.name} has neither meta.json nor a tokenizer: its ids are taken for GPT-2's encoding")
+        if config.sample_chars:
+            try:
+                tokenizer = Tokenizer.gpt2()
+            except InputError as error:
+                say(f"no samples will be printed: {error}")
+    return dataset, model, tokenizer
+
+
+def load_weights(config: TrainConfig, given: dict[str, Any], say: Say) -> GPT:
+    """The model that `init_from` names, its context cut to a given block_size."""
+    block_size = config.block_size if "block_size" in given else None
+    try:
+        if checkpoint.is_ours(Path(config.init_from)):
+            return GPT.from_checkpoint(config.init_from, dropout=config.dropout, block_size=block_size)
+        weights = read_weights(config.init_from)
+        say(*weights.notes)
+        return GPT.from_pretrained(weights, dropout=config.dropout, block_size=block_size)
+    except ValueError as error:
+        raise InputError(f"init_from={config.init_from}: {error}; leave --block_size out or give less") from error
+
+
+def report(config: TrainConfig, model: GPT, dataset: data.Dataset, micro_batch: int, world: World, say: Say) -> None:
+    """What the run will be, before it begins. Raises InputError where a CPU's memory will not do."""
+    parameters, T = model.count_parameters(), model.config.block_size
+    tokens = config.max_iters * config.rows_per_step * T
+    memory = model.training_bytes(micro_batch, T, 4 if world.dtype == torch.float32 else 2)
+    free = distributed.free_memory(world.device)
+    say(
+        f"{world.size} process(es) on {distributed.describe(world.device)}, {str(world.dtype).removeprefix('torch.')}",
+        f"model       {parameters:,} parameters",
+        f"step        {config.rows_per_step} rows of {T} = {config.rows_per_step * T:,} tokens, micro-batches of {micro_batch}",
+        f"run         {config.max_iters:,} steps = {tokens:,} tokens = {tokens / len(dataset.train):.3g} epochs of "
+        f"{dataset.name} = {tokens / parameters:.3g} tokens per parameter",
+        f"memory      about {size(memory)}" + (f" of {size(free)} free" if free else "") + " on each device",
+        f"checkpoint  {size(12 * parameters)} in {config.out_dir}/ckpt",
+    )
+    if config.decay_lr and config.warmup_iters > config.max_iters:
+        say(f"warning: warmup_iters={config.warmup_iters} is longer than the run, which never reaches learning_rate")
+    if world.device.type == "cpu" and free and memory > free:
+        raise InputError(too_little_memory(config, model, free))
+
+
+def too_little_memory(config: TrainConfig, model: GPT, free: int | None) -> str:
+    half = max(config.batch_size // 2, 1)
+    accumulation = config.rows_per_step // half
+    same = f"--batch_size={half} --gradient_accumulation_steps={accumulation} keeps the tokens per step"
+    return (
+        f"too little memory for batch_size={config.batch_size} at block_size={model.config.block_size}"
+        + (f" ({size(free)} free)" if free else "")
+        + (f": {same}" if config.batch_size > 1 else ": use a smaller --block_size or model")
+    )
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(
+    config: TrainConfig, model: GPT, world: World, before_update: bool = True
+) -> Iterator[None]:
+    """Turns running out of memory into an InputError, or after the first update into a RunStopped."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not distributed.is_out_of_memory(error):
+            raise
+        reason = too_little_memory(config, model, distributed.free_memory(world.device))
+        raise (InputError if before_update else RunStopped)(reason) from error
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: data.EvalWindows, batch_size: int, world: World) -> float:
+    """Mean loss in nats over `windows`; the ranks take its batches in turn and share the sum."""
+    model.eval()
+    total = torch.zeros(2, device=world.device)  # loss summed over windows, windows
+    for first in range(world.rank * batch_size, len(windows), world.size * batch_size):
+        x, y = windows[first : first + batch_size]
+        count, missing = len(x), batch_size - len(x)
+        # The last batch is filled up with rows that do not count: a compiled model wants one shape.
+        x, y = world.put(F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-1))
+        with world.autocast():
+            _, loss = model(x, y)
+        total += torch.stack([loss.float() * count, torch.full_like(total[0], count)])
+    model.train()
+    loss_sum, count = world.sum(total).tolist()
+    return loss_sum / count
+
+
+def catch_signals() -> dict[int, bool]:
+    """Which of SIGINT and SIGTERM have come, from now on; a second Ctrl-C interrupts at once."""
+    seen = {signal.SIGINT: False, signal.SIGTERM: False}
+
+    def note(number: int, frame: Any) -> None:
+        if seen[signal.SIGINT] and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen[number] = True  # type: ignore[index]
+
+    for number in seen:
+        signal.signal(number, note)
+    return seen  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    run_script(main)
