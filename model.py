@@ -195,9 +195,9 @@ class GPT(nn.Module):
     def from_checkpoint(
         cls, path: "str | Path", which: str = "best", *, dropout: float | None = None, block_size: int | None = None
     ) -> "GPT":
-        """A model that train.py saved. path: a run's out_dir or one of its ckpt/step-* folders. which: "best", "latest" or
-        "step-NNNNNN". dropout and block_size as in `from_pretrained`. Raises InputError where there is none, or it is
-        damaged."""
+        """A model that train.py saved. path: a run's out_dir or one of its ckpt/step-* folders. which: "best", "latest"
+        or "step-NNNNNN". dropout and block_size as in `from_pretrained`. Raises InputError where there is none, or it
+        is damaged."""
         from pathlib import Path
 
         from nanogpt import checkpoint
@@ -224,8 +224,8 @@ class GPT(nn.Module):
         return 3 * (c.n_layer * layer + 2 * c.vocab_size * c.n_embd)
 
     def training_bytes(self, B: int, T: int, activation_bytes: int) -> int:
-        """Memory of a training step by formula, in bytes: B rows of T positions at a time, `activation_bytes` per number
-        (4 in float32, 2 in mixed precision). Weights, gradients and AdamW's two moments, then what backward reads."""
+        """Memory of a training step in bytes, estimated: weights, gradients, AdamW's two moments, and what backward reads
+        of B rows of T positions, at `activation_bytes` per number (4 in float32, 2 in mixed precision)."""
         c, a = self.config, activation_bytes
         layer = c.n_embd * (18 * a + 2 * 4)  # per position; the residual stream is float32 throughout
         plain = 2 * a * c.n_head * T if T <= PLAIN_ATTENTION_ON_CPU else 0

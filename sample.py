@@ -84,11 +84,12 @@ def read_prompt(start: str) -> str:
 def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model and its tokenizer; says what had to be assumed. Raises InputError where either is missing."""
     from_run = config.init_from == "resume"
+    folder: Path | None
     source = Path(config.out_dir if from_run else config.init_from)
     if checkpoint.is_ours(source) or (from_run and not (source / "ckpt.pt").exists()):
         folder = checkpoint.find(source, config.checkpoint)
         print(f"sampling from {folder}")
-        model, tokenizer = GPT.from_checkpoint(folder), Tokenizer.load(folder)
+        model = GPT.from_checkpoint(folder)
     else:
         weights = read_weights(source if from_run else config.init_from)
         print(*weights.notes, sep="\n")
@@ -96,11 +97,11 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
         folder = weights.tokenizer_folder
         if folder is None and not weights.gpt2_encoding and weights.train_config.get("dataset"):
             folder = data.resolve(weights.train_config["dataset"])  # nanoGPT keeps characters beside the data
-        tokenizer = Tokenizer.load(folder) if folder else None
+    tokenizer = Tokenizer.load(folder) if folder else None
     if tokenizer is None and model.config.vocab_size != GPT2_VOCAB:
         raise InputError(
-            f"{source} has no tokenizer and {model.config.vocab_size} ids, which are not GPT-2's: put the tokenizer.json "
-            "of its data beside it"
+            f"{source} has no tokenizer, and {model.config.vocab_size} ids are not GPT-2's: put the tokenizer.json of its "
+            "data beside it"
         )
     return model, tokenizer or Tokenizer.gpt2()
 

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +18,14 @@ from torch import nn
 
 from configurator import build, key, parse
 from model import GPT, GPTConfig
-from nanogpt import InputError, RunStopped, checkpoint, data, distributed, optim, run_script
-from nanogpt.distributed import World
+from nanogpt import InputError, checkpoint, data, distributed, optim, run_script
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.distributed import World, catch_signals, explained_out_of_memory, say
 from nanogpt.inference import sample_text
 from nanogpt.pretrained import GPT2_VOCAB, read_weights
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.tracking import Log, Stopwatch, Tracker, size
 
-Say = Callable[..., None]
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 
@@ -113,30 +112,22 @@ class TrainConfig:
 
 def main() -> int:
     config, given = parse(TrainConfig, description="Train a GPT.")
-    if not (config.resume or config.init_from == "resume"):
-        config.check()
+    resumed = checkpoint.to_resume(Path(config.out_dir), config.init_from == "resume" or config.resume)
+    if resumed:
+        config = resume_settings(config, given, resumed)
+    config.check()
     world = distributed.start(config.device, config.dtype, config.backend)
     try:
-        return train(config, given, world)
+        return train(config, given, resumed, world)
     finally:
         world.close()
 
 
-def train(config: TrainConfig, given: dict[str, Any], world: World) -> int:
-    def say(*lines: str) -> None:
-        if world.is_main:
-            print(*lines, sep="\n", flush=True)
-
-    # --- Where the run starts: at a checkpoint, or anew; rank 0 looks, so that all ranks see the same
+def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None, world: World) -> int:
+    """The whole of a run, from a checkpoint or from its beginning. Returns the exit status."""
     writes = not (config.eval_only or config.dry_run)
-    resume = True if config.init_from == "resume" else config.resume
-    source = world.from_main(checkpoint.to_resume(Path(config.out_dir), resume) if world.is_main else None)
-    resumed = checkpoint.load(source) if source else None
-    if resumed:
-        config = resume_settings(config, given, resumed, say)
-    config.check()
     seed_everything(config)
-    dataset, raw_model, tokenizer = open_data_and_model(config, given, resumed, say)
+    dataset, raw_model, tokenizer = open_data_and_model(config, given, resumed)
     shape = raw_model.config
     config = replace(config, **{name: getattr(shape, name) for name in SHAPE_KEYS})
     raw_model.to(world.device)
@@ -145,7 +136,7 @@ def train(config: TrainConfig, given: dict[str, Any], world: World) -> int:
     rows_per_rank = config.rows_per_step // world.size
     micro_batch = max(n for n in range(1, min(config.batch_size, rows_per_rank) + 1) if rows_per_rank % n == 0)
     micro_steps = rows_per_rank // micro_batch
-    report(config, raw_model, dataset, micro_batch, world, say)
+    report(config, raw_model, dataset, micro_batch, world)
     out_dir = Path(config.out_dir)
     if writes and world.is_main and not resumed and (moved := checkpoint.make_room(out_dir)):
         say(f"{out_dir} held a run already: moved to {moved}")
@@ -158,8 +149,8 @@ def train(config: TrainConfig, given: dict[str, Any], world: World) -> int:
     }
     model: nn.Module = raw_model
     if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
-        with explained_out_of_memory(config, raw_model, world):
-            model, failure = distributed.compiled(raw_model, *world.put(*rows[0:micro_batch]), world)
+        with explained_out_of_memory(memory_remedy(config)):
+            model, failure = distributed.compiled(raw_model, world, *world.put(*rows[0:micro_batch]))
         if failure:
             say(f"warning: torch.compile failed, going on without it ({failure})")
     model = world.wrap(model)
@@ -237,7 +228,7 @@ def train(config: TrainConfig, given: dict[str, Any], world: World) -> int:
             group["lr"] = config.learning_rate_at(step)
         loss_sum = torch.zeros((), device=world.device)
         first_row = samples + world.rank * rows_per_rank
-        with explained_out_of_memory(config, raw_model, world, before_update=step == first_step):
+        with explained_out_of_memory(memory_remedy(config), before_update=step == first_step):
             for micro_step in range(micro_steps):
                 x, y = world.put(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
                 first_row += micro_batch
@@ -278,9 +269,7 @@ def seed_everything(config: TrainConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def resume_settings(
-    config: TrainConfig, given: dict[str, Any], resumed: checkpoint.Checkpoint, say: Say
-) -> TrainConfig:
+def resume_settings(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint) -> TrainConfig:
     """The run's own settings, and over them what files and flags give again; prints the differences."""
     about_this_start = ("out_dir", "resume", "init_from", "eval_only", "dry_run")
     saved = resumed.state["config"] | {name: getattr(config, name) for name in about_this_start}
@@ -298,13 +287,13 @@ def resume_settings(
 
 
 def open_data_and_model(
-    config: TrainConfig, given: dict[str, Any], resumed: checkpoint.Checkpoint | None, say: Say
+    config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
 ) -> tuple[data.Dataset, GPT, Tokenizer | None]:
     """The dataset and the model, checked against each other, and the data's tokenizer where it can be had."""
     if resumed:
         model = GPT.from_tensors(replace(GPTConfig(**resumed.state["model"]), dropout=config.dropout), resumed.model)
     elif config.init_from != "scratch":
-        model = load_weights(config, given, say)
+        model = load_weights(config, given)
     else:
         dataset = data.open_dataset(config.dataset, block_size=config.block_size)
         sizes = {name: getattr(config, name) for name in SHAPE_KEYS}
@@ -322,7 +311,7 @@ def open_data_and_model(
     return dataset, model, tokenizer
 
 
-def load_weights(config: TrainConfig, given: dict[str, Any], say: Say) -> GPT:
+def load_weights(config: TrainConfig, given: dict[str, Any]) -> GPT:
     """The model that `init_from` names, its context cut to a given block_size."""
     block_size = config.block_size if "block_size" in given else None
     try:
@@ -335,16 +324,16 @@ def load_weights(config: TrainConfig, given: dict[str, Any], say: Say) -> GPT:
         raise InputError(f"init_from={config.init_from}: {error}; leave --block_size out or give less") from error
 
 
-def report(config: TrainConfig, model: GPT, dataset: data.Dataset, micro_batch: int, world: World, say: Say) -> None:
+def report(config: TrainConfig, model: GPT, dataset: data.Dataset, micro_batch: int, world: World) -> None:
     """What the run will be, before it begins. Raises InputError where a CPU's memory will not do."""
-    parameters, T = model.count_parameters(), model.config.block_size
-    tokens = config.max_iters * config.rows_per_step * T
+    parameters, T, rows = model.count_parameters(), model.config.block_size, config.rows_per_step
+    tokens = config.max_iters * rows * T
     memory = model.training_bytes(micro_batch, T, 4 if world.dtype == torch.float32 else 2)
     free = distributed.free_memory(world.device)
     say(
         f"{world.size} process(es) on {distributed.describe(world.device)}, {str(world.dtype).removeprefix('torch.')}",
         f"model       {parameters:,} parameters",
-        f"step        {config.rows_per_step} rows of {T} = {config.rows_per_step * T:,} tokens, micro-batches of {micro_batch}",
+        f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {micro_batch}",
         f"run         {config.max_iters:,} steps = {tokens:,} tokens = {tokens / len(dataset.train):.3g} epochs of "
         f"{dataset.name} = {tokens / parameters:.3g} tokens per parameter",
         f"memory      about {size(memory)}" + (f" of {size(free)} free" if free else "") + " on each device",
@@ -353,32 +342,20 @@ def report(config: TrainConfig, model: GPT, dataset: data.Dataset, micro_batch: 
     if config.decay_lr and config.warmup_iters > config.max_iters:
         say(f"warning: warmup_iters={config.warmup_iters} is longer than the run, which never reaches learning_rate")
     if world.device.type == "cpu" and free and memory > free:
-        raise InputError(too_little_memory(config, model, free))
+        raise InputError(memory_remedy(config))
 
 
-def too_little_memory(config: TrainConfig, model: GPT, free: int | None) -> str:
-    half = max(config.batch_size // 2, 1)
-    accumulation = config.rows_per_step // half
-    same = f"--batch_size={half} --gradient_accumulation_steps={accumulation} keeps the tokens per step"
-    return (
-        f"too little memory for batch_size={config.batch_size} at block_size={model.config.block_size}"
-        + (f" ({size(free)} free)" if free else "")
-        + (f": {same}" if config.batch_size > 1 else ": use a smaller --block_size or model")
+def memory_remedy(config: TrainConfig) -> str:
+    """What to do where memory runs out: the flags that halve the micro-batch and keep the rows per step."""
+    smaller = (
+        max(n for n in range(1, config.batch_size // 2 + 1) if config.batch_size % n == 0)
+        if config.batch_size > 1
+        else 0
     )
-
-
-@contextlib.contextmanager
-def explained_out_of_memory(
-    config: TrainConfig, model: GPT, world: World, before_update: bool = True
-) -> Iterator[None]:
-    """Turns running out of memory into an InputError, or after the first update into a RunStopped."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not distributed.is_out_of_memory(error):
-            raise
-        reason = too_little_memory(config, model, distributed.free_memory(world.device))
-        raise (InputError if before_update else RunStopped)(reason) from error
+    flags = f"--batch_size={smaller} --gradient_accumulation_steps={config.rows_per_step // max(smaller, 1)}"
+    return f"too little memory for batch_size={config.batch_size} at block_size={config.block_size}: " + (
+        f"{flags} keeps the rows per step" if smaller else "use a smaller --block_size or model"
+    )
 
 
 @torch.no_grad()
@@ -397,20 +374,6 @@ def evaluate(model: nn.Module, windows: data.EvalWindows, batch_size: int, world
     model.train()
     loss_sum, count = world.sum(total).tolist()
     return loss_sum / count
-
-
-def catch_signals() -> dict[int, bool]:
-    """Which of SIGINT and SIGTERM have come, from now on; a second Ctrl-C interrupts at once."""
-    seen = {signal.SIGINT: False, signal.SIGTERM: False}
-
-    def note(number: int, frame: Any) -> None:
-        if seen[signal.SIGINT] and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        seen[number] = True  # type: ignore[index]
-
-    for number in seen:
-        signal.signal(number, note)
-    return seen  # type: ignore[return-value]
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ __version__ = "0.1.0"
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message says what, why and what to do; scripts print it and exit 2."""
+    """Something the user gave cannot be used: the message says what, why and what to do. Scripts end with status 2."""
 
 
 class RunStopped(Exception):
-    """A run ended before its time to protect what it has; scripts print why and what to do, and exit 3."""
+    """A run ended early to protect what it has: the message says why and what to do. Scripts end with status 3."""
 
 
 def run_script(main: Callable[[], int | None]) -> None:

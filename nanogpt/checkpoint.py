@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from nanogpt import InputError, RunStopped
+from nanogpt.distributed import say
 
 if TYPE_CHECKING:
     from nanogpt.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def steps(out_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def to_resume(out_dir: Path, resume: bool | str) -> Path | None:
+def to_resume(out_dir: Path, resume: bool | str) -> Checkpoint | None:
     """The newest whole checkpoint that a run started with `resume` goes on from; None for a new run. A damaged one that
     is passed over is named in a printed line. Raises InputError where there is nothing to resume, or none is whole."""
     if resume is False or (resume == "auto" and not steps(out_dir)):
@@ -63,14 +63,14 @@ def to_resume(out_dir: Path, resume: bool | str) -> Path | None:
         raise InputError(f"out_dir={out_dir} holds no run to resume (no ckpt/step-*): check the path{hint}")
     for path in steps(out_dir):
         try:
-            return load(path).path
+            return load(path)
         except InputError as error:
-            print(f"warning: {error}; trying the one before it", flush=True)
+            say(f"warning: {error}; trying the one before it")
     raise InputError(f"no checkpoint of {out_dir} is whole: start anew without --resume")
 
 
 def make_room(out_dir: Path) -> Path | None:
-    """Create `out_dir` for a new run; a run that is already there is moved to `out_dir.1` (`.2` …), whose path is returned.
+    """Create `out_dir` for a new run. A run that is there already moves to `out_dir.1` (`.2` …), which is returned.
 
     Raises InputError where the folder cannot be written.
     """
@@ -121,14 +121,14 @@ def save(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunStopped(
-            f"the checkpoint {final} could not be written ({error.strerror or error}); earlier checkpoints are untouched: "
+            f"the checkpoint {final} could not be written ({error.strerror or error}); earlier ones are untouched: "
             f"make room or mend {out_dir}, then go on with --resume=True"
         ) from error
     return final
 
 
 def prune(out_dir: Path, keep_every: int) -> None:
-    """Delete all but the newest two checkpoints, the best, and each whose step is a multiple of `keep_every` (0: none)."""
+    """Delete all checkpoints but the newest two, the best, and those at multiples of `keep_every` (0: none of them)."""
     newest_first = steps(out_dir)
     for path in newest_first[2:]:
         keep = keep_every and int(path.name[5:]) % keep_every == 0

@@ -3,13 +3,16 @@
 import contextlib
 import os
 import platform
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanogpt import InputError
+from nanogpt import InputError, RunStopped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,13 +64,6 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def from_main(self, value):
-        """Rank 0's picklable `value`, on every rank."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
-        return box[0]
-
     def put(self, *tensors: Tensor) -> list[Tensor]:
         """Host tensors on this process's device; to a GPU the copy runs beside the computation."""
         if self.device.type != "cuda":
@@ -103,7 +99,7 @@ class World:
 def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> World:
     """Join the processes that torchrun started (or be alone) and settle device and dtype.
 
-    device: "auto", "cpu", "cuda", "cuda:N" or "mps"; dtype: "auto" or a key of `DTYPES`; backend: "auto", "nccl", "gloo".
+    device: auto, cpu, cuda, cuda:N or mps; dtype: auto or a key of `DTYPES`; backend: auto, nccl or gloo.
     Raises InputError for a device, dtype or backend that this machine lacks.
     """
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -142,7 +138,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
             device = torch.device("cuda", local_rank or 0)
         if device.index is not None and device.index >= count:
             raise InputError(
-                f"device=cuda:{device.index}: this machine has {count} CUDA device(s); start at most that many processes"
+                f"device=cuda:{device.index}: this machine has {count} CUDA device(s); start at most as many processes"
             )
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
@@ -186,14 +182,45 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+def catch_signals() -> dict[int, bool]:
+    """Which of SIGINT and SIGTERM have come, from now on; a second Ctrl-C interrupts at once."""
+    seen = {signal.SIGINT: False, signal.SIGTERM: False}
+
+    def note(number: int, frame: Any) -> None:
+        if seen[signal.SIGINT] and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen[number] = True  # type: ignore[index]
+
+    for number in seen:
+        signal.signal(number, note)
+    return seen  # type: ignore[return-value]
+
+
+def say(*lines: str) -> None:
+    """Print lines, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, on any device."""
     told = isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or told
 
 
-def compiled(model: nn.Module, x: Tensor, y: Tensor, world: World) -> tuple[nn.Module, str | None]:
-    """`model` compiled and tried forward and backward on one batch x, y (B, T); or, where that fails, `model` itself and
+@contextlib.contextmanager
+def explained_out_of_memory(remedy: str, before_update: bool = True) -> Iterator[None]:
+    """Turns running out of memory into an InputError, after the first update into a RunStopped, that says `remedy`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise (InputError if before_update else RunStopped)(remedy) from error
+
+
+def compiled(model: nn.Module, world: World, x: Tensor, y: Tensor) -> tuple[nn.Module, str | None]:
+    """`model` compiled, and tried forward and backward on one batch x, y (B, T); where that fails, `model` itself and
     the reason in a line. Leaves no gradients."""
     fast: nn.Module = torch.compile(model)  # type: ignore[assignment]
     reason = None

@@ -1,6 +1,7 @@
 """Decoding: how a model's probabilities become text."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def next_token(
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Any,
     idx: Tensor,
     max_new_tokens: int,
     *,
@@ -35,7 +36,8 @@ def generate(
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Continue the prompts idx (B, T), T ≥ 1, yielding the next ids (B, 1) of all rows at a time.
+    """Continue the prompts idx (B, T), T ≥ 1, yielding the next ids (B, 1) of all rows at a time. model: a GPT, or that
+    compiled.
 
     The plain way: every token reads the whole context anew, at most the last block_size tokens of it.
     vocab_size: ids from there on are never drawn (a tokenizer may know fewer than the model).

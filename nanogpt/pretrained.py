@@ -253,24 +253,31 @@ def _translate(source: str, stored: dict[str, Tensor], config: dict[str, Any], t
             expected[f"{theirs}.bias"] = (f"{ours}.bias", (out * C,))
 
     head = stored.pop("lm_head.weight", None)  # the embedding once more, where a program stores tied weights twice
-    faults = [f"{name} is no part of a GPT-2 of this configuration" for name in stored if name not in expected]
-    if head is not None and "wte.weight" in stored and not torch.equal(head.float(), stored["wte.weight"].float()):
-        faults.append("lm_head.weight differs from wte.weight, but GPT-2 has the two tied")
+    missing = [name for name in expected if name not in stored]
+    unexpected = [name for name in stored if name not in expected]
+    misshapen = []
     tensors: dict[str, Tensor] = {}
-    for theirs, (ours, shape) in expected.items():
+    for theirs in [name for name in expected if name in stored]:
+        (ours, shape), tensor = expected[theirs], stored[theirs]
         is_flipped = transposed and ".c_" in theirs
-        shape_there = shape[::-1] if is_flipped else shape
-        tensor = stored.get(theirs)
-        if tensor is None:
-            faults.append(f"{theirs} is missing")
-        elif tensor.shape != shape_there or tensor.dtype not in FLOATS:
-            faults.append(f"{theirs} is {tensor.dtype} {tuple(tensor.shape)} instead of float {shape_there}")
+        there = shape[::-1] if is_flipped else shape
+        if tensor.shape != there or tensor.dtype not in FLOATS:
+            misshapen.append(f"{theirs} ({tensor.dtype} {tuple(tensor.shape)} instead of float {there})")
         else:
             tensors[ours] = torch.empty(shape, dtype=torch.float32).copy_(tensor.t() if is_flipped else tensor)
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise InputError(f"{source} cannot be used: {'; '.join(faults[:5])}{more}: save the model again or use another")
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape or dtype": misshapen}
+    if any(faults.values()):
+        told = "; ".join(f"{fault}: {_few(names)}" for fault, names in faults.items() if names)
+        raise InputError(f"{source} is no GPT-2 of the sizes it states ({told}): save the model again or use another")
+    if head is not None and not torch.equal(head.float(), stored["wte.weight"].float()):
+        raise InputError(
+            f"{source} has an lm_head.weight of its own, which GPT-2 ties to wte.weight: use another model"
+        )
     return tensors
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _brief(error: Exception) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanogpt import InputError, RunStopped
-from nanogpt.distributed import World
+from nanogpt.distributed import World, say
 
 
 class Stopwatch:
@@ -52,7 +52,7 @@ class Late:
             self.pending.append((step, values.cpu(), None, self.clock.seconds))
 
     def take(self, all: bool = False) -> list[tuple[int, list[float], float]]:
-        """(step, values, training seconds when they were there) of every step but the last one put; `all`: of that too."""
+        """(step, values, training seconds by then) of every step but the last one put, with `all` of that too."""
         ready, self.pending = (self.pending, []) if all else (self.pending[:-1], self.pending[-1:])
         results = []
         for step, values, done, seconds in ready:
@@ -64,7 +64,7 @@ class Late:
 
 
 class Tracker:
-    """Appends one JSON object a line to `out_dir/metrics.jsonl` and hands the same numbers on to TensorBoard and wandb."""
+    """Appends JSON objects, one a line, to `out_dir/metrics.jsonl`; TensorBoard and wandb get the same numbers."""
 
     def __init__(self, out_dir: Path, step: int, settings: dict[str, Any]):
         """Lines after `step` go first: a resumed run writes them again. Raises InputError for a missing extra."""
@@ -164,7 +164,7 @@ class Log:
             line = {"step": step, "tokens": self._tokens(step), "time_s": round(seconds, 3)}
             self.tracker.log(line | {f"{split}_loss": loss for split, loss in losses.items()})
         told = " | ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
-        self._say(f"step {step:6d} | {told} | {duration(seconds)} trained")
+        say(f"step {step:6d} | {told} | {duration(seconds)} trained")
 
     def _line(self, step: int, loss: float, grad_norm: float, seconds: float) -> None:
         (before, then), self.last_line = self.last_line, (step, seconds)
@@ -184,7 +184,7 @@ class Log:
         }
         if self.tracker:
             self.tracker.log(line)
-        self._say(
+        say(
             f"step {step:6d} | loss {loss:.4f} | lr {line['lr']:.2e} | norm {grad_norm:.2f} | {tokens_per_s:,.0f} tok/s"
             + (f" | mfu {mfu:.1%}" if mfu else "")
             + f" | {duration((self.config.max_iters - step) * step_s)} left"
@@ -192,19 +192,14 @@ class Log:
 
     def _tell_finish(self, step: int, step_s: float) -> None:
         left = (self.config.max_iters - step) * step_s
-        self._say(
-            f"finishes in about {duration(left)}, {datetime.now() + timedelta(seconds=left):%a %H:%M}, evaluations not counted"
-        )
+        end = datetime.now() + timedelta(seconds=left)
+        say(f"finishes in about {duration(left)}, {end:%a %H:%M}, evaluations not counted")
         if self.world.device.type == "cpu" and left > 30 * 60:
-            self._say("that is long: config/train_shakespeare_char_cpu.py is made for a CPU, a few minutes in all")
+            say("that is long: config/train_shakespeare_char_cpu.py is made for a CPU, a few minutes in all")
 
     def _tokens(self, step: int) -> int:
         rows = self.first_samples + (step - self.first_step) * self.config.rows_per_step
         return rows * self.model.config.block_size
-
-    def _say(self, line: str) -> None:
-        if self.world.is_main:
-            print(line, flush=True)
 
 
 def _keep_lines(path: Path, step: int) -> None:
