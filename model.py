@@ -224,8 +224,8 @@ class GPT(nn.Module):
         return 3 * (c.n_layer * layer + 2 * c.vocab_size * c.n_embd)
 
     def training_bytes(self, B: int, T: int, activation_bytes: int) -> int:
-        """Memory of a training step in bytes, estimated: weights, gradients, AdamW's two moments, and what backward reads
-        of B rows of T positions, at `activation_bytes` per number (4 in float32, 2 in mixed precision)."""
+        """Memory of a training step in bytes, estimated: weights, gradients, AdamW's two moments, and what backward
+        reads of B rows of T positions, at `activation_bytes` per number (4 in float32, 2 in mixed precision)."""
         c, a = self.config, activation_bytes
         layer = c.n_embd * (18 * a + 2 * 4)  # per position; the residual stream is float32 throughout
         plain = 2 * a * c.n_head * T if T <= PLAIN_ATTENTION_ON_CPU else 0

@@ -100,8 +100,8 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     tokenizer = Tokenizer.load(folder) if folder else None
     if tokenizer is None and model.config.vocab_size != GPT2_VOCAB:
         raise InputError(
-            f"{source} has no tokenizer, and {model.config.vocab_size} ids are not GPT-2's: put the tokenizer.json of its "
-            "data beside it"
+            f"{source} has no tokenizer, and {model.config.vocab_size} ids are not GPT-2's: put the tokenizer.json of "
+            "its data beside it"
         )
     return model, tokenizer or Tokenizer.gpt2()
 

@@ -15,11 +15,9 @@ batch_size = 12
 block_size = 64
 gradient_accumulation_steps = 1
 
-learning_rate = 1e-3
-min_lr = learning_rate / 10
+learning_rate = 1e-3  # falls to a tenth of it at max_iters
 warmup_iters = 100
 max_iters = 2000
-lr_decay_iters = max_iters
 beta2 = 0.99
 
 eval_interval = 250

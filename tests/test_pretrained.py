@@ -1,0 +1,360 @@
+"""Other programs' checkpoints: as transformers writes them, as nanoGPT names them, and as nobody should."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from model import GPT
+from nanogpt import InputError
+from nanogpt.pretrained import GPT2_VOCAB, NANOGPT_PADDED_VOCAB, read_weights
+from nanogpt.tokenizer import Tokenizer
+
+SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32}
+IDX = torch.arange(16).view(1, 16) * 6 % 90
+
+
+def build_oracle(vocab_size: int = 100, activation: str = "gelu_new") -> Any:
+    config = transformers.GPT2Config(
+        **SIZES,
+        vocab_size=vocab_size,
+        n_positions=16,
+        activation_function=activation,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    oracle = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return oracle
+
+
+def difference(model: GPT, oracle: Any) -> float:
+    """The largest difference of a logit, over our vocabulary."""
+    with torch.no_grad():
+        ours, theirs = model.eval()(IDX, IDX)[0], oracle(IDX).logits
+    return (ours - theirs[..., : ours.shape[-1]]).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    return build_oracle()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, oracle: Any) -> Path:
+    oracle.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors = change(tensors) or tensors
+    save_file(tensors, folder / "model.safetensors")
+
+
+def with_masks(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    masks = {f"{prefix}h.{i}.attn.bias": torch.ones(16, 16).tril().view(1, 1, 16, 16) for i in range(2)}
+    return tensors | masks | {f"{prefix}h.0.attn.masked_bias": torch.tensor(-1e4)}
+
+
+# ---- Hugging Face
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "gelu"])
+def test_folder_of_transformers(tmp_path: Path, activation: str) -> None:
+    oracle = build_oracle(activation=activation)
+    oracle.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path))
+    assert difference(model, oracle) < 1e-5
+    assert model.config.gelu == ("erf" if activation == "gelu" else "tanh")
+    assert all(parameter.requires_grad and parameter.is_contiguous() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_both_layouts_with_mask_buffers(folder: Path, oracle: Any, prefix: str) -> None:
+    edit_tensors(
+        folder, lambda old: with_masks({prefix + name.removeprefix("transformer."): old[name] for name in old}, prefix)
+    )
+    assert difference(GPT.from_pretrained(str(folder)), oracle) < 1e-5
+
+
+def test_stored_head(folder: Path, oracle: Any) -> None:
+    edit_tensors(folder, lambda old: old | {"lm_head.weight": old["transformer.wte.weight"].clone()})
+    assert difference(GPT.from_pretrained(str(folder)), oracle) < 1e-5
+
+
+def test_shards(tmp_path: Path, oracle: Any) -> None:
+    oracle.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert difference(GPT.from_pretrained(str(tmp_path)), oracle) < 1e-5
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(InputError, match=r"model-00002-of.*download the model again"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened(tmp_path: Path, dtype: torch.dtype) -> None:
+    oracle = build_oracle().to(dtype)
+    oracle.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert difference(model, oracle.float()) < 1e-5
+
+
+def test_without_any_bias(folder: Path) -> None:
+    edit_tensors(folder, lambda old: {name: old[name] for name in old if not name.endswith(".bias")})
+    model = GPT.from_pretrained(str(folder))
+    assert not model.config.bias
+    oracle = build_oracle()
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+    assert difference(model, oracle) < 1e-5
+
+
+def test_changes(folder: Path, oracle: Any) -> None:
+    weights = read_weights(folder)
+    model = GPT.from_pretrained(weights, dropout=0.25, block_size=8)
+    assert (model.config.dropout, model.config.block_size, model.config.vocab_size) == (0.25, 8, 100)
+    with torch.no_grad():
+        assert (model.eval()(IDX[:, :8])[0] - oracle(IDX).logits[:, 7:8]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="block_size=17"):
+        GPT.from_pretrained(weights, block_size=17)
+
+
+def test_tokenizers(folder: Path) -> None:
+    weights = read_weights(folder)
+    assert (weights.tokenizer_folder, weights.gpt2_encoding, weights.notes) == (None, False, [])
+    (folder / "vocab.json").write_text("{}")
+    (note,) = read_weights(folder).notes
+    assert "put a tokenizer.json beside it" in note
+    Tokenizer.characters("abc").save(folder)
+    weights = read_weights(folder)
+    assert (weights.tokenizer_folder, weights.notes) == (folder, [])
+
+
+def test_vocabulary_of_gpt2_needs_no_tokenizer_files(tmp_path: Path) -> None:
+    build_oracle(GPT2_VOCAB).save_pretrained(tmp_path)
+    weights = read_weights(tmp_path)
+    assert weights.gpt2_encoding
+    assert "50257 ids are taken for GPT-2's encoding" in weights.notes[0]
+
+
+def test_hub(folder: Path, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot(source: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append(source)
+        assert "config.json" in allow_patterns
+        assert not any("bin" in pattern or pattern == "*" for pattern in allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    (folder / "gpt2").mkdir()  # the four sizes mean OpenAI's, whatever lies here
+    monkeypatch.chdir(folder)
+    for source in ("gpt2", "gpt2-xl", "openai-community/gpt2-medium"):
+        assert difference(GPT.from_pretrained(source), oracle) < 1e-5
+    assert asked == ["gpt2", "gpt2-xl", "openai-community/gpt2-medium"]
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="neither a file or folder here nor a public model"):
+        read_weights("no/such/folder")
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise LocalEntryNotFoundError("no connection\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(
+        InputError, match=r"'gpt2' .*\(no connection\): check the path, connect to the network"
+    ) as caught:
+        read_weights("gpt2")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"activation_function": "relu"}, "activation_function='relu'"),
+        ({"activation_function": ["gelu"]}, "activation_function="),
+        ({"n_inner": 100}, "n_inner=100"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
+        ({"scale_attn_weights": False}, "scale_attn_weights=False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+        ({"add_cross_attention": True}, "add_cross_attention=True"),
+        ({"n_head": 5}, "n_embd=32 is not divisible by n_head=5"),
+        ({"n_layer": 0, "n_embd": "32"}, "n_layer=0, n_embd='32'"),
+        ({"n_layer": 1}, r"unexpected: h\.1\.attn\.c_attn\.bias, .* and 8 more"),
+        ({"n_layer": 3}, r"missing: h\.2\.ln_1\.weight, .* and 8 more"),
+        ({"vocab_size": 101}, r"wte\.weight \(torch\.float32 \(100, 32\) instead of float \(101, 32\)\)"),
+        ({"n_positions": 17}, r"wpe\.weight"),
+    ],
+)
+def test_configurations_that_do_not_fit(folder: Path, changes: dict, message: str) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        read_weights(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("transformer.h.1.attn.c_attn.bias") * 0, r"missing: h\.1\.attn\.c_attn\.bias\)"),
+        (lambda t: t | {"score.weight": torch.zeros(2, 32)}, r"unexpected: score\.weight\)"),
+        (lambda t: t | {"lm_head.weight": torch.zeros(100, 32)}, r"lm_head\.weight of its own"),
+        (lambda t: t | {"wte.weight": torch.zeros(100, 32)}, "same name under different prefixes"),
+        (
+            lambda t: t | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(128, 32)},
+            r"dtype: h\.0\.mlp\.c_fc\.weight \(torch\.float32 \(128, 32\) instead of float \(32, 128\)\)",
+        ),
+        (lambda t: {name: tensor.int() for name, tensor in t.items()}, r"torch\.int32.* and 24 more"),
+    ],
+)
+def test_tensors_that_do_not_fit(folder: Path, change: Callable, message: str) -> None:
+    def changed(tensors: dict) -> Any:
+        result = change(tensors)
+        return result if isinstance(result, dict) else tensors
+
+    edit_tensors(folder, changed)
+    with pytest.raises(InputError, match=message):
+        read_weights(folder)
+
+
+def test_damaged_and_missing_files(folder: Path) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"model\.safetensors was not read .*download it again"):
+        read_weights(folder)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"no model\.safetensors: .*convert them with transformers"):
+        read_weights(folder)
+    index = folder / "model.safetensors.index.json"
+    for weight_map in ({"wte.weight": "../other/model.safetensors"}, {"wte.weight": "/etc/passwd"}, {}, None):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(InputError, match="names no shards, or files in other folders"):
+            read_weights(folder)
+    config.write_text("{")
+    with pytest.raises(InputError, match=r"config\.json was not read"):
+        read_weights(folder)
+    config.unlink()
+    with pytest.raises(InputError, match=r"has no config\.json: .*nanoGPT's ckpt\.pt"):
+        read_weights(folder)
+
+
+# ---- nanoGPT
+
+
+def nanogpt_checkpoint(oracle: Any, prefix: str = "", bias: bool = True, **changes: Any) -> dict[str, Any]:
+    """What nanoGPT's train.py saves, made from transformers' weights: nn.Linear's layout, the head stored once more."""
+    model = {}
+    for name, tensor in with_masks(dict(oracle.state_dict()), "transformer.").items():
+        if bias or not name.endswith(".bias"):
+            model[prefix + name] = tensor.t().contiguous() if ".c_" in name and tensor.dim() == 2 else tensor
+    c = oracle.config
+    args = {**SIZES, "block_size": 16, "bias": bias, "vocab_size": c.vocab_size, "dropout": 0.1}
+    return {
+        "model": model,
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(8)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]},
+        "model_args": args,
+        "iter_num": 7,
+        "best_val_loss": torch.tensor(3.5),
+        "config": {"dataset": "openwebtext", "learning_rate": 6e-4, "compile": True},
+    } | changes
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
+def test_checkpoint_of_nanogpt(tmp_path: Path, prefix: str) -> None:
+    oracle = build_oracle(activation="gelu")
+    torch.save(nanogpt_checkpoint(oracle, prefix), tmp_path / "ckpt.pt")
+    weights = read_weights(tmp_path)
+    assert (weights.iter_num, weights.best_val_loss, weights.train_config["dataset"]) == (7, 3.5, "openwebtext")
+    assert "optimizer state is not taken over" in weights.notes[0]
+    model = GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
+    assert (model.config.gelu, model.config.dropout, model.config.bias) == ("erf", 0.1, True)
+    assert difference(model, oracle) < 1e-5
+
+
+def test_checkpoint_of_nanogpt_with_padded_vocabulary_in_the_old_format(tmp_path: Path) -> None:
+    oracle = build_oracle(NANOGPT_PADDED_VOCAB, activation="gelu")
+    checkpoint = nanogpt_checkpoint(oracle, config=None, best_val_loss=1e9)
+    torch.save(checkpoint, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=False)
+    weights = read_weights(tmp_path)
+    assert len(weights.tensors["tokens.weight"]) == weights.config["vocab_size"] == GPT2_VOCAB
+    assert weights.gpt2_encoding
+    assert "padding, which is dropped" in weights.notes[1]
+    assert weights.train_config == {}
+    assert difference(GPT.from_pretrained(weights), oracle) < 1e-5
+
+
+def test_checkpoint_of_nanogpt_without_bias(tmp_path: Path) -> None:
+    oracle = build_oracle(activation="gelu")
+    torch.save(nanogpt_checkpoint(oracle, bias=False), tmp_path / "ckpt.pt")
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+    assert difference(GPT.from_pretrained(str(tmp_path)), oracle) < 1e-5
+
+
+class Evil:
+    def __init__(self, sentinel: Path):
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.sentinel),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_code_is_run(tmp_path: Path, oracle: Any, zipped: bool) -> None:
+    sentinel, path = tmp_path / "sentinel", tmp_path / "ckpt.pt"
+    checkpoint = nanogpt_checkpoint(oracle, config=Evil(sentinel))
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"it asks to run posix\.mkdir"):
+        read_weights(path)
+    assert not sentinel.exists()
+    torch.load(path, weights_only=False)  # the trap does work
+    assert sentinel.exists()
+
+
+def test_files_that_are_no_checkpoint_of_nanogpt(tmp_path: Path, oracle: Any) -> None:
+    path, good = tmp_path / "ckpt.pt", nanogpt_checkpoint(oracle)
+    with pytest.raises(InputError, match="No such file"):
+        read_weights(path)
+    torch.save(good, path)
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(InputError, match=r"was not read .*give a ckpt\.pt that nanoGPT's"):
+        read_weights(path)
+    cases: list[tuple[dict, str]] = [
+        ({"model": torch.zeros(1)}, "has no weights under 'model'"),
+        ({"model": {"iter": 3}}, "has no weights under 'model'"),
+        ({"model_args": {}}, "n_layer=None"),
+        ({"model_args": good["model_args"] | {"n_layer": 3}}, r"missing: h\.2\.ln_1\.weight, .* and 8 more"),
+    ]
+    for wrong, message in cases:
+        torch.save(good | wrong, path)
+        with pytest.raises(InputError, match=message):
+            read_weights(path)
+    torch.save(good["model"], path)
+    with pytest.raises(InputError, match="no 'model_args'"):
+        read_weights(path)
