@@ -19,9 +19,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nanogpt.pretrained import Weights
 
-# Up to this many positions a CPU attends faster by three plain operations than by torch's fused kernel, whose set-up
-# dominates there (runs/cpu_step). Both compute the same function.
-PLAIN_ATTENTION_ON_CPU = 256
+# In bfloat16 on a CPU torch's fused attention is several times slower, up to this many positions, than three plain
+# operations that compute the same function. In float32 it is the faster one (runs/cpu_step).
+PLAIN_ATTENTION_UP_TO = 256
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
         dropout = self.dropout if self.training else 0.0
-        if x.device.type == "cpu" and T <= PLAIN_ATTENTION_ON_CPU:
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= PLAIN_ATTENTION_UP_TO:
             y = plain_attention(q, k, v, dropout)
         else:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -228,9 +228,8 @@ class GPT(nn.Module):
         reads of B rows of T positions, at `activation_bytes` per number (4 in float32, 2 in mixed precision)."""
         c, a = self.config, activation_bytes
         layer = c.n_embd * (18 * a + 2 * 4)  # per position; the residual stream is float32 throughout
-        plain = 2 * a * c.n_head * T if T <= PLAIN_ATTENTION_ON_CPU else 0
         logits = c.vocab_size * (a + 4 + 4)
-        return 16 * self.count_parameters() + B * T * (c.n_layer * (layer + plain) + logits)
+        return 16 * self.count_parameters() + B * T * (c.n_layer * layer + logits)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place, as when GPT-2 is fine-tuned on shorter rows."""

@@ -247,7 +247,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
             scaler.unscale_(optimizer)
             grad_norm = optim.clip(raw_model.parameters(), config.grad_clip)
             guard.check(optimizer, status[0], grad_norm)
-            scaler.step(optimizer)
+            optimizer.step()  # not scaler.step(), which would put its own verdict in the guard's place
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
         step, samples = step + 1, samples + config.rows_per_step

@@ -98,6 +98,7 @@ def save(
 
     Raises RunStopped where the disk does not take it; what was there before stays.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = out_dir / "ckpt" / f"step-{state['step']:06d}"
@@ -118,10 +119,10 @@ def save(
             shutil.rmtree(final)
         partial.rename(final)
         _sync_folder(final.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter stands for any fault of the disk
         shutil.rmtree(partial, ignore_errors=True)
         raise RunStopped(
-            f"the checkpoint {final} could not be written ({error.strerror or error}); earlier ones are untouched: "
+            f"the checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); earlier ones are untouched: "
             f"make room or mend {out_dir}, then go on with --resume=True"
         ) from error
     return final

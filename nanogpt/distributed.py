@@ -222,9 +222,9 @@ def explained_out_of_memory(remedy: str, before_update: bool = True) -> Iterator
 def compiled(model: nn.Module, world: World, x: Tensor, y: Tensor) -> tuple[nn.Module, str | None]:
     """`model` compiled, and tried forward and backward on one batch x, y (B, T); where that fails, `model` itself and
     the reason in a line. Leaves no gradients."""
-    fast: nn.Module = torch.compile(model)  # type: ignore[assignment]
-    reason = None
+    fast, reason = model, None
     try:
+        fast = torch.compile(model)  # type: ignore[assignment]
         with world.autocast():
             fast(x, y)[1].backward()
     except Exception as error:  # the compiler and its backends raise whatever they like

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
@@ -80,10 +82,30 @@ def test_equals_transformers_at_each_width(n_embd: int, n_head: int) -> None:
     assert_equals_oracle(config, T=32)
 
 
-@pytest.mark.parametrize(("gelu", "T"), [("tanh", 2), ("tanh", 256), ("tanh", 257), ("erf", 64), ("erf", 320)])
-def test_equals_transformers_with_either_gelu_and_attention(gelu: str, T: int) -> None:
-    assert model_file.PLAIN_ATTENTION_ON_CPU == 256
+@pytest.mark.parametrize(("gelu", "T"), [("tanh", 2), ("tanh", 320), ("erf", 64)])
+def test_equals_transformers_with_either_gelu(gelu: str, T: int) -> None:
     assert_equals_oracle(GPTConfig(**vars(TINY) | {"gelu": gelu}), T)
+
+
+def test_plain_attention_equals_torchs() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 33, 16, requires_grad=True)
+    plain, fused = plain_attention(q, k, v, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert (plain - fused).abs().max() < 1e-6
+    upstream = torch.randn_like(plain)
+    for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), upstream) for y in (plain, fused)), strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_mixed_precision_takes_the_plain_attention_and_stays_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, idx, calls = GPT(TINY), torch.randint(70, (2, 64)), []
+    monkeypatch.setattr(model_file, "plain_attention", lambda *args: calls.append(1) or plain_attention(*args))
+    expected = model(idx, idx)[1].item()
+    assert not calls
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(idx, idx)[1].item() == pytest.approx(expected, rel=5e-3)
+    assert len(calls) == TINY.n_layer
 
 
 @pytest.mark.slow
@@ -98,7 +120,7 @@ def test_counts_parameters_and_flops(bias: bool) -> None:
     padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
     assert padding == 62 * 48
     assert model.count_parameters() == sum(p.numel() for p in model.parameters()) - padding
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
         model(idx, idx)[1].backward()
     assert counter.get_total_flops() == idx.numel() * (model.flops_per_token() + 6 * padding)
 

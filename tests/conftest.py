@@ -1,0 +1,144 @@
+"""What several test files use: a small dataset whose source is known, and train.py run inside this process."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from nanogpt import checkpoint
+from nanogpt.data import write_dataset
+from nanogpt.tokenizer import Tokenizer
+
+ROOT = Path(train.__file__).resolve().parent
+LETTERS = "abcd"
+# A run of two seconds at most; each test says in what it differs.
+TINY: dict[str, Any] = {
+    **{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "bias": True},
+    **{"batch_size": 4, "gradient_accumulation_steps": 1, "row_order": "random"},
+    **{"max_iters": 20, "learning_rate": 1e-2, "warmup_iters": 2, "lr_decay_iters": 20},
+    **{"eval_interval": 8, "eval_iters": 2, "log_interval": 1, "sample_chars": 0},
+    **{"device": "cpu", "dtype": "float32", "compile": False},
+}
+Run = Callable[..., int]
+
+
+def flags(*files: str, **keys: Any) -> list[str]:
+    """The command line of a tiny run; a key that is `...` is left to its default."""
+    return [*files, *(f"--{name}={value}" for name, value in (TINY | keys).items() if value is not ...)]
+
+
+class Source:
+    """A random text of which all is known: the odds of each letter given the two before it.
+
+    Attributes: `odds` (4, 4, 4), P(next | last but one, last); `pairs` (4, 4), the share of each pair in a long text.
+    """
+
+    def __init__(self, seed: int):
+        self.random = np.random.default_rng(seed)
+        n = len(LETTERS)
+        self.odds = self.random.dirichlet(np.full(n, 0.5), size=(n, n))
+        self.pairs = np.full((n, n), 1 / n**2)
+        for _ in range(1000):  # the stationary distribution, by following the source
+            self.pairs = np.einsum("ab,abc->bc", self.pairs, self.odds)
+
+    def draw(self, count: int) -> np.ndarray:
+        thresholds, where = self.odds.cumsum(-1), self.random.random(count)
+        ids = [0, 0]
+        for x in where:
+            ids.append(min(int(np.searchsorted(thresholds[ids[-2], ids[-1]], x, side="right")), len(LETTERS) - 1))
+        return np.array(ids[2:])
+
+    def loss(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """−log P(y | what the window x shows of its past), in nats, both (B, T): nobody can know more. The first letter
+        of a window shows itself alone, so what stood before it is summed over."""
+        from_one = np.einsum("ab,abc->bc", self.pairs, self.odds) / self.pairs.sum(0)[:, None]
+        known = np.empty(x.shape)
+        known[:, 0] = from_one[x[:, 0], y[:, 0]]
+        known[:, 1:] = self.odds[x[:, :-1], x[:, 1:], y[:, 1:]]
+        return -np.log(known)
+
+
+@pytest.fixture(scope="session")
+def source() -> Source:
+    return Source(seed=5)
+
+
+@pytest.fixture(scope="session")
+def letters(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset drawn from `source`."""
+    folder = tmp_path_factory.mktemp("data") / "letters"
+    splits = {"train": [source.draw(100_000)], "val": [source.draw(20_001)]}
+    write_dataset(folder, splits, Tokenizer.characters(LETTERS))
+    return folder
+
+
+@pytest.fixture
+def run(letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run(*files, key=value …)`: train.py's main with a tiny run's keys in an empty folder; returns its status."""
+    monkeypatch.chdir(tmp_path)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run_train(*files: str, **keys: Any) -> int:
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags(*files, **{"dataset": letters} | keys)])
+        try:
+            return train.main()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    return run_train
+
+
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """`signal_at(step, number)`: this process gets the signal once, at the beginning of the update after `step`."""
+
+    def arrange(step: int, number: int) -> None:
+        original, pending = train.TrainConfig.learning_rate_at, [step]
+
+        def learning_rate_at(config: train.TrainConfig, at: int) -> float:
+            if pending == [at]:
+                pending.clear()
+                signal.raise_signal(number)
+            return original(config, at)
+
+        monkeypatch.setattr(train.TrainConfig, "learning_rate_at", learning_rate_at)
+
+    return arrange
+
+
+def metrics(out_dir: str | Path, *fields: str) -> list[Any]:
+    """The lines of metrics.jsonl without what a clock decides; of those with `fields`, these fields alone."""
+    timed = ("time_s", "tokens_per_s", "mfu")
+    lines = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [{name: value for name, value in line.items() if name not in timed} for line in lines]
+    return [tuple(line[f] for f in fields) for line in lines if set(fields) <= set(line)] if fields else lines
+
+
+def steps(out_dir: str | Path) -> list[int]:
+    """The steps of the checkpoints there are, the oldest first."""
+    return sorted(int(path.name[5:]) for path in checkpoint.steps(Path(out_dir)))
+
+
+def assert_same_checkpoint(one: str | Path, other: str | Path, step: int) -> None:
+    """Weights, optimizer and counters of two runs at `step` are equal to the bit."""
+    a, b = (checkpoint.load(Path(out_dir) / "ckpt" / f"step-{step:06d}") for out_dir in (one, other))
+    for ours, theirs in ((a.model, b.model), (a.optimizer, b.optimizer)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    counters = ("step", "samples", "val_loss", "best_val_loss", "scaler", "model")
+    assert [a.state[name] for name in counters] == [b.state[name] for name in counters]
+    assert len(a.optimizer) == 3 * len(a.model)  # AdamW's step and two moments for each parameter
+
+
+def environment() -> dict[str, str]:
+    """For subprocesses: the root can be imported, and nobody asks the network."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
