@@ -75,6 +75,8 @@ def make_room(out_dir: Path) -> Path | None:
     Raises InputError where the folder cannot be written.
     """
     moved = None
+    if is_run(out_dir) and not out_dir.name:
+        raise InputError(f"out_dir={out_dir} holds a run that cannot move aside from here: give another --out_dir")
     try:
         if is_run(out_dir):
             taken = (out_dir.with_name(f"{out_dir.name}.{n}") for n in range(1, 10**6))
@@ -121,8 +123,9 @@ def save(
         _sync_folder(final.parent)
     except (OSError, SafetensorError) as error:  # the latter stands for any fault of the disk
         shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise RunStopped(
-            f"the checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); earlier ones are untouched: "
+            f"the checkpoint {final} could not be written ({reason}); earlier ones are untouched: "
             f"make room or mend {out_dir}, then go on with --resume=True"
         ) from error
     return final
@@ -131,6 +134,8 @@ def save(
 def prune(out_dir: Path, keep_every: int) -> None:
     """Delete all checkpoints but the newest two, the best, and those at multiples of `keep_every` (0: none of them)."""
     newest_first = steps(out_dir)
+    for path in (out_dir / "ckpt").glob(".step-*.partial"):  # left by a kill
+        shutil.rmtree(path, ignore_errors=True)
     for path in newest_first[2:]:
         keep = keep_every and int(path.name[5:]) % keep_every == 0
         if not keep and path != best(newest_first):

@@ -158,13 +158,19 @@ class Log:
                 self._tell_finish(step, (seconds - self.warm_s) / 9)
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """Record an evaluation: mean loss in nats by split, "train" and "val"."""
+        """Record an evaluation: mean loss in nats by split, "train" and "val". Raises RunStopped for one that is not
+        finite: the last update broke the weights, and they must not be saved."""
         seconds = self.clock.seconds
         if self.tracker:
             line = {"step": step, "tokens": self._tokens(step), "time_s": round(seconds, 3)}
             self.tracker.log(line | {f"{split}_loss": loss for split, loss in losses.items()})
         told = " | ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
         say(f"step {step:6d} | {told} | {duration(seconds)} trained")
+        if not all(map(math.isfinite, losses.values())):
+            raise RunStopped(
+                f"step {step}: the losses of the evaluation are not finite. Nothing was saved, and earlier checkpoints are "
+                "good: go on from the last one with --resume=True and a lower --learning_rate"
+            )
 
     def _line(self, step: int, loss: float, grad_norm: float, seconds: float) -> None:
         (before, then), self.last_line = self.last_line, (step, seconds)

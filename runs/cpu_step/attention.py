@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 from model import plain_attention  # noqa: E402
 
 
-def seconds(attend, q, k, v) -> float:
+def seconds(attend, q, k, v, upstream) -> float:
     start = time.perf_counter()
-    attend(q, k, v).sum().backward()
+    torch.autograd.grad(attend(q, k, v), (q, k, v), upstream)
     return time.perf_counter() - start
 
 
@@ -40,8 +40,10 @@ def main() -> None:
     for head_dim, heads in ((32, 4), (64, 12)):
         for T in (32, 64, 128, 256, 512, 1024):
             B = max(1, 1024 // T)
-            q, k, v = (torch.randn(B, heads, T, head_dim, requires_grad=True) for _ in range(3))
-            times = [(seconds(fused, q, k, v), seconds(plain, q, k, v)) for _ in range(40)][5:]
+            # Laid out as the model has them: (B, T, 3, heads, head_dim) in memory.
+            q, k, v = torch.randn(B, T, 3, heads, head_dim).permute(2, 0, 3, 1, 4).detach().requires_grad_().unbind()
+            upstream = torch.randn(B, T, heads, head_dim).transpose(1, 2)
+            times = [(seconds(fused, q, k, v, upstream), seconds(plain, q, k, v, upstream)) for _ in range(60)][10:]
             ratio = statistics.median(f / p for f, p in times)
             plain_ms = 1e3 * statistics.median(p for _, p in times)
             rows.append({"head_dim": head_dim, "heads": heads, "T": T, "rows": B, "fused_over_plain": round(ratio, 2)})

@@ -1,0 +1,371 @@
+"""The training loop: what a run does, from its settings to its end."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import train
+from configurator import parse
+from conftest import ROOT, TINY, Run, environment, flags, metrics, steps
+from model import GPT, GPTConfig
+from nanogpt import RunStopped, checkpoint, data, distributed
+from nanogpt.pretrained import BLOCK
+from nanogpt.tokenizer import Tokenizer
+
+
+def losses(out_dir: str) -> list[float]:
+    return [loss for (loss,) in metrics(out_dir, "loss")]
+
+
+def learns(out_dir: str) -> bool:
+    """Whether the validation loss ends below log 4 = 1.386, what not to know anything of four letters costs."""
+    return metrics(out_dir, "val_loss")[-1][0] < 1.3
+
+
+# ---- one function, however it is computed
+
+
+def test_accumulation_is_a_larger_batch(run: Run):
+    run(out_dir="at_once", batch_size=8, max_iters=30)
+    run(out_dir="in_parts", batch_size=2, gradient_accumulation_steps=4, eval_iters=8, max_iters=30)
+    assert learns("at_once")
+    assert losses("in_parts") == pytest.approx(losses("at_once"), rel=1e-6)
+    assert metrics("in_parts", "grad_norm")[-1] == pytest.approx(metrics("at_once", "grad_norm")[-1], rel=1e-4)
+    for split in ("train_loss", "val_loss"):
+        ours, theirs = (metrics(name, split)[-1][0] for name in ("in_parts", "at_once"))
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_the_first_update_is_torch_s_own(run: Run, letters: Path):
+    """One step, written out: the rows, the mean loss, the clipped gradient, the decayed and moved weights."""
+    run(out_dir="out", max_iters=1, gradient_accumulation_steps=2, grad_clip=0.5, seed=7)
+    torch.manual_seed(7)
+    sizes = {name: TINY[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+    model = GPT(GPTConfig(vocab_size=4, **sizes))
+    train_split = data.open_dataset(letters, block_size=16).train
+    _, loss = model(*data.Rows(train_split, 16, 4, seed=7)[0:8])
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    assert norm > 0.5
+    with torch.no_grad():
+        for p in model.parameters():  # AdamW's first step, both moments corrected: the gradient's sign
+            rate = 1e-2 / 3
+            p.mul_(1 - rate * 0.1 * (p.dim() == 2)).sub_(rate * p.grad / (p.grad.abs() + 1e-8))
+    assert metrics("out", "loss", "lr", "grad_norm")[0] == pytest.approx((loss.item(), 1e-2 / 3, norm.item()), rel=1e-5)
+    saved = checkpoint.load(Path("out/ckpt/step-000001")).model
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(saved[name], p.detach(), rtol=0, atol=2e-5)
+
+
+def test_evaluation_is_the_mean_over_the_whole_split(letters: Path):
+    """Also where the last batch is not full, and dropout stays off."""
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=4, block_size=16, dropout=0.5))
+    with torch.no_grad():
+        model.tokens.weight[:4] *= 30  # predictions that differ from window to window
+    val = data.open_dataset(letters, block_size=16).val[: 16 * 10 + 1]
+    windows = data.EvalWindows(val, 16, 0, 4, 4)
+    assert len(windows) == 10
+    model.eval()
+    expected = sum(model(*windows[k : k + 1])[1].item() for k in range(10)) / 10
+    model.train()
+    world = distributed.World(0, 1, torch.device("cpu"), torch.float32)
+    assert train.evaluate(model, windows, 4, world) == pytest.approx(expected, rel=1e-6)
+    assert model.training
+
+
+def test_float16_trains_and_keeps_its_scale(run: Run):
+    run(out_dir="half", dtype="float16", max_iters=60, learning_rate=2e-2, checkpoint_minutes=0)
+    run(out_dir="full", max_iters=60, learning_rate=2e-2)
+    assert learns("half")
+    assert metrics("half", "val_loss")[-1][0] == pytest.approx(metrics("full", "val_loss")[-1][0], abs=0.03)
+    scaler = checkpoint.load(Path("half/ckpt/step-000060")).state["scaler"]
+    assert scaler["scale"] >= 1
+    assert scaler["_growth_tracker"] > 0
+    run(out_dir="half", resume=True, dtype="float16", max_iters=64, learning_rate=2e-2)
+    again = checkpoint.load(Path("half/ckpt/step-000064")).state["scaler"]
+    assert again["_growth_tracker"] == scaler["_growth_tracker"] + 4
+    assert again["scale"] == scaler["scale"]
+
+
+# ---- the compiler
+
+
+@pytest.mark.slow
+def test_compiled_trains_to_the_same_losses(run: Run):
+    keys = {"max_iters": 40, "gradient_accumulation_steps": 2}
+    run(out_dir="plain", **keys)
+    run(out_dir="compiled", compile=True, **keys)
+    assert losses("compiled") == pytest.approx(losses("plain"), rel=1e-4)
+    names = checkpoint.load(Path("compiled/ckpt/step-000040")).model.keys()
+    assert names == checkpoint.load(Path("plain/ckpt/step-000040")).model.keys()
+
+
+@pytest.mark.parametrize("when", ["at once", "at the first batch", "in the backward pass"])
+def test_a_compiler_that_fails_is_done_without(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
+):
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no C++ compiler was found\nand more")
+
+    class Broken(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[None, torch.Tensor]:
+            loss = self.model(x, y)[1]
+            loss.register_hook(fail)
+            return None, loss
+
+    def compile(model: torch.nn.Module) -> Any:
+        if when == "at once":
+            fail()
+        broken = Broken()
+        broken.model = model
+        return fail if when == "at the first batch" else broken
+
+    run(out_dir="plain")
+    monkeypatch.setattr(torch, "compile", compile)
+    assert run(out_dir="out", compile=True) == 0
+    told = capsys.readouterr().out
+    assert "warning: torch.compile failed, going on without it (RuntimeError: no C++ compiler was found)" in told
+    assert losses("out") == losses("plain")  # no gradient of the attempt is left
+
+
+# ---- runs that break
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_rate_that_breaks_the_weights(run: Run, evaluated: bool, capsys: pytest.CaptureFixture[str]):
+    keys = {"warmup_iters": 0, "decay_lr": False, "eval_interval": 4}
+    run(out_dir="out", max_iters=8, **keys)
+    good = checkpoint.load(Path("out/ckpt/step-000008"))
+    # The first update makes numbers of 1e30, and what follows, a step or an evaluation, is not finite.
+    keys["eval_interval"] = 1 if evaluated else 100
+    with pytest.raises(RunStopped, match=r"finite.*earlier checkpoints are good: go on from the last one with --resume"):
+        run(out_dir="out", resume=True, max_iters=30, learning_rate=1e30, **keys)
+    assert steps("out") == [4, 8]
+    again = checkpoint.load(Path("out/ckpt/step-000008"))
+    assert all(torch.equal(again.model[name], tensor) for name, tensor in good.model.items())
+    assert run(out_dir="out", resume=True, max_iters=30, **keys | {"eval_interval": 10, "learning_rate": 5e-3}) == 0
+    assert [line for line in metrics("out", "step")] == sorted(metrics("out", "step"))
+    assert learns("out")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_broken_gradient_stops_the_run_and_touches_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, dtype: str
+):
+    """From the update after step 5 on the loss is NaN: float32 gives up at once, float16 when its scale has fallen."""
+    calls, forward, saved = [0], GPT.forward, []
+    original = checkpoint.save
+
+    def poisoned(self: GPT, idx: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+        logits, loss = forward(self, idx, targets)
+        calls[0] += self.training
+        return logits, loss * float("nan") if self.training and calls[0] > 5 else loss
+
+    def save(out_dir: Path, model: dict[str, torch.Tensor], *args: Any) -> Path:
+        saved.append(args[1]["step"])
+        assert all(tensor.isfinite().all() for tensor in model.values())
+        return original(out_dir, model, *args)
+
+    run(out_dir="healthy", dtype=dtype, max_iters=5)
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(RunStopped, match=r"step (6|25): loss nan, .*No update was made"):
+        run(out_dir="out", dtype=dtype, max_iters=40, eval_interval=5, keep_every=5)
+    # In float16 twenty bad steps in a row are forgiven, so the evaluations at 10, 15 and 20 save what stands: step 5.
+    assert saved == ([5] if dtype == "float32" else [5, 10, 15, 20])
+    healthy = checkpoint.load(Path("healthy/ckpt/step-000005")).model
+    for step in saved:
+        now = checkpoint.load(Path(f"out/ckpt/step-{step:06d}")).model
+        assert all(torch.equal(now[name], tensor) for name, tensor in healthy.items())
+    nulls = [step for step, loss in metrics("out", "step", "loss") if loss is None]
+    assert nulls == ([] if dtype == "float32" else [*range(6, 25)])
+    monkeypatch.undo()
+
+
+# ---- signals, in processes of their own
+
+
+def test_a_signal_saves_and_ends(letters: Path, tmp_path: Path):
+    running: dict[int, subprocess.Popen[str]] = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Long enough to be caught in the middle; whatever fails here, it ends by itself.
+        keys = {"dataset": letters, "max_iters": 20_000, "eval_interval": 10**6, "out_dir": tmp_path / f"out{number}"}
+        command = [sys.executable, ROOT / "train.py", *flags(**keys)]
+        running[number] = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT)
+    for number, process in running.items():
+        assert process.stdout is not None
+        assert any(line.startswith("step     20") for line in process.stdout)
+        process.send_signal(number)
+        told = process.communicate(timeout=60)[0]
+        assert process.returncode == 128 + number  # 143 and 130
+        out_dir = tmp_path / f"out{number}"
+        (step,) = steps(out_dir)
+        assert step >= 20
+        assert f"stopped at step {step} by a signal; saved: go on with --resume=True" in told
+        assert "Traceback" not in told
+        assert metrics(out_dir)[-1]["step"] == step
+        assert checkpoint.load(out_dir / f"ckpt/step-{step:06d}").state["samples"] == 4 * step
+
+
+# ---- runs that write nothing
+
+
+@pytest.mark.parametrize("keys", [{"dry_run": True}, {"eval_only": True}])
+def test_nothing_is_written(run: Run, keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(out_dir="out", max_iters=3)
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    for start in ({"out_dir": "new"}, {"out_dir": "out"}, {"out_dir": "out", "resume": True}):
+        assert run(**{"max_iters": 10**6, "warmup_iters": 0, "dropout": 0.1} | start | keys) == 0
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    told = capsys.readouterr().out
+    if "dry_run" in keys:
+        assert told.count("finishes in about") == 3
+        assert "step 4 rows of 16 = 64 tokens" in " ".join(told.split())
+        assert f"model       {GPT.from_checkpoint('out').count_parameters():,} parameters" in told
+
+
+def test_eval_only_measures_the_weights_it_is_given(run: Run, capsys: pytest.CaptureFixture[str]):
+    run(out_dir="out", eval_iters=0)
+    ((train_loss, val_loss),) = metrics("out", "train_loss", "val_loss")[-1:]
+    capsys.readouterr()
+    for start in ({"out_dir": "out", "resume": True}, {"out_dir": "new", "init_from": "out/ckpt/step-000020"}):
+        run(eval_only=True, eval_iters=0, dropout=0.5, **start)
+        assert f": train loss {train_loss:.4f}, val loss {val_loss:.4f}" in capsys.readouterr().out
+
+
+# ---- weights from elsewhere
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Any:
+    """transformers' model with our four letters and a context of 32, not trained, away from its special start."""
+    config = transformers.GPT2Config(
+        **{"n_layer": 2, "n_head": 2, "n_embd": 24, "vocab_size": 4, "n_positions": 32},
+        **{"initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0},
+        **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    )
+    torch.manual_seed(3)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def as_nanogpt_saves(model: Any, path: Path) -> None:
+    """The layout of nanoGPT's ckpt.pt, after torch.compile: its linear layers are torch's, stored as (out, in)."""
+    matrices = [theirs for theirs, (_, _, in_) in BLOCK.items() if in_]
+    tensors = {
+        f"_orig_mod.{name}": t.t().contiguous() if any(f"{m}.weight" in name for m in matrices) else t
+        for name, t in model.state_dict().items()
+    }
+    c = model.config
+    args = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "block_size": c.n_positions, "bias": True}
+    args |= {"vocab_size": c.vocab_size, "dropout": 0.0}
+    torch.save({"model": tensors, "model_args": args, "iter_num": 7, "best_val_loss": torch.tensor(1.3)}, path)
+
+
+def loss_of(model: Any, letters: Path, T: int) -> float:
+    """transformers' loss on the whole validation split, each window of T."""
+    val = data.open_dataset(letters, block_size=T).val
+    x, y = data.EvalWindows(val, T, 0, 1, 4)[0:10**6]
+    with torch.no_grad():
+        logits = model(x).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+
+
+@pytest.mark.parametrize("kind", ["hugging face", "nanogpt", "ours"])
+@pytest.mark.parametrize("block_size", [..., 12])
+def test_training_starts_from_weights_of_elsewhere(
+    run: Run, letters: Path, foreign: Any, kind: str, block_size: Any, monkeypatch: pytest.MonkeyPatch
+):
+    if kind == "nanogpt":
+        as_nanogpt_saves(foreign, Path("ckpt.pt"))
+        foreign.config.activation_function = "gelu"  # nanoGPT computes GELU exactly
+        foreign = type(foreign)._from_config(foreign.config).eval()
+        saved = torch.load("ckpt.pt", weights_only=True)["model"]
+        tensors = {name.removeprefix("_orig_mod."): t for name, t in saved.items()}
+        foreign.load_state_dict(
+            {n: t.t() if t.dim() == 2 and ".h." in n else t for n, t in tensors.items()}, strict=True
+        )
+        start = "ckpt.pt"
+    else:
+        foreign.save_pretrained("theirs")
+        start = "theirs"
+    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "bias"), ...)
+    if kind == "ours":
+        run(out_dir="first", init_from="theirs", max_iters=0, block_size=..., **shape)
+        start = "first"
+    run(out_dir="out", init_from=start, block_size=block_size, eval_iters=0, max_iters=4, **shape)
+    T = 32 if block_size is ... else block_size
+    assert metrics("out", "val_loss")[0][0] == pytest.approx(loss_of(foreign, letters, T), rel=1e-5)
+    state = checkpoint.load(Path("out/ckpt/step-000004")).state
+    assert state["model"]["block_size"] == state["config"]["block_size"] == T
+    assert state["config"]["n_embd"] == 24
+    assert state["model"]["gelu"] == ("erf" if kind == "nanogpt" else "tanh")
+    assert (state["step"], state["samples"]) == (4, 16)  # a new run, its own counts
+    assert metrics("out", "val_loss")[-1] < metrics("out", "val_loss")[0]
+    assert run(out_dir="out", resume=True, max_iters=6, block_size=..., **shape) == 0
+
+
+# ---- recipes
+
+
+CONFIGS = {path.name: path for path in (ROOT / "config").glob("*.py")}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recipes_are_valid(name: str):
+    config, given = parse(train.TrainConfig, [str(CONFIGS[name])])
+    config.check()
+    assert given["dataset"] in {"openwebtext", "shakespeare", "shakespeare_char"}
+
+
+def test_recipes_mean_what_nanogpt_means():
+    assert len(CONFIGS) == 8
+
+    def read(name: str) -> train.TrainConfig:
+        return parse(train.TrainConfig, [str(CONFIGS[name])])[0]
+
+    finetune = read("finetune_shakespeare.py")
+    assert (finetune.init_from, finetune.max_iters, finetune.rows_per_step) == ("gpt2-xl", 20, 32)
+    assert {finetune.learning_rate_at(step) for step in range(20)} == {3e-5}
+    gpt2 = read("train_gpt2.py")
+    assert gpt2.rows_per_step * gpt2.block_size == 491_520
+    assert gpt2.learning_rate_at(2000) == pytest.approx(6e-4)
+    assert gpt2.learning_rate_at(600_000) == pytest.approx(6e-5)
+    for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        config = read(f"eval_{size.replace('-', '_')}.py")
+        assert (config.init_from, config.eval_only, config.eval_iters) == (size, True, 500)
+
+
+# ---- what is said
+
+
+def test_what_a_run_says(run: Run, capsys: pytest.CaptureFixture[str]):
+    run(out_dir="out", sample_chars=30, warmup_iters=50, log_interval=5)
+    told = capsys.readouterr().out.splitlines()
+    assert any(line.split() == "step 4 rows of 16 = 64 tokens, in micro-batches of 4".split() for line in told)
+    assert any("20 steps = 1,280 tokens = 0.064 epochs of letters" in line for line in told)
+    assert "warning: warmup_iters=50 is longer than the run, which never reaches learning_rate" in told
+    samples = [line.strip() for line in told if line.startswith("    ")]
+    assert len(samples) == 4  # at 0, 8, 16 and 20
+    assert all(len(sample) == 30 and set(sample) <= set("abcd") for sample in samples)
+    assert sum(line.startswith("step     10 | loss") for line in told) == 1
+    assert not any(line.startswith("step     11") for line in told)
+
+
+def test_a_dataset_without_a_description(run: Run, letters: Path, capsys: pytest.CaptureFixture[str]):
+    """nanoGPT's own folders: ids alone are GPT-2's, a tokenizer tells the vocabulary."""
+    Path("bare").mkdir()
+    for split in ("train", "val"):
+        Path(f"bare/{split}.bin").write_bytes((letters / f"{split}.bin").read_bytes())
+    run(dataset="bare", out_dir="out", max_iters=1)
+    assert "ids are taken for GPT-2's encoding" in capsys.readouterr().out
+    assert GPT.from_checkpoint("out").config.vocab_size == 50257
+    Tokenizer.characters("abcde").save("bare")
+    run(dataset="bare", out_dir="out", max_iters=1)
+    assert GPT.from_checkpoint("out").config.vocab_size == 5
