@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from configurator import key, parse
 from model import GPT, GPTConfig
 from nanogpt import InputError, data, distributed, optim, run_script
-from nanogpt.distributed import World, explained_out_of_memory, say
+from nanogpt.distributed import World, explained_out_of_memory, memory_remedy, say
 from nanogpt.pretrained import GPT2_VOCAB
 from nanogpt.tracking import Late, Stopwatch, size
-from train import SHAPE_KEYS, TrainConfig, load_weights, memory_remedy, open_data_and_model, seed_everything
+from train import SHAPE_KEYS, TrainConfig, load_weights, open_data_and_model, seed_everything
 
 TURN = 5  # steps of one side, beside a reference, before it is the other's turn
 TRACED = 3  # steps in a trace
@@ -79,7 +79,7 @@ def main() -> None:
         f"{model.count_parameters():,} parameters; a step is {rows} = {tokens_per_step:,} tokens "
         f"of {config.dataset or 'random ids'}",
     )
-    with explained_out_of_memory(memory_remedy(config)):
+    with explained_out_of_memory(memory_remedy(config.batch_size, config.rows_per_step, config.block_size)):
         measure(sides, config, memory_before, world)
     tell(sides, config, model, world)
     if config.profile:

@@ -20,11 +20,11 @@ from configurator import build, key, parse
 from model import GPT, GPTConfig
 from nanogpt import InputError, checkpoint, data, distributed, optim, run_script
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.distributed import World, catch_signals, explained_out_of_memory, say
+from nanogpt.distributed import World, catch_signals, explained_out_of_memory, memory_remedy, say
 from nanogpt.inference import sample_text
 from nanogpt.pretrained import GPT2_VOCAB, read_weights
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.tracking import Log, Stopwatch, Tracker, size
+from nanogpt.tracking import Log, Stopwatch, Tracker, report
 
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
@@ -136,7 +136,8 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
     rows_per_rank = config.rows_per_step // world.size
     micro_batch = max(n for n in range(1, min(config.batch_size, rows_per_rank) + 1) if rows_per_rank % n == 0)
     micro_steps = rows_per_rank // micro_batch
-    report(config, raw_model, dataset, micro_batch, world)
+    remedy = memory_remedy(config.batch_size, config.rows_per_step, config.block_size)
+    report(config, raw_model, dataset.name, len(dataset.train), micro_batch, world, remedy)
     out_dir = Path(config.out_dir)
     if writes and world.is_main and not resumed and (moved := checkpoint.make_room(out_dir)):
         say(f"{out_dir} held a run already: moved to {moved}")
@@ -149,7 +150,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
     }
     model: nn.Module = raw_model
     if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
-        with explained_out_of_memory(memory_remedy(config)):
+        with explained_out_of_memory(remedy):
             model, failure = distributed.compiled(raw_model, world, *world.put(*rows[0:micro_batch]))
         if failure:
             say(f"warning: torch.compile failed, going on without it ({failure})")
@@ -228,7 +229,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
             group["lr"] = config.learning_rate_at(step)
         loss_sum = torch.zeros((), device=world.device)
         first_row = samples + world.rank * rows_per_rank
-        with explained_out_of_memory(memory_remedy(config), before_update=step == first_step):
+        with explained_out_of_memory(remedy, before_update=step == first_step):
             for micro_step in range(micro_steps):
                 x, y = world.put(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
                 first_row += micro_batch
@@ -322,40 +323,6 @@ def load_weights(config: TrainConfig, given: dict[str, Any]) -> GPT:
         return GPT.from_pretrained(weights, dropout=config.dropout, block_size=block_size)
     except ValueError as error:
         raise InputError(f"init_from={config.init_from}: {error}; leave --block_size out or give less") from error
-
-
-def report(config: TrainConfig, model: GPT, dataset: data.Dataset, micro_batch: int, world: World) -> None:
-    """What the run will be, before it begins. Raises InputError where a CPU's memory will not do."""
-    parameters, T, rows = model.count_parameters(), model.config.block_size, config.rows_per_step
-    tokens = config.max_iters * rows * T
-    memory = model.training_bytes(micro_batch, T, 4 if world.dtype == torch.float32 else 2)
-    free = distributed.free_memory(world.device)
-    say(
-        f"{world.size} process(es) on {distributed.describe(world.device)}, {str(world.dtype).removeprefix('torch.')}",
-        f"model       {parameters:,} parameters",
-        f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {micro_batch}",
-        f"run         {config.max_iters:,} steps = {tokens:,} tokens = {tokens / len(dataset.train):.3g} epochs of "
-        f"{dataset.name} = {tokens / parameters:.3g} tokens per parameter",
-        f"memory      about {size(memory)}" + (f" of {size(free)} free" if free else "") + " on each device",
-        f"checkpoint  {size(12 * parameters)} in {config.out_dir}/ckpt",
-    )
-    if config.decay_lr and config.warmup_iters > config.max_iters:
-        say(f"warning: warmup_iters={config.warmup_iters} is longer than the run, which never reaches learning_rate")
-    if world.device.type == "cpu" and free and memory > free:
-        raise InputError(memory_remedy(config))
-
-
-def memory_remedy(config: TrainConfig) -> str:
-    """What to do where memory runs out: the flags that halve the micro-batch and keep the rows per step."""
-    smaller = (
-        max(n for n in range(1, config.batch_size // 2 + 1) if config.batch_size % n == 0)
-        if config.batch_size > 1
-        else 0
-    )
-    flags = f"--batch_size={smaller} --gradient_accumulation_steps={config.rows_per_step // max(smaller, 1)}"
-    return f"too little memory for batch_size={config.batch_size} at block_size={config.block_size}: " + (
-        f"{flags} keeps the rows per step" if smaller else "use a smaller --block_size or model"
-    )
 
 
 @torch.no_grad()

@@ -208,6 +208,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or told
 
 
+def memory_remedy(batch_size: int, rows_per_step: int, block_size: int) -> str:
+    """What to do where memory runs out: the flags for a micro-batch of half the rows, with as many rows per step."""
+    told = f"too little memory for batch_size={batch_size} at block_size={block_size}"
+    smaller = max((n for n in range(1, batch_size // 2 + 1) if batch_size % n == 0), default=0)
+    if not smaller:
+        return f"{told}: use a smaller --block_size or a smaller model"
+    accumulation = rows_per_step // smaller
+    return f"{told}: --batch_size={smaller} --gradient_accumulation_steps={accumulation} keeps the rows per step"
+
+
 @contextlib.contextmanager
 def explained_out_of_memory(remedy: str, before_update: bool = True) -> Iterator[None]:
     """Turns running out of memory into an InputError, after the first update into a RunStopped, that says `remedy`."""

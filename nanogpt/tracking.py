@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanogpt import InputError, RunStopped
-from nanogpt.distributed import World, say
+from nanogpt.distributed import World, describe, free_memory, say
 
 
 class Stopwatch:
@@ -220,6 +220,30 @@ def _keep_lines(path: Path, step: int) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
+
+
+def report(
+    config: Any, model: Any, dataset: str, train_tokens: int, micro_batch: int, world: World, remedy: str
+) -> None:
+    """Print what a run will be, before it begins; the arguments are train.py's. Raises InputError, saying `remedy`, where
+    a CPU's memory will not do: there the system would kill the process without a word."""
+    parameters, T, rows = model.count_parameters(), model.config.block_size, config.rows_per_step
+    tokens = config.max_iters * rows * T
+    memory = model.training_bytes(micro_batch, T, 4 if world.dtype == torch.float32 else 2)
+    free = free_memory(world.device)
+    say(
+        f"{world.size} process(es) on {describe(world.device)}, {str(world.dtype).removeprefix('torch.')}",
+        f"model       {parameters:,} parameters",
+        f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {micro_batch}",
+        f"run         {config.max_iters:,} steps = {tokens:,} tokens = {tokens / train_tokens:.3g} epochs of {dataset} = "
+        f"{tokens / parameters:.3g} tokens per parameter",
+        f"memory      about {size(memory)} per process" + (f", {size(free)} are free" if free else ""),
+        f"checkpoint  {size(12 * parameters)} in {config.out_dir}/ckpt",
+    )
+    if config.decay_lr and config.warmup_iters > config.max_iters:
+        say(f"warning: warmup_iters={config.warmup_iters} is longer than the run, which never reaches learning_rate")
+    if world.device.type == "cpu" and free and memory * world.size > free:
+        raise InputError(remedy)
 
 
 def duration(seconds: float) -> str:

@@ -156,7 +156,9 @@ def test_a_used_out_dir_moves_away(run: Run, capsys: pytest.CaptureFixture[str])
     told = capsys.readouterr().out
     assert "out held a run already: moved to out.1" in told
     assert "moved to out.2" in told
-    seeds = [checkpoint.load(Path(name, "ckpt/step-000002")).state["config"]["seed"] for name in ("out.1", "out.2", "out")]
+    seeds = [
+        checkpoint.load(Path(name, "ckpt/step-000002")).state["config"]["seed"] for name in ("out.1", "out.2", "out")
+    ]
     assert seeds == [1, 2, 3]
     assert len(metrics("out", "loss")) == len(metrics("out.1", "loss")) == 2
     Path("mine").mkdir()
@@ -188,9 +190,7 @@ def test_only_the_best_are_saved_on_request(run: Run, monkeypatch: pytest.Monkey
     losses = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.6])
     monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))  # train and val in turn
     saved, original = [], checkpoint.save
-    monkeypatch.setattr(
-        checkpoint, "save", lambda out, *args: (saved.append(args[2]["step"]), original(out, *args))[1]
-    )
+    monkeypatch.setattr(checkpoint, "save", lambda out, *args: (saved.append(args[2]["step"]), original(out, *args))[1])
     run(out_dir="out", eval_interval=8, max_iters=16, always_save_checkpoint=False)
     assert saved == [8, 16]  # at 0 nothing is learnt; at 8 the best; at 16, no better, because it is the end
     losses = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.6, 3.5, 3.7])
@@ -206,9 +206,7 @@ def test_only_the_best_are_saved_on_request(run: Run, monkeypatch: pytest.Monkey
 
 def test_saves_in_between(run: Run, monkeypatch: pytest.MonkeyPatch):
     saved, original = [], checkpoint.save
-    monkeypatch.setattr(
-        checkpoint, "save", lambda out, *args: (saved.append(args[2]["step"]), original(out, *args))[1]
-    )
+    monkeypatch.setattr(checkpoint, "save", lambda out, *args: (saved.append(args[2]["step"]), original(out, *args))[1])
     run(out_dir="often", checkpoint_minutes=1e-7, eval_interval=100, max_iters=6, lr_decay_iters=20)
     assert saved == [2, 4, 6]  # due at each step, seen a step late, when the next is done
     saved.clear()

@@ -50,6 +50,7 @@ def work(folder: Path) -> None:
         read.clear()
         sys.argv = ["train.py", *flags(**keys, dataset=folder / "letters", out_dir=name)]
         status = train.main()
+        dist.barrier()  # as if the next began when the last had ended
         if status:
             sys.argv.append("--resume=True")
             train.main()

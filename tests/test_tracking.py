@@ -93,9 +93,7 @@ def test_fields_of_a_run(run: Run):
     assert times == sorted(times)
     assert times[0] == 0 < times[-1]
     # Each line's speed is that since the line before, so the seconds add up.
-    assert sum(4 * 6 * 16 / line["tokens_per_s"] for line in training) == pytest.approx(
-        times[-1], rel=2e-3, abs=2e-3
-    )
+    assert sum(4 * 6 * 16 / line["tokens_per_s"] for line in training) == pytest.approx(times[-1], rel=2e-3, abs=2e-3)
 
 
 def test_time_without_evaluation_and_saving(run: Run, monkeypatch: pytest.MonkeyPatch):
@@ -116,4 +114,11 @@ def test_time_without_evaluation_and_saving(run: Run, monkeypatch: pytest.Monkey
 def test_words_for_times_and_sizes():
     said = [duration(s) for s in (0.4, 59, 60, 187, 3599.6, 20530, 48 * 3600, 273600)]
     assert said == ["0 s", "59 s", "1:00 min", "3:07 min", "1:00:00 h", "5:42:10 h", "2 d 0 h", "3 d 4 h"]
-    assert [size(n) for n in (0, 999, 1e3, 1.5e6, 2.54e9, 3e12)] == ["0 B", "999 B", "1 kB", "1.5 MB", "2.54 GB", "3 TB"]
+    assert [size(n) for n in (0, 999, 1e3, 1.5e6, 2.54e9, 3e12)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "1.5 MB",
+        "2.54 GB",
+        "3 TB",
+    ]

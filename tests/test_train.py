@@ -144,7 +144,9 @@ def test_a_rate_that_breaks_the_weights(run: Run, evaluated: bool, capsys: pytes
     good = checkpoint.load(Path("out/ckpt/step-000008"))
     # The first update makes numbers of 1e30, and what follows, a step or an evaluation, is not finite.
     keys["eval_interval"] = 1 if evaluated else 100
-    with pytest.raises(RunStopped, match=r"finite.*earlier checkpoints are good: go on from the last one with --resume"):
+    with pytest.raises(
+        RunStopped, match=r"finite.*earlier checkpoints are good: go on from the last one with --resume"
+    ):
         run(out_dir="out", resume=True, max_iters=30, learning_rate=1e30, **keys)
     assert steps("out") == [4, 8]
     again = checkpoint.load(Path("out/ckpt/step-000008"))
@@ -155,9 +157,7 @@ def test_a_rate_that_breaks_the_weights(run: Run, evaluated: bool, capsys: pytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_broken_gradient_stops_the_run_and_touches_nothing(
-    run: Run, monkeypatch: pytest.MonkeyPatch, dtype: str
-):
+def test_a_broken_gradient_stops_the_run_and_touches_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, dtype: str):
     """From the update after step 5 on the loss is NaN: float32 gives up at once, float16 when its scale has fallen."""
     calls, forward, saved = [0], GPT.forward, []
     original = checkpoint.save
@@ -197,7 +197,9 @@ def test_a_signal_saves_and_ends(letters: Path, tmp_path: Path):
         # Long enough to be caught in the middle; whatever fails here, it ends by itself.
         keys = {"dataset": letters, "max_iters": 20_000, "eval_interval": 10**6, "out_dir": tmp_path / f"out{number}"}
         command = [sys.executable, ROOT / "train.py", *flags(**keys)]
-        running[number] = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT)
+        running[number] = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
+        )
     for number, process in running.items():
         assert process.stdout is not None
         assert any(line.startswith("step     20") for line in process.stdout)
@@ -271,7 +273,7 @@ def as_nanogpt_saves(model: Any, path: Path) -> None:
 def loss_of(model: Any, letters: Path, T: int) -> float:
     """transformers' loss on the whole validation split, each window of T."""
     val = data.open_dataset(letters, block_size=T).val
-    x, y = data.EvalWindows(val, T, 0, 1, 4)[0:10**6]
+    x, y = data.EvalWindows(val, T, 0, 1, 4)[0 : 10**6]
     with torch.no_grad():
         logits = model(x).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
