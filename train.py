@@ -24,7 +24,7 @@ from nanogpt.distributed import World, catch_signals, explained_out_of_memory, m
 from nanogpt.inference import sample_text
 from nanogpt.pretrained import GPT2_VOCAB, read_weights
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.tracking import Log, Stopwatch, Tracker, report
+from nanogpt.tracking import Log, Stopwatch, Tracker, missing_extras, report
 
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
@@ -85,7 +85,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises InputError for what the single values allow but their combination does not, a line each."""
-        found = []
+        found = missing_extras(self)
         if self.n_embd % self.n_head:
             found.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
         processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -139,6 +139,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
     remedy = memory_remedy(config.batch_size, config.rows_per_step, config.block_size)
     report(config, raw_model, dataset.name, len(dataset.train), micro_batch, world, remedy)
     out_dir = Path(config.out_dir)
+    world.sum(torch.zeros((), device=world.device))  # all have read init_from, which may be in the folder that moves
     if writes and world.is_main and not resumed and (moved := checkpoint.make_room(out_dir)):
         say(f"{out_dir} held a run already: moved to {moved}")
 

@@ -107,8 +107,7 @@ def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> W
     chosen_dtype = pick_dtype(dtype, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # TensorFloat-32 where a product stays in float32
     if size > 1:
         if backend == "auto":
             backend = "nccl" if chosen.type == "cuda" else "gloo"

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from datetime import datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,31 +68,35 @@ class Tracker:
     """Appends JSON objects, one a line, to `out_dir/metrics.jsonl`; TensorBoard and wandb get the same numbers."""
 
     def __init__(self, out_dir: Path, step: int, settings: dict[str, Any]):
-        """Lines after `step` go first: a resumed run writes them again. Raises InputError for a missing extra."""
+        """Lines after `step` go first: a resumed run writes them again. Raises InputError where it cannot write."""
         path = out_dir / "metrics.jsonl"
-        if path.exists():
-            _keep_lines(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            if path.exists():
+                _keep_lines(path, step)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): mend {out_dir} and try again") from error
         self._tensorboard = self._wandb = None
         if settings["tensorboard"]:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError("tensorboard=True: not installed; run `pip install -e .[tracking]`") from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self._tensorboard = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
         if settings["wandb_log"]:
-            try:
-                import wandb
-            except ImportError:
-                raise InputError("wandb_log=True: not installed; run `pip install -e .[tracking]`") from None
+            import wandb
+
             project, name = settings["wandb_project"], settings["wandb_run_name"]
             self._wandb = wandb.init(project=project, name=name, config=settings, dir=str(out_dir))
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write one line; numbers that are not finite become null."""
+        """Write one line; numbers that are not finite become null. Raises RunStopped where the disk is full."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunStopped(
+                f"{self._file.name} could not be written ({error.strerror}): make room, then go on with --resume=True"
+            ) from error
         numbers = {key: value for key, value in finite.items() if value is not None and key != "step"}
         if self._tensorboard is not None:
             for key, value in numbers.items():
@@ -109,6 +114,16 @@ class Tracker:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def missing_extras(config: Any) -> list[str]:
+    """A line for each tracker that the settings of a run (train.py's TrainConfig) ask for and that is not installed."""
+    asked = {"tensorboard": "tensorboard", "wandb_log": "wandb"}
+    return [
+        f"{key}=True: {module} is not installed; run `pip install -e .[tracking]`, or give --{key}=False"
+        for key, module in asked.items()
+        if getattr(config, key) and not (config.eval_only or config.dry_run) and find_spec(module) is None
+    ]
 
 
 class Log:
@@ -168,8 +183,8 @@ class Log:
         say(f"step {step:6d} | {told} | {duration(seconds)} trained")
         if not all(map(math.isfinite, losses.values())):
             raise RunStopped(
-                f"step {step}: the losses of the evaluation are not finite. Nothing was saved, and earlier checkpoints are "
-                "good: go on from the last one with --resume=True and a lower --learning_rate"
+                f"step {step}: the losses of the evaluation are not finite. Nothing was saved, and earlier checkpoints "
+                "are good: go on from the last one with --resume=True and a lower --learning_rate"
             )
 
     def _line(self, step: int, loss: float, grad_norm: float, seconds: float) -> None:
@@ -225,8 +240,8 @@ def _keep_lines(path: Path, step: int) -> None:
 def report(
     config: Any, model: Any, dataset: str, train_tokens: int, micro_batch: int, world: World, remedy: str
 ) -> None:
-    """Print what a run will be, before it begins; the arguments are train.py's. Raises InputError, saying `remedy`, where
-    a CPU's memory will not do: there the system would kill the process without a word."""
+    """Print what a run will be, before it begins; the arguments are train.py's. Raises InputError, saying `remedy`,
+    where a CPU's memory will not do: there the system would kill the process without a word."""
     parameters, T, rows = model.count_parameters(), model.config.block_size, config.rows_per_step
     tokens = config.max_iters * rows * T
     memory = model.training_bytes(micro_batch, T, 4 if world.dtype == torch.float32 else 2)
@@ -235,8 +250,8 @@ def report(
         f"{world.size} process(es) on {describe(world.device)}, {str(world.dtype).removeprefix('torch.')}",
         f"model       {parameters:,} parameters",
         f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {micro_batch}",
-        f"run         {config.max_iters:,} steps = {tokens:,} tokens = {tokens / train_tokens:.3g} epochs of {dataset} = "
-        f"{tokens / parameters:.3g} tokens per parameter",
+        f"run         {config.max_iters:,} steps = {tokens:,} tokens = {tokens / train_tokens:.3g} epochs of {dataset} "
+        f"= {tokens / parameters:.3g} tokens per parameter",
         f"memory      about {size(memory)} per process" + (f", {size(free)} are free" if free else ""),
         f"checkpoint  {size(12 * parameters)} in {config.out_dir}/ckpt",
     )

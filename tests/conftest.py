@@ -11,21 +11,37 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import train
 from nanogpt import checkpoint
 from nanogpt.data import write_dataset
+from nanogpt.pretrained import BLOCK
 from nanogpt.tokenizer import Tokenizer
 
 ROOT = Path(train.__file__).resolve().parent
 LETTERS = "abcd"
 # A run of two seconds at most; each test says in what it differs.
 TINY: dict[str, Any] = {
-    **{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "bias": True},
-    **{"batch_size": 4, "gradient_accumulation_steps": 1, "row_order": "random"},
-    **{"max_iters": 20, "learning_rate": 1e-2, "warmup_iters": 2, "lr_decay_iters": 20},
-    **{"eval_interval": 8, "eval_iters": 2, "log_interval": 1, "sample_chars": 0},
-    **{"device": "cpu", "dtype": "float32", "compile": False},
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 16,
+    "bias": True,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "row_order": "random",
+    "max_iters": 20,
+    "learning_rate": 1e-2,
+    "warmup_iters": 2,
+    "lr_decay_iters": 20,
+    "eval_interval": 8,
+    "eval_iters": 2,
+    "log_interval": 1,
+    "sample_chars": 0,
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": False,
 }
 Run = Callable[..., int]
 
@@ -98,6 +114,31 @@ def run(letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
     yield run_train
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def foreign() -> Any:
+    """transformers' model of our four letters, of nobody's training, away from its special start."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 24, "vocab_size": 4, "n_positions": 32}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config(**sizes, **no_dropout, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(3)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def save_as_nanogpt(model: Any, path: Path, **more: Any) -> Any:
+    """Write `model`'s weights in the layout of nanoGPT's ckpt.pt (after torch.compile), whose matrices are
+    (out, in). Returns transformers' model of the function that they have in nanoGPT, whose GELU is the exact one."""
+    flipped = tuple(f"{theirs}.weight" for theirs, (_, _, in_) in BLOCK.items() if in_)
+    tensors = {n: t.t().contiguous() if n.endswith(flipped) else t for n, t in model.state_dict().items()}
+    c = model.config
+    args = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "block_size": c.n_positions, "bias": True}
+    args |= {"vocab_size": c.vocab_size, "dropout": 0.0}
+    content = {"model": {f"_orig_mod.{n}": t for n, t in tensors.items()}, "model_args": args, "iter_num": 7}
+    torch.save(content | {"best_val_loss": torch.tensor(1.3)} | more, path)
+    exact = type(model)(transformers.GPT2Config.from_dict(c.to_dict() | {"activation_function": "gelu"})).eval()
+    exact.load_state_dict(model.state_dict())
+    return exact
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from conftest import TINY, Run, assert_same_checkpoint, metrics, steps
+
 from model import GPT
 from nanogpt import InputError, RunStopped, checkpoint
 from nanogpt.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def test_damage_is_refused(tmp_path: Path, message: str, capsys: pytest.CaptureF
     assert found.path.name == "step-000001"
     assert "step-000002 is damaged" in capsys.readouterr().out
     flip_a_bit(tmp_path / "ckpt/step-000001/state.json")
-    with pytest.raises(InputError, match="no checkpoint of .* is whole"):
+    with pytest.raises(InputError, match=r"no checkpoint of .* is whole"):
         checkpoint.to_resume(tmp_path, "auto")
 
 

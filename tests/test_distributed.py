@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import Run, environment, flags, metrics, steps
 
 import train
-from conftest import Run, environment, flags, metrics, steps
 from nanogpt import InputError, checkpoint, data, distributed
 
 BASE = {"max_iters": 50, "eval_interval": 25, "eval_iters": 3, "lr_decay_iters": 50, "n_layer": 2}

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from conftest import Run, assert_same_checkpoint, metrics, steps
+
 from nanogpt import checkpoint
 from nanogpt.data import Rows
 

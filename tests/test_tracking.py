@@ -1,14 +1,17 @@
 """metrics.jsonl, the stopwatch, and values read a step late."""
 
 import json
+import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
 from conftest import Run, metrics
+
+import train
+from nanogpt import InputError, RunStopped
 from nanogpt.tracking import Late, Stopwatch, Tracker, duration, size
 from train import TrainConfig
 
@@ -74,6 +77,20 @@ def test_tracker_writes_strict_json_and_drops_what_comes_after_the_checkpoint(tm
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_disk_that_takes_nothing(tmp_path: Path):
+    tracker = Tracker(tmp_path, 0, SETTINGS)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(RunStopped, match=r"metrics.jsonl could not be written \(File too large\): make room"):
+            tracker.log({"step": 1, "loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"metrics.jsonl cannot be written \(Is a directory\): mend"):
+        Tracker(tmp_path / "other", 0, SETTINGS)
+
+
 def test_fields_of_a_run(run: Run):
     run(out_dir="out", batch_size=2, gradient_accumulation_steps=3, log_interval=4, eval_interval=10)
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
@@ -97,18 +114,28 @@ def test_fields_of_a_run(run: Run):
 
 
 def test_time_without_evaluation_and_saving(run: Run, monkeypatch: pytest.MonkeyPatch):
-    import train
+    slept = 0.0
 
     def slow(function: Any) -> Any:
-        return lambda *args: (time.sleep(0.2), function(*args))[1]
+        def wrapped(*args: Any) -> Any:
+            nonlocal slept
+            time.sleep(0.05)
+            slept += 0.05
+            return function(*args)
+
+        return wrapped
 
     monkeypatch.setattr(train, "evaluate", slow(train.evaluate))
-    monkeypatch.setattr(train.checkpoint, "save", slow(train.checkpoint.save))
     began = time.perf_counter()
-    run(out_dir="out", eval_interval=10)  # 3 evaluations of two splits, 2 saves: 1.6 s asleep
+    run(out_dir="out", eval_interval=4)
+    monkeypatch.setattr(train.checkpoint, "save", slow(train.checkpoint.save))
+    run(out_dir="out", eval_interval=100, checkpoint_minutes=1e-7)  # saves that no evaluation comes before
     took = time.perf_counter() - began
-    last = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])
-    assert 0 < last["time_s"] < took - 1.6
+    assert slept > 1
+    seconds = [
+        json.loads(Path(name, "metrics.jsonl").read_text().splitlines()[-1])["time_s"] for name in ("out", "out.1")
+    ]
+    assert 0 < sum(seconds) < took - slept
 
 
 def test_words_for_times_and_sizes():
