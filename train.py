@@ -188,8 +188,8 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
         # --- Evaluate at step 0, at each eval_interval and at the end
         due = step % config.eval_interval == 0 or step == config.max_iters
         if due and writes and not evaluated and not log.stop:
+            log.read(everything=True)  # which waits for the device, so the clock stops when training does
             clock.stop()
-            log.read(everything=True)
             losses = {split: evaluate(model, windows[split], micro_batch, world) for split in windows}
             val_loss = losses["val"]
             log.evaluation(step, losses)
@@ -202,8 +202,8 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
 
         # --- Save what is worth keeping
         if writes and (log.save_due or at_end) and (step > first_step or not resumed or val_loss is not None):
-            clock.stop()
             log.read(everything=True)  # raises for a broken step, which is never saved
+            clock.stop()
             if tracker:
                 tracker.sync()
                 facts = {

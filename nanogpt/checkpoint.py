@@ -117,9 +117,11 @@ def save(
         (partial / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1), encoding="utf-8")
         _sync_and_hash(partial / MANIFEST)
         _sync_folder(partial)
-        if final.exists():  # the same step again, after a resume: the new one has at least what the old one had
-            shutil.rmtree(final)
+        old = final.with_name(f".{final.name}.old.partial")
+        if final.exists():  # the same step again, evaluated after a resume
+            final.rename(old)
         partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
         _sync_folder(final.parent)
     except (OSError, SafetensorError) as error:  # the latter stands for any fault of the disk
         shutil.rmtree(partial, ignore_errors=True)

@@ -263,9 +263,10 @@ def report(
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 42 s, 3:07 min, 5:42:10 h, 3 d 4 h."""
+    seconds = round(seconds)
     if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, s = divmod(round(seconds), 60)
+        return f"{seconds} s"
+    minutes, s = divmod(seconds, 60)
     hours, m = divmod(minutes, 60)
     if hours >= 48:
         return f"{hours // 24} d {hours % 24} h"
