@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from configurator import key, parse
 from model import GPT, GPTConfig
 from nanogpt import InputError, data, distributed, optim, run_script
-from nanogpt.distributed import World, explained_out_of_memory, memory_remedy, say
+from nanogpt.distributed import World, explained_faults, free_memory, memory_remedy, say, size
 from nanogpt.pretrained import GPT2_VOCAB
-from nanogpt.tracking import Late, Stopwatch, size
-from train import SHAPE_KEYS, TrainConfig, load_weights, open_data_and_model, seed_everything
+from nanogpt.tracking import Late, Stopwatch
+from train import SHAPE_KEYS, TrainConfig, load_weights, open_data_and_model
 
 TURN = 5  # steps of one side, beside a reference, before it is the other's turn
 TRACED = 3  # steps in a trace
@@ -64,7 +64,7 @@ def main() -> None:
         raise InputError("bench.py measures one process: start it without torchrun")
     reference = load_reference(Path(config.reference)) if config.reference else None
     world = distributed.start(config.device, config.dtype)
-    seed_everything(config)
+    distributed.seed(config.seed, config.deterministic)
     memory_before = peak_memory(world)
     model, tokens = open_model_and_tokens(config, given)
     config = replace(config, **{name: getattr(model.config, name) for name in SHAPE_KEYS})
@@ -79,7 +79,8 @@ def main() -> None:
         f"{model.count_parameters():,} parameters; a step is {rows} = {tokens_per_step:,} tokens "
         f"of {config.dataset or 'random ids'}",
     )
-    with explained_out_of_memory(memory_remedy(config.batch_size, config.rows_per_step, config.block_size)):
+    remedy = memory_remedy(config.batch_size, config.rows_per_step, config.block_size, free_memory(world.device))
+    with explained_faults(remedy):
         measure(sides, config, memory_before, world)
     tell(sides, config, model, world)
     if config.profile:

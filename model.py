@@ -198,11 +198,9 @@ class GPT(nn.Module):
         """A model that train.py saved. path: a run's out_dir or one of its ckpt/step-* folders. which: "best", "latest"
         or "step-NNNNNN". dropout and block_size as in `from_pretrained`. Raises InputError where there is none, or it
         is damaged."""
-        from pathlib import Path
-
         from nanogpt import checkpoint
 
-        found = checkpoint.load(checkpoint.find(Path(path), which), with_optimizer=False)
+        found = checkpoint.load(checkpoint.find(path, which), with_optimizer=False)
         changes = {} if dropout is None else {"dropout": dropout}
         model = cls.from_tensors(GPTConfig(**found.state["model"] | changes), found.model)
         if block_size is not None:

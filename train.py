@@ -5,7 +5,6 @@ Several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt
 
 import contextlib
 import math
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
@@ -13,15 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from configurator import build, key, parse
 from model import GPT, GPTConfig
 from nanogpt import InputError, checkpoint, data, distributed, optim, run_script
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.distributed import World, catch_signals, explained_out_of_memory, memory_remedy, say
-from nanogpt.inference import sample_text
+from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, processes, say
+from nanogpt.inference import evaluate, sample_text
 from nanogpt.pretrained import GPT2_VOCAB, read_weights
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.tracking import Log, Stopwatch, Tracker, missing_extras, report
@@ -42,6 +40,7 @@ class TrainConfig:
     dry_run: bool = key(False, "tell sizes and time, try ten steps, and end; nothing is written")
 
     dataset: str = key("openwebtext", "a folder, or its name under data/", group="Data")
+    verify_data: bool = key(False, "compare the data with the SHA-256 in its meta.json first")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
     batch_size: int = key(12, "rows per micro-batch and process", least=1)
     gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", least=1)
@@ -85,14 +84,13 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises InputError for what the single values allow but their combination does not, a line each."""
-        found = missing_extras(self)
-        if self.n_embd % self.n_head:
+        found = []
+        if self.init_from == "scratch" and self.n_embd % self.n_head:
             found.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if self.rows_per_step % processes:
+        if self.rows_per_step % processes():
             found.append(
                 f"batch_size × gradient_accumulation_steps = {self.rows_per_step} rows per step do not divide by "
-                f"{processes} processes: change one of the three"
+                f"{processes()} processes: change one of the three"
             )
         if found:
             raise InputError("\n".join(found))
@@ -100,6 +98,12 @@ class TrainConfig:
     @property
     def rows_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows that a process takes at a time: batch_size, cut where its share of a step is no multiple of it."""
+        share = self.rows_per_step // processes()
+        return max(n for n in range(1, min(self.batch_size, share) + 1) if share % n == 0)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the update that follows `step` updates."""
@@ -116,30 +120,37 @@ def main() -> int:
     if resumed:
         config = resume_settings(config, given, resumed)
     config.check()
+    if missing := missing_extras(config):
+        raise InputError("\n".join(missing))
     world = distributed.start(config.device, config.dtype, config.backend)
-    try:
-        return train(config, given, resumed, world)
-    finally:
-        world.close()
+    free = distributed.free_memory(world.device)
+    remedy = memory_remedy(config.micro_batch, config.rows_per_step, config.block_size, free)
+    with explained_faults(remedy):
+        status = train(config, given, resumed, world, remedy)
+    world.close()
+    return status
 
 
-def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None, world: World) -> int:
-    """The whole of a run, from a checkpoint or from its beginning. Returns the exit status."""
+def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None, world: World, remedy: str) -> int:
+    """The whole of a run; returns the exit status. remedy: what to say where memory runs out."""
     writes = not (config.eval_only or config.dry_run)
-    seed_everything(config)
+    distributed.seed(config.seed, config.deterministic)
     dataset, raw_model, tokenizer = open_data_and_model(config, given, resumed)
     shape = raw_model.config
     config = replace(config, **{name: getattr(shape, name) for name in SHAPE_KEYS})
     raw_model.to(world.device)
 
     # --- What it will cost, and the folder it goes to
-    rows_per_rank = config.rows_per_step // world.size
-    micro_batch = max(n for n in range(1, min(config.batch_size, rows_per_rank) + 1) if rows_per_rank % n == 0)
+    rows_per_rank, micro_batch = config.rows_per_step // world.size, config.micro_batch
     micro_steps = rows_per_rank // micro_batch
-    remedy = memory_remedy(config.batch_size, config.rows_per_step, config.block_size)
-    report(config, raw_model, dataset.name, len(dataset.train), micro_batch, world, remedy)
+    report(config, raw_model, dataset.name, len(dataset.train), world, remedy)
     out_dir = Path(config.out_dir)
-    world.sum(torch.zeros((), device=world.device))  # all have read init_from, which may be in the folder that moves
+    # All ranks meet here: from now on the folder changes, which some may have read their weights from.
+    step = resumed.state["step"] if resumed else 0
+    if world.sum(torch.tensor(float(step), device=world.device)).item() != step * world.size:
+        raise InputError(
+            f"out_dir={out_dir} does not hold the same checkpoints for all ranks: share it between the nodes"
+        )
     if writes and world.is_main and not resumed and (moved := checkpoint.make_room(out_dir)):
         say(f"{out_dir} held a run already: moved to {moved}")
 
@@ -151,36 +162,38 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
     }
     model: nn.Module = raw_model
     if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
-        with explained_out_of_memory(remedy):
-            model, failure = distributed.compiled(raw_model, world, *world.put(*rows[0:micro_batch]))
+        model, failure = distributed.compiled(raw_model, world, *world.put(*rows[0:micro_batch]))
         if failure:
             say(f"warning: torch.compile failed, going on without it ({failure})")
     model = world.wrap(model)
     optimizer = optim.adamw(raw_model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     guard = optim.Guard(world.device, patience=OVERFLOWS if scaler.is_enabled() else 1)
-    step = samples = 0
-    best_val_loss, clock = math.inf, Stopwatch()
+    samples, best_val_loss, clock = 0, math.inf, Stopwatch()
     evaluated = False  # whether the evaluation due at this step is behind us
     if resumed:
         state = resumed.state
         optim.load_state_tensors(optimizer, raw_model, resumed.optimizer)
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-        step, samples, clock = state["step"], state["samples"], Stopwatch(state["time_s"])
+        samples, clock = state["samples"], Stopwatch(state["time_s"])
         best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
         evaluated = state["val_loss"] is not None
+        resumed.model.clear()  # what the model and the optimizer have copied need not stay
+        resumed.optimizer.clear()
 
     if config.eval_only:
         losses = {split: evaluate(model, windows[split], micro_batch, world) for split in windows}
         say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         return 0
 
-    tracker = Tracker(out_dir, step, asdict(config)) if writes and world.is_main else None
+    tracker = Tracker(out_dir, step, evaluated or not resumed, asdict(config)) if writes and world.is_main else None
     signals = catch_signals()
     log = Log(config, raw_model, world, tracker, clock, guard.patience, step, samples)
     first_step, last_step = step, step + 10 if config.dry_run else config.max_iters
     saved_at, val_loss = time.monotonic(), None
+    if resumed and step >= last_step:
+        say(f"step {step} of max_iters={config.max_iters}: nothing is left to do; to go on, give a larger --max_iters")
 
     while True:
         at_end = step >= last_step or log.stop != 0
@@ -210,7 +223,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
                     "step": step,
                     "samples": samples,
                     "time_s": clock.seconds,
-                    "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+                    "val_loss": val_loss,  # None: not evaluated at this step
                     "best_val_loss": best_val_loss if math.isfinite(best_val_loss) else None,
                     "scaler": scaler.state_dict(),
                     "model": asdict(shape),
@@ -230,7 +243,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
             group["lr"] = config.learning_rate_at(step)
         loss_sum = torch.zeros((), device=world.device)
         first_row = samples + world.rank * rows_per_rank
-        with explained_out_of_memory(remedy, before_update=step == first_step):
+        with explained_faults(remedy, before_update=step == first_step):
             for micro_step in range(micro_steps):
                 x, y = world.put(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
                 first_row += micro_batch
@@ -259,33 +272,27 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
     log.read(everything=True)
     if tracker:
         tracker.close()
-    if log.stop:
+    if log.stop and writes:
         say(f"stopped at step {step} by a signal; saved: go on with --resume=True")
     return log.stop
 
 
-def seed_everything(config: TrainConfig) -> None:
-    torch.manual_seed(config.seed)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
 def resume_settings(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint) -> TrainConfig:
     """The run's own settings, and over them what files and flags give again; prints the differences."""
-    about_this_start = ("out_dir", "resume", "init_from", "eval_only", "dry_run")
+    about_this_start = ("out_dir", "resume", "eval_only", "dry_run", "verify_data")
     saved = resumed.state["config"] | {name: getattr(config, name) for name in about_this_start}
-    changed = {name: value for name, value in given.items() if saved.get(name) != value}
-    if fixed := [name for name in SHAPE_KEYS if name in changed]:
-        raise InputError(
-            "\n".join(
-                f"{name}={given[name]}: the run in {config.out_dir} has {name}={saved[name]}, which cannot change on "
-                "resume; leave it out, or start a new run"
-                for name in fixed
-            )
-        )
+    changed = {name: value for name, value in given.items() if saved.get(name) != value and name != "init_from"}
+    check_shape(changed, saved, f"the run in {config.out_dir}")
     say(f"resuming {resumed.path}", *(f"  {name}: {saved.get(name)} -> {value}" for name, value in changed.items()))
     return build(TrainConfig, saved | changed, source=str(resumed.path / "state.json"))
+
+
+def check_shape(given: dict[str, Any], there: dict[str, Any], where: str) -> None:
+    """Raises InputError for each given size that is not the one of weights that are there already."""
+    faults = [name for name in SHAPE_KEYS if name in given and given[name] != there[name]]
+    if faults:
+        told = (f"{k}={given[k]}: {where} has {k}={there[k]}, which cannot change; leave it out" for k in faults)
+        raise InputError("\n".join(told))
 
 
 def open_data_and_model(
@@ -297,19 +304,26 @@ def open_data_and_model(
     elif config.init_from != "scratch":
         model = load_weights(config, given)
     else:
-        dataset = data.open_dataset(config.dataset, block_size=config.block_size)
+        vocab_size = data.open_dataset(config.dataset, block_size=config.block_size).vocab_size or GPT2_VOCAB
         sizes = {name: getattr(config, name) for name in SHAPE_KEYS}
-        model = GPT(GPTConfig(vocab_size=dataset.vocab_size or GPT2_VOCAB, dropout=config.dropout, **sizes))
+        model = GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes))
     shape = model.config
-    dataset = data.open_dataset(config.dataset, block_size=shape.block_size, vocab_size=shape.vocab_size)
+    dataset = data.open_dataset(
+        config.dataset, block_size=shape.block_size, vocab_size=shape.vocab_size, verify=config.verify_data
+    )
     tokenizer = dataset.tokenizer
+    if dataset.vocab_size not in (None, shape.vocab_size):
+        say(f"warning: {dataset.name} has {dataset.vocab_size} ids, the model {shape.vocab_size}: other tokenizers?")
+    if resumed and tokenizer and (known := Tokenizer.load(resumed.path)) and not tokenizer.same_as(known):
+        raise InputError(
+            f"dataset={config.dataset}: its tokenizer is not that of {resumed.path}; use the run's own data"
+        )
     if tokenizer is None and dataset.vocab_size is None and shape.vocab_size == GPT2_VOCAB:
         say(f"{dataset.name} has neither meta.json nor a tokenizer: its ids are taken for GPT-2's encoding")
-        if config.sample_chars:
-            try:
-                tokenizer = Tokenizer.gpt2()
-            except InputError as error:
-                say(f"no samples will be printed: {error}")
+        try:
+            tokenizer = Tokenizer.gpt2() if config.sample_chars else None
+        except InputError as error:
+            say(f"no samples will be printed: {error}")
     return dataset, model, tokenizer
 
 
@@ -318,30 +332,15 @@ def load_weights(config: TrainConfig, given: dict[str, Any]) -> GPT:
     block_size = config.block_size if "block_size" in given else None
     try:
         if checkpoint.is_ours(Path(config.init_from)):
-            return GPT.from_checkpoint(config.init_from, dropout=config.dropout, block_size=block_size)
-        weights = read_weights(config.init_from)
-        say(*weights.notes)
-        return GPT.from_pretrained(weights, dropout=config.dropout, block_size=block_size)
+            model = GPT.from_checkpoint(config.init_from, dropout=config.dropout, block_size=block_size)
+        else:
+            weights = read_weights(config.init_from)
+            say(*weights.notes)
+            model = GPT.from_pretrained(weights, dropout=config.dropout, block_size=block_size)
     except ValueError as error:
         raise InputError(f"init_from={config.init_from}: {error}; leave --block_size out or give less") from error
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, windows: data.EvalWindows, batch_size: int, world: World) -> float:
-    """Mean loss in nats over `windows`; the ranks take its batches in turn and share the sum."""
-    model.eval()
-    total = torch.zeros(2, device=world.device)  # loss summed over windows, windows
-    for first in range(world.rank * batch_size, len(windows), world.size * batch_size):
-        x, y = windows[first : first + batch_size]
-        count, missing = len(x), batch_size - len(x)
-        # The last batch is filled up with rows that do not count: a compiled model wants one shape.
-        x, y = world.put(F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-1))
-        with world.autocast():
-            _, loss = model(x, y)
-        total += torch.stack([loss.float() * count, torch.full_like(total[0], count)])
-    model.train()
-    loss_sum, count = world.sum(total).tolist()
-    return loss_sum / count
+    check_shape(given, asdict(model.config), config.init_from)
+    return model
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# Losses of OpenAI's GPT-2 with 350M parameters on both splits of OpenWebText; nothing is trained:
+# Losses of OpenAI's GPT-2 with 355M parameters on both splits of OpenWebText; nothing is trained:
 #   python train.py config/eval_gpt2_medium.py
 
 init_from = "gpt2-medium"

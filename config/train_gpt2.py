@@ -2,7 +2,6 @@
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 dataset = "openwebtext"
-wandb_log = True
 wandb_project = "owt"
 wandb_run_name = "gpt2-124M"
 
@@ -13,7 +12,6 @@ gradient_accumulation_steps = 5 * 8
 
 # 600,000 such steps read some 295 billion tokens.
 max_iters = 600_000
-lr_decay_iters = max_iters
 weight_decay = 0.1
 
 eval_interval = 1000

@@ -16,11 +16,9 @@ batch_size = 64
 block_size = 256
 gradient_accumulation_steps = 1
 
-learning_rate = 1e-3
-min_lr = learning_rate / 10
+learning_rate = 1e-3  # falls to a tenth of it at max_iters
 warmup_iters = 100
 max_iters = 5000
-lr_decay_iters = max_iters
 beta2 = 0.99  # steps are small, so the second moment averages over more of them
 
 # One megabyte of text is soon learned by heart: look often, and keep what validates best.

@@ -1,5 +1,6 @@
 """The toolbox behind the scripts in the root: data, tokenizers, optimizer, checkpoints, decoding."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,8 +21,9 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(main() or 0)
     except (InputError, RunStopped) as error:
         sys.stdout.flush()
+        rank = os.environ.get("RANK", "0")
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {line}", file=sys.stderr)
         sys.exit(3 if isinstance(error, RunStopped) else 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -150,11 +150,12 @@ def best(paths: list[Path]) -> Path | None:
     return min(losses, key=lambda pair: pair[0])[1] if losses else None
 
 
-def find(source: Path, which: str = "best") -> Path:
+def find(source: str | Path, which: str = "best") -> Path:
     """The folder of a run's "best" or "latest" checkpoint, or of the step that `which` or `source` itself names.
 
     Raises InputError where there is none.
     """
+    source = Path(source)
     if (source / MANIFEST).exists():
         return source
     paths = steps(source)
@@ -170,27 +171,26 @@ def find(source: Path, which: str = "best") -> Path:
 
 def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
     """Read a checkpoint folder and compare each file with the manifest. Raises InputError for a damaged one."""
-    from safetensors.torch import load as from_bytes
+    from safetensors.torch import load_file
 
     hashes = _read_json(path / MANIFEST).get("sha256")
     if not isinstance(hashes, dict) or not set(FILES) <= set(hashes):
         raise InputError(f"{path} is damaged: its {MANIFEST} is missing or unreadable; use another checkpoint")
-    contents = {}
-    for name in sorted(hashes):
-        if name == "optimizer.safetensors" and not with_optimizer:
-            continue
+    wanted = set(hashes) - (set() if with_optimizer else {"optimizer.safetensors"})
+    for name in sorted(wanted):
         try:
-            contents[name] = (path / Path(name).name).read_bytes()
+            with (path / Path(name).name).open("rb") as content:
+                found = hashlib.file_digest(content, "sha256").hexdigest()
         except OSError as error:
             raise InputError(f"{path} is damaged: {name} {error.strerror}; use another checkpoint") from error
-        if hashlib.sha256(contents[name]).hexdigest() != hashes[name]:
+        if found != hashes[name]:
             raise InputError(f"{path} is damaged: the SHA-256 of {name} is not the manifest's; use another checkpoint")
-    # Clones, because what the bytes back is read-only and not aligned as torch aligns its own memory.
+    # Clones, because the file's memory is mapped and not aligned as torch aligns its own.
     model, optimizer = (
-        {key: tensor.clone() for key, tensor in from_bytes(contents[name]).items()} if name in contents else {}
+        {key: tensor.clone() for key, tensor in load_file(path / name).items()} if name in wanted else {}
         for name in FILES[:2]
     )
-    return Checkpoint(path, model, optimizer, json.loads(contents["state.json"]))
+    return Checkpoint(path, model, optimizer, _read_json(path / "state.json"))
 
 
 def _names(paths: list[Path]) -> str:

@@ -4,13 +4,14 @@ A dataset is a folder with `train.bin` and `val.bin` (headerless little-endian u
 `tokenizer.json` and `meta.json`. nanoGPT's own folders, with `meta.pkl` or nothing beside the `.bin` files, will do.
 """
 
+import argparse
 import contextlib
 import difflib
 import hashlib
 import http.client
 import json
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,9 +52,7 @@ def resolve(dataset: str | Path) -> Path:
             raise InputError(f"dataset {str(dataset)!r} is not prepared yet: run `python {folder / 'prepare.py'}`")
     names = sorted({path.name for home in homes if home.is_dir() for path in home.iterdir() if path.is_dir()})
     close = difflib.get_close_matches(str(dataset), names, n=1)
-    hint = (
-        f"did you mean {close[0]}?" if close else f"data/ has {', '.join(names) or 'none'}; any folder's path will do"
-    )
+    hint = f"did you mean {close[0]}?" if close else f"give a folder's path, or of data/ {', '.join(names) or 'none'}"
     raise InputError(f"there is no dataset {str(dataset)!r} (a folder with train.bin and val.bin): {hint}")
 
 
@@ -91,7 +90,8 @@ def open_dataset(
 ) -> Dataset:
     """Open and check a dataset: a name under `data/` or a path.
 
-    `vocab_size` is the model's, where it is known; `verify` reads the files whole and compares their SHA-256.
+    `vocab_size` is the model's, where it is known. The files' sizes are always checked; `verify` also reads them whole
+    and compares their SHA-256 with meta.json's, where there is one (that takes seconds a gigabyte).
     Raises InputError with a line for each fault: no such dataset; files missing, empty, cut short, or not those that
     meta.json describes; ids too large for the model; a split with no room for one block and the token after it.
     """
@@ -123,7 +123,7 @@ def open_dataset(
                 f"{path} is shorter than one block: {tokens:,} tokens, block_size {block_size} needs "
                 f"{block_size + 1:,}; set --block_size={max(tokens - 1, 1)} or less, or prepare a longer text"
             )
-        elif verify and facts and _sha256(path) != facts["sha256"]:
+        elif verify and facts and file_sha256(path) != facts["sha256"]:
             faults.append(f"{path} is not the file that meta.json describes (its SHA-256 differs): {again}")
         else:
             setattr(found, split, np.memmap(path, dtype=dtype, mode="r"))
@@ -150,7 +150,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -200,10 +200,6 @@ class _Windows:
     """Windows of a split by where they start, each id checked on the host so that no bad one reaches the device."""
 
     def __init__(self, tokens: np.ndarray, block_size: int, vocab_size: int):
-        if len(tokens) < block_size + 1:
-            raise InputError(
-                f"{len(tokens)} tokens are shorter than one block: set --block_size={len(tokens) - 1} or less"
-            )
         self.name = getattr(tokens, "filename", None) or "the dataset"
         self.vocab_size = vocab_size
         # (len - block_size, block_size + 1): a view in which row i is the window that starts at token i
@@ -268,15 +264,22 @@ class EvalWindows:
 # ---- writing
 
 
-def split_text(text: str, val_fraction: float = 0.1) -> tuple[str, str]:
-    """The first part of the text for training and the rest for validation, by characters, cut where nanoGPT cuts."""
-    cut = int(len(text) * (1 - val_fraction))
-    return text[:cut], text[cut:]
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes `folder`. Raises InputError where that, or what the block writes into it, fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder} could not be written ({error}): make room there, or give another folder by --out"
+        ) from error
 
 
 def write_text(folder: str | Path, text: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """Make a dataset of one text, 90% train and 10% val. Returns its meta. Raises InputError as `write_dataset`."""
-    parts = dict(zip(("train", "val"), split_text(text), strict=True))
+    cut = int(len(text) * 0.9)  # of the characters, where nanoGPT cuts
+    parts = {"train": text[:cut], "val": text[cut:]}
     return write_dataset(
         folder,
         {split: [tokenizer.encode_ordinary(part)] for split, part in parts.items()},
@@ -294,21 +297,21 @@ def write_dataset(
     """Write `<split>.bin` of each split's pieces (arrays of ids), `tokenizer.json`, last `meta.json`; return the meta.
 
     `text_bytes`: bytes of UTF-8 text that went into each split. Old files stay until the new ones are complete, and an
-    interruption leaves nothing half new that `open_dataset` would take. Raises InputError for a split without tokens.
+    interruption leaves nothing half new that `open_dataset` would take. Raises InputError for a split without tokens,
+    and where the folder or the disk does not take the files.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(tokenizer.vocab_size)
     meta: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
     meta |= {"largest_id": 0, "dtype": dtype.name, "splits": {}}
-    with contextlib.ExitStack() as renamed_together:
+    described = ["meta.json", *(f"{split}.bin" for split in splits)]
+    with writing(folder), contextlib.ExitStack() as together:
+        # They take their places in reverse order: the tokenizer first, meta.json last.
+        new = {name: together.enter_context(aside(folder / name)) for name in (*described, "tokenizer.json")}
         for split, pieces in splits.items():
             tokens, digest = 0, hashlib.sha256()
-            partial = renamed_together.enter_context(aside(folder / f"{split}.bin"))
-            with partial.open("wb") as file:
-                for piece in pieces:
-                    if not len(piece):
-                        continue
+            with new[f"{split}.bin"].open("wb") as file:
+                for piece in filter(len, pieces):
                     largest = int(piece.max())
                     assert largest < tokenizer.vocab_size, f"id {largest} is not the tokenizer's"
                     meta["largest_id"] = max(meta["largest_id"], largest)
@@ -321,12 +324,11 @@ def write_dataset(
             meta["splits"][split] = {"tokens": tokens, "sha256": digest.hexdigest()}
             if text_bytes:
                 meta["splits"][split]["bytes"] = text_bytes[split]
+        tokenizer.save(folder, new["tokenizer.json"].name)
+        new["meta.json"].write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         # From here on the folder is no dataset, for want of its .bin files, until the new ones take their places.
-        for path in (folder / "meta.json", *(folder / f"{split}.bin" for split in splits)):
-            path.unlink(missing_ok=True)
-        tokenizer.save(folder)
-    with aside(folder / "meta.json") as partial:
-        partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        for name in described:
+            (folder / name).unlink(missing_ok=True)
     return meta
 
 
@@ -350,28 +352,32 @@ def read_text(path: str | Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def fetch(url: str, path: Path, sha256: str | None) -> Path:
-    """Download `url` to `path` unless it is there already; return `path`.
+def fetch(url: str, path: Path, sha256: str) -> Path:
+    """Download `url`, of a size for memory, to `path` unless it is there already; return `path`.
 
     Raises InputError where the network fails or the file is not the one with that SHA-256.
     """
-    instead = "check the network, or give a file at hand with --input=FILE"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with urllib.request.urlopen(url, timeout=60) as response, aside(path) as partial:
-                digest = hashlib.sha256()
-                with partial.open("wb") as file:
-                    while chunk := response.read(1 << 20):
-                        digest.update(chunk)
-                        file.write(chunk)
-                size = response.headers.get("Content-Length")
-                if size and int(size) != partial.stat().st_size:
-                    raise OSError("the connection broke off")
-                if sha256 and digest.hexdigest() != sha256:
-                    raise InputError(f"{url} did not give the expected file (its SHA-256 differs): {instead}")
+            with urllib.request.urlopen(url, timeout=60) as response:
+                content = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise InputError(f"{url} could not be downloaded ({error}): {instead}") from error
-    elif sha256 and _sha256(path) != sha256:
+            raise InputError(f"{url} could not be downloaded ({error}): give a file with --input=FILE") from error
+        with writing(path.parent), aside(path) as partial:
+            partial.write_bytes(content)
+    if file_sha256(path) != sha256:
         raise InputError(f"{path} is not the expected file (its SHA-256 differs): delete it, or give --input={path}")
     return path
+
+
+def tiny_shakespeare(about: str | None, home: Path) -> tuple[str, Path]:
+    """The command line of the scripts that prepare it: its text, or that of --input, and the folder to write to."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--input", type=Path, help="any UTF-8 text at hand, instead of the download")
+    parser.add_argument("--out", type=Path, default=home, help="folder to write to (default: beside the script)")
+    args = parser.parse_args()
+    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    text = read_text(args.input or fetch(url, args.out / "input.txt", sha256))
+    print(f"{args.out}: {len(text):,} characters")
+    return text, args.out

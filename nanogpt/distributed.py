@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,11 +92,17 @@ class World:
         if self.device.type != "cuda" or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.device)
-        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        known = [peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name) and "Laptop" not in name]
+        return known[0] if known else None
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def processes() -> int:
+    """How many processes train together, by torchrun's word."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> World:
@@ -122,10 +130,19 @@ def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> W
     return World(rank, size, chosen, chosen_dtype)
 
 
+def seed(number: int, deterministic: bool) -> None:
+    """Seed torch; `deterministic` has CUDA use only algorithms that give equal bits each time."""
+    torch.manual_seed(number)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition for it
+        torch.use_deterministic_algorithms(True)
+
+
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """The torch device for `name`; with a local rank, that process's own GPU. Raises InputError where there is none."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = local_rank is None and torch.backends.mps.is_available()  # several processes cannot share one
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -136,6 +153,8 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
             raise InputError(
                 f"device={name}: this machine has no usable CUDA device; use --device=cpu or --device=auto"
             )
+        if device.index is not None and local_rank is not None:
+            raise InputError(f"device={name}: several processes take a GPU each; use --device=cuda")
         if device.index is None:
             device = torch.device("cuda", local_rank or 0)
         if device.index is not None and device.index >= count:
@@ -178,9 +197,13 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cpu":
         try:
             with open("/proc/meminfo") as file:
-                return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+                free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
         except (OSError, StopIteration):
             return None
+        with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where it has none
+            limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+            free = min(free, limit - used)
+        return free
     return None
 
 
@@ -192,6 +215,7 @@ def catch_signals() -> dict[int, bool]:
         if seen[signal.SIGINT] and number == signal.SIGINT:
             raise KeyboardInterrupt
         seen[number] = True  # type: ignore[index]
+        say("stopping after this step")
 
     for number in seen:
         signal.signal(number, note)
@@ -219,10 +243,11 @@ def keep_freed_memory() -> None:
         library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def memory_remedy(batch_size: int, rows_per_step: int, block_size: int) -> str:
-    """What to do where memory runs out: the flags for a micro-batch of half the rows, with as many rows per step."""
-    told = f"too little memory for batch_size={batch_size} at block_size={block_size}"
-    smaller = max((n for n in range(1, batch_size // 2 + 1) if batch_size % n == 0), default=0)
+def memory_remedy(micro_batch: int, rows_per_step: int, block_size: int, free: int | None) -> str:
+    """What to do where memory runs out: the flags for smaller micro-batches with as many rows per step."""
+    told = f"too little memory for micro-batches of {micro_batch} rows at block_size={block_size}"
+    told += f" ({size(free)} were free)" if free else ""
+    smaller = max((n for n in range(1, micro_batch // 2 + 1) if rows_per_step % n == 0), default=0)
     if not smaller:
         return f"{told}: use a smaller --block_size or a smaller model"
     accumulation = rows_per_step // smaller
@@ -230,14 +255,16 @@ def memory_remedy(batch_size: int, rows_per_step: int, block_size: int) -> str:
 
 
 @contextlib.contextmanager
-def explained_out_of_memory(remedy: str, before_update: bool = True) -> Iterator[None]:
-    """Turns running out of memory into an InputError, after the first update into a RunStopped, that says `remedy`."""
+def explained_faults(remedy: str, before_update: bool = True) -> Iterator[None]:
+    """Running out of memory becomes an InputError that says `remedy`; after the first update any InputError becomes a
+    RunStopped."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError, InputError) as error:
+        if not isinstance(error, InputError) and not is_out_of_memory(error):
             raise
-        raise (InputError if before_update else RunStopped)(remedy) from error
+        told = str(error) if isinstance(error, InputError) else remedy
+        raise (InputError if before_update else RunStopped)(told) from error
 
 
 def compiled(model: nn.Module, world: World, x: Tensor, y: Tensor) -> tuple[nn.Module, str | None]:
@@ -248,10 +275,13 @@ def compiled(model: nn.Module, world: World, x: Tensor, y: Tensor) -> tuple[nn.M
         fast = torch.compile(model)  # type: ignore[assignment]
         with world.autocast():
             fast(x, y)[1].backward()
+            with torch.no_grad():  # evaluation is a graph of its own
+                fast.eval()(x, y)
     except Exception as error:  # the compiler and its backends raise whatever they like
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    model.train()
     model.zero_grad(set_to_none=True)
     return (model if reason else fast), reason
 
@@ -263,3 +293,12 @@ def describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu ({torch.get_num_threads()} threads)"
     return str(device)
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them, in powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,12 +1,33 @@
-"""Decoding: how a model's probabilities become text."""
+"""What a model is asked once it stands: its loss on fixed windows, and text."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt.data import EvalWindows
+from nanogpt.distributed import World
 from nanogpt.tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: World) -> float:
+    """Mean loss in nats over `windows`; the ranks take its batches in turn and share the sum."""
+    model.eval()
+    total = torch.zeros(2, device=world.device)  # loss summed over windows, windows
+    for first in range(world.rank * batch_size, len(windows), world.size * batch_size):
+        x, y = windows[first : first + batch_size]
+        count, missing = len(x), batch_size - len(x)
+        # The last batch is filled up with rows that do not count: a compiled model wants one shape.
+        x, y = world.put(F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-1))
+        with world.autocast():
+            _, loss = model(x, y)
+        total += torch.stack([loss.float() * count, torch.full_like(total[0], count)])
+    model.train()
+    loss_sum, count = world.sum(total).tolist()
+    return loss_sum / count
 
 
 def next_token(

@@ -53,7 +53,10 @@ class Guard:
         """Tell torch's fused AdamW to skip the coming step if `loss` or `grad_norm`, both scalars, is not finite."""
         bad = ~(loss + grad_norm).isfinite() | (self.bad_in_a_row >= self.patience)
         self.bad_in_a_row = torch.where(bad, self.bad_in_a_row + 1, 0.0)
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        if loss.device.type != "mps":
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        elif bad:  # waits: on MPS torch 2.13's fused AdamW does not heed found_inf; remove this once it does
+            optimizer.zero_grad(set_to_none=True)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -50,8 +50,8 @@ class Weights:
 
     config: arguments of GPTConfig. tensors: float32 in our names, in their own memory; the token embedding has its true
     vocab_size rows. tokenizer_folder: a folder with its tokenizer.json. gpt2_encoding: no tokenizer came along, and it
-    is GPT-2's. notes: lines that the user should see. Only nanoGPT's checkpoints have the rest: the updates done, the
-    validation loss in nats, the run's settings (such as "dataset").
+    is GPT-2's. notes: lines that the user should see. train_config: of nanoGPT's checkpoints, the run's settings (such
+    as "dataset").
     """
 
     source: str
@@ -60,8 +60,6 @@ class Weights:
     tokenizer_folder: Path | None = None
     gpt2_encoding: bool = False
     notes: list[str] = field(default_factory=list)
-    iter_num: int | None = None
-    best_val_loss: float | None = None
     train_config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,14 +119,11 @@ def read_nanogpt(path: str | Path) -> Weights:
     config = _checked(str(path), {name: args.get(name) for name in sizes})
     config |= {"dropout": args.get("dropout", 0.0), "bias": args.get("bias", True), "gelu": "erf"}
     tensors = _translate(str(path), _plain_names(str(path), model), config, transposed=False)
-    loss = checkpoint.get("best_val_loss")
     weights = Weights(
         source=str(path),
         config=config,
         tensors=tensors,
         notes=[f"{path}: nanoGPT's optimizer state is not taken over; the optimizer starts afresh"],
-        iter_num=checkpoint.get("iter_num"),
-        best_val_loss=float(loss) if isinstance(loss, float | Tensor) else None,
         train_config=checkpoint.get("config") or {},
     )
     if config["vocab_size"] == NANOGPT_PADDED_VOCAB:

@@ -112,10 +112,13 @@ class Tokenizer:
                 raise InputError(f"{path} is damaged ({error}): prepare the dataset again, or restore it") from error
         return cls._from_characters(_read_meta_pkl(old)) if old.exists() else None
 
-    def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` into `folder`, whole or not at all."""
-        with aside(Path(folder) / "tokenizer.json") as partial:
-            partial.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+    def save(self, folder: str | Path, name: str = "tokenizer.json") -> None:
+        """Write what `load` and other programs read. Raises OSError where the disk does not take it."""
+        Path(folder, name).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+
+    def same_as(self, other: "Tokenizer") -> bool:
+        """Whether both have the same id for every token."""
+        return self._inner.get_vocab() == other._inner.get_vocab()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, those of <|endoftext|> and its like included. Raises InputError as `encode_ordinary` does."""

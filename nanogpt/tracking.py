@@ -1,5 +1,6 @@
 """What a run tells: `metrics.jsonl` always, TensorBoard and wandb on request, and what is printed."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,14 +14,18 @@ import torch
 from torch import Tensor
 
 from nanogpt import InputError, RunStopped
-from nanogpt.distributed import World, describe, free_memory, say
+from nanogpt.distributed import World, describe, free_memory, say, size
+from nanogpt.tokenizer import aside
+
+CPU_FLOPS = 3e10  # FLOP/s that a small model's step reaches on one core; only for a guess before the first step
 
 
 class Stopwatch:
     """Seconds of training so far; evaluation and saving are spent with it stopped."""
 
     def __init__(self, seconds: float = 0.0):
-        self._before, self._since = seconds, None  # type: float, float | None
+        self._before = seconds
+        self._since: float | None = None
 
     def start(self) -> None:
         if self._since is None:
@@ -39,7 +44,7 @@ class Late:
 
     def __init__(self, clock: "Stopwatch"):
         self.clock = clock
-        self.pending: list[tuple[int, Tensor, torch.cuda.Event | None, float]] = []
+        self.pending: list[tuple[int, Tensor, torch.cuda.Event | None, float | None]] = []
 
     def put(self, step: int, values: Tensor) -> None:
         """Start copying `values` (n,) of `step` to the host."""
@@ -48,31 +53,32 @@ class Late:
             host.copy_(values, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-            self.pending.append((step, host, done, 0.0))
-        else:
-            self.pending.append((step, values.cpu(), None, self.clock.seconds))
+            self.pending.append((step, host, done, None))
+        else:  # on a CPU the step is over by now
+            self.pending.append((step, values, None, self.clock.seconds if values.device.type == "cpu" else None))
 
-    def take(self, all: bool = False) -> list[tuple[int, list[float], float]]:
-        """(step, values, training seconds by then) of every step but the last one put, with `all` of that too."""
-        ready, self.pending = (self.pending, []) if all else (self.pending[:-1], self.pending[-1:])
+    def take(self, everything: bool = False) -> list[tuple[int, list[float], float]]:
+        """(step, values, training seconds by then) of each step but the last one put; with `everything` of that too."""
+        ready, self.pending = (self.pending, []) if everything else (self.pending[:-1], self.pending[-1:])
         results = []
         for step, values, done, seconds in ready:
             if done is not None:
                 done.synchronize()
-                seconds = self.clock.seconds
-            results.append((step, values.tolist(), seconds))
+            numbers = values.tolist()
+            results.append((step, numbers, self.clock.seconds if seconds is None else seconds))
         return results
 
 
 class Tracker:
     """Appends JSON objects, one a line, to `out_dir/metrics.jsonl`; TensorBoard and wandb get the same numbers."""
 
-    def __init__(self, out_dir: Path, step: int, settings: dict[str, Any]):
-        """Lines after `step` go first: a resumed run writes them again. Raises InputError where it cannot write."""
+    def __init__(self, out_dir: Path, step: int, evaluated: bool, settings: dict[str, Any]):
+        """Lines that a run resumed at `step`, `evaluated` there or not yet, will write again are dropped first. Raises
+        InputError where it cannot write."""
         path = out_dir / "metrics.jsonl"
         try:
             if path.exists():
-                _keep_lines(path, step)
+                _keep_lines(path, step, evaluated)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}): mend {out_dir} and try again") from error
@@ -85,7 +91,10 @@ class Tracker:
             import wandb
 
             project, name = settings["wandb_project"], settings["wandb_run_name"]
-            self._wandb = wandb.init(project=project, name=name, config=settings, dir=str(out_dir))
+            try:
+                self._wandb = wandb.init(project=project, name=name, config=settings, dir=str(out_dir))
+            except Exception as error:  # not logged in, no network
+                raise InputError(f"wandb_log=True: {error}; run `wandb login`, or give --wandb_log=False") from error
 
     def log(self, line: dict[str, Any]) -> None:
         """Write one line; numbers that are not finite become null. Raises RunStopped where the disk is full."""
@@ -160,8 +169,8 @@ class Log:
             if broken >= self.patience:
                 raise RunStopped(
                     f"step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite. No update was made from "
-                    "it and earlier checkpoints are good: go on from the last one with --resume=True and a lower "
-                    "--learning_rate"
+                    "it, and checkpoints before it are good: lower --learning_rate, and go on from the last one with "
+                    "--resume=True or start again"
                 )
             self.stop = 143 if sigterm else 130 if sigint else self.stop
             self.save_due |= bool(overdue)
@@ -215,41 +224,38 @@ class Log:
         left = (self.config.max_iters - step) * step_s
         end = datetime.now() + timedelta(seconds=left)
         say(f"finishes in about {duration(left)}, {end:%a %H:%M}, evaluations not counted")
-        if self.world.device.type == "cpu" and left > 30 * 60:
-            say("that is long: config/train_shakespeare_char_cpu.py is made for a CPU, a few minutes in all")
 
     def _tokens(self, step: int) -> int:
         rows = self.first_samples + (step - self.first_step) * self.config.rows_per_step
         return rows * self.model.config.block_size
 
 
-def _keep_lines(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a last one that a kill has cut, in one rename."""
+def _keep_lines(path: Path, step: int, evaluated: bool) -> None:
+    """Drop the lines after `step`, its evaluation unless `evaluated`, and a last line that a kill has cut; in one
+    rename."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            if line["step"] < step or (line["step"] == step and (evaluated or "val_loss" not in line)):
+                kept.append(text + "\n")
+    with aside(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")
 
 
-def report(
-    config: Any, model: Any, dataset: str, train_tokens: int, micro_batch: int, world: World, remedy: str
-) -> None:
+def report(config: Any, model: Any, dataset: str, train_tokens: int, world: World, remedy: str) -> None:
     """Print what a run will be, before it begins; the arguments are train.py's. Raises InputError, saying `remedy`,
     where a CPU's memory will not do: there the system would kill the process without a word."""
     parameters, T, rows = model.count_parameters(), model.config.block_size, config.rows_per_step
-    tokens = config.max_iters * rows * T
-    memory = model.training_bytes(micro_batch, T, 4 if world.dtype == torch.float32 else 2)
+    tokens, on_cpu = config.max_iters * rows * T, world.device.type == "cpu"
+    dtype = str(world.dtype).removeprefix("torch.")
+    say(f"{world.size} process(es) on {describe(world.device)}, {dtype}", f"model       {parameters:,} parameters")
+    if config.eval_only:
+        return
+    memory = model.training_bytes(config.micro_batch, T, 4 if world.dtype == torch.float32 else 2)
     free = free_memory(world.device)
     say(
-        f"{world.size} process(es) on {describe(world.device)}, {str(world.dtype).removeprefix('torch.')}",
-        f"model       {parameters:,} parameters",
-        f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {micro_batch}",
+        f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {config.micro_batch}",
         f"run         {config.max_iters:,} steps = {tokens:,} tokens = {tokens / train_tokens:.3g} epochs of {dataset} "
         f"= {tokens / parameters:.3g} tokens per parameter",
         f"memory      about {size(memory)} per process" + (f", {size(free)} are free" if free else ""),
@@ -257,8 +263,12 @@ def report(
     )
     if config.decay_lr and config.warmup_iters > config.max_iters:
         say(f"warning: warmup_iters={config.warmup_iters} is longer than the run, which never reaches learning_rate")
-    if world.device.type == "cpu" and free and memory * world.size > free:
-        raise InputError(remedy)
+    guess = model.flops_per_token() * tokens / (CPU_FLOPS * torch.get_num_threads() * world.size)
+    if on_cpu and guess > 30 * 60:
+        told = "config/train_shakespeare_char_cpu.py is made for a CPU, a few minutes in all"
+        say(f"warning: on this CPU that may take {duration(guess)}; {told}")
+    if on_cpu and free and memory * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > free:
+        raise InputError(f"{remedy}; about {size(memory)} are needed")
 
 
 def duration(seconds: float) -> str:
@@ -271,12 +281,3 @@ def duration(seconds: float) -> str:
     if hours >= 48:
         return f"{hours // 24} d {hours % 24} h"
     return f"{hours}:{m:02d}:{s:02d} h" if hours else f"{m}:{s:02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes as a person says them, in powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -80,7 +80,7 @@ def test_no_such_machine(run: Run, used: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "remedy"),
-    [(8, 3, (4, 6)), (15, 2, (5, 6)), (7, 1, (1, 7)), (1, 4, None)],
+    [(8, 3, (4, 6)), (15, 2, (6, 5)), (7, 1, (1, 7)), (1, 4, None)],
 )
 def test_too_little_memory(
     run: Run, used: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, accumulation: int, remedy: Any
@@ -88,9 +88,11 @@ def test_too_little_memory(
     """The flags that are named keep the rows per step."""
     monkeypatch.setattr(tracking, "free_memory", lambda _: 50_000)
     message = refused(run, batch_size=batch_size, gradient_accumulation_steps=accumulation)
-    assert f"too little memory for batch_size={batch_size} at block_size=16" in message
+    assert f"too little memory for micro-batches of {batch_size} rows at block_size=16" in message
+    assert "were free" in message
+    assert "are needed" in message
     if remedy is None:
-        assert message.endswith("use a smaller --block_size or a smaller model")
+        assert "use a smaller --block_size or a smaller model" in message
     else:
         assert f"--batch_size={remedy[0]} --gradient_accumulation_steps={remedy[1]} keeps the rows per step" in message
         assert remedy[0] * remedy[1] == batch_size * accumulation
@@ -177,7 +179,7 @@ def test_nothing_to_resume(run: Run, used: Path):
 def test_another_shape(run: Run, used: Path):
     message = refused(run, out_dir="out", resume=True, n_layer=3, n_embd=32)
     assert message.splitlines() == [
-        f"{given}: the run in out has {has}, which cannot change on resume; leave it out, or start a new run"
+        f"{given}: the run in out has {has}, which cannot change; leave it out"
         for given, has in (("n_layer=3", "n_layer=1"), ("n_embd=32", "n_embd=16"))
     ]
 

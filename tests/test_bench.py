@@ -73,7 +73,7 @@ def test_the_step_is_that_of_train(run: Run, letters: Path, dtype: str):
     assert run(out_dir="run", max_iters=8, lr_decay_iters=8, **keys) == 0
     config, given = bench.parse(bench.BenchConfig, flags(dataset=letters, max_iters=8, lr_decay_iters=8, **keys))
     world = distributed.start("cpu", dtype)
-    bench.seed_everything(config)
+    distributed.seed(config.seed, config.deterministic)
     model, tokens = bench.open_model_and_tokens(config, given)
     side = bench.Side("ours", bench.our_steps(config, model, tokens, world))
     bench.take_turn(side, 9, world)

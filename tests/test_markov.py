@@ -29,6 +29,7 @@ def test_a_trained_model_knows_what_can_be_known_and_no_more(run: Run, source: S
 
     excess = ours - best
     error = excess.std() / math.sqrt(excess.size)
+    print(f"loss over the source's own: {val_loss / best.mean():.5f}")
     assert val_loss < 1.01 * best.mean()
     assert val_loss > best.mean() - 4 * error
     assert error < 0.002 * best.mean()  # so the bound from below is one

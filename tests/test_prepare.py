@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -108,10 +109,10 @@ def test_openwebtext_goes_on_after_an_interruption_with_any_workers(tmp_path: Pa
     shards[1].write_bytes(whole[:500])
     flags = ["--val-share", SHARE, "--input", *shards]
     output = run("openwebtext", "--out", tmp_path / "out", "--workers", 1, *flags, status=2)
-    assert "1.parquet is not a whole parquet file" in output
+    assert "1.parquet is no whole parquet file" in output
     shards[1].write_bytes(whole)
     output = run("openwebtext", "--out", tmp_path / "out", "--workers", 2, *flags)
-    assert output.count("done before") == 1
+    assert "1 of 4 shards were done before" in output
     assert f"{len(DOCS)} documents" in output
     assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
     data = open_dataset(tmp_path / "out", block_size=64, vocab_size=50_257, verify=True)
@@ -135,6 +136,9 @@ def test_openwebtext_takes_a_part_and_refuses_what_it_cannot_use(tmp_path: Path,
     with pytest.raises(InputError, match=r"b\.jsonl, line 2: no JSON object"):
         list(script["documents"](paths[1]))
     assert "c.jsonl is no file" in run("openwebtext", "--input", tmp_path / "c.jsonl", status=2)
+    for wrong in (["--val-share", 1], ["--val-share", "nan"], ["--docs", 0], ["--workers", 0]):
+        assert "count from 1 up" in run("openwebtext", "--out", tmp_path / "none", *wrong, status=2)
+    assert not (tmp_path / "none").exists()
 
 
 def test_openwebtext_finds_its_shards(monkeypatch: pytest.MonkeyPatch):
@@ -143,14 +147,62 @@ def test_openwebtext_finds_its_shards(monkeypatch: pytest.MonkeyPatch):
         "main": ["README.md", "b/partial-train/0.parquet"],
         "refs/convert/parquet": ["t/1.parquet", "t/0.parquet", ".gitattributes"],
     }
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "list_repo_files", lambda self, repo, revision, repo_type: names[revision]
-    )
-    expected = [{"source": f"t/{i}.parquet", "revision": "refs/convert/parquet"} for i in range(2)]
-    assert hub_shards() == expected
+
+    def dataset_info(self, repo: str, revision: str, files_metadata: bool) -> SimpleNamespace:
+        lfs = {name: SimpleNamespace(sha256=f"hash of {name}") for name in names[revision] if "parquet" in name}
+        files = [SimpleNamespace(rfilename=name, lfs=lfs.get(name)) for name in names[revision]]
+        return SimpleNamespace(sha=f"commit of {revision}", siblings=files)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    commit = "commit of refs/convert/parquet"
+    names_in_order = [f"t/{i}.parquet" for i in range(2)]
+    assert hub_shards() == [{"source": n, "revision": commit, "sha256": f"hash of {n}"} for n in names_in_order]
     names["refs/convert/parquet"] = []
     with pytest.raises(InputError, match="no longer has a whole set"):
         hub_shards()
     del names["main"]  # stands for no network
     with pytest.raises(InputError, match=r"could not be listed .*--input"):
         hub_shards()
+
+
+HUB = """
+import json, pathlib, shutil, types
+HERE = pathlib.Path(__file__).parent
+
+class HfApi:
+    def dataset_info(self, repo, revision, files_metadata):
+        facts = json.loads((HERE / "hub.json").read_text(), object_hook=lambda o: types.SimpleNamespace(**o))
+        assert files_metadata
+        return facts
+
+def hf_hub_download(repo, name, repo_type, revision, local_dir):
+    assert revision == "first", revision
+    (local_dir / name).parent.mkdir(exist_ok=True)
+    return shutil.copy(HERE / name, local_dir / name)
+"""
+
+
+@needs_shared
+def test_openwebtext_checks_its_downloads_and_stays_at_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", ENV["TIKTOKEN_CACHE_DIR"])
+    monkeypatch.setitem(ENV, "PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "huggingface_hub.py").write_text(HUB)
+    files = []
+    for i, part in enumerate((DOCS[:300], DOCS[300:])):
+        path = tmp_path / f"t/{i}.parquet"
+        parquet.write_table(pa.table({"text": part}), path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        files.append({"rfilename": f"t/{i}.parquet", "lfs": {"sha256": sha256}})
+    (tmp_path / "hub.json").write_text(json.dumps({"sha": "first", "siblings": files}))
+    path.write_bytes((whole := path.read_bytes())[:-1] + b"?")
+    flags = ["--out", tmp_path / "out", "--workers", 1, "--val-share", SHARE]
+    assert "t/1.parquet came damaged" in run("openwebtext", *flags, status=2)
+    assert os.listdir(tmp_path / "out/pieces/t") == []
+    path.write_bytes(whole)
+    (tmp_path / "hub.json").write_text(json.dumps({"sha": "second", "siblings": files[:1]}))
+    assert "1 of 2 shards were done before" in run("openwebtext", *flags)
+    data = open_dataset(tmp_path / "out", block_size=64, verify=True)
+    assert list(documents(data.train)) == [text for text in DOCS if not in_val(text)]

@@ -288,7 +288,7 @@ def test_checkpoint_of_nanogpt(tmp_path: Path, prefix: str) -> None:
     oracle = build_oracle(activation="gelu")
     torch.save(nanogpt_checkpoint(oracle, prefix), tmp_path / "ckpt.pt")
     weights = read_weights(tmp_path)
-    assert (weights.iter_num, weights.best_val_loss, weights.train_config["dataset"]) == (7, 3.5, "openwebtext")
+    assert weights.train_config["dataset"] == "openwebtext"
     assert "optimizer state is not taken over" in weights.notes[0]
     model = GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
     assert (model.config.gelu, model.config.dropout, model.config.bias) == ("erf", 0.1, True)

@@ -129,6 +129,16 @@ def test_characters(tmp_path: Path):
         Tokenizer.characters("")
 
 
+def test_same_as(converted: tuple[Tokenizer, Tokenizer, Path]):
+    tokenizer, loaded, _ = converted
+    assert tokenizer.same_as(loaded)
+    assert loaded.same_as(tokenizer)
+    assert not tokenizer.same_as(Tokenizer.characters("abc"))
+    assert Tokenizer.characters("abc").same_as(Tokenizer.characters("cabba"))
+    assert not Tokenizer.characters("abc").same_as(Tokenizer.characters("abd"))
+    assert not Tokenizer.characters("abc").same_as(Tokenizer._from_characters({"a": 0, "b": 2, "c": 1}))
+
+
 def test_unknown_characters_are_named():
     tokenizer = Tokenizer.characters("abc\uffff")
     with pytest.raises(InputError, match=r"no id for 'd' '\\u65e5' '\\ud800':"):

@@ -55,13 +55,13 @@ def test_late_holds_back_the_last_value(clock: list[float]):
         if step > 1:
             assert late.take() == [(step - 1, [step - 1, (step - 1) / 2], 10.0 * (step - 1))]
     assert late.take() == []
-    assert late.take(all=True) == [(3, [3, 1.5], 30.0)]
-    assert late.take(all=True) == []
+    assert late.take(everything=True) == [(3, [3, 1.5], 30.0)]
+    assert late.take(everything=True) == []
 
 
 def test_tracker_writes_strict_json_and_drops_what_comes_after_the_checkpoint(tmp_path: Path):
     def track(step: int, *lines: dict[str, Any]) -> list[str]:
-        tracker = Tracker(tmp_path, step, SETTINGS)
+        tracker = Tracker(tmp_path, step, True, SETTINGS)
         for line in lines:
             tracker.log(line)
         tracker.close()
@@ -78,7 +78,7 @@ def test_tracker_writes_strict_json_and_drops_what_comes_after_the_checkpoint(tm
 
 
 def test_a_disk_that_takes_nothing(tmp_path: Path):
-    tracker = Tracker(tmp_path, 0, SETTINGS)
+    tracker = Tracker(tmp_path, 0, True, SETTINGS)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
     try:
@@ -88,7 +88,7 @@ def test_a_disk_that_takes_nothing(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(InputError, match=r"metrics.jsonl cannot be written \(Is a directory\): mend"):
-        Tracker(tmp_path / "other", 0, SETTINGS)
+        Tracker(tmp_path / "other", 0, True, SETTINGS)
 
 
 def test_fields_of_a_run(run: Run):

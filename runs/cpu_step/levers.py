@@ -7,8 +7,8 @@
 2. Freed memory kept by the C library (nanogpt/distributed.py, keep_freed_memory), in fresh processes. Prediction: a
    gain of the page faults' own time, about 4% (2.5 to 5 ms of 60).
 
-Outcome (levers.json): both as predicted, the first by little: 1% either way in float32. It stays for bfloat16, where the
-fused kernel was found 3 to 8 times slower at 64 positions on a CPU that has the format; this one does not.
+Outcome (levers.json): both as predicted, the first by little: 1% either way in float32. It stays for bfloat16, where
+the fused kernel was found 3 to 8 times slower at 64 positions on a CPU that has the format; this one does not.
 """
 
 import json
