@@ -137,7 +137,7 @@ class Tokenizer:
             ids[points >= len(self._table)] = _UNKNOWN
             if (ids == _UNKNOWN).any():
                 unknown = [chr(point) for point in np.unique(points[ids == _UNKNOWN])]
-                names = " ".join(map(ascii, unknown[:10])) + (" …" if len(unknown) > 10 else "")
+                names = " ".join(map(repr, unknown[:10])) + (" …" if len(unknown) > 10 else "")
                 raise InputError(
                     f"the character tokenizer has no id for {names}: leave such characters out, or use a dataset "
                     f"whose text holds them ({self.vocab_size} characters are known)"
