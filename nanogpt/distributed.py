@@ -283,7 +283,7 @@ def compiled(model: nn.Module, world: World, x: Tensor, y: Tensor) -> tuple[nn.M
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     model.train()
     model.zero_grad(set_to_none=True)
-    return (model if reason else fast), reason
+    return (model if reason else fast.train()), reason
 
 
 def describe(device: torch.device) -> str:
