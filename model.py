@@ -19,8 +19,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nanogpt.pretrained import Weights
 
-# On a CPU three plain operations are faster up to this many positions than torch's fused attention, which computes the
-# same function (runs/cpu_step).
+# Up to this many positions a CPU attends by three plain operations: level with torch's fused kernel, which computes the
+# same function, in float32 and several times faster in bfloat16 (runs/cpu_step, docs/decisions.md).
 PLAIN_ATTENTION_UP_TO = 128
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import ROOT, Run, environment, flags
 
-from nanogpt import InputError, tracking
-from nanogpt.data import write_dataset
+from nanogpt import InputError, RunStopped, checkpoint, distributed, tracking
+from nanogpt.data import Rows, write_dataset
 from nanogpt.tokenizer import Tokenizer
 
 
@@ -87,6 +87,7 @@ def test_too_little_memory(
 ):
     """The flags that are named keep the rows per step."""
     monkeypatch.setattr(tracking, "free_memory", lambda _: 50_000)
+    assert run(eval_only=True) == 0  # which needs neither gradients nor moments
     message = refused(run, batch_size=batch_size, gradient_accumulation_steps=accumulation)
     assert f"too little memory for micro-batches of {batch_size} rows at block_size=16" in message
     assert "were free" in message
@@ -182,6 +183,55 @@ def test_another_shape(run: Run, used: Path):
         f"{given}: the run in out has {has}, which cannot change; leave it out"
         for given, has in (("n_layer=3", "n_layer=1"), ("n_embd=32", "n_embd=16"))
     ]
+
+
+def test_weights_of_another_shape(run: Run, used: Path):
+    message = refused(run, out_dir="new", init_from="out", n_layer=3)
+    assert message == "n_layer=3: out has n_layer=1, which cannot change; leave it out"
+
+
+def test_resume_with_data_of_another_tokenizer(run: Run, used: Path):
+    ids = np.arange(400) % 4
+    write_dataset("other", {"train": [ids], "val": [ids]}, Tokenizer.characters("wxyz"))
+    message = refused(run, out_dir="out", resume=True, max_iters=5, dataset="other")
+    assert message.startswith(
+        "dataset=other: its tokenizer is not that of out/ckpt/step-000003; use the run's own data"
+    )
+
+
+def test_ranks_that_found_different_checkpoints(run: Run, used: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distributed.World, "sum", lambda world, values: values + 1)
+    message = refused(run, out_dir="out", resume=True, max_iters=5)
+    assert message == "out_dir=out does not hold the same checkpoints for all ranks: share it between the nodes"
+
+
+def test_data_changed_in_place(run: Run, used: Path):
+    ids = np.fromfile("copy/train.bin", "<u2")
+    ids[7] = (ids[7] + 1) % 4
+    ids.tofile("copy/train.bin")
+    assert run(dataset="copy", out_dir="unaware", max_iters=1) == 0
+    assert "copy/train.bin is not the file that meta.json describes" in refused(run, dataset="copy", verify_data=True)
+
+
+def test_a_bad_id_in_mid_run_stops_the_run(run: Run, used: Path):
+    """After the first update it is status 3, and what was saved before is there."""
+    ids = np.fromfile("copy/train.bin", "<u2")
+    ids[10_000:] = 9
+    ids.tofile("copy/train.bin")
+    Path("copy/meta.json").unlink()
+    keys = {"dataset": "copy", "row_order": "random", "batch_size": 1, "eval_interval": 1, "eval_iters": 1}
+    seeds = (
+        seed for seed in range(100) if all(starts(seed, step) < 9_900 for step in range(3)) and starts(seed, 3) > 10_000
+    )
+    with pytest.raises(RunStopped, match=r"holds id 9 at token .*vocab_size is 4"):
+        run(out_dir="broken", seed=next(seeds), **keys)
+    assert [path.name for path in checkpoint.steps(Path("broken"))] == ["step-000003", "step-000002"]
+
+
+def starts(seed: int, index: int) -> int:
+    """The token at which row `index` begins, read from the row itself."""
+    ramp = np.arange(20_000, dtype=np.uint16)
+    return int(Rows(ramp, 16, 20_000, seed)[index : index + 1][0][0, 0])
 
 
 def test_a_damaged_checkpoint(run: Run, used: Path):

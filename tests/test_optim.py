@@ -171,3 +171,21 @@ def test_optimizer_state_goes_by_name():
         rename(model, another_name)
     with pytest.raises(InputError, match=r"1.weight/exp_avg does not fit this model"):
         rename(model, another_shape)
+
+
+class OnMps(torch.Tensor):
+    """A CPU tensor that says it lies on MPS."""
+
+    device = property(lambda self: torch.device("mps"))  # type: ignore[assignment]
+
+
+def test_guard_takes_the_gradients_away_where_found_inf_is_not_heeded():
+    model = nn.Linear(2, 2)
+    optimizer, guard = adamw(model, 1e-2, BETAS, DECAY), Guard(torch.device("cpu"), 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for loss in (float("nan"), 1.0):  # and the next one too: it is sticky
+        model(torch.ones(1, 2)).sum().backward()
+        guard.check(optimizer, torch.tensor(loss).as_subclass(OnMps), torch.tensor(1.0))
+        optimizer.step()
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert not hasattr(optimizer, "found_inf")

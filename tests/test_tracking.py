@@ -77,6 +77,14 @@ def test_tracker_writes_strict_json_and_drops_what_comes_after_the_checkpoint(tm
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(("evaluated", "kept"), [(True, 3), (False, 2)])
+def test_an_evaluation_that_will_come_again_is_dropped(tmp_path: Path, evaluated: bool, kept: int):
+    lines = ['{"step": 2, "val_loss": 1.5}', '{"step": 4, "loss": 1.5}', '{"step": 4, "val_loss": 1.25}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    Tracker(tmp_path, 4, evaluated, SETTINGS).close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:kept]
+
+
 def test_a_disk_that_takes_nothing(tmp_path: Path):
     tracker = Tracker(tmp_path, 0, True, SETTINGS)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
