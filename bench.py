@@ -25,7 +25,8 @@ from nanogpt import InputError, data, distributed, optim, run_script
 from nanogpt.distributed import World, explained_faults, free_memory, memory_remedy, say, size
 from nanogpt.pretrained import GPT2_VOCAB
 from nanogpt.tracking import Late, Stopwatch
-from train import SHAPE_KEYS, TrainConfig, load_weights, open_data_and_model
+from start import SHAPE_KEYS, load_weights, open_data_and_model
+from train import TrainConfig
 
 TURN = 5  # steps of one side, beside a reference, before it is the other's turn
 TRACED = 3  # steps in a trace
@@ -102,7 +103,7 @@ def open_model_and_tokens(config: BenchConfig, given: dict[str, Any]) -> tuple[G
         sizes = {name: getattr(config, name) for name in SHAPE_KEYS}
         model = GPT(GPTConfig(vocab_size=config.vocab_size, dropout=config.dropout, **sizes))
     else:
-        model = load_weights(config, given)
+        model, _ = load_weights(config, given)
     shape = model.config
     ids = np.random.default_rng(config.seed).integers(shape.vocab_size, size=1_000_000 + shape.block_size)
     return model, ids.astype(data.token_dtype(shape.vocab_size))
@@ -125,12 +126,10 @@ def our_steps(config: TrainConfig, raw_model: GPT, tokens: np.ndarray, world: Wo
         model, failure = distributed.compiled(raw_model, world, *world.put(*rows[0:micro_batch]))
         if failure:
             say(f"warning: torch.compile failed, going on without it ({failure})")
-    optimizer = optim.adamw(raw_model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    optimizer = optim.Optimizer(raw_model, config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     guard, late = optim.Guard(world.device, patience=1 << 30), Late(Stopwatch())
     for step in itertools.count():
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
         loss_sum = torch.zeros((), device=world.device)
         for micro_step in range(micro_steps):
             first_row = step * config.rows_per_step + micro_step * micro_batch
@@ -142,12 +141,13 @@ def our_steps(config: TrainConfig, raw_model: GPT, tokens: np.ndarray, world: Wo
             scaler.scale(loss / micro_steps).backward()
             loss_sum += loss.detach()
         mean_loss = loss_sum / micro_steps
-        scaler.unscale_(optimizer)
-        grad_norm = optim.clip(raw_model.parameters(), config.grad_clip)
-        guard.check(optimizer, mean_loss, grad_norm)
-        optimizer.step()
+        scaler.unscale_(optimizer)  # type: ignore[arg-type]
+        grad_norm = optim.gradient_norm(raw_model.parameters())
+        skip = guard.check(mean_loss, grad_norm)
+        factor = config.learning_rate_at(step) / config.learning_rate
+        optimizer.step(factor, optim.shrink_to(config.grad_clip, grad_norm), skip)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        raw_model.zero_grad(set_to_none=True)
         late.put(step, torch.stack([mean_loss, grad_norm, guard.bad_in_a_row]))
         yield [values[0] for _, values, _ in late.take()]
 
@@ -174,7 +174,7 @@ def reference_steps(config: TrainConfig, shape: GPTConfig, tokens: np.ndarray, r
     on_gpu = world.device.type == "cuda"
     # For GPT-2's ids its train.py makes a vocabulary of 50,304, to which our network pads itself.
     vocab_size = shape.padded_vocab_size if shape.vocab_size == GPT2_VOCAB else shape.vocab_size
-    sizes = {name: getattr(shape, name) for name in (*SHAPE_KEYS, "dropout")}
+    sizes = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")}
     with contextlib.redirect_stdout(io.StringIO()):  # it tells sizes that we have told
         model = reference.GPT(reference.GPTConfig(vocab_size=vocab_size, **sizes)).to(world.device)
         betas = (config.beta1, config.beta2)

@@ -1,6 +1,8 @@
-"""GPT-2 in one file: the network, its initialisation, and how many parameters and FLOPs it costs.
+"""A GPT in one file: the network, its initialisation, and how many parameters and FLOPs it costs.
 
-The function of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", as OpenAI released it.
+Two architectures share all code that is the same. `gpt2` is the function of Radford et al. 2019, "Language Models are
+Unsupervised Multitask Learners", as OpenAI released it. `modern` is that of Qwen3 (Yang et al. 2025): RMS norms, rotary
+positions, normed queries and keys, a gated MLP, key heads shared by query heads, no biases.
 Needs nothing but torch: copy this file into another project and it runs.
 
 Letters in shapes: B rows, T positions, C = n_embd channels, V = vocab_size.
@@ -15,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from nanogpt.pretrained import Weights
@@ -26,25 +29,53 @@ PLAIN_ATTENTION_UP_TO = 128
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that fixes the network's function. Raises ValueError where the sizes contradict each other."""
+    """Everything that fixes the network's function; a 0 becomes the size it stands for. Raises ValueError where the
+    sizes contradict each other."""
 
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     vocab_size: int = 50257  # the true size; the network pads its own rows
     block_size: int = 1024  # the longest context, in tokens
-    bias: bool = True  # in the linear layers and the norms
+    bias: bool = True  # in the linear layers and the norms; gpt2 alone has them
     dropout: float = 0.0
     gelu: str = "tanh"  # "tanh" as GPT-2 was trained; "erf" for weights trained with nanoGPT
+    arch: str = "gpt2"  # or "modern"
+    n_kv_head: int = 0  # heads of keys and values, each read by n_head / n_kv_head query heads; 0: n_head
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    n_inner: int = 0  # width of the MLP; 0: 4 n_embd, or as many weights in the gated MLP: 8/3 n_embd, to the next 64
+    rope_theta: float = 10000.0  # the longest wavelength of the rotary positions, over 2π
+    norm_eps: float = 0.0  # 0: 1e-5 in gpt2, 1e-6 in modern
+    tied: bool = True  # whether the token embedding is the output layer too
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
+        modern = self.arch == "modern"
+        if self.arch not in ("gpt2", "modern"):
+            raise ValueError(f"arch={self.arch!r}: must be 'gpt2' or 'modern'")
         if self.gelu not in ("tanh", "erf"):
             raise ValueError(f"gelu={self.gelu!r}: must be 'tanh' or 'erf'")
+        if self.n_embd % self.n_head and not (modern and self.head_dim):
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
+        defaults = {
+            "n_kv_head": self.n_head,
+            "head_dim": self.n_embd // self.n_head,
+            "n_inner": -(-8 * self.n_embd // (3 * 64)) * 64 if modern else 4 * self.n_embd,
+            "norm_eps": 1e-6 if modern else 1e-5,
+        }
+        for name, default in defaults.items():
+            object.__setattr__(self, name, getattr(self, name) or default)  # the way past frozen=True
+        if modern and self.bias:
+            raise ValueError("bias=True: arch=modern has no biases; set bias=False")
+        for name, only in (("n_kv_head", self.n_head), ("head_dim", self.n_embd // self.n_head), ("tied", True)):
+            if not modern and getattr(self, name) != only:
+                raise ValueError(f"{name}={getattr(self, name)}: arch=gpt2 has {only}; leave it out or set arch=modern")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: change one of them")
+        if modern and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: rotary positions turn pairs of channels; make it even")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -52,48 +83,152 @@ class GPTConfig:
         return -(-self.vocab_size // 64) * 64
 
 
+class RMSNorm(nn.RMSNorm):
+    """x over its root mean square along the last dimension, times a learned gain (Zhang and Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scaled_rms_norm(x, self.weight, self.eps or 0.0)
+
+
+def scaled_rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """`gain`, of any shape that broadcasts to x, times x over its root mean square along the last dimension."""
+    if x.device.type == "cpu":
+        return CPUNorm.apply(x, gain, eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * gain
+
+
+class CPUNorm(torch.autograd.Function):
+    """RMS norm whose backward is five passes over memory; torch's own on a CPU takes twice the time (runs/cpu_step)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normed = x * inverse
+        ctx.save_for_backward(normed, inverse, gain)
+        return normed * gain
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        normed, inverse, gain = ctx.saved_tensors
+        along = grad * normed
+        radial = (along * gain).mean(-1, keepdim=True)  # what the norm takes out of a change of x
+        return (grad * gain).addcmul_(normed, radial, value=-1).mul_(inverse), along.sum_to_size(gain.shape), None
+
+
+def norm(config: GPTConfig, channels: int) -> nn.Module:
+    """The architecture's normalisation of the last dimension."""
+    if config.arch == "modern":
+        return RMSNorm(channels, eps=config.norm_eps)
+    return nn.LayerNorm(channels, eps=config.norm_eps, bias=config.bias)
+
+
+def rotation(T: int, config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each (T, head_dim), by which rotary positions (Su et al. 2021) turn the pairs of channels
+    (i, i + head_dim/2); of the sine the first half is negated."""
+    frequencies = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
+    angles = torch.arange(T, device=device)[:, None] * frequencies  # radians
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
 class Attention(nn.Module):
     """Causal self-attention: each position gathers from itself and those before it, n_head times in parallel."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.dropout, self.eps = config.dropout, config.norm_eps
+        heads = config.n_head + 2 * config.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, heads * config.head_dim, bias=config.bias)
+        if config.arch == "modern":
+            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2))
+        self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        B, T, _ = x.shape
+        plain = x.device.type == "cpu" and T <= PLAIN_ATTENTION_UP_TO
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).permute(2, 0, 1, 3)  # (heads, B, T, head_dim)
+        if plain:
+            qkv = qkv.contiguous()  # one copy here, instead of several in what follows and in its backward
+        qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head))
+        if turn is not None:  # arch=modern
+            gains = self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv_head, -1)
+            qk = rotate(scaled_rms_norm(qk, torch.cat(gains)[:, None, None], self.eps), *turn)
+        q, k = qk.split((self.n_head, self.n_kv_head))
         dropout = self.dropout if self.training else 0.0
-        if x.device.type == "cpu" and T <= PLAIN_ATTENTION_UP_TO:
-            y = plain_attention(q, k, v, dropout)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        if plain:
+            return self.out(plain_attention(q, k, v, dropout))
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (B, heads, T, head_dim)
+        shared = self.n_kv_head < self.n_head
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=shared)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (..., T, head_dim), turned by what `rotation` has made for its positions."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """softmax(q kᵀ / √head_dim) v under the causal mask, all (B, n_head, T, head_dim)."""
-    T, head_dim = q.shape[-2:]
-    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    q_heads, k_heads, v_heads = (t.flatten(0, 1) for t in (q, k, v))  # (B · n_head, T, head_dim)
-    scores = torch.baddbmm(future, q_heads, k_heads.transpose(1, 2), alpha=head_dim**-0.5)
-    return (F.dropout(scores.softmax(-1), dropout) @ v_heads).view_as(q)
+    """softmax(q kᵀ / √head_dim) v under the causal mask. q: (n_head, B, T, head_dim); k and v: (n_kv_head, B, T,
+    head_dim). Returns (B, T, n_head · head_dim)."""
+    (n_head, B, T, head_dim), n_kv_head = q.shape, len(k)
+    group = n_head // n_kv_head  # query heads of one key head: to it they are so many more positions
+    q = q.view(n_kv_head, group, B, T, head_dim).transpose(1, 2).reshape(-1, group * T, head_dim)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)  # (n_kv_head · B, T, head_dim)
+    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(group, 1)
+    weights = torch.baddbmm(future, q, k.mT, alpha=head_dim**-0.5).softmax(-1)  # (n_kv_head · B, group · T, T)
+    y = (F.dropout(weights, dropout) @ v).view(n_kv_head, B, group, T, head_dim)
+    return y.permute(1, 3, 0, 2, 4).reshape(B, T, n_head * head_dim)
+
+
+class CPUGelu(torch.autograd.Function):
+    """The tanh form of GELU (Hendrycks and Gimpel 2016) as x σ(2u): half the time of torch's own on a CPU, whose tanh
+    is slow (runs/cpu_step)."""
+
+    LINEAR = 2 * math.sqrt(2 / math.pi)  # 2u = LINEAR x + CUBIC x³
+    CUBIC = LINEAR * 0.044715
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        gate = x.square().mul_(CPUGelu.CUBIC).add_(CPUGelu.LINEAR).mul_(x).sigmoid_()
+        ctx.save_for_backward(x, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        x, gate = ctx.saved_tensors
+        slope = x.square().mul_(3 * CPUGelu.CUBIC).add_(CPUGelu.LINEAR).mul_(x)  # x d(2u)/dx
+        return torch.ops.aten.sigmoid_backward(slope, gate).add_(gate).mul_(grad)
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times wider in between."""
+    """GPT-2's two linear layers, wider in between."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.activation = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
+        self.approximate = "tanh" if config.gelu == "tanh" else "none"
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        x = self.up(x)
+        own = self.approximate == "tanh" and x.device.type == "cpu" and x.dtype == torch.float32
+        return self.down(CPUGelu.apply(x) if own else F.gelu(x, approximate=self.approximate))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (Shazeer 2020): one wide layer decides how much of the other passes."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.up = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -101,28 +236,33 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.norm1 = norm(config, config.n_embd)
         self.attention = Attention(config)
-        self.norm2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.norm2 = norm(config, config.n_embd)
+        self.mlp = GatedMLP(config) if config.arch == "modern" else MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x)))
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), turn))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, `n_layer` blocks, a last norm, and the token embedding again as output layer."""
+    """Token embedding (gpt2: and position embedding), `n_layer` blocks, a last norm, and the output layer."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.positions = nn.Embedding(config.block_size, config.n_embd)
+        if config.arch == "gpt2":
+            self.positions = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.norm = norm(config, config.n_embd)
+        self.activation_checkpointing = False  # keep only the blocks' inputs for backward, and compute the rest again
+        self.loss_chunk = 0  # tokens whose logits exist at a time in training; 0: all
+        if not config.tied:
+            self.head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.initialise()
 
     @torch.no_grad()
@@ -137,38 +277,75 @@ class GPT(nn.Module):
                 parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if writes_residual else 0.02)
         # Zero rows get zero gradients, so padding stays zero for ever.
         self.tokens.weight[self.config.vocab_size :].zero_()
+        self.output_weight[self.config.vocab_size :].zero_()
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def hidden_matrices(self) -> dict[str, list[int]]:
+        """Names of the blocks' matrices, which Muon can train, each with the rows of the maps that it is made of."""
+        c = self.config
+        heads = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
+        matrices = {name: p for name, p in self.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
+        return {name: heads if name.endswith("qkv.weight") else [len(p)] for name, p in matrices.items()}
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix that makes logits of channels, (padded V, C)."""
+        return self.tokens.weight if self.config.tied else self.head.weight
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Predict each next token.
 
         idx: (B, T) token ids, T ≤ block_size. targets: (B, T) ids, −1 where the loss shall not look.
-        Returns logits (B, T, V) and the mean cross-entropy in nats; without targets only the last position's logits
-        (B, 1, V), which is all that sampling reads, and None.
+        Returns logits (B, T, V; None where the loss is made in chunks) and the mean cross-entropy in nats; without
+        targets only the last position's logits (B, 1, V), which is all that sampling reads, and None.
         """
         T = idx.shape[1]
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit into a context of block_size={self.config.block_size}")
-        x = self.dropout(self.tokens(idx) + self.positions.weight[:T])  # (B, T, C)
+        x, turn = self.tokens(idx), None  # (B, T, C)
+        if self.config.arch == "gpt2":
+            x = x + self.positions.weight[:T]
+        else:
+            turn = rotation(T, self.config, idx.device)
+        x = self.dropout(x)
         for block in self.blocks:
-            x = block(x)
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, turn, use_reentrant=False)
+            else:
+                x = block(x, turn)
         x = self.norm(x if targets is not None else x[:, -1:])
-        logits = F.linear(x, self.tokens.weight)[..., : self.config.vocab_size]
+        if targets is not None and self.loss_chunk:
+            return None, self.chunked_loss(x.flatten(0, 1), targets.flatten())
+        logits = self.logits(x)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., V) of the last norm's (..., C)."""
+        return F.linear(x, self.output_weight)[..., : self.config.vocab_size]
+
+    def chunked_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy of x (tokens, C), `loss_chunk` tokens at a time; backward makes their logits again."""
+
+        def loss(x: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="sum")
+
+        chunks = zip(x.split(self.loss_chunk), targets.split(self.loss_chunk), strict=True)
+        total = sum(checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks)
+        return total / (targets >= 0).sum()
+
     @classmethod
     def from_tensors(cls, config: GPTConfig, tensors: dict[str, Tensor]) -> "GPT":
-        """A model whose parameters are these very tensors, by our names; `tokens.weight` with or without padding.
+        """A model whose parameters are these very tensors, by our names; the vocabulary's rows with or without padding.
 
         Raises RuntimeError where a name or a shape does not fit `config`.
         """
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
             model = cls(config)
-        rows = tensors.get("tokens.weight")
-        if rows is not None and len(rows) == config.vocab_size:
+        for name in ("tokens.weight", "head.weight"):
             padding = config.padded_vocab_size - config.vocab_size
-            tensors = tensors | {"tokens.weight": F.pad(rows, (0, 0, 0, padding))}
+            if padding and name in tensors and len(tensors[name]) == config.vocab_size:
+                tensors = tensors | {name: F.pad(tensors[name], (0, 0, 0, padding))}
         model.load_state_dict(tensors, assign=True)
         return model
 
@@ -176,7 +353,7 @@ class GPT(nn.Module):
     def from_pretrained(
         cls, source: "str | Path | Weights", *, dropout: float | None = None, block_size: int | None = None
     ) -> "GPT":
-        """GPT-2 as published or fine-tuned (a size like "gpt2-xl", a Hugging Face id or folder), or nanoGPT's ckpt.pt.
+        """GPT-2 or Qwen3 as published or fine-tuned ("gpt2-xl", a Hugging Face id or folder), or nanoGPT's ckpt.pt.
 
         source: its name, or what `read_weights` of nanogpt/pretrained.py has made of it. dropout: default as stored.
         block_size: a shorter context. Raises InputError where the weights cannot be had or used, ValueError for a
@@ -208,17 +385,25 @@ class GPT(nn.Module):
         return model
 
     def count_parameters(self) -> int:
-        """Parameters by formula: true rows only, the tied output layer counted once."""
+        """Parameters by formula: true rows only, a tied output layer counted once."""
         c = self.config
-        C, norms = c.n_embd, 2 * c.n_layer + 1
-        weights = (c.vocab_size + c.block_size) * C + c.n_layer * 12 * C * C + norms * C
-        return weights + (9 * c.n_layer * C + norms * C if c.bias else 0)
+        modern, norms = c.arch == "modern", (2 * c.n_layer + 1) * c.n_embd
+        embeddings = c.vocab_size * c.n_embd * (1 if c.tied else 2) + (0 if modern else c.block_size * c.n_embd)
+        head_norms = 2 * c.n_layer * c.head_dim if modern else 0
+        biases = norms + c.n_layer * (5 * c.n_embd + c.n_inner) if c.bias else 0
+        return embeddings + c.n_layer * self.block_weights() + norms + head_norms + biases
+
+    def block_weights(self) -> int:
+        """Numbers in a block's matrices."""
+        c = self.config
+        heads, wide = 2 * c.n_head + 2 * c.n_kv_head, 3 if c.arch == "modern" else 2
+        return c.n_embd * (heads * c.head_dim + wide * c.n_inner)
 
     def flops_per_token(self, T: int | None = None) -> int:
         """FLOPs of forward and backward for one token in a row of T (default block_size): two per multiply-add, the
         backward pass twice the forward, attention counted as the full square (as published figures are)."""
         c, T = self.config, T or self.config.block_size
-        layer = 2 * 12 * c.n_embd**2 + 2 * 2 * T * c.n_embd
+        layer = 2 * self.block_weights() + 2 * 2 * T * c.n_head * c.head_dim
         return 3 * (c.n_layer * layer + 2 * c.vocab_size * c.n_embd)
 
     def training_bytes(self, B: int, T: int, activation_bytes: int) -> int:
@@ -234,4 +419,6 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f"block_size={block_size}: this model's context ends at {self.config.block_size}")
         self.config = replace(self.config, block_size=block_size)
+        if self.config.arch == "modern":
+            return
         self.positions = nn.Embedding.from_pretrained(self.positions.weight[:block_size].detach().clone(), freeze=False)

@@ -15,16 +15,14 @@ import torch
 from torch import nn
 
 from configurator import build, key, parse
-from model import GPT, GPTConfig
+from model import GPTConfig
 from nanogpt import InputError, checkpoint, data, distributed, optim, run_script
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, processes, say
 from nanogpt.inference import evaluate, sample_text
-from nanogpt.pretrained import GPT2_VOCAB, read_weights
-from nanogpt.tokenizer import Tokenizer
 from nanogpt.tracking import Log, Stopwatch, Tracker, missing_extras, report
+from start import SHAPE_KEYS, check_shape, open_data_and_model, pick_micro_batch
 
-SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 
 
@@ -46,19 +44,32 @@ class TrainConfig:
     gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", least=1)
     block_size: int = key(1024, "tokens per row: the context length", least=1)
 
-    n_layer: int = key(12, "blocks", group="Model", least=1)
+    arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
+    n_layer: int = key(12, "blocks", least=1)
     n_head: int = key(12, "attention heads per block", least=1)
+    n_kv_head: int = key(0, "modern: heads of keys and values; 0: n_head", least=0)
+    head_dim: int = key(0, "modern: channels of a head; 0: n_embd / n_head", least=0)
     n_embd: int = key(768, "channels", least=1)
+    n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd to the next 64", least=0)
+    rope_theta: float = key(1e4, "modern: base of the rotary positions", above=0)
+    norm_eps: float = key(0.0, "added to variances in norms; 0: 1e-5, modern 1e-6", least=0)
+    tied: bool = key(True, "the token embedding is the output layer too; modern may untie them")
     dropout: float = key(0.0, "share of activations dropped in training", least=0, below=1)
-    bias: bool = key(False, "biases in linear layers and norms")
+    bias: bool = key(False, "gpt2: biases in linear layers and norms")
 
-    learning_rate: float = key(6e-4, "the highest learning rate", group="Optimizer", above=0)
+    optimizer: Literal["adamw", "muon"] = key(
+        "adamw", "muon: for the blocks' matrices, AdamW elsewhere", group="Optimizer"
+    )
+    learning_rate: float = key(6e-4, "the highest learning rate", above=0)
+    muon_lr: float | None = key(None, "Muon's highest learning rate; None: learning_rate", above=0)
+    muon_momentum: float = key(0.95, "Muon's memory of gradients", least=0, below=1)
     max_iters: int = key(600_000, "updates in all", least=0)
     weight_decay: float = key(0.1, "of matrices and embeddings", least=0)
     beta1: float = key(0.9, "AdamW's memory of gradients", least=0, below=1)
     beta2: float = key(0.95, "AdamW's memory of squared gradients", least=0, below=1)
     grad_clip: float = key(1.0, "highest norm of the gradient; 0 = no clipping", least=0)
-    decay_lr: bool = key(True, "warm up, then decay; False: learning_rate throughout")
+    decay_lr: bool = key(True, "warm up, then follow schedule; False: learning_rate throughout")
+    schedule: Literal["cosine", "trapezoid", "constant"] = key("cosine", "trapezoid: falls in the last 40% alone")
     warmup_iters: int = key(2000, "updates until learning_rate is reached", least=0)
     lr_decay_iters: int | None = key(None, "update at which min_lr is reached; None: max_iters", least=0)
     min_lr: float | None = key(None, "the last learning rate; None: learning_rate / 10", least=0)
@@ -81,12 +92,20 @@ class TrainConfig:
     compile: Literal["auto", True, False] = key("auto", "torch.compile; auto: on CUDA")
     backend: Literal["auto", "nccl", "gloo"] = key("auto", "how processes talk")
     deterministic: bool = key(False, "equal bits for equal runs on CUDA too, slower")
+    micro_batch_size: int | Literal["auto"] | None = key(
+        None, "rows at a time, steps stay as they are; None: batch_size; auto: the most that fit", least=1
+    )
+    activation_checkpointing: bool = key(False, "keep a block's input alone for backward: less memory, 1/3 more work")
+    loss_chunk: int = key(0, "tokens whose logits exist at a time, for less memory; 0 = all", least=0)
 
     def check(self) -> None:
         """Raises InputError for what the single values allow but their combination does not, a line each."""
         found = []
-        if self.init_from == "scratch" and self.n_embd % self.n_head:
-            found.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
+        if self.init_from == "scratch":
+            try:
+                GPTConfig(**{name: getattr(self, name) for name in SHAPE_KEYS})
+            except ValueError as error:
+                found.append(str(error))
         if self.rows_per_step % processes():
             found.append(
                 f"batch_size × gradient_accumulation_steps = {self.rows_per_step} rows per step do not divide by "
@@ -100,10 +119,11 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
-    def micro_batch(self) -> int:
-        """Rows that a process takes at a time: batch_size, cut where its share of a step is no multiple of it."""
+    def micro_batches(self) -> list[int]:
+        """Rows that a process can take at a time, the most first: numbers that divide its share of a step."""
         share = self.rows_per_step // processes()
-        return max(n for n in range(1, min(self.batch_size, share) + 1) if share % n == 0)
+        most = share if self.micro_batch_size == "auto" else self.micro_batch_size or self.batch_size
+        return [n for n in range(min(most, share), 0, -1) if share % n == 0]
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the update that follows `step` updates."""
@@ -111,7 +131,9 @@ class TrainConfig:
             return self.learning_rate
         end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         floor = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        return optim.cosine(step, peak=self.learning_rate, floor=floor, warmup=self.warmup_iters, end=end)
+        return optim.scheduled(
+            self.schedule, step, peak=self.learning_rate, floor=floor, warmup=self.warmup_iters, end=end
+        )
 
 
 def main() -> int:
@@ -124,7 +146,7 @@ def main() -> int:
         raise InputError("\n".join(missing))
     world = distributed.start(config.device, config.dtype, config.backend)
     free = distributed.free_memory(world.device)
-    remedy = memory_remedy(config.micro_batch, config.rows_per_step, config.block_size, free)
+    remedy = memory_remedy(config.micro_batches[0], config.rows_per_step, config.block_size, free)
     with explained_faults(remedy):
         status = train(config, given, resumed, world, remedy)
     world.close()
@@ -139,11 +161,12 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
     shape = raw_model.config
     config = replace(config, **{name: getattr(shape, name) for name in SHAPE_KEYS})
     raw_model.to(world.device)
+    raw_model.activation_checkpointing, raw_model.loss_chunk = config.activation_checkpointing, config.loss_chunk
 
     # --- What it will cost, and the folder it goes to
-    rows_per_rank, micro_batch = config.rows_per_step // world.size, config.micro_batch
+    rows_per_rank, micro_batch = config.rows_per_step // world.size, pick_micro_batch(config, raw_model, world)
     micro_steps = rows_per_rank // micro_batch
-    report(config, raw_model, dataset.name, len(dataset.train), world, remedy)
+    report(config, raw_model, micro_batch, dataset.name, len(dataset.train), world, remedy)
     out_dir = Path(config.out_dir)
     # All ranks meet here: from now on the folder changes, which some may have read their weights from.
     step = resumed.state["step"] if resumed else 0
@@ -166,14 +189,14 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
         if failure:
             say(f"warning: torch.compile failed, going on without it ({failure})")
     model = world.wrap(model)
-    optimizer = optim.adamw(raw_model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    optimizer = optim.Optimizer(raw_model, config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     guard = optim.Guard(world.device, patience=OVERFLOWS if scaler.is_enabled() else 1)
     samples, best_val_loss, clock = 0, math.inf, Stopwatch()
     evaluated = False  # whether the evaluation due at this step is behind us
     if resumed:
         state = resumed.state
-        optim.load_state_tensors(optimizer, raw_model, resumed.optimizer)
+        optimizer.load_state_tensors(resumed.optimizer)
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         samples, clock = state["samples"], Stopwatch(state["time_s"])
@@ -229,8 +252,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
                     "model": asdict(shape),
                     "config": asdict(config),
                 }
-                optimizer_state = optim.state_tensors(optimizer, raw_model)
-                checkpoint.save(out_dir, raw_model.state_dict(), optimizer_state, facts, tokenizer)
+                checkpoint.save(out_dir, raw_model.state_dict(), optimizer.state_tensors(), facts, tokenizer)
                 checkpoint.prune(out_dir, config.keep_every)
             saved_at, log.save_due = time.monotonic(), False
         if at_end:
@@ -239,8 +261,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
 
         # --- One step: forward and backward over the micro-batches, then one update
         clock.start()
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
+        factor = config.learning_rate_at(step) / config.learning_rate
         loss_sum = torch.zeros((), device=world.device)
         first_row = samples + world.rank * rows_per_rank
         with explained_faults(remedy, before_update=step == first_step):
@@ -259,12 +280,12 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
             overdue = config.checkpoint_minutes > 0 and time.monotonic() - saved_at > 60 * config.checkpoint_minutes
             flags = torch.tensor([signals[signal.SIGINT], signals[signal.SIGTERM], overdue], dtype=torch.float32)
             status = world.sum(torch.cat([loss_sum[None] / (micro_steps * world.size), *world.put(flags)]))
-            scaler.unscale_(optimizer)
-            grad_norm = optim.clip(raw_model.parameters(), config.grad_clip)
-            guard.check(optimizer, status[0], grad_norm)
-            optimizer.step()  # not scaler.step(), which would put its own verdict in the guard's place
+            scaler.unscale_(optimizer)  # type: ignore[arg-type]
+            grad_norm = optim.gradient_norm(raw_model.parameters())
+            skip = guard.check(status[0], grad_norm)
+            optimizer.step(factor, optim.shrink_to(config.grad_clip, grad_norm), skip)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            raw_model.zero_grad(set_to_none=True)
         step, samples = step + 1, samples + config.rows_per_step
         log.put(step, torch.stack([status[0], grad_norm, guard.bad_in_a_row, *status[1:]]))
         log.read()
@@ -282,65 +303,9 @@ def resume_settings(config: TrainConfig, given: dict[str, Any], resumed: Checkpo
     about_this_start = ("out_dir", "resume", "eval_only", "dry_run", "verify_data")
     saved = resumed.state["config"] | {name: getattr(config, name) for name in about_this_start}
     changed = {name: value for name, value in given.items() if saved.get(name) != value and name != "init_from"}
-    check_shape(changed, saved, f"the run in {config.out_dir}")
+    check_shape(changed, asdict(GPTConfig(**resumed.state["model"])), f"the run in {config.out_dir}")
     say(f"resuming {resumed.path}", *(f"  {name}: {saved.get(name)} -> {value}" for name, value in changed.items()))
     return build(TrainConfig, saved | changed, source=str(resumed.path / "state.json"))
-
-
-def check_shape(given: dict[str, Any], there: dict[str, Any], where: str) -> None:
-    """Raises InputError for each given size that is not the one of weights that are there already."""
-    faults = [name for name in SHAPE_KEYS if name in given and given[name] != there[name]]
-    if faults:
-        told = (f"{k}={given[k]}: {where} has {k}={there[k]}, which cannot change; leave it out" for k in faults)
-        raise InputError("\n".join(told))
-
-
-def open_data_and_model(
-    config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
-) -> tuple[data.Dataset, GPT, Tokenizer | None]:
-    """The dataset and the model, checked against each other, and the data's tokenizer where it can be had."""
-    if resumed:
-        model = GPT.from_tensors(replace(GPTConfig(**resumed.state["model"]), dropout=config.dropout), resumed.model)
-    elif config.init_from != "scratch":
-        model = load_weights(config, given)
-    else:
-        vocab_size = data.open_dataset(config.dataset, block_size=config.block_size).vocab_size or GPT2_VOCAB
-        sizes = {name: getattr(config, name) for name in SHAPE_KEYS}
-        model = GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes))
-    shape = model.config
-    dataset = data.open_dataset(
-        config.dataset, block_size=shape.block_size, vocab_size=shape.vocab_size, verify=config.verify_data
-    )
-    tokenizer = dataset.tokenizer
-    if dataset.vocab_size not in (None, shape.vocab_size):
-        say(f"warning: {dataset.name} has {dataset.vocab_size} ids, the model {shape.vocab_size}: other tokenizers?")
-    if resumed and tokenizer and (known := Tokenizer.load(resumed.path)) and not tokenizer.same_as(known):
-        raise InputError(
-            f"dataset={config.dataset}: its tokenizer is not that of {resumed.path}; use the run's own data"
-        )
-    if tokenizer is None and dataset.vocab_size is None and shape.vocab_size == GPT2_VOCAB:
-        say(f"{dataset.name} has neither meta.json nor a tokenizer: its ids are taken for GPT-2's encoding")
-        try:
-            tokenizer = Tokenizer.gpt2() if config.sample_chars else None
-        except InputError as error:
-            say(f"no samples will be printed: {error}")
-    return dataset, model, tokenizer
-
-
-def load_weights(config: TrainConfig, given: dict[str, Any]) -> GPT:
-    """The model that `init_from` names, its context cut to a given block_size."""
-    block_size = config.block_size if "block_size" in given else None
-    try:
-        if checkpoint.is_ours(Path(config.init_from)):
-            model = GPT.from_checkpoint(config.init_from, dropout=config.dropout, block_size=block_size)
-        else:
-            weights = read_weights(config.init_from)
-            say(*weights.notes)
-            model = GPT.from_pretrained(weights, dropout=config.dropout, block_size=block_size)
-    except ValueError as error:
-        raise InputError(f"init_from={config.init_from}: {error}; leave --block_size out or give less") from error
-    check_shape(given, asdict(model.config), config.init_from)
-    return model
 
 
 if __name__ == "__main__":

@@ -370,14 +370,17 @@ def fetch(url: str, path: Path, sha256: str) -> Path:
     return path
 
 
-def tiny_shakespeare(about: str | None, home: Path) -> tuple[str, Path]:
-    """The command line of the scripts that prepare it: its text, or that of --input, and the folder to write to."""
+def tiny_shakespeare(about: str | None, home: Path, **options: str) -> tuple[str, argparse.Namespace]:
+    """The command line of the scripts that prepare it: its text, or that of --input, and the flags, of which --out is
+    the folder to write to. options: further flags, each with its help."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--input", type=Path, help="any UTF-8 text at hand, instead of the download")
     parser.add_argument("--out", type=Path, default=home, help="folder to write to (default: beside the script)")
+    for name, told in options.items():
+        parser.add_argument(f"--{name}", help=told)
     args = parser.parse_args()
     url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     text = read_text(args.input or fetch(url, args.out / "input.txt", sha256))
     print(f"{args.out}: {len(text):,} characters")
-    return text, args.out
+    return text, args

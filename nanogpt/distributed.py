@@ -67,6 +67,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def gather(self, values: Tensor) -> Tensor:
+        """The `values` of all ranks, equal in shape, one after the other along the first dimension."""
+        if self.size == 1:
+            return values
+        everything = values.new_empty(self.size * len(values), *values.shape[1:])
+        dist.all_gather_into_tensor(everything, values.contiguous())
+        return everything
+
     def put(self, *tensors: Tensor) -> list[Tensor]:
         """Host tensors on this process's device; to a GPU the copy runs beside the computation."""
         if self.device.type != "cuda":

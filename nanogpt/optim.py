@@ -1,41 +1,170 @@
-"""AdamW over named parameters, its learning rate, and the guard that keeps a broken gradient from the weights."""
+"""AdamW and Muon over named parameters, learning-rate schedules, and the guard that keeps a broken gradient away."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nanogpt import InputError
+from nanogpt.distributed import World
+
+# What a matrix's singular values pass through five times to come out near 1: x → a x + b x³ + c x⁵ (Jordan et al. 2024)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); matrices and embeddings decay, gains and biases do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) for all parameters; with optimizer=muon, Muon for the blocks' matrices.
+
+    model: its parameters are on their device; for Muon a GPT, which names its matrices. config: train.py's keys.
+    `state` holds each parameter's tensors by its name. Not a torch.optim.Optimizer, because that imports torch's
+    compiler, a second or more at each start; torch's own are the tests' oracle.
+    """
+
+    def __init__(self, model: Any, config: Any, world: World):
+        self.config, self.world = config, world
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.param_groups = [
+            {"params": list(self.parameters.values())}
+        ]  # where torch's loss scaler looks for gradients
+        self.maps: dict[str, list[int]] = model.hidden_matrices() if config.optimizer == "muon" else {}
+        self.state: dict[str, dict[str, Tensor]] = {}
+        for name, p in self.parameters.items():
+            if name in self.maps:
+                self.state[name] = {"momentum": torch.zeros_like(p)}
+            else:
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[name] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self, factor: float, shrink: Tensor, skip: Tensor) -> None:
+        """One update from the parameters' gradients, which are of no use after it.
+
+        factor: of the highest learning rates. shrink: scalar, divides the gradients. skip: scalar, 1.0 changes nothing.
+        """
+        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        if skip.device.type == "mps":  # torch 2.13's fused AdamW there heeds neither; remove this once it does
+            if skip:
+                return
+            torch._foreach_div_(list(grads.values()), shrink)
+            shrink = torch.ones_like(shrink)
+        hidden = {name: grad for name, grad in grads.items() if name in self.maps}
+        matrices = {name: grad for name, grad in grads.items() if name not in hidden and grad.dim() >= 2}
+        vectors = {name: grad for name, grad in grads.items() if grad.dim() < 2}  # gains and biases do not decay
+        self._adamw(matrices, factor * self.config.learning_rate, self.config.weight_decay, shrink, skip)
+        self._adamw(vectors, factor * self.config.learning_rate, 0.0, shrink, skip)
+        self._muon(hidden, factor * (self.config.muon_lr or self.config.learning_rate), shrink, skip)
+
+    def _adamw(self, grads: dict[str, Tensor], rate: float, decay: float, shrink: Tensor, skip: Tensor) -> None:
+        if not grads:
+            return
+        parameters = [self.parameters[name] for name in grads]
+        steps, first, second = ([self.state[n][key] for n in grads] for key in ("step", "exp_avg", "exp_avg_sq"))
+        torch._foreach_add_(steps, 1 - skip)
+        torch._fused_adamw_(
+            *(parameters, list(grads.values()), first, second, [], steps),  # type: ignore[arg-type]
+            lr=rate,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            weight_decay=decay,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=shrink,
+            found_inf=skip,
+        )
+
+    def _muon(self, grads: dict[str, Tensor], rate: float, shrink: Tensor, skip: Tensor) -> None:
+        """Momentum, each matrix of it replaced by the nearest one whose singular values are all 1, so that every
+        direction learns alike (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), at the size that an
+        update of AdamW's has (Liu et al. 2025, arXiv:2502.16982). Matrices of one shape share the products."""
+        momentum_kept = self.config.muon_momentum
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}  # weights, gradient, momentum
+        for name, grad in grads.items():
+            parts = (t.split(self.maps[name]) for t in (self.parameters[name], grad, self.state[name]["momentum"]))
+            for maps in zip(*parts, strict=True):
+                if maps[0].shape[0] > maps[0].shape[1]:  # a tall map goes with the wide ones, lying down
+                    maps = tuple(t.mT for t in maps)
+                alike.setdefault(tuple(maps[0].shape), []).append(maps)
+        for (_, columns), group in alike.items():
+            weights, gradients, momenta = (list(tensors) for tensors in zip(*group, strict=True))
+            grad, momentum = torch.stack(gradients), torch.stack(momenta)  # (maps, rows, columns)
+            grad = torch.where(skip > 0, 0.0, grad / shrink)
+            momentum.lerp_(grad, (1 - momentum_kept) * (1 - skip))
+            torch._foreach_copy_(momenta, momentum.unbind())
+            update = self._orthogonalise(grad.lerp_(momentum, momentum_kept))
+            update *= -0.2 * math.sqrt(columns) * rate * (1 - skip)
+            torch._foreach_mul_(weights, 1 - rate * self.config.weight_decay * (1 - skip))
+            torch._foreach_add_(weights, update.unbind())
+
+    def _orthogonalise(self, matrices: Tensor) -> Tensor:
+        """`orthogonalise` of (maps, rows, columns), each rank doing its share of the maps."""
+        count, size = len(matrices), self.world.size
+        share = -(-count // size)
+        mine = matrices[self.world.rank * share :][:share]
+        if len(mine) < share:  # gathering wants equal shares
+            mine = torch.cat((mine, mine.new_zeros(share - len(mine), *mine.shape[1:])))
+        return self.world.gather(orthogonalise(mine, self.world.dtype))[:count].to(matrices.dtype)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state by name, `<parameter>/<state>`."""
+        return {f"{name}/{key}": tensor for name, state in self.state.items() for key, tensor in state.items()}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Copy in what `state_tensors` gave. Raises InputError where it is not this model's, or another optimizer's."""
+        own = self.state_tensors()
+        for name in own.keys() | tensors.keys():
+            if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+                raise InputError(
+                    f"optimizer state {name} does not fit: resume with the --optimizer and model that made it"
+                )
+            own[name].copy_(tensors[name])
 
 
-def cosine(step: int, *, peak: float, floor: float, warmup: int, end: int) -> float:
-    """Learning rate of the update after `step` updates: up in a line for `warmup` updates, down in half a cosine wave
-    that reaches `floor` at `end`, `floor` from there on (Loshchilov and Hutter 2017)."""
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """U Vᵀ, about, for each U S Vᵀ of (maps, rows, columns), rows ≤ columns: Newton–Schulz, whose singular values end
+    between 0.7 and 1.2; its products run in `dtype`."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.to(torch.float32 if dtype == torch.float16 else dtype)  # float16 lacks the range
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def cosine(progress: float) -> float:
+    """From 1 to 0 in half a cosine wave (Loshchilov and Hutter 2017)."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def trapezoid(progress: float, stable: float = 0.6) -> float:
+    """1 for a while, then to 0 in a line (Hu et al. 2024, Hägele et al. 2024)."""
+    return min(1.0, (1 - progress) / (1 - stable))
+
+
+# What is left of the way from the highest to the lowest learning rate, by how much of the decay is behind us.
+SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "trapezoid": trapezoid, "constant": lambda _: 1.0}
+
+
+def scheduled(name: str, step: int, *, peak: float, floor: float, warmup: int, end: int) -> float:
+    """Learning rate of the update after `step` updates: up in a line for `warmup` updates, then by `SCHEDULES[name]`
+    from `peak` to `floor`, which is reached at `end` and held."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    if step >= end:
-        return floor
-    progress = (step - warmup) / (end - warmup)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+    progress = 1.0 if step >= end else (step - warmup) / (end - warmup)
+    return floor + (peak - floor) * SCHEDULES[name](progress)
 
 
-def clip(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale all gradients together to a norm of at most `limit` (0: leave them); returns the norm before, a scalar."""
-    parameters = list(parameters)
-    if limit > 0:
-        return nn.utils.clip_grad_norm_(parameters, limit)
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The norm of all gradients together, a scalar."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def shrink_to(limit: float, norm: Tensor) -> Tensor:
+    """What divides gradients of this `norm`, a scalar, so that it is at most `limit` (0: any)."""
+    return (norm / limit).clamp(min=1.0) if limit > 0 else torch.ones_like(norm)
 
 
 class Guard:
@@ -49,28 +178,8 @@ class Guard:
         self.patience = patience
         self.bad_in_a_row = torch.zeros((), device=device)  # read late by the host: the run has failed at `patience`
 
-    def check(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> None:
-        """Tell torch's fused AdamW to skip the coming step if `loss` or `grad_norm`, both scalars, is not finite."""
+    def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """1.0 if the coming update must be skipped, because `loss` or `grad_norm` is not finite; all three scalars."""
         bad = ~(loss + grad_norm).isfinite() | (self.bad_in_a_row >= self.patience)
         self.bad_in_a_row = torch.where(bad, self.bad_in_a_row + 1, 0.0)
-        if loss.device.type != "mps":
-            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        elif bad:  # waits: on MPS torch 2.13's fused AdamW does not heed found_inf; remove this once it does
-            optimizer.zero_grad(set_to_none=True)
-
-
-def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state by name, `<parameter>/<state>`, whatever its groups and their order."""
-    named = model.named_parameters()
-    return {f"{name}/{key}": value for name, p in named for key, value in optimizer.state.get(p, {}).items()}
-
-
-def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `state_tensors`. Raises InputError where the tensors are not those of this model's parameters."""
-    parameters = dict(model.named_parameters())
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition("/")
-        parameter = parameters.get(name)
-        if parameter is None or tensor.shape not in (parameter.shape, torch.Size()):
-            raise InputError(f"optimizer state {full_name} does not fit this model: resume from another checkpoint")
-        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+        return bad.float()

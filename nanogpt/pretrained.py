@@ -1,7 +1,8 @@
-"""Weights trained by other programs, under our names: Hugging Face's GPT-2 (hub or folder), nanoGPT's `ckpt.pt`.
+"""Weights trained by other programs, under our names: Hugging Face's GPT-2 and Qwen3, nanoGPT's `ckpt.pt`.
 
-Both call the layers as OpenAI's release did. Hugging Face stores the four matrices of a block as (in, out), nanoGPT as
-(out, in), which is also ours. Nothing is executed: safetensors holds no code, a `ckpt.pt` is read as plain data.
+GPT-2's layers are called as in OpenAI's release; of its blocks Hugging Face stores the four matrices as (in, out).
+Qwen3 and nanoGPT store theirs as (out, in), which is also ours. Nothing is executed: safetensors holds no code, a
+`ckpt.pt` is read as plain data.
 """
 
 import json
@@ -15,32 +16,63 @@ import torch
 from torch import Tensor
 
 from nanogpt import InputError
+from nanogpt.tokenizer import Tokenizer
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_VOCAB, NANOGPT_PADDED_VOCAB = 50257, 50304
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WRITE_TOKENIZER = "have transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) write one"
 
-# Their part of a block -> ours, its outputs and inputs in multiples of n_embd (0: a norm, which has no matrix).
-BLOCK = {
-    "ln_1": ("norm1", 1, 0),
-    "attn.c_attn": ("attention.qkv", 3, 1),
-    "attn.c_proj": ("attention.out", 1, 1),
-    "ln_2": ("norm2", 1, 0),
-    "mlp.c_fc": ("mlp.up", 4, 1),
-    "mlp.c_proj": ("mlp.down", 1, 4),
-}
-WRAPPERS = re.compile(r"((module|_orig_mod)\.)*(transformer\.)?")  # of DDP, of torch.compile, of the headed model
+WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")  # of DDP, torch.compile, the headed model
 CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # buffers, not parameters
 
-# Keys of config.json and what this network can compute; the first is what transformers takes for a missing key.
+# For each architecture of ours: their name of a tensor -> ours, its rows and columns (`_translate` tells the letters).
+# Several of the same name of ours follow each other in its rows.
+TENSORS: dict[str, dict[str, tuple[str, ...]]] = {
+    "gpt2": {
+        "wte": ("tokens", "V", "C"),
+        "wpe": ("positions", "T", "C"),
+        "h.*.ln_1": ("blocks.*.norm1", "C"),
+        "h.*.attn.c_attn": ("blocks.*.attention.qkv", "QKV", "C"),
+        "h.*.attn.c_proj": ("blocks.*.attention.out", "C", "Q"),
+        "h.*.ln_2": ("blocks.*.norm2", "C"),
+        "h.*.mlp.c_fc": ("blocks.*.mlp.up", "I", "C"),
+        "h.*.mlp.c_proj": ("blocks.*.mlp.down", "C", "I"),
+        "ln_f": ("norm", "C"),
+    },
+    "modern": {
+        "embed_tokens": ("tokens", "V", "C"),
+        "layers.*.input_layernorm": ("blocks.*.norm1", "C"),
+        "layers.*.self_attn.q_proj": ("blocks.*.attention.qkv", "Q", "C"),
+        "layers.*.self_attn.k_proj": ("blocks.*.attention.qkv", "KV", "C"),
+        "layers.*.self_attn.v_proj": ("blocks.*.attention.qkv", "KV", "C"),
+        "layers.*.self_attn.q_norm": ("blocks.*.attention.q_norm", "D"),
+        "layers.*.self_attn.k_norm": ("blocks.*.attention.k_norm", "D"),
+        "layers.*.self_attn.o_proj": ("blocks.*.attention.out", "C", "Q"),
+        "layers.*.post_attention_layernorm": ("blocks.*.norm2", "C"),
+        "layers.*.mlp.gate_proj": ("blocks.*.mlp.gate", "I", "C"),
+        "layers.*.mlp.up_proj": ("blocks.*.mlp.up", "I", "C"),
+        "layers.*.mlp.down_proj": ("blocks.*.mlp.down", "C", "I"),
+        "norm": ("norm", "C"),
+        "lm_head": ("head", "V", "C"),
+    },
+}
+
+# For each model_type: GPTConfig's sizes and their keys in config.json.
+SIZES = {
+    "gpt2": {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")} | {"block_size": "n_positions"},
+    "qwen3": {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads"}
+    | {"head_dim": "head_dim", "n_embd": "hidden_size", "n_inner": "intermediate_size", "vocab_size": "vocab_size"}
+    | {"block_size": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps"},
+}
+# What this network can compute of other settings; the first is what transformers takes for a missing key.
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
-ALLOWED: dict[str, tuple] = {
-    "activation_function": tuple(GELU),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "tie_word_embeddings": (True,),
-    "add_cross_attention": (False,),
+ALLOWED: dict[str, dict[str, tuple]] = {
+    "gpt2": {"activation_function": tuple(GELU), "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True,)}
+    | {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+    "qwen3": {"hidden_act": ("silu",), "attention_bias": (False,), "tie_word_embeddings": (False, True)}
+    | {"use_sliding_window": (False,), "layer_types": ("full_attention", None)}
+    | {"rope_type": ("default",), "partial_rotary_factor": (1.0,)},
 }
 
 
@@ -74,22 +106,21 @@ def read_weights(source: str | Path) -> Weights:
 
 
 def read_huggingface(source: str) -> Weights:
-    """GPT-2 of any size from a local folder or, by its id, from the Hugging Face hub (downloaded once, then cached).
+    """GPT-2 or Qwen3 of any size from a folder or, by its id, from the Hugging Face hub (downloaded once, then cached).
 
-    Raises InputError where it cannot be had, is damaged or pickled, or computes another function than GPT-2's.
+    Raises InputError where it cannot be had, is damaged or pickled, or computes another function than ours.
     """
-    is_local = source not in OPENAI_MODELS and Path(source).is_dir()
-    folder = Path(source) if is_local else _download(source)
+    folder = _folder(source, "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json")
     config = _huggingface_config(source, _read_json(folder / "config.json"))
     stored = _plain_names(source, _read_safetensors(folder))
-    config["bias"] = any(name.endswith(".bias") for name in stored)
-    weights = Weights(source, config, _translate(source, stored, config, transposed=True))
+    config["bias"] = config["arch"] == "gpt2" and any(name.endswith(".bias") for name in stored)
+    weights = Weights(source, config, _translate(source, stored, config, transposed=config["arch"] == "gpt2"))
     if (folder / "tokenizer.json").exists():
         weights.tokenizer_folder = folder
     elif (folder / "vocab.json").exists():
         weights.notes.append(
             f"{source}: its vocab.json is not read; for text instead of ids put a tokenizer.json beside it "
-            "(transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)"
+            f"({WRITE_TOKENIZER})"
         )
     elif config["vocab_size"] == GPT2_VOCAB:
         weights.gpt2_encoding = True
@@ -136,14 +167,22 @@ def read_nanogpt(path: str | Path) -> Weights:
     return weights
 
 
-def _download(source: str) -> Path:
-    """The local snapshot of a model on the hub. Raises InputError where there is none to be had."""
+def read_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer of a local folder or, by its id, of a model on the hub. Raises InputError where there is none."""
+    if tokenizer := Tokenizer.load(_folder(source, "tokenizer.json")):
+        return tokenizer
+    raise InputError(f"{source} has no tokenizer.json: give a folder or hub id that has one, or {WRITE_TOKENIZER}")
+
+
+def _folder(source: str, *files: str) -> Path:
+    """`source` if it is a folder, else the local copy of a model's `files` on the hub. Raises InputError for none."""
+    if source not in OPENAI_MODELS and Path(source).is_dir():
+        return Path(source)
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    files = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json"]
     try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=files, ignore_patterns=["*/*"]))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=[*files], ignore_patterns=["*/*"]))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise InputError(
             f"{source!r} is neither a file or folder here nor a public model on the Hugging Face hub: "
@@ -201,28 +240,43 @@ def _huggingface_config(source: str, theirs: dict[str, Any]) -> dict[str, Any]:
 
     Raises InputError for an architecture or a setting under which the network computes something else.
     """
-    if theirs.get("model_type") != "gpt2":
-        raise InputError(f"{source} is of model_type {theirs.get('model_type')!r}: only 'gpt2' can be used")
-    defaults = {"vocab_size": GPT2_VOCAB, "n_layer": 12, "n_head": 12, "n_embd": 768}
-    config = {name: theirs.get(name, default) for name, default in defaults.items()}
-    config["block_size"] = theirs.get("n_positions", theirs.get("n_ctx", 1024))
-    _checked(source, config)
-    for name, allowed in (ALLOWED | {"n_inner": (None, 4 * config["n_embd"])}).items():
-        if theirs.get(name, allowed[0]) not in allowed:
-            raise InputError(f"{source}: {name}={theirs[name]!r}, but only {allowed} can be used: take another model")
-    return config | {"gelu": GELU[theirs.get("activation_function", "gelu_new")]}
+    kind = theirs.get("model_type")
+    if kind not in tuple(SIZES):
+        raise InputError(f"{source} is of model_type {kind!r}: only {' and '.join(map(repr, SIZES))} can be used")
+    if kind == "gpt2":
+        sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": GPT2_VOCAB}  # 124M's
+        theirs = sizes | {"n_positions": theirs.get("n_ctx", 1024)} | theirs
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}  # the latter since transformers 5
+    rope = rope if isinstance(rope, dict) else {"type": rope}
+    theirs = {"rope_type": rope.get("type", "default")} | theirs | rope
+    if isinstance(layers := theirs.get("layer_types"), list):
+        theirs["layer_types"] = next((layer for layer in layers if layer != "full_attention"), "full_attention")
+    config = _checked(source, {ours: theirs.get(name) for ours, name in SIZES[kind].items()})
+    allowed = ALLOWED[kind] | {"n_inner": (None, 4 * config["n_embd"]), "quantization_config": (None,)}
+    settings = {name: theirs.get(name, values[0]) for name, values in allowed.items()}
+    for name, value in settings.items():
+        if value not in allowed[name]:
+            raise InputError(f"{source}: {name}={value!r}, but only {allowed[name]} can be used: take another model")
+    if kind == "gpt2":
+        return config | {"arch": "gpt2", "gelu": GELU[settings["activation_function"]]}
+    return config | {"arch": "modern", "tied": settings["tie_word_embeddings"]}
 
 
 def _checked(source: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    wrong = [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
-    if wrong or sizes["n_embd"] % sizes["n_head"]:
-        wrong = wrong or [f"n_embd={sizes['n_embd']} is not divisible by n_head={sizes['n_head']}"]
+    wrong = []
+    for name, value in sizes.items():
+        kinds = (int, float) if name in ("rope_theta", "norm_eps") else (int,)
+        if type(value) not in kinds or not value > 0 or (name == "head_dim" and value % 2):
+            wrong.append(f"{name}={value!r}")
+    whole, part = ("n_head", "n_kv_head") if "n_kv_head" in sizes else ("n_embd", "n_head")
+    if wrong or sizes[whole] % sizes[part]:
+        wrong = wrong or [f"{whole}={sizes[whole]} is not divisible by {part}={sizes[part]}"]
         raise InputError(f"{source} has impossible sizes ({', '.join(wrong)}): restore it or use another")
     return sizes
 
 
 def _plain_names(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by the names they have in OpenAI's release, without wrappers' prefixes and without mask buffers."""
+    """The tensors by the names that TENSORS has, without wrappers' prefixes and without mask buffers."""
     plain = {WRAPPERS.sub("", name, count=1): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise InputError(f"{source} holds tensors of the same name under different prefixes: save the model again")
@@ -230,28 +284,30 @@ def _plain_names(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _translate(source: str, stored: dict[str, Tensor], config: dict[str, Any], transposed: bool) -> dict[str, Tensor]:
-    """Float32 copies under our names, matrices as (out, in); `transposed` says that they are stored as (in, out).
+    """Float32 copies under our names, matrices as (out, in); `transposed`: a block of GPT-2's has them as (in, out).
 
     Raises InputError with the names of tensors that are missing, left over, or of a wrong shape or dtype.
     """
-    C = config["n_embd"]
-    parts = [("ln_f", "norm", 1, 0)]
-    for i in range(config["n_layer"]):
-        parts += [(f"h.{i}.{theirs}", f"blocks.{i}.{ours}", out, in_) for theirs, (ours, out, in_) in BLOCK.items()]
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "wte.weight": ("tokens.weight", (config["vocab_size"], C)),
-        "wpe.weight": ("positions.weight", (config["block_size"], C)),
-    }
-    for theirs, ours, out, in_ in parts:
-        expected[f"{theirs}.weight"] = (f"{ours}.weight", (out * C, in_ * C) if in_ else (out * C,))
-        if config["bias"]:
-            expected[f"{theirs}.bias"] = (f"{ours}.bias", (out * C,))
+    c = {"arch": "gpt2", "tied": True, "n_kv_head": config["n_head"], "n_inner": 4 * config["n_embd"]} | config
+    D = c.get("head_dim", c["n_embd"] // c["n_head"])
+    sizes = {"V": c["vocab_size"], "T": c["block_size"], "C": c["n_embd"], "I": c["n_inner"], "D": D}
+    sizes |= {"Q": c["n_head"] * D, "KV": c["n_kv_head"] * D, "QKV": (c["n_head"] + 2 * c["n_kv_head"]) * D}
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for theirs, (ours, *letters) in TENSORS[c["arch"]].items():
+        shape = tuple(sizes[letter] for letter in letters)
+        for i in map(str, range(c["n_layer"] if "*" in theirs else 1)):
+            name, our_name = theirs.replace("*", i), ours.replace("*", i)
+            expected[f"{name}.weight"] = (f"{our_name}.weight", shape)
+            if c["bias"] and ours not in ("tokens", "positions"):
+                expected[f"{name}.bias"] = (f"{our_name}.bias", shape[:1])
 
-    head = stored.pop("lm_head.weight", None)  # the embedding once more, where a program stores tied weights twice
+    if c["tied"]:
+        expected.pop("lm_head.weight", None)
+    head = stored.pop("lm_head.weight", None) if c["tied"] else None  # the embedding, stored twice by some programs
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
     misshapen = []
-    tensors: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {}
     for theirs in [name for name in expected if name in stored]:
         (ours, shape), tensor = expected[theirs], stored[theirs]
         is_flipped = transposed and ".c_" in theirs
@@ -259,14 +315,15 @@ def _translate(source: str, stored: dict[str, Tensor], config: dict[str, Any], t
         if tensor.shape != there or tensor.dtype not in FLOATS:
             misshapen.append(f"{theirs} ({tensor.dtype} {tuple(tensor.shape)} instead of float {there})")
         else:
-            tensors[ours] = torch.empty(shape, dtype=torch.float32).copy_(tensor.t() if is_flipped else tensor)
+            parts.setdefault(ours, []).append(tensor.t() if is_flipped else tensor)
     faults = {"missing": missing, "unexpected": unexpected, "of another shape or dtype": misshapen}
     if any(faults.values()):
         told = "; ".join(f"{fault}: {_few(names)}" for fault, names in faults.items() if names)
-        raise InputError(f"{source} is no GPT-2 of the sizes it states ({told}): save the model again or use another")
-    if head is not None and not torch.equal(head.float(), stored["wte.weight"].float()):
+        raise InputError(f"{source} is no model of the sizes it states ({told}): save the model again or use another")
+    tensors = {ours: torch.cat(rows).float() for ours, rows in parts.items()}
+    if head is not None and not torch.equal(head.float(), tensors["tokens.weight"]):
         raise InputError(
-            f"{source} has an lm_head.weight of its own, which GPT-2 ties to wte.weight: use another model"
+            f"{source} has an lm_head.weight of its own, which should be the token embedding: use another model"
         )
     return tensors
 

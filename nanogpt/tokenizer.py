@@ -37,6 +37,8 @@ class Tokenizer:
         self.name = "char" if is_char else encoding.name if encoding else kind.lower()
         self.vocab_size = max(vocab.values()) + 1
         self.end_of_text: int | None = vocab.get(END_OF_TEXT)
+        inner.no_truncation()  # which a model's own tokenizer.json may ask for
+        inner.no_padding()
         self._inner = inner
         self._encoding = encoding
         self._table: np.ndarray | None = None  # code point -> id

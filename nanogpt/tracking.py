@@ -243,7 +243,9 @@ def _keep_lines(path: Path, step: int, evaluated: bool) -> None:
         partial.write_text("".join(kept), encoding="utf-8")
 
 
-def report(config: Any, model: Any, dataset: str, train_tokens: int, world: World, remedy: str) -> None:
+def report(
+    config: Any, model: Any, micro_batch: int, dataset: str, train_tokens: int, world: World, remedy: str
+) -> None:
     """Print what a run will be, before it begins; the arguments are train.py's. Raises InputError, saying `remedy`,
     where a CPU's memory will not do: there the system would kill the process without a word."""
     parameters, T, rows = model.count_parameters(), model.config.block_size, config.rows_per_step
@@ -252,10 +254,10 @@ def report(config: Any, model: Any, dataset: str, train_tokens: int, world: Worl
     say(f"{world.size} process(es) on {describe(world.device)}, {dtype}", f"model       {parameters:,} parameters")
     if config.eval_only:
         return
-    memory = model.training_bytes(config.micro_batch, T, 4 if world.dtype == torch.float32 else 2)
+    memory = model.training_bytes(micro_batch, T, 4 if world.dtype == torch.float32 else 2)
     free = free_memory(world.device)
     say(
-        f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {config.micro_batch}",
+        f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {micro_batch}",
         f"run         {config.max_iters:,} steps = {tokens:,} tokens = {tokens / train_tokens:.3g} epochs of {dataset} "
         f"= {tokens / parameters:.3g} tokens per parameter",
         f"memory      about {size(memory)} per process" + (f", {size(free)} are free" if free else ""),

@@ -16,7 +16,6 @@ import transformers
 import train
 from nanogpt import checkpoint
 from nanogpt.data import write_dataset
-from nanogpt.pretrained import BLOCK
 from nanogpt.tokenizer import Tokenizer
 
 ROOT = Path(train.__file__).resolve().parent
@@ -129,8 +128,7 @@ def foreign() -> Any:
 def save_as_nanogpt(model: Any, path: Path, **more: Any) -> Any:
     """Write `model`'s weights in the layout of nanoGPT's ckpt.pt (after torch.compile), whose matrices are
     (out, in). Returns transformers' model of the function that they have in nanoGPT, whose GELU is the exact one."""
-    flipped = tuple(f"{theirs}.weight" for theirs, (_, _, in_) in BLOCK.items() if in_)
-    tensors = {n: t.t().contiguous() if n.endswith(flipped) else t for n, t in model.state_dict().items()}
+    tensors = {n: t.t().contiguous() if ".c_" in n and t.dim() == 2 else t for n, t in model.state_dict().items()}
     c = model.config
     args = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "block_size": c.n_positions, "bias": True}
     args |= {"vocab_size": c.vocab_size, "dropout": 0.0}

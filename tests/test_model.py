@@ -1,4 +1,4 @@
-"""The network against transformers' GPT-2, its counts against torch's counter, its start against the paper's."""
+"""The network against transformers' GPT-2 and Qwen3, its counts against torch's, its start against the paper's."""
 
 import math
 import shutil
@@ -15,29 +15,50 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
-from model import GPT, GPTConfig, plain_attention
+from model import GPT, CPUGelu, CPUNorm, GPTConfig, plain_attention
 from nanogpt.pretrained import _plain_names, _translate
 
 TOLERANCE = 1e-5  # float32 in another order of operations
 TINY = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=70, block_size=320)
+MODERN: dict[str, Any] = vars(TINY) | {"arch": "modern", "bias": False, "norm_eps": 0.0, "n_inner": 0}
 
 
 def build_oracle(config: GPTConfig) -> Any:
     """transformers' model of the same function, every parameter moved away from its special start (zeros, ones)."""
-    activation = {"tanh": "gelu_new", "erf": "gelu"}[config.gelu]
-    theirs = transformers.GPT2Config(
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        vocab_size=config.vocab_size,
-        n_positions=config.block_size,
-        activation_function=activation,
-        initializer_range=config.n_embd**-0.5,  # large enough for each part to matter
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    deviation = config.n_embd**-0.5  # large enough for each part to matter
+    if config.arch == "modern":
+        theirs: Any = transformers.Qwen3Config(
+            num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head,
+            num_key_value_heads=config.n_kv_head,
+            head_dim=config.head_dim,
+            hidden_size=config.n_embd,
+            intermediate_size=config.n_inner,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.block_size,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=config.tied,
+            initializer_range=deviation,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        kind: Any = transformers.Qwen3ForCausalLM
+    else:
+        theirs = transformers.GPT2Config(
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            vocab_size=config.vocab_size,
+            n_positions=config.block_size,
+            activation_function={"tanh": "gelu_new", "erf": "gelu"}[config.gelu],
+            initializer_range=deviation,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        kind = transformers.GPT2LMHeadModel
     torch.manual_seed(1)
-    oracle = transformers.GPT2LMHeadModel._from_config(theirs, attn_implementation="eager").eval()
+    oracle = kind._from_config(theirs, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in oracle.parameters():
             if parameter.dim() == 1:
@@ -46,7 +67,7 @@ def build_oracle(config: GPTConfig) -> Any:
 
 
 def in_our_names(tensors: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
-    return _translate("oracle", _plain_names("oracle", tensors), vars(config), transposed=True)
+    return _translate("oracle", _plain_names("oracle", tensors), vars(config), transposed=config.arch == "gpt2")
 
 
 def assert_equals_oracle(config: GPTConfig, T: int) -> None:
@@ -87,10 +108,64 @@ def test_equals_transformers_with_either_gelu_and_attention(gelu: str, T: int) -
     assert_equals_oracle(GPTConfig(**vars(TINY) | {"gelu": gelu}), T)
 
 
-def test_plain_attention_equals_torchs() -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"norm_eps": 1e-3},
+        {"n_kv_head": 2, "head_dim": 16, "tied": False, "rope_theta": 1e6, "n_inner": 40},
+        {"n_kv_head": 1, "head_dim": 6, "rope_theta": 100.0},
+    ],
+    ids=["a key head each", "two, untied", "one for all"],
+)
+@pytest.mark.parametrize("T", [64, 129])
+def test_modern_equals_transformers_qwen3(sizes: dict, T: int) -> None:
+    assert_equals_oracle(GPTConfig(**MODERN | {"n_kv_head": 0, "head_dim": 0} | sizes), T)
+
+
+def test_modern_equals_transformers_at_the_shape_of_qwen3() -> None:
+    sizes = {"n_layer": 1, "n_head": 16, "n_kv_head": 8, "head_dim": 128, "n_embd": 1024, "n_inner": 3072}
+    assert_equals_oracle(GPTConfig(**MODERN | sizes | {"rope_theta": 1e6}), T=64)
+
+
+@pytest.mark.parametrize("gain", [(8,), (3, 1, 1, 8)])
+def test_norm_by_hand_has_the_right_gradients(gain: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 33, 16, requires_grad=True)
-    plain, fused = plain_attention(q, k, v, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    x = torch.randn(3, 2, 5, 8, dtype=torch.double, requires_grad=True)
+    scale = torch.randn(gain, dtype=torch.double, requires_grad=True)
+    torch.testing.assert_close(CPUNorm.apply(x, scale, 1e-2), F.rms_norm(x, (8,), eps=1e-2) * scale)
+    assert torch.autograd.gradcheck(lambda x, scale: CPUNorm.apply(x, scale, 1e-2), (x, scale))
+
+
+def test_gelu_by_hand_has_the_right_gradients() -> None:
+    x = torch.linspace(-6, 6, 97, dtype=torch.double, requires_grad=True)
+    torch.testing.assert_close(CPUGelu.apply(x), F.gelu(x, approximate="tanh"))
+    assert torch.autograd.gradcheck(CPUGelu.apply, x)
+
+
+@pytest.mark.parametrize("arch", [vars(TINY), MODERN])
+def test_less_memory_for_the_same_gradients(arch: dict) -> None:
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(**arch)), torch.randint(70, (2, 40))
+    targets = torch.where(torch.rand(2, 40) < 0.1, -1, idx)
+    logits, expected = model(idx, targets)
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    model.activation_checkpointing, model.loss_chunk = True, 17  # which does not divide the 80 targets
+    none, loss = model(idx, targets)
+    assert logits is not None
+    assert none is None
+    torch.testing.assert_close(loss, expected)
+    for ours, plain in zip(torch.autograd.grad(loss, list(model.parameters())), gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_plain_attention_equals_torchs(n_kv_head: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(4, 2, 33, 16, requires_grad=True)
+    k, v = torch.randn(2, n_kv_head, 2, 33, 16, requires_grad=True)
+    plain = plain_attention(q, k, v, 0.0)
+    heads_second = (t.transpose(0, 1) for t in (q, k, v))
+    fused = F.scaled_dot_product_attention(*heads_second, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
     assert (plain - fused).abs().max() < 1e-6
     upstream = torch.randn_like(plain)
     for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), upstream) for y in (plain, fused)), strict=True):
@@ -98,9 +173,10 @@ def test_plain_attention_equals_torchs() -> None:
 
 
 @pytest.mark.parametrize("T", [64, 256])
-def test_mixed_precision_stays_close(T: int) -> None:
+@pytest.mark.parametrize("arch", [vars(TINY), MODERN])
+def test_mixed_precision_stays_close(T: int, arch: dict) -> None:
     torch.manual_seed(0)
-    model, idx = GPT(TINY), torch.randint(70, (2, T))
+    model, idx = GPT(GPTConfig(**arch)), torch.randint(70, (2, T))
     expected = model(idx, idx)[1].item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(idx, idx)[1].item() == pytest.approx(expected, rel=5e-3)
@@ -111,13 +187,22 @@ def test_equals_transformers_as_published() -> None:
     assert_equals_oracle(GPTConfig(), T=64)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_counts_parameters_and_flops(bias: bool) -> None:
-    config = GPTConfig(n_layer=3, n_head=2, n_embd=48, vocab_size=130, block_size=40, bias=bias)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"bias": True},
+        {"bias": False, "n_inner": 100},
+        {"arch": "modern", "bias": False},
+        {"arch": "modern", "bias": False, "n_kv_head": 1, "head_dim": 32, "n_inner": 40, "tied": False},
+    ],
+)
+def test_counts_parameters_and_flops(more: dict) -> None:
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=48, vocab_size=130, block_size=40, **more)
     model, idx = GPT(config), torch.randint(130, (2, 40))
     padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
     assert padding == 62 * 48
-    assert model.count_parameters() == sum(p.numel() for p in model.parameters()) - padding
+    stored = padding if config.tied else 2 * padding
+    assert model.count_parameters() == sum(p.numel() for p in model.parameters()) - stored
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
         model(idx, idx)[1].backward()
     assert counter.get_total_flops() == idx.numel() * (model.flops_per_token() + 6 * padding)
@@ -206,9 +291,10 @@ def test_attention_dropout_keeps_the_mean() -> None:
 
 
 @pytest.mark.parametrize("T", [24, 320])
-def test_later_tokens_never_change_earlier_logits(T: int) -> None:
+@pytest.mark.parametrize("arch", [vars(TINY), MODERN | {"n_kv_head": 2}])
+def test_later_tokens_never_change_earlier_logits(T: int, arch: dict) -> None:
     torch.manual_seed(0)
-    model, idx = GPT(TINY), torch.randint(70, (1, T))
+    model, idx = GPT(GPTConfig(**arch)), torch.randint(70, (1, T))
     before = model(idx, idx)[0]
     for cut in (1, T // 2, T - 1):
         changed = idx.clone()
@@ -231,10 +317,17 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         GPT.from_tensors(GPTConfig(**vars(TINY) | {"bias": False}), tensors)
 
 
-@pytest.mark.parametrize("wrong", [{"n_head": 5}, {"n_layer": 0}, {"gelu": "fast"}, {"vocab_size": -1}])
-def test_contradicting_sizes_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        GPTConfig(**vars(TINY) | wrong)
+@pytest.mark.parametrize(
+    ("sizes", "name", "value"),
+    [
+        *((vars(TINY), *wrong) for wrong in (("n_head", 5), ("n_layer", 0), ("gelu", "fast"), ("vocab_size", -1))),
+        *((vars(TINY), *wrong) for wrong in (("n_kv_head", 2), ("head_dim", 16), ("tied", False), ("arch", "gpt3"))),
+        *((MODERN, *wrong) for wrong in (("bias", True), ("n_kv_head", 3), ("head_dim", 7))),
+    ],
+)
+def test_contradicting_sizes_are_refused(sizes: dict, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        GPTConfig(**sizes | {name: value})
 
 
 def test_runs_when_copied_alone(tmp_path: Path) -> None:

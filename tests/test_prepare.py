@@ -14,6 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import tiktoken
+import tokenizers
 
 from nanogpt import InputError
 from nanogpt.data import open_dataset
@@ -64,6 +65,26 @@ def test_a_text_of_ones_own_and_what_cannot_be_read(tmp_path: Path):
     assert "not UTF-8 text: byte 0xe9 at offset 3" in output
     path.write_text("a")
     assert "the train split" in run("shakespeare_char", f"--input={path}", f"--out={out}", status=2)
+
+
+def test_in_the_tokens_of_another_model(tmp_path: Path):
+    """Letters with ids above 65,536, and a limit on the length, which is for the model's user and not for its data."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {f"<{i}>": i for i in range(70_000)} | {letter: 70_000 + i for i, letter in enumerate(letters)}
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    theirs.enable_truncation(100)
+    path, out, text = tmp_path / "mine.txt", tmp_path / "out", "Größe 😀\n" * 50
+    path.write_text(text, encoding="utf-8")
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    output = run("shakespeare", "--input", path, "--out", out, "--tokenizer", tmp_path)
+    assert "vocabulary: 70,256 (bpe)" in output
+    data = open_dataset(out, block_size=8, vocab_size=70_400, verify=True)
+    assert data.tokenizer is not None
+    assert data.train.dtype == np.dtype("<u4")
+    assert len(data.train) + len(data.val) == len(text.encode())
+    assert data.tokenizer.decode([*data.train.tolist(), *data.val.tolist()]) == text
 
 
 def test_pydocs(tmp_path: Path):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model import GPT
 from nanogpt import InputError
-from nanogpt.pretrained import GPT2_VOCAB, NANOGPT_PADDED_VOCAB, read_weights
+from nanogpt.pretrained import GPT2_VOCAB, NANOGPT_PADDED_VOCAB, read_tokenizer, read_weights
 from nanogpt.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -37,6 +37,21 @@ def build_oracle(vocab_size: int = 100, activation: str = "gelu_new") -> Any:
     with torch.no_grad():
         for parameter in oracle.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return oracle
+
+
+def build_qwen3(**changes: Any) -> Any:
+    """Every gain of a norm is away from one, so that none goes missing unnoticed."""
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    settings = {"rope_parameters": rope, "rms_norm_eps": 1e-3, "tie_word_embeddings": False, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    oracle = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes | settings | changes)).eval()
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return oracle
 
 
@@ -130,6 +145,14 @@ def test_without_any_bias(folder: Path) -> None:
     assert difference(model, oracle) < 1e-5
 
 
+def test_config_of_gpt2_that_leaves_sizes_out(folder: Path) -> None:
+    """12 layers, and the positions by their older name."""
+    edit_tensors(folder, lambda old: {"wpe.weight": old["transformer.wpe.weight"]})
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_ctx": 16, "n_embd": 32, "n_head": 2}))
+    with pytest.raises(InputError, match=r"states \(missing: wte\.weight, .* and 70 more\)"):
+        read_weights(folder)
+
+
 def test_changes(folder: Path, oracle: Any) -> None:
     weights = read_weights(folder)
     model = GPT.from_pretrained(weights, dropout=0.25, block_size=8)
@@ -149,6 +172,10 @@ def test_tokenizers(folder: Path) -> None:
     Tokenizer.characters("abc").save(folder)
     weights = read_weights(folder)
     assert (weights.tokenizer_folder, weights.notes) == (folder, [])
+    assert read_tokenizer(str(folder)).vocab_size == 3
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"has no tokenizer\.json: give a folder or hub id that has one"):
+        read_tokenizer(str(folder))
 
 
 def test_vocabulary_of_gpt2_needs_no_tokenizer_files(tmp_path: Path) -> None:
@@ -163,7 +190,7 @@ def test_hub(folder: Path, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
     def snapshot(source: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append(source)
-        assert "config.json" in allow_patterns
+        assert allow_patterns == ["tokenizer.json"] or {"config.json", "tokenizer.json"} <= set(allow_patterns)
         assert not any("bin" in pattern or pattern == "*" for pattern in allow_patterns)
         return str(folder)
 
@@ -172,7 +199,9 @@ def test_hub(folder: Path, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(folder)
     for source in ("gpt2", "gpt2-xl", "openai-community/gpt2-medium"):
         assert difference(GPT.from_pretrained(source), oracle) < 1e-5
-    assert asked == ["gpt2", "gpt2-xl", "openai-community/gpt2-medium"]
+    Tokenizer.characters("abc").save(folder)
+    assert read_tokenizer("gpt2").vocab_size == 3
+    assert asked == ["gpt2", "gpt2-xl", "openai-community/gpt2-medium", "gpt2"]
 
 
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +217,8 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     ) as caught:
         read_weights("gpt2")
     assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"'Qwen/Qwen3-0\.6B' .* was not downloaded"):
+        read_tokenizer("Qwen/Qwen3-0.6B")
 
 
 @pytest.mark.parametrize(
@@ -260,6 +291,106 @@ def test_damaged_and_missing_files(folder: Path) -> None:
     config.unlink()
     with pytest.raises(InputError, match=r"has no config\.json: .*nanoGPT's ckpt\.pt"):
         read_weights(folder)
+
+
+# ---- Hugging Face's Qwen3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 8},
+        {"num_key_value_heads": 1, "hidden_size": 36, "head_dim": 6, "rms_norm_eps": 1e-6},
+    ],
+    ids=["untied", "tied", "one key head"],
+)
+def test_qwen3(tmp_path: Path, changes: dict[str, Any]) -> None:
+    oracle = build_qwen3(**changes)
+    oracle.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path))
+    assert difference(model, oracle) < 1e-5
+    assert all(parameter.requires_grad and parameter.is_contiguous() for parameter in model.parameters())
+
+
+def test_qwen3_in_shards(tmp_path: Path) -> None:
+    oracle = build_qwen3()
+    oracle.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert difference(GPT.from_pretrained(str(tmp_path)), oracle) < 1e-5
+
+
+def test_qwen3_of_06b_as_it_was_released(tmp_path: Path) -> None:
+    """A layer of its shape, in bfloat16, tied and yet with a stored head, the rotation where transformers 4 had it."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 1, "head_dim": 128}
+    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 40960}
+    oracle = build_qwen3(**sizes, rms_norm_eps=1e-6, tie_word_embeddings=True, initializer_range=0.02)
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.copy_(parameter.bfloat16())
+    oracle.save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda old: old | {"lm_head.weight": old["model.embed_tokens.weight"].clone()})
+    edit_tensors(tmp_path, lambda old: {name: tensor.bfloat16() for name, tensor in old.items()})
+    edit_config(tmp_path, rope_parameters=None, rope_scaling=None, rope_theta=1000000)
+    weights = read_weights(tmp_path)
+    assert {tensor.dtype for tensor in weights.tensors.values()} == {torch.float32}
+    assert difference(GPT.from_pretrained(weights), oracle) < 1e-5
+
+
+def test_qwen3_with_a_shorter_context(tmp_path: Path) -> None:
+    oracle = build_qwen3()
+    oracle.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path), block_size=8, dropout=0.25)
+    assert (model.config.dropout, model.config.block_size, model.config.arch) == (0.25, 8, "modern")
+    with torch.no_grad():
+        assert (model.eval()(IDX[:, :8])[0] - oracle(IDX).logits[:, 7:8]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="9 tokens do not fit"):
+        model(IDX[:, :9])
+
+
+YARN = {"rope_theta": 1e6, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types='sliding_attention'"),
+        ({"layer_types": "full"}, "layer_types='full'"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config={'bits': 4}"),
+        ({"rope_parameters": YARN | {"rope_type": "yarn"}}, "rope_type='yarn'"),
+        ({"rope_scaling": YARN | {"type": "yarn"}}, "rope_type='yarn'"),
+        ({"rope_scaling": "yarn", "rope_theta": 1e6}, "rope_type='yarn'"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_theta=None"),
+        ({"rms_norm_eps": 0.0, "vocab_size": 100.0}, r"vocab_size=100\.0, norm_eps=0\.0"),
+        ({"head_dim": 15}, r"impossible sizes \(head_dim=15\)"),
+        ({"num_key_value_heads": 3}, "n_head=4 is not divisible by n_kv_head=3"),
+        ({"num_hidden_layers": 1}, r"unexpected: layers\.1\.input_layernorm\.weight, .* and 7 more"),
+        ({"num_hidden_layers": 3}, r"missing: layers\.2\.input_layernorm\.weight, .* and 7 more"),
+        ({"tie_word_embeddings": True}, r"lm_head\.weight of its own"),
+        (
+            {"num_key_value_heads": 4},
+            r"dtype: layers\.0\.self_attn\.k_proj\.weight \(torch\.float32 \(32, 32\) instead of float \(64, 32\)\),",
+        ),
+    ],
+)
+def test_configurations_of_qwen3_that_do_not_fit(tmp_path: Path, changes: dict, message: str) -> None:
+    build_qwen3().save_pretrained(tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        read_weights(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.self_attn.k_norm.weight"])
+def test_qwen3_with_a_tensor_too_few_or_too_many(tmp_path: Path, name: str) -> None:
+    build_qwen3().save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda old: {n: t for n, t in old.items() if n != name} | {"x.bias": torch.zeros(64)})
+    with pytest.raises(InputError, match=rf"missing: {name.removeprefix('model.')}; unexpected: x\.bias\)"):
+        read_weights(tmp_path)
 
 
 # ---- nanoGPT

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from conftest import ROOT, Run, environment, save_as_nanogpt
 
 import sample
@@ -94,6 +96,33 @@ def test_from_a_hugging_face_folder(write: Write, foreign: Any):
     expected = greedy_by(foreign, [2], 50)
     assert len(set(expected)) > 1
     assert write(*GREEDY, "--init_from=theirs") == [expected]
+
+
+def test_from_qwen3_which_has_more_ids_than_tokens(write: Write):
+    """As released: 151,936 rows, 151,669 tokens. Ids without a token are as likely as others, and never drawn."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(["to be or not to be"], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet))
+    bpe.add_special_tokens(["<|endoftext|>"])
+    tokens, rows = bpe.get_vocab_size(), 512
+    assert 257 < tokens < 300
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16, "vocab_size": rows}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, tie_word_embeddings=False)).eval()
+    theirs.save_pretrained("qwen3")
+    bpe.save("qwen3/tokenizer.json")
+
+    texts = write("--init_from=qwen3", "--start=not to be", "--num_samples=5", "--temperature=9", "--top_k=None")
+    assert len(set(texts)) == 5
+    assert all(text.startswith("not to be") for text in texts)
+    ids = bpe.encode("not to be").ids
+    for _ in range(25):
+        logits = theirs(torch.tensor([ids])).logits[0, -1]
+        ids.append(int(logits[:tokens].argmax()))
+    assert write("--init_from=qwen3", "--start=not to be", "--temperature=0")[0] == bpe.decode(ids, False)
 
 
 def test_from_nanogpt_s_checkpoint(write: Write, foreign: Any):

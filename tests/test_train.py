@@ -283,11 +283,11 @@ def test_recipes_are_valid(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tracking, "find_spec", lambda _: True)  # train_gpt2.py logs to wandb
     config, given = parse(train.TrainConfig, [str(CONFIGS[name])])
     config.check()
-    assert given["dataset"] in {"openwebtext", "shakespeare", "shakespeare_char"}
+    assert given["dataset"] in {"openwebtext", "shakespeare", "shakespeare_char", "shakespeare_qwen3"}
 
 
 def test_recipes_mean_what_nanogpt_means():
-    assert len(CONFIGS) == 8
+    assert len(CONFIGS) == 9
 
     def read(name: str) -> train.TrainConfig:
         return parse(train.TrainConfig, [str(CONFIGS[name])])[0]

@@ -8,8 +8,8 @@ from nanogpt.tokenizer import Tokenizer
 
 
 def main() -> None:
-    text, out = tiny_shakespeare(__doc__, Path(__file__).parent)
-    print(summary(write_text(out, text, Tokenizer.characters(text))))
+    text, args = tiny_shakespeare(__doc__, Path(__file__).parent)
+    print(summary(write_text(args.out, text, Tokenizer.characters(text))))
 
 
 if __name__ == "__main__":

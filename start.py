@@ -1,0 +1,124 @@
+"""What a run starts from: a dataset, a model that fits it, and how much of a step fits into memory at a time."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import GPT, GPTConfig
+from nanogpt import InputError, checkpoint, data, distributed
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.distributed import World, say
+from nanogpt.pretrained import GPT2_VOCAB, read_weights
+from nanogpt.tokenizer import Tokenizer
+
+SHAPE_KEYS = (
+    *("arch", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner"),
+    *("rope_theta", "norm_eps", "tied", "bias", "block_size"),
+)
+
+
+def check_shape(given: dict[str, Any], there: dict[str, Any], where: str) -> None:
+    """Raises InputError for each given size that is not the one of weights that are there already."""
+    asked = {
+        k: v for k, v in given.items() if k in SHAPE_KEYS and (v or isinstance(v, bool))
+    }  # a 0 leaves the size open
+    faults = [name for name, value in asked.items() if value != there[name]]
+    if faults:
+        told = (f"{k}={given[k]}: {where} has {k}={there[k]}, which cannot change; leave it out" for k in faults)
+        raise InputError("\n".join(told))
+
+
+def open_data_and_model(
+    config: Any, given: dict[str, Any], resumed: Checkpoint | None
+) -> tuple[data.Dataset, GPT, Tokenizer | None]:
+    """The dataset and the model, checked against each other, and the data's tokenizer where it can be had."""
+    known = None  # the tokenizer that the weights were trained with
+    if resumed:
+        model = GPT.from_tensors(replace(GPTConfig(**resumed.state["model"]), dropout=config.dropout), resumed.model)
+        known = Tokenizer.load(resumed.path)
+    elif config.init_from != "scratch":
+        model, known = load_weights(config, given)
+    else:
+        vocab_size = data.open_dataset(config.dataset, block_size=config.block_size).vocab_size or GPT2_VOCAB
+        sizes = {name: getattr(config, name) for name in SHAPE_KEYS}
+        model = GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes))
+    shape = model.config
+    dataset = data.open_dataset(
+        config.dataset, block_size=shape.block_size, vocab_size=shape.vocab_size, verify=config.verify_data
+    )
+    tokenizer = dataset.tokenizer
+    if known and tokenizer and not tokenizer.same_as(known):
+        if resumed:
+            raise InputError(
+                f"dataset={config.dataset}: its tokenizer is not that of {resumed.path}; use the run's own data"
+            )
+        say(f"warning: {dataset.name} has another tokenizer than {config.init_from}: its ids stand for other tokens")
+    elif not known and dataset.vocab_size not in (None, shape.vocab_size):
+        say(f"warning: {dataset.name} has {dataset.vocab_size} ids, the model {shape.vocab_size}: other tokenizers?")
+    if tokenizer is None and dataset.vocab_size is None and shape.vocab_size == GPT2_VOCAB:
+        say(f"{dataset.name} has neither meta.json nor a tokenizer: its ids are taken for GPT-2's encoding")
+        try:
+            tokenizer = Tokenizer.gpt2() if config.sample_chars else None
+        except InputError as error:
+            say(f"no samples will be printed: {error}")
+    return dataset, model, tokenizer
+
+
+def load_weights(config: Any, given: dict[str, Any]) -> tuple[GPT, Tokenizer | None]:
+    """The model that `init_from` names, its context cut to a given block_size, and its tokenizer where it has one."""
+    block_size = config.block_size if "block_size" in given else None
+    try:
+        if checkpoint.is_ours(Path(config.init_from)):
+            folder: Path | None = checkpoint.find(Path(config.init_from))
+            model = GPT.from_checkpoint(str(folder), dropout=config.dropout, block_size=block_size)
+        else:
+            weights = read_weights(config.init_from)
+            say(*weights.notes)
+            model = GPT.from_pretrained(weights, dropout=config.dropout, block_size=block_size)
+            folder = weights.tokenizer_folder
+    except ValueError as error:
+        raise InputError(f"init_from={config.init_from}: {error}; leave --block_size out or give less") from error
+    check_shape(given, asdict(model.config), config.init_from)
+    return model, Tokenizer.load(folder) if folder else None
+
+
+def pick_micro_batch(config: Any, model: GPT, world: World) -> int:
+    """Rows that a process takes at a time. micro_batch_size=auto tries forward and backward with room left for the
+    optimizer's state, the most rows first; on a CPU, whose system kills what takes too much, it goes by the estimate.
+    """
+    sizes = config.micro_batches
+    if config.micro_batch_size != "auto":
+        return sizes[0]
+    T, fits = model.config.block_size, sizes[-1]
+    for size in sizes:
+        if world.device.type == "cpu":
+            free, a = distributed.free_memory(world.device), 4 if world.dtype == torch.float32 else 2
+            works = free is None or model.training_bytes(size, T, a) < 0.8 * free
+        else:
+            works = _trial(model, world, torch.zeros(size, T, dtype=torch.int64, device=world.device))
+        if world.sum(torch.tensor(float(works), device=world.device)).item() == world.size:
+            fits = size
+            break
+    say(f"micro_batch_size=auto: {fits} rows at a time")
+    return fits
+
+
+def _trial(model: GPT, world: World, x: torch.Tensor) -> bool:
+    """Whether forward and backward on rows x (B, T) fit beside the optimizer's state. Leaves no gradients."""
+    try:
+        state = [torch.empty_like(p) for p in (*model.parameters(), *model.parameters())]
+        with world.autocast():
+            loss = model(x, x)[1]
+        loss.backward()
+        del state, loss
+        works = True
+    except RuntimeError as error:
+        if not distributed.is_out_of_memory(error):
+            raise
+        works = False
+    model.zero_grad(set_to_none=True)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return works
