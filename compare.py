@@ -49,7 +49,7 @@ def read_run(path: Path) -> Run:
     evals: dict[str, list[float]] = {name: [] for name in (*AXES, "train_loss", "val_loss")}
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = {"train_loss": None} | json.loads(line)  # eval_train=False leaves it out
             if "val_loss" in record:
                 values = [np.nan if record[name] is None else float(record[name]) for name in evals]
                 for column, value in zip(evals.values(), values, strict=True):

@@ -69,13 +69,14 @@ class TrainConfig:
     beta2: float = key(0.95, "AdamW's memory of squared gradients", least=0, below=1)
     grad_clip: float = key(1.0, "highest norm of the gradient; 0 = no clipping", least=0)
     decay_lr: bool = key(True, "warm up, then follow schedule; False: learning_rate throughout")
-    schedule: Literal["cosine", "trapezoid", "constant"] = key("cosine", "trapezoid: falls in the last 40% alone")
+    schedule: Literal["cosine", "trapezoid", "constant"] = key("cosine", "trapezoid: falls in the second half alone")
     warmup_iters: int = key(2000, "updates until learning_rate is reached", least=0)
     lr_decay_iters: int | None = key(None, "update at which min_lr is reached; None: max_iters", least=0)
     min_lr: float | None = key(None, "the last learning rate; None: learning_rate / 10", least=0)
 
-    eval_interval: int = key(2000, "updates between evaluations", group="Evaluation and logs", least=1)
+    eval_interval: int = key(2000, "updates between evaluations; 0 = at the end", group="Evaluation and logs", least=0)
     eval_iters: int = key(200, "batches per evaluation and split, at most the split once; 0 = all of it", least=0)
+    eval_train: bool = key(True, "evaluate the train split too, not val alone")
     sample_chars: int = key(200, "characters of a sample printed at each evaluation; 0 = none", least=0)
     log_interval: int = key(10, "updates between log lines", least=1)
     tensorboard: bool = key(False, "log to out_dir/tensorboard too")
@@ -182,6 +183,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
     windows = {
         split: data.EvalWindows(tokens, shape.block_size, config.eval_iters, config.batch_size, shape.vocab_size)
         for split, tokens in (("train", dataset.train), ("val", dataset.val))
+        if split == "val" or config.eval_train
     }
     model: nn.Module = raw_model
     if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
@@ -207,7 +209,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
 
     if config.eval_only:
         losses = {split: evaluate(model, windows[split], micro_batch, world) for split in windows}
-        say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        say(f"step {step}: " + ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items()))
         return 0
 
     tracker = Tracker(out_dir, step, evaluated or not resumed, asdict(config)) if writes and world.is_main else None
@@ -222,7 +224,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
         at_end = step >= last_step or log.stop != 0
 
         # --- Evaluate at step 0, at each eval_interval and at the end
-        due = step % config.eval_interval == 0 or step == config.max_iters
+        due = step == config.max_iters or (config.eval_interval > 0 and step % config.eval_interval == 0)
         if due and writes and not evaluated and not log.stop:
             log.read(everything=True)  # which waits for the device, so the clock stops when training does
             clock.stop()

@@ -139,9 +139,9 @@ def cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def trapezoid(progress: float, stable: float = 0.6) -> float:
-    """1 for a while, then to 0 in a line (Hu et al. 2024, Hägele et al. 2024)."""
-    return min(1.0, (1 - progress) / (1 - stable))
+def trapezoid(progress: float) -> float:
+    """1 for the first half, then to 0 in a line (Hu et al. 2024, Hägele et al. 2024)."""
+    return min(1.0, 2 * (1 - progress))
 
 
 # What is left of the way from the highest to the lowest learning rate, by how much of the decay is behind us.

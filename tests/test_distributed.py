@@ -20,6 +20,8 @@ BASE = {"max_iters": 50, "eval_interval": 25, "eval_iters": 3, "lr_decay_iters":
 RUNS: dict[str, dict[str, Any]] = {
     "accumulated": BASE | {"batch_size": 4, "gradient_accumulation_steps": 4},
     "cut": BASE | {"batch_size": 12, "gradient_accumulation_steps": 1, "row_order": "epoch"},
+    "muon": BASE
+    | {"optimizer": "muon", "arch": "modern", "bias": False, "n_layer": 3, "n_kv_head": 1, "batch_size": 4},
     "stopped": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1},
 }
 
@@ -75,7 +77,7 @@ def rows_of(folder: Path, name: str) -> tuple[list[tuple[int, int]], list[tuple[
     return first, second
 
 
-@pytest.mark.parametrize("name", ["accumulated", "cut"])
+@pytest.mark.parametrize("name", ["accumulated", "cut", "muon"])
 def test_two_processes_are_one(two: Path, run: Run, name: str):
     run(out_dir="one", **RUNS[name])
     for field in ("loss", "train_loss", "val_loss", "grad_norm"):

@@ -15,6 +15,8 @@ from nanogpt.data import Rows
 
 SignalAt = Callable[[int, int], None]
 ALL_OF_IT = {"dropout": 0.2, "gradient_accumulation_steps": 2, "n_layer": 2}
+GPT2: dict[str, Any] = {}
+MODERN = {"arch": "modern", "bias": False, "n_kv_head": 1, "tied": False, "optimizer": "muon", "schedule": "trapezoid"}
 
 
 @pytest.fixture
@@ -31,11 +33,16 @@ def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "row_order", "stop_after"),
-    [("float32", "random", 6), ("bfloat16", "epoch", 12), ("float16", "random", 15)],
+    ("recipe", "dtype", "row_order", "stop_after"),
+    [
+        *((GPT2, "float32", "random", 6), (GPT2, "bfloat16", "epoch", 12), (GPT2, "float16", "random", 15)),
+        *((MODERN, "float32", "epoch", 15), (MODERN, "bfloat16", "random", 6), (MODERN, "float16", "random", 12)),
+    ],
 )
-def test_resume_to_the_bit(run: Run, signal_at: SignalAt, dtype: str, row_order: str, stop_after: int):
-    keys = ALL_OF_IT | {"dtype": dtype, "row_order": row_order}
+def test_resume_to_the_bit(
+    run: Run, signal_at: SignalAt, recipe: dict[str, Any], dtype: str, row_order: str, stop_after: int
+):
+    keys = ALL_OF_IT | recipe | {"dtype": dtype, "row_order": row_order}
     assert run(out_dir="whole", **keys) == 0
     signal_at(stop_after, signal.SIGTERM)
     assert run(out_dir="parts", **keys) == 143

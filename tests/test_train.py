@@ -14,6 +14,7 @@ import train
 from configurator import parse
 from model import GPT, GPTConfig
 from nanogpt import RunStopped, checkpoint, data, distributed, tracking
+from nanogpt.data import Rows
 from nanogpt.tokenizer import Tokenizer
 
 
@@ -236,6 +237,38 @@ def test_eval_only_measures_the_weights_it_is_given(run: Run, capsys: pytest.Cap
         assert f": train loss {train_loss:.4f}, val loss {val_loss:.4f}" in capsys.readouterr().out
 
 
+def test_evaluation_at_the_end_alone_and_of_one_split(run: Run):
+    run(out_dir="both", eval_iters=0)
+    run(out_dir="end", eval_interval=0, eval_train=False, eval_iters=0)
+    evaluations = [line for line in metrics("end") if "val_loss" in line]
+    assert [line["step"] for line in evaluations] == [20]
+    assert "train_loss" not in evaluations[0]
+    assert evaluations[0]["val_loss"] == metrics("both", "val_loss")[-1][0]
+    assert steps("end") == [20]
+
+
+@pytest.mark.parametrize(("size", "rows"), [(2, 2), (3, 2), ("auto", 8), (100, 8)])
+def test_a_micro_batch_changes_no_step(run: Run, size: Any, rows: int, monkeypatch: pytest.MonkeyPatch):
+    run(out_dir="plain", batch_size=8)
+    read, original = set(), Rows.__getitem__
+
+    def spy(self: Rows, span: slice) -> Any:
+        read.add(span.stop - span.start)
+        return original(self, span)
+
+    monkeypatch.setattr(Rows, "__getitem__", spy)
+    run(out_dir="cut", batch_size=8, micro_batch_size=size)
+    assert read == {rows}
+    assert losses("cut") == pytest.approx(losses("plain"), rel=1e-6)
+    assert [line["tokens"] for line in metrics("cut")] == [line["tokens"] for line in metrics("plain")]
+
+
+def test_less_memory_is_the_same_run(run: Run):
+    run(out_dir="plain", n_layer=2)
+    run(out_dir="lean", n_layer=2, activation_checkpointing=True, loss_chunk=24)
+    assert losses("lean") == pytest.approx(losses("plain"), rel=1e-5)
+
+
 # ---- weights from elsewhere
 
 
@@ -287,7 +320,7 @@ def test_recipes_are_valid(name: str, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_recipes_mean_what_nanogpt_means():
-    assert len(CONFIGS) == 9
+    assert len(CONFIGS) >= 10
 
     def read(name: str) -> train.TrainConfig:
         return parse(train.TrainConfig, [str(CONFIGS[name])])[0]
