@@ -406,14 +406,6 @@ class GPT(nn.Module):
         layer = 2 * self.block_weights() + 2 * 2 * T * c.n_head * c.head_dim
         return 3 * (c.n_layer * layer + 2 * c.vocab_size * c.n_embd)
 
-    def training_bytes(self, B: int, T: int, activation_bytes: int) -> int:
-        """Memory of a training step in bytes, estimated: weights, gradients, AdamW's two moments, and what backward
-        reads of B rows of T positions, at `activation_bytes` per number (4 in float32, 2 in mixed precision)."""
-        c, a = self.config, activation_bytes
-        layer = c.n_embd * (25 * a + 2 * 4)  # per position, as measured; the residual stream is float32 throughout
-        logits = c.vocab_size * (a + 4 + 4)
-        return 16 * self.count_parameters() + B * T * (c.n_layer * layer + logits)
-
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place, as when GPT-2 is fine-tuned on shorter rows."""
         if block_size > self.config.block_size:

@@ -84,6 +84,20 @@ def load_weights(config: Any, given: dict[str, Any]) -> tuple[GPT, Tokenizer | N
     return model, Tokenizer.load(folder) if folder else None
 
 
+def training_bytes(model: GPT, B: int, T: int, world: World) -> float:
+    """Memory of a training step in bytes, estimated: weights, gradients, AdamW's two moments, and what backward reads
+    of B rows of T positions."""
+    c, a = model.config, 4 if world.dtype == torch.float32 else 2  # bytes of a number that a matrix product reads
+    if c.arch == "gpt2":
+        block: float = c.n_embd * (25 * a + 2 * 4)  # per position, as measured; the residual stream is float32
+    else:  # a third more than is saved for backward, for what comes and goes
+        heads = (c.n_head + c.n_kv_head) * c.head_dim
+        block = 4 / 3 * (18 * c.n_embd + (8 + 2 * a) * heads + 4 * a * c.n_inner)
+    blocks = c.n_layer * block if not model.activation_checkpointing else c.n_layer * 4 * c.n_embd + block
+    logits = c.vocab_size * (a + 4 + 4) * min(B * T, model.loss_chunk or B * T)
+    return 16 * model.count_parameters() + B * T * blocks + logits
+
+
 def pick_micro_batch(config: Any, model: GPT, world: World) -> int:
     """Rows that a process takes at a time. micro_batch_size=auto tries forward and backward with room left for the
     optimizer's state, the most rows first; on a CPU, whose system kills what takes too much, it goes by the estimate.
@@ -94,8 +108,8 @@ def pick_micro_batch(config: Any, model: GPT, world: World) -> int:
     T, fits = model.config.block_size, sizes[-1]
     for size in sizes:
         if world.device.type == "cpu":
-            free, a = distributed.free_memory(world.device), 4 if world.dtype == torch.float32 else 2
-            works = free is None or model.training_bytes(size, T, a) < 0.8 * free
+            free = distributed.free_memory(world.device)
+            works = free is None or training_bytes(model, size, T, world) < 0.8 * free
         else:
             works = _trial(model, world, torch.zeros(size, T, dtype=torch.int64, device=world.device))
         if world.sum(torch.tensor(float(works), device=world.device)).item() == world.size:

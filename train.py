@@ -21,7 +21,7 @@ from nanogpt.checkpoint import Checkpoint
 from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, processes, say
 from nanogpt.inference import evaluate, sample_text
 from nanogpt.tracking import Log, Stopwatch, Tracker, missing_extras, report
-from start import SHAPE_KEYS, check_shape, open_data_and_model, pick_micro_batch
+from start import SHAPE_KEYS, check_shape, open_data_and_model, pick_micro_batch, training_bytes
 
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 
@@ -167,7 +167,8 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
     # --- What it will cost, and the folder it goes to
     rows_per_rank, micro_batch = config.rows_per_step // world.size, pick_micro_batch(config, raw_model, world)
     micro_steps = rows_per_rank // micro_batch
-    report(config, raw_model, micro_batch, dataset.name, len(dataset.train), world, remedy)
+    memory = training_bytes(raw_model, micro_batch, shape.block_size, world)
+    report(config, raw_model, micro_batch, memory, dataset.name, len(dataset.train), world, remedy)
     out_dir = Path(config.out_dir)
     # All ranks meet here: from now on the folder changes, which some may have read their weights from.
     step = resumed.state["step"] if resumed else 0

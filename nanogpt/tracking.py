@@ -244,17 +244,17 @@ def _keep_lines(path: Path, step: int, evaluated: bool) -> None:
 
 
 def report(
-    config: Any, model: Any, micro_batch: int, dataset: str, train_tokens: int, world: World, remedy: str
+    config: Any, model: Any, micro_batch: int, memory: float, dataset: str, train_tokens: int, world: World, remedy: str
 ) -> None:
-    """Print what a run will be, before it begins; the arguments are train.py's. Raises InputError, saying `remedy`,
-    where a CPU's memory will not do: there the system would kill the process without a word."""
+    """Print what a run will be, before it begins; memory: bytes; the other arguments are train.py's. Raises
+    InputError, saying `remedy`, where a CPU's memory will not do: there the system would kill the process without a
+    word."""
     parameters, T, rows = model.count_parameters(), model.config.block_size, config.rows_per_step
     tokens, on_cpu = config.max_iters * rows * T, world.device.type == "cpu"
     dtype = str(world.dtype).removeprefix("torch.")
     say(f"{world.size} process(es) on {describe(world.device)}, {dtype}", f"model       {parameters:,} parameters")
     if config.eval_only:
         return
-    memory = model.training_bytes(micro_batch, T, 4 if world.dtype == torch.float32 else 2)
     free = free_memory(world.device)
     say(
         f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {micro_batch}",

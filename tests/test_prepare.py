@@ -166,7 +166,7 @@ def test_openwebtext_finds_its_shards(monkeypatch: pytest.MonkeyPatch):
     hub_shards = runpy.run_path(str(ROOT / "data/openwebtext/prepare.py"))["hub_shards"]
     names = {
         "main": ["README.md", "b/partial-train/0.parquet"],
-        "refs/convert/parquet": ["t/1.parquet", "t/0.parquet", ".gitattributes"],
+        "refs/convert/parquet": ["t/1.parquet", "t/0.parquet", "other/0.parquet", ".gitattributes"],
     }
 
     def dataset_info(self, repo: str, revision: str, files_metadata: bool) -> SimpleNamespace:
@@ -177,13 +177,13 @@ def test_openwebtext_finds_its_shards(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     commit = "commit of refs/convert/parquet"
     names_in_order = [f"t/{i}.parquet" for i in range(2)]
-    assert hub_shards() == [{"source": n, "revision": commit, "sha256": f"hash of {n}"} for n in names_in_order]
-    names["refs/convert/parquet"] = []
-    with pytest.raises(InputError, match="no longer has a whole set"):
-        hub_shards()
+    expected = [{"repo": "o/w", "source": n, "revision": commit, "sha256": f"hash of {n}"} for n in names_in_order]
+    assert hub_shards("o/w", "t/") == expected
+    with pytest.raises(InputError, match=r"o/w has no whole set .* under 'x/'"):
+        hub_shards("o/w", "x/")
     del names["main"]  # stands for no network
     with pytest.raises(InputError, match=r"could not be listed .*--input"):
-        hub_shards()
+        hub_shards("o/w", "")
 
 
 HUB = """

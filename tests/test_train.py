@@ -316,7 +316,7 @@ def test_recipes_are_valid(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tracking, "find_spec", lambda _: True)  # train_gpt2.py logs to wandb
     config, given = parse(train.TrainConfig, [str(CONFIGS[name])])
     config.check()
-    assert given["dataset"] in {"openwebtext", "shakespeare", "shakespeare_char", "shakespeare_qwen3"}
+    assert given["dataset"] in {"openwebtext", "fineweb", "shakespeare", "shakespeare_char", "shakespeare_qwen3"}
 
 
 def test_recipes_mean_what_nanogpt_means():

@@ -3,6 +3,9 @@
 8,013,769 documents, about nine billion tokens, in 80 parquet shards that are fetched, checked, tokenized and deleted
 one after the other. The ids of finished shards are kept in `pieces/`, so an interrupted run goes on with the next;
 at the end they become the dataset. What is written does not depend on the number of workers.
+
+Any other dataset of parquet files on the hub with a column `text`, such as ten billion tokens of FineWeb:
+python data/openwebtext/prepare.py --repo=HuggingFaceFW/fineweb --under=sample/10BT --out=data/fineweb
 """
 
 import argparse
@@ -29,31 +32,32 @@ from nanogpt import InputError, run_script
 from nanogpt.data import file_sha256, read_text, summary, write_dataset, writing
 from nanogpt.tokenizer import Tokenizer, aside
 
-REPO = "Skylion007/openwebtext"
 Encoded = tuple[list[bytes], list[int]]  # uint16 ids of train and of val; documents, bytes of text in train, in val
 
 
-def hub_shards() -> list[dict[str, Any]]:
-    """Name, commit and SHA-256 of each shard on the Hugging Face hub."""
+def hub_shards(repo: str, under: str) -> list[dict[str, Any]]:
+    """Name, commit and SHA-256 of each shard of `repo` on the Hugging Face hub whose path begins with `under`."""
     from huggingface_hub import HfApi
 
     try:
         for revision in ("main", "refs/convert/parquet"):
-            found: Any = HfApi().dataset_info(REPO, revision=revision, files_metadata=True)
-            files = {file.rfilename: file.lfs for file in found.siblings if file.rfilename.endswith(".parquet")}
+            found: Any = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+            parquet = [file for file in found.siblings if file.rfilename.endswith(".parquet")]
+            files = {file.rfilename: file.lfs for file in parquet if file.rfilename.startswith(under)}
             if files and not any("partial" in name for name in files):
-                return [{"source": n, "revision": found.sha, "sha256": files[n].sha256} for n in sorted(files)]
+                shard = {"repo": repo, "revision": found.sha}
+                return [shard | {"source": name, "sha256": files[name].sha256} for name in sorted(files)]
     except Exception as error:  # the library's network errors have no class in common
-        raise InputError(f"{REPO} could not be listed ({error}): check the network, or give --input") from error
-    raise InputError(f"{REPO} no longer has a whole set of parquet files: give --input")
+        raise InputError(f"{repo} could not be listed ({error}): check the network, or give --input") from error
+    raise InputError(f"{repo} has no whole set of parquet files under {under!r}: give --input")
 
 
 def download(shard: dict[str, Any], folder: Path) -> Path:
     from huggingface_hub import hf_hub_download
 
-    name, revision = shard["source"], shard["revision"]
+    repo, name, revision = shard["repo"], shard["source"], shard["revision"]
     try:
-        path = Path(hf_hub_download(REPO, name, repo_type="dataset", revision=revision, local_dir=folder))
+        path = Path(hf_hub_download(repo, name, repo_type="dataset", revision=revision, local_dir=folder))
     except Exception as error:  # as above
         raise InputError(
             f"{name} could not be downloaded ({error}): run the command again to go on here; should commit {revision} "
@@ -133,6 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prepare OpenWebText, or documents of your own, in GPT-2's encoding.")
     parser.add_argument("--docs", type=int, default=sys.maxsize, help="take only so many documents (default: all)")
     parser.add_argument("--input", type=Path, nargs="+", help=".parquet, .jsonl or .txt files, instead of the download")
+    parser.add_argument("--repo", default="Skylion007/openwebtext", help="a dataset on the hub (default: %(default)s)")
+    parser.add_argument("--under", default="", help="take only its files whose path begins so")
     parser.add_argument("--val-share", type=float, default=0.0005, help="part of the documents for val")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder (default: beside this script)")
@@ -150,9 +156,10 @@ def main() -> None:
     with writing(folder), train.open("ab") as train_file, val.open("ab") as val_file, pool:
         files = train_file, val_file
         old: dict[str, Any] = json.loads(saved.read_text()) if saved.exists() else {"shards": [], "settings": []}
+        settings = [args.docs, args.val_share, args.repo, args.under]
         # A continued run stays at the commit of the first, whatever the hub lists by now.
-        shards = here or [shard for shard in old["shards"] if "revision" in shard] or hub_shards()
-        settings = [args.docs, args.val_share]
+        listed = [shard for shard in old["shards"] if "revision" in shard and old["settings"][2:] == settings[2:]]
+        shards = here or listed or hub_shards(args.repo, args.under)
         if old["settings"] == settings and old["shards"][: old["done"]] == shards[: old["done"]]:
             state = old | {"shards": shards}
             print(f"{old['done']} of {len(shards)} shards were done before")

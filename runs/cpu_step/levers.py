@@ -1,4 +1,4 @@
-"""Two levers of the step on a CPU, each against the step without it, in turn, in float32: medians of ratios.
+"""Levers of the step on a CPU, each against the step without it, in turn, in float32: medians of ratios.
 
     python runs/cpu_step/levers.py
 
@@ -6,9 +6,17 @@
    positions, where the fused kernel's set-up dominates, and loses at 256, where it writes and reads the square.
 2. Freed memory kept by the C library (nanogpt/distributed.py, keep_freed_memory), in fresh processes. Prediction: a
    gain of the page faults' own time, about 4% (2.5 to 5 ms of 60).
+3. GELU as x σ(2u) with a backward pass of its own (model.py, CPUGelu). Prediction: half of the 8 ms that torch's takes
+   of a 51 ms step, so 1.08.
+4. RMS norm with a backward pass of its own (CPUNorm), in the modern network. Prediction: half of torch's 1.2 ms in
+   each of 13 norms of a 75 ms step, so 1.10.
+5. No compiler imported at the start (nanogpt/optim.py is no torch.optim.Optimizer), in fresh processes that make one
+   update. Prediction: 1.5 s less.
+6. Muon's matrices of one shape orthogonalised together instead of one by one. Prediction: the products stay as they
+   are, the calls around them become a third, so 1.5 for the optimizer's step.
+7. Clipping inside the update's kernel instead of a pass of its own. Prediction: 1.3 ms less of 57, so 1.02.
 
-Outcome (levers.json): both as predicted, the first by little: 1% either way in float32. It stays for bfloat16, where
-the fused kernel was found 3 to 8 times slower at 64 positions on a CPU that has the format; this one does not.
+Outcome (levers.json): see docs/optimizations.md.
 """
 
 import json
@@ -19,15 +27,21 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import model as model_file  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from nanogpt.distributed import keep_freed_memory  # noqa: E402
+from nanogpt.distributed import World, keep_freed_memory  # noqa: E402
+from nanogpt.optim import Optimizer, gradient_norm, shrink_to  # noqa: E402
+from train import TrainConfig  # noqa: E402
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65, "bias": False}
+MODERN = {"arch": "modern", "n_layer": 4, "n_head": 3, "n_kv_head": 1, "n_embd": 96, "n_inner": 192}
+MODERN |= {"vocab_size": 65, "bias": False}
+ALONE, ZERO = World(0, 1, torch.device("cpu"), torch.float32), torch.zeros(())
 WIDE = {"n_layer": 2, "n_head": 12, "n_embd": 768, "vocab_size": 500, "bias": False}
 
 
@@ -75,9 +89,89 @@ def memory(rounds: int = 7) -> dict:
     return row
 
 
+class TorchGelu:
+    apply = staticmethod(lambda x: F.gelu(x, approximate="tanh"))
+
+
+class TorchNorm:
+    apply = staticmethod(lambda x, gain, eps: F.rms_norm(x, x.shape[-1:], eps=eps) * gain)
+
+
+def backward_by_hand(name: str, plain: type, sizes: dict, B: int) -> dict:
+    """A whole model's forward and backward with torch's own operation and with ours."""
+    own, ratios = getattr(model_file, name), []
+    model, idx = GPT(GPTConfig(block_size=64, **sizes)), torch.randint(sizes["vocab_size"], (B, 64))
+    for _ in range(80):
+        times = []
+        for one in (plain, own):
+            setattr(model_file, name, one)
+            times.append(step(model, idx))
+        ratios.append(times[0] / times[1])
+    return told({"lever": name, "torchs_over_ours": round(statistics.median(ratios[5:]), 3)})
+
+
+def start(rounds: int = 7) -> dict:
+    """Seconds of a process that imports torch, makes one update of AdamW's, and ends."""
+    before = "import torch; p = torch.nn.Parameter(torch.zeros(4)); p.grad = torch.ones(4)"
+    theirs = f"{before}; torch.optim.AdamW([p], fused=True).step()"
+    ours = (
+        f"{before}; z = [[torch.zeros(4)], [torch.zeros(4)]]; torch._fused_adamw_([p.detach()], [p.grad], *z, [], "
+        "[torch.ones(())], lr=0.1, beta1=0.9, beta2=0.9, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False)"
+    )
+
+    def one(code: str) -> float:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        return time.perf_counter() - begin
+
+    pairs = [(one(theirs), one(ours)) for _ in range(rounds)]
+    return told({"lever": "start", "saved_s": round(statistics.median(a - b for a, b in pairs), 2)})
+
+
+def updates() -> list[dict]:
+    """Milliseconds of an update, and ratios: Muon one by one over together; clipping as a pass over in the kernel."""
+    rows = []
+    for sizes, kind in ((SMALL, "adamw"), (MODERN, "muon")):
+        model = GPT(GPTConfig(block_size=64, **sizes))
+        optimizer = Optimizer(model, TrainConfig(optimizer=kind), ALONE)
+        grads = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+        times: dict[str, list[float]] = {"together": [], "one by one": [], "clipped apart": []}
+        for _ in range(60):
+            for way, taken in times.items():
+                for name, p in model.named_parameters():
+                    p.grad = grads[name].clone()
+                begin = time.perf_counter()
+                shrink = shrink_to(1.0, gradient_norm(model.parameters()))
+                if way == "clipped apart":
+                    torch._foreach_div_([p.grad for p in model.parameters()], shrink)
+                    shrink = torch.ones(())
+                if way == "one by one" and optimizer.maps:
+                    for name in optimizer.maps:
+                        optimizer._muon({name: model.get_parameter(name).grad}, 1e-4, shrink, ZERO)
+                        model.get_parameter(name).grad = None
+                optimizer.step(1e-2, shrink, ZERO)
+                taken.append(time.perf_counter() - begin)
+        row = {"lever": f"update, {kind}", "ms": round(1e3 * statistics.median(times["together"]), 2)}
+        for way in list(times)[1:]:
+            ratios = [a / b for a, b in zip(times[way], times["together"], strict=True)]
+            row[f"{way}, over"] = round(statistics.median(ratios[5:]), 3)
+        rows.append(told(row))
+    return rows
+
+
+def told(row: dict) -> dict:
+    print(row, flush=True)
+    return row
+
+
 def main() -> None:
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "float32"}
     facts |= {"attention": attention(), "freed_memory": memory()}
+    facts["by_hand"] = [
+        backward_by_hand("CPUGelu", TorchGelu, SMALL, 12),
+        backward_by_hand("CPUNorm", TorchNorm, MODERN, 24),
+    ]
+    facts |= {"start": start(), "updates": updates()}
     (Path(__file__).parent / "levers.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
