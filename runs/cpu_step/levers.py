@@ -146,9 +146,10 @@ def updates() -> list[dict]:
                     torch._foreach_div_([p.grad for p in model.parameters()], shrink)
                     shrink = torch.ones(())
                 if way == "one by one" and optimizer.maps:
-                    for name in optimizer.maps:
-                        optimizer._muon({name: model.get_parameter(name).grad}, 1e-4, shrink, ZERO)
-                        model.get_parameter(name).grad = None
+                    with torch.no_grad():
+                        for name in optimizer.maps:
+                            optimizer._muon({name: model.get_parameter(name).grad}, 1e-4, shrink, ZERO)
+                            model.get_parameter(name).grad = None
                 optimizer.step(1e-2, shrink, ZERO)
                 taken.append(time.perf_counter() - begin)
         row = {"lever": f"update, {kind}", "ms": round(1e3 * statistics.median(times["together"]), 2)}
