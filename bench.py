@@ -25,7 +25,7 @@ from nanogpt import InputError, data, distributed, optim, run_script
 from nanogpt.distributed import World, explained_faults, free_memory, memory_remedy, say, size
 from nanogpt.pretrained import GPT2_VOCAB
 from nanogpt.tracking import Late, Stopwatch
-from start import SHAPE_KEYS, load_weights, open_data_and_model
+from start import SHAPE_KEYS, load_weights, open_data_and_model, pick_micro_batch
 from train import TrainConfig
 
 TURN = 5  # steps of one side, beside a reference, before it is the other's turn
@@ -118,9 +118,11 @@ def compiles(config: TrainConfig, world: World) -> bool:
 
 def our_steps(config: TrainConfig, raw_model: GPT, tokens: np.ndarray, world: World) -> Steps:
     """train.py's steps in one process, without its log; tests/test_bench.py holds the two together."""
-    micro_batch, micro_steps = config.batch_size, config.gradient_accumulation_steps
     rows = data.Rows(tokens, config.block_size, raw_model.config.vocab_size, config.seed, config.row_order)
     raw_model.to(world.device)
+    raw_model.activation_checkpointing, raw_model.loss_chunk = config.activation_checkpointing, config.loss_chunk
+    micro_batch = pick_micro_batch(config, raw_model, world)
+    micro_steps = config.rows_per_step // micro_batch
     model: nn.Module = raw_model
     if compiles(config, world):
         model, failure = distributed.compiled(raw_model, world, *world.put(*rows[0:micro_batch]))
