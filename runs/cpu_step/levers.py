@@ -18,8 +18,8 @@
 
 Outcome (levers.json): 1 made no difference in float32 and stays for bfloat16, where the fused kernel was found 3 to 8
 times slower on a CPU that has it. 2 was 1.05 once and nothing the next time. 3 and 4 gained 1.03 and 1.04, less than
-half of the prediction: on two threads what is left is waiting, not arithmetic. 5 gained more than predicted, 1.8 to 2.4 s.
-6 gained 2.7 where 1.5 was predicted. 7 is as predicted, 1.17 of the update and so a hundredth of the step.
+half of the prediction: on two threads what is left is waiting, not arithmetic. 5 gained more than predicted, 1.8 to
+2.4 s. 6 gained 2.7 where 1.5 was predicted. 7 is as predicted, 1.17 of the update and so a hundredth of the step.
 """
 
 import json
