@@ -183,26 +183,6 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return y.permute(1, 3, 0, 2, 4).reshape(B, T, n_head * head_dim)
 
 
-class CPUGelu(torch.autograd.Function):
-    """The tanh form of GELU (Hendrycks and Gimpel 2016) as x σ(2u): half the time of torch's own on a CPU, whose tanh
-    is slow (runs/cpu_step)."""
-
-    LINEAR = 2 * math.sqrt(2 / math.pi)  # 2u = LINEAR x + CUBIC x³
-    CUBIC = LINEAR * 0.044715
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
-        gate = x.square().mul_(CPUGelu.CUBIC).add_(CPUGelu.LINEAR).mul_(x).sigmoid_()
-        ctx.save_for_backward(x, gate)
-        return x * gate
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
-        x, gate = ctx.saved_tensors
-        slope = x.square().mul_(3 * CPUGelu.CUBIC).add_(CPUGelu.LINEAR).mul_(x)  # x d(2u)/dx
-        return torch.ops.aten.sigmoid_backward(slope, gate).add_(gate).mul_(grad)
-
-
 class MLP(nn.Module):
     """GPT-2's two linear layers, wider in between."""
 
@@ -213,9 +193,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        own = self.approximate == "tanh" and x.device.type == "cpu" and x.dtype == torch.float32
-        return self.down(CPUGelu.apply(x) if own else F.gelu(x, approximate=self.approximate))
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 
 class GatedMLP(nn.Module):

@@ -6,7 +6,7 @@
    positions, where the fused kernel's set-up dominates, and loses at 256, where it writes and reads the square.
 2. Freed memory kept by the C library (nanogpt/distributed.py, keep_freed_memory), in fresh processes. Prediction: a
    gain of the page faults' own time, about 4% (2.5 to 5 ms of 60).
-3. GELU as x σ(2u) with a backward pass of its own (model.py, CPUGelu). Prediction: half of the 8 ms that torch's takes
+3. GELU as x σ(2u) with a backward pass of its own (below). Prediction: half of the 8 ms that torch's takes
    of a 51 ms step, so 1.08.
 4. RMS norm with a backward pass of its own (CPUNorm), in the modern network. Prediction: half of torch's 1.2 ms in
    each of 13 norms of a 75 ms step, so 1.10.
@@ -17,12 +17,14 @@
 7. Clipping inside the update's kernel instead of a pass of its own. Prediction: 1.3 ms less of 57, so 1.02.
 
 Outcome (levers.json): 1 made no difference in float32 and stays for bfloat16, where the fused kernel was found 3 to 8
-times slower on a CPU that has it. 2 was 1.05 once and nothing the next time. 3 and 4 gained 1.03 and 1.04, less than
-half of the prediction: on two threads what is left is waiting, not arithmetic. 5 gained more than predicted, 1.8 to
+times slower on a CPU that has it. 2 was 1.05 once and nothing the next time. 3 and 4 gained 1.02 to 1.04, less than
+half of the prediction: on two threads what is left is waiting, not arithmetic. 3 was slower in whole steps of 124M
+parameters and was taken out. 5 gained more than predicted, 1.8 to
 2.4 s. 6 gained 2.7 where 1.5 was predicted. 7 is as predicted, 1.17 of the update and so a hundredth of the step.
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -45,6 +48,7 @@ SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65, "bias": Fal
 MODERN = {"arch": "modern", "n_layer": 4, "n_head": 3, "n_kv_head": 1, "n_embd": 96, "n_inner": 192}
 MODERN |= {"vocab_size": 65, "bias": False}
 ALONE, ZERO = World(0, 1, torch.device("cpu"), torch.float32), torch.zeros(())
+WIDE_MODERN = {"n_layer": 2, "n_head": 6, "n_kv_head": 6, "n_embd": 768, "n_inner": 2048}
 WIDE = {"n_layer": 2, "n_head": 12, "n_embd": 768, "vocab_size": 500, "bias": False}
 
 
@@ -92,25 +96,43 @@ def memory(rounds: int = 7) -> dict:
     return row
 
 
-class TorchGelu:
-    apply = staticmethod(lambda x: F.gelu(x, approximate="tanh"))
+class CPUGelu(torch.autograd.Function):
+    """The tanh form of GELU as x σ(2u)."""
+
+    LINEAR = 2 * math.sqrt(2 / math.pi)  # 2u = LINEAR x + CUBIC x³
+    CUBIC = LINEAR * 0.044715
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        gate = x.square().mul_(CPUGelu.CUBIC).add_(CPUGelu.LINEAR).mul_(x).sigmoid_()
+        ctx.save_for_backward(x, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        x, gate = ctx.saved_tensors
+        slope = x.square().mul_(3 * CPUGelu.CUBIC).add_(CPUGelu.LINEAR).mul_(x)  # x d(2u)/dx
+        return torch.ops.aten.sigmoid_backward(slope, gate).add_(gate).mul_(grad)
 
 
 class TorchNorm:
     apply = staticmethod(lambda x, gain, eps: F.rms_norm(x, x.shape[-1:], eps=eps) * gain)
 
 
-def backward_by_hand(name: str, plain: type, sizes: dict, B: int) -> dict:
-    """A whole model's forward and backward with torch's own operation and with ours."""
-    own, ratios = getattr(model_file, name), []
-    model, idx = GPT(GPTConfig(block_size=64, **sizes)), torch.randint(sizes["vocab_size"], (B, 64))
-    for _ in range(80):
+def by_hand(lever: str, place: object, name: str, ways: tuple, sizes: dict, B: int, T: int, count: int) -> dict:
+    """A whole model's forward and backward with torch's own operation and with ours at `place`.`name`."""
+    ratios = []
+    model, idx = GPT(GPTConfig(block_size=T, **sizes)), torch.randint(sizes["vocab_size"], (B, T))
+    before = getattr(place, name)
+    for _ in range(count):
         times = []
-        for one in (plain, own):
-            setattr(model_file, name, one)
+        for way in ways:
+            setattr(place, name, way)
             times.append(step(model, idx))
         ratios.append(times[0] / times[1])
-    return told({"lever": name, "torchs_over_ours": round(statistics.median(ratios[5:]), 3)})
+    setattr(place, name, before)
+    row = {"lever": lever, "n_embd": sizes["n_embd"], "rows": B, "T": T}
+    return told(row | {"torchs_over_ours": round(statistics.median(ratios[count // 10 :]), 3)})
 
 
 def start(rounds: int = 7) -> dict:
@@ -171,9 +193,13 @@ def told(row: dict) -> dict:
 def main() -> None:
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "float32"}
     facts |= {"attention": attention(), "freed_memory": memory()}
+    mlp, norm = model_file.MLP, model_file.CPUNorm
+    gelus = mlp.forward, lambda self, x: self.down(CPUGelu.apply(self.up(x)))
     facts["by_hand"] = [
-        backward_by_hand("CPUGelu", TorchGelu, SMALL, 12),
-        backward_by_hand("CPUNorm", TorchNorm, MODERN, 24),
+        by_hand("gelu", mlp, "forward", gelus, SMALL, 12, 64, 80),
+        by_hand("gelu", mlp, "forward", gelus, WIDE, 4, 256, 15),
+        by_hand("norm", model_file, "CPUNorm", (TorchNorm, norm), MODERN, 24, 64, 80),
+        by_hand("norm", model_file, "CPUNorm", (TorchNorm, norm), MODERN | WIDE_MODERN, 4, 256, 15),
     ]
     facts |= {"start": start(), "updates": updates()}
     (Path(__file__).parent / "levers.json").write_text(json.dumps(facts, indent=1) + "\n")
