@@ -18,13 +18,15 @@ SHAPE_KEYS = (
     *("rope_theta", "norm_eps", "tied", "bias", "block_size"),
 )
 
+# FLOPs of a micro-batch below which a GPU's step is replayed as a CUDA graph: 10 ms at half of an H100's speed, about
+# what the host needs to hand over the kernels one by one. A guess: not measured yet.
+GRAPHS_BELOW = 5e12
+
 
 def check_shape(given: dict[str, Any], there: dict[str, Any], where: str) -> None:
     """Raises InputError for each given size that is not the one of weights that are there already."""
-    asked = {
-        k: v for k, v in given.items() if k in SHAPE_KEYS and (v or isinstance(v, bool))
-    }  # a 0 leaves the size open
-    faults = [name for name, value in asked.items() if value != there[name]]
+    asked = {name for name in given.keys() & set(SHAPE_KEYS) if given[name] or isinstance(given[name], bool)}
+    faults = [name for name in SHAPE_KEYS if name in asked and given[name] != there[name]]  # a 0 leaves a size open
     if faults:
         told = (f"{k}={given[k]}: {where} has {k}={there[k]}, which cannot change; leave it out" for k in faults)
         raise InputError("\n".join(told))
@@ -82,6 +84,24 @@ def load_weights(config: Any, given: dict[str, Any]) -> tuple[GPT, Tokenizer | N
         raise InputError(f"init_from={config.init_from}: {error}; leave --block_size out or give less") from error
     check_shape(given, asdict(model.config), config.init_from)
     return model, Tokenizer.load(folder) if folder else None
+
+
+def compiles(config: Any, world: World) -> bool:
+    """Whether torch.compile is asked for."""
+    return config.compile is True or (config.compile == "auto" and world.device.type == "cuda")
+
+
+def compile_model(config: Any, model: GPT, world: World, rows: data.Rows, micro_batch: int) -> torch.nn.Module:
+    """The model compiled, where that is asked for and works on a micro-batch, the first of the rows."""
+    if not compiles(config, world):
+        return model
+    whole_step = micro_batch == config.rows_per_step  # in one pass of one process
+    short = model.flops_per_token() * micro_batch * model.config.block_size < GRAPHS_BELOW
+    graphs = world.device.type == "cuda" and whole_step and short
+    fast, failure = distributed.compiled(model, world, *world.put(*rows[0:micro_batch]), graphs)
+    if failure:
+        say(f"warning: torch.compile failed, going on without it ({failure})")
+    return fast
 
 
 def training_bytes(model: GPT, B: int, T: int, world: World) -> float:

@@ -4,6 +4,7 @@ Several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt
 """
 
 import contextlib
+import gc
 import math
 import signal
 import time
@@ -12,16 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from configurator import build, key, parse
 from model import GPTConfig
 from nanogpt import InputError, checkpoint, data, distributed, optim, run_script
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, processes, say
+from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, no_collector, processes, say
 from nanogpt.inference import evaluate, sample_text
 from nanogpt.tracking import Log, Stopwatch, Tracker, missing_extras, report
-from start import SHAPE_KEYS, check_shape, open_data_and_model, pick_micro_batch, training_bytes
+from start import SHAPE_KEYS, check_shape, compile_model, open_data_and_model, pick_micro_batch, training_bytes
 
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 
@@ -148,7 +148,7 @@ def main() -> int:
     world = distributed.start(config.device, config.dtype, config.backend)
     free = distributed.free_memory(world.device)
     remedy = memory_remedy(config.micro_batches[0], config.rows_per_step, config.block_size, free)
-    with explained_faults(remedy):
+    with explained_faults(remedy), no_collector():
         status = train(config, given, resumed, world, remedy)
     world.close()
     return status
@@ -186,12 +186,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
         for split, tokens in (("train", dataset.train), ("val", dataset.val))
         if split == "val" or config.eval_train
     }
-    model: nn.Module = raw_model
-    if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
-        model, failure = distributed.compiled(raw_model, world, *world.put(*rows[0:micro_batch]))
-        if failure:
-            say(f"warning: torch.compile failed, going on without it ({failure})")
-    model = world.wrap(model)
+    model = world.wrap(compile_model(config, raw_model, world, rows, micro_batch))
     optimizer = optim.Optimizer(raw_model, config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     guard = optim.Guard(world.device, patience=OVERFLOWS if scaler.is_enabled() else 1)
@@ -238,6 +233,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
                 say("    " + text.replace("\n", "\n    ").strip())
             log.save_due |= step > 0 and (config.always_save_checkpoint or val_loss < best_val_loss)
             best_val_loss = min(best_val_loss, val_loss)
+            gc.collect(0)  # what has come since the last time; no_collector keeps it from running by itself
 
         # --- Save what is worth keeping
         if writes and (log.save_due or at_end) and (step > first_step or not resumed or val_loss is not None):
@@ -276,7 +272,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
                 between = world.size > 1 and micro_step < micro_steps - 1  # gradients are averaged once, at the last
                 with model.no_sync() if between else contextlib.nullcontext():  # type: ignore[operator]
                     with world.autocast():
-                        _, loss = model(x, y)
+                        loss = model(x, y)[1]  # the logits are let go at once
                     scaler.scale(loss / micro_steps).backward()
                 loss_sum += loss.detach()
             # What the ranks must agree on: the loss, signals seen, time to save. All act on the sum, a step late.

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -275,23 +276,49 @@ def explained_faults(remedy: str, before_update: bool = True) -> Iterator[None]:
         raise (InputError if before_update else RunStopped)(told) from error
 
 
-def compiled(model: nn.Module, world: World, x: Tensor, y: Tensor) -> tuple[nn.Module, str | None]:
+@contextlib.contextmanager
+def no_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from running by itself: a GPU with short steps waits for its pauses, and what a
+    step leaves is freed without it."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def compiled(
+    model: nn.Module, world: World, x: Tensor, y: Tensor, graphs: bool = False
+) -> tuple[nn.Module, str | None]:
     """`model` compiled, and tried forward and backward on one batch x, y (B, T); where that fails, `model` itself and
-    the reason in a line. Leaves no gradients."""
+    the reason in a line. Leaves no gradients.
+
+    graphs: a GPU replays each pass as one CUDA graph instead of being handed its kernels one by one. A gradient then
+    lies where the next pass puts its own, so each pass must be a whole step's. What was compiled is kept for later runs
+    in ~/.cache/nanogpt, unless TORCHINDUCTOR_CACHE_DIR says where: torch's own choice is /tmp, which a restart empties.
+    """
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or none that can be written to
+        kept = Path.home() / ".cache" / "nanogpt" / "compiled"
+        kept.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
     fast, reason = model, None
     try:
-        fast = torch.compile(model)  # type: ignore[assignment]
-        with world.autocast():
-            fast(x, y)[1].backward()
-            with torch.no_grad():  # evaluation is a graph of its own
-                fast.eval()(x, y)
+        fast = torch.compile(model, mode="reduce-overhead" if graphs else None)  # type: ignore[assignment]
+        for _ in range(3 if graphs else 1):  # a graph is recorded in the second pass and replayed in the third
+            with world.autocast():
+                fast(x, y)[1].backward()
+                with torch.no_grad():  # evaluation is another function to the compiler
+                    model.eval()
+                    fast(x, y)
+            model.train()
+            model.zero_grad(set_to_none=True)
     except Exception as error:  # the compiler and its backends raise whatever they like
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     model.train()
     model.zero_grad(set_to_none=True)
-    return (model if reason else fast.train()), reason
+    return (model if reason else fast), reason
 
 
 def describe(device: torch.device) -> str:

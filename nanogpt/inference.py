@@ -23,7 +23,7 @@ def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: Wor
         # The last batch is filled up with rows that do not count: a compiled model wants one shape.
         x, y = world.put(F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-1))
         with world.autocast():
-            _, loss = model(x, y)
+            loss = model(x, y)[1]
         total += torch.stack([loss.float() * count, torch.full_like(total[0], count)])
     model.train()
     loss_sum, count = world.sum(total).tolist()

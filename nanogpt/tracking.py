@@ -17,6 +17,7 @@ from nanogpt import InputError, RunStopped
 from nanogpt.distributed import World, describe, free_memory, say, size
 from nanogpt.tokenizer import aside
 
+BEGUN = time.perf_counter()  # when the program began, the import of torch not counted
 CPU_FLOPS = 3e10  # FLOP/s that a small model's step reaches on one core; only for a guess before the first step
 
 
@@ -176,6 +177,7 @@ class Log:
             self.save_due |= bool(overdue)
             if step == self.first_step + 1:
                 self.warm_s = seconds
+                say(f"first step done {time.perf_counter() - BEGUN:.1f} s after the start")
             if step % self.config.log_interval == 0:
                 self._line(step, loss, grad_norm, seconds)
             if step == self.first_step + 10:

@@ -3,9 +3,11 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, Run, environment, flags, metrics, save_as_nanogpt, steps
@@ -15,7 +17,10 @@ from configurator import parse
 from model import GPT, GPTConfig
 from nanogpt import RunStopped, checkpoint, data, distributed, tracking
 from nanogpt.data import Rows
+from nanogpt.distributed import World
 from nanogpt.tokenizer import Tokenizer
+from start import compile_model
+from train import TrainConfig
 
 
 def losses(out_dir: str) -> list[float]:
@@ -112,7 +117,7 @@ def test_a_compiler_that_fails_is_done_without(
     def fail(*_: Any) -> Any:
         raise RuntimeError("no C++ compiler was found\nand more")
 
-    def compile(model: torch.nn.Module) -> Any:
+    def compile(model: torch.nn.Module, mode: str | None) -> Any:
         def fail_late(x: torch.Tensor, y: torch.Tensor) -> None:
             model(x, y)[1].backward()
             fail()
@@ -127,6 +132,31 @@ def test_a_compiler_that_fails_is_done_without(
     told = capsys.readouterr().out
     assert "warning: torch.compile failed, going on without it (RuntimeError: no C++ compiler was found)" in told
     assert losses("out") == losses("plain")  # no gradient of the attempt is left
+
+
+@pytest.mark.parametrize(
+    ("device", "rows_per_step", "micro_batch", "size", "graphs"),
+    [
+        ("cuda", 8, 8, {}, True),
+        ("cpu", 8, 8, {"compile": True}, False),
+        ("cuda", 16, 8, {}, False),  # the next micro-batch would write over the gradients
+        ("cuda", 8, 8, {"n_embd": 8192}, False),  # the host keeps ahead of long steps
+        ("cuda", 8, 8, {"compile": False}, None),
+    ],
+)
+def test_when_a_step_becomes_a_graph(
+    monkeypatch: pytest.MonkeyPatch, device: str, rows_per_step: int, micro_batch: int, size: Any, graphs: bool | None
+):
+    asked: list[bool] = []
+    monkeypatch.setattr(distributed, "compiled", lambda model, *others: (model, asked.append(others[-1])))
+    monkeypatch.setattr(World, "put", lambda _, *tensors: tensors)  # there need not be a GPU
+    config = TrainConfig(batch_size=rows_per_step, gradient_accumulation_steps=1, n_head=4, n_layer=2)
+    config = replace(config, **{"n_embd": 32} | size)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=config.n_embd, vocab_size=65, block_size=1024))
+    rows = Rows(np.zeros(5000, np.uint16), 1024, 65, 1, "random")
+    assert compile_model(config, model, World(0, 1, torch.device(device), torch.float32), rows, micro_batch) is model
+    assert asked == ([] if graphs is None else [graphs])
 
 
 # ---- runs that break
