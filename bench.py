@@ -1,17 +1,26 @@
 """How long a training step takes: python bench.py config/train_shakespeare_char_cpu.py --steps=50
 
-Takes the recipes of train.py. --reference=PATH measures the nanoGPT checkout there too, in turns in the same process.
+Takes the recipes of train.py; --table=True measures a list of models instead. --reference=PATH measures the nanoGPT
+checkout there too, in turns. Each side is a process of its own: what one sets in torch or in the C library does not
+touch the other, and each has its own memory and its own start.
 """
 
 import contextlib
 import importlib.util
 import io
 import itertools
+import json
+import math
+import multiprocessing
 import os
+import re
+import shlex
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +31,52 @@ from torch import Tensor, nn
 from configurator import key, parse
 from model import GPT, GPTConfig
 from nanogpt import InputError, data, distributed, optim, run_script
-from nanogpt.distributed import World, explained_faults, free_memory, memory_remedy, say, size
+from nanogpt.distributed import World, explained_faults, free_memory, memory_remedy, no_collector, say, size
 from nanogpt.pretrained import GPT2_VOCAB
 from nanogpt.tracking import Late, Stopwatch
-from start import SHAPE_KEYS, load_weights, open_data_and_model, pick_micro_batch
+from start import SHAPE_KEYS, compile_model, compiles, load_weights, open_data_and_model, pick_micro_batch
 from train import TrainConfig
 
 TURN = 5  # steps of one side, beside a reference, before it is the other's turn
 TRACED = 3  # steps in a trace
 Steps = Iterator[list[float]]  # next() makes one training step, and gives the losses that were read during it
+Line = dict[str, Any]  # of the table: what was measured of a side
+COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {  # of the table: head, width, how a line's value is told
+    "parameters": ("parameters", 12, "{:,}".format),
+    "ms": ("ms/step", 9, "{:.2f}".format),
+    "quartiles_ms": ("quartiles", 20, "{0[0]:.2f} to {0[1]:.2f}".format),
+    "tokens_per_s": ("tokens/s", 10, "{:,.0f}".format),
+    "of_peak": ("of peak", 7, "{:.1%}".format),
+    "mfu": ("MFU", 6, "{:.1%}".format),
+    "memory": ("memory", 8, size),
+    "first_step_s": ("1st step", 8, "{:.1f} s".format),
+    "last_loss": ("last loss", 9, "{:.4f}".format),
+}
+
+LETTERS, MUON = {"vocab_size": 65, "block_size": 64}, {"arch": "modern", "optimizer": "muon"}
+HALF_A_MILLION = {"batch_size": 32, "gradient_accumulation_steps": 16, "steps": 5}  # tokens: a step of a real run
+ROWS: dict[str, dict[str, dict[str, Any]]] = {  # of the table, by device: name -> what differs from the defaults
+    "cpu": {
+        "nanoGPT's small, 12 × 64": LETTERS | {"n_layer": 4, "n_head": 4, "n_embd": 128, "steps": 100},
+        "GPT-2 124M, 4 × 256": {"batch_size": 4, "block_size": 256, "steps": 10},
+        "modern, Muon, 24 × 64": LETTERS  # config/train_shakespeare_fast_cpu.py
+        | (MUON | {"n_layer": 4, "n_head": 3, "n_kv_head": 1, "n_embd": 96, "n_inner": 192})
+        | {"batch_size": 24, "steps": 50},
+    },
+    "cuda": {
+        "character GPT 10.7M, 64 × 256": LETTERS
+        | {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2, "batch_size": 64, "steps": 100},
+        "GPT-2 124M, 32 × 1024": {"batch_size": 32},
+        "GPT-2 350M, 16 × 1024": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "batch_size": 16},
+        "GPT-2 774M, 8 × 1024": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "batch_size": 8},
+        "GPT-2 1558M, 4 × 1024": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "batch_size": 4},
+        "GPT-2 124M, half a million tokens": HALF_A_MILLION,
+        "modern 124M, Muon, half a million tokens": HALF_A_MILLION | MUON | {"n_head": 6, "head_dim": 128},
+        "modern 350M, Muon, half a million tokens": MUON
+        | {"n_layer": 24, "n_head": 8, "head_dim": 128, "n_embd": 1024}
+        | {"batch_size": 16, "gradient_accumulation_steps": 32, "steps": 3},
+    },
+}
 
 
 @dataclass
@@ -45,75 +91,302 @@ class BenchConfig(TrainConfig):
     vocab_size: int = key(GPT2_VOCAB, "ids of the model, where no dataset tells", least=2)
     profile: bool = key(False, f"trace {TRACED} more steps to trace.json")
     reference: str = key("", "a nanoGPT checkout to measure beside; its model.py is executed")
+    table: bool = key(False, "measure the models of this device's table, a line each, instead of one recipe")
+    only: str = key("", "the table's rows whose name contains this")
+    to: str = key("", "write the figures to this file too, as JSON")
 
-
-@dataclass
-class Side:
-    """One of the programs, and what was measured of it."""
-
-    name: str
-    steps: Steps
-    seconds: list[list[float]] = field(default_factory=list)  # (rounds, steps)
-    losses: list[float] = field(default_factory=list)
-    memory: int | None = None  # bytes; None where it cannot be told
+    @property
+    def in_nanogpt(self) -> bool:
+        """Whether nanoGPT has the model and the optimizer."""
+        return (self.arch, self.optimizer, self.n_inner) == ("gpt2", "adamw", 0)
 
 
 def main() -> None:
     config, given = parse(BenchConfig, description="Measure a training step.")
-    config.check()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("bench.py measures one process: start it without torchrun")
-    reference = load_reference(Path(config.reference)) if config.reference else None
+    recipes = pick_recipes(config, given, distributed.pick_device(config.device))
+    if config.reference:
+        load_reference(Path(config.reference))  # its faults are told before anything is measured
     world = distributed.start(config.device, config.dtype)
-    distributed.seed(config.seed, config.deterministic)
-    memory_before = peak_memory(world)
-    model, tokens = open_model_and_tokens(config, given)
-    config = replace(config, **{name: getattr(model.config, name) for name in SHAPE_KEYS})
-    sides = [Side("ours", our_steps(config, model, tokens, world))]
-    if reference:
-        sides.append(Side("nanoGPT", reference_steps(config, model.config, tokens, reference, world)))
     dtype, how = str(world.dtype).removeprefix("torch."), "compiled" if compiles(config, world) else "eager"
-    rows = f"{config.gradient_accumulation_steps} × {config.batch_size} rows of {config.block_size}"
-    tokens_per_step = config.rows_per_step * config.block_size
-    say(
-        f"{distributed.describe(world.device)}, {dtype}, {how}, torch {torch.__version__}",
-        f"{model.count_parameters():,} parameters; a step is {rows} = {tokens_per_step:,} tokens "
-        f"of {config.dataset or 'random ids'}",
-    )
-    remedy = memory_remedy(config.batch_size, config.rows_per_step, config.block_size, free_memory(world.device))
-    with explained_faults(remedy):
-        measure(sides, config, memory_before, world)
-    tell(sides, config, model, world)
+    machine = f"{distributed.describe(world.device)}, {dtype}, {how}, torch {torch.__version__}"
+    figures: dict[str, Any] = {"command": shlex.join(sys.argv), "torch": torch.__version__, "machine": machine}
+    save(config.to, figures)
+    with explained_faults(f"too little memory on {world.device} for three matrices: end what else uses it"):
+        reached = product_flops(world)
+    figures |= {"product_flops": reached, "vendor_flops": world.peak_flops(), "rows": []}
+    say(f"{machine}; matrix products reach {reached / 1e12:.3g} TFLOP/s")
+    width = max(map(len, [*recipes, "  nanoGPT"])) + 1
+    for name, recipe in recipes.items():
+        try:
+            lines = measure(name, recipe, given, reached, world)
+        except InputError as error:
+            if not config.table:
+                raise
+            lines = [{"name": name, "side": "ours", "error": "; ".join(str(error).splitlines())}]
+        if not config.table:
+            say(f"a step is {lines[0]['step']}")
+        if not figures["rows"]:
+            say("", " " * width + "".join(f" {head:>{wide}}" for head, wide, _ in COLUMNS.values()))
+        tell(lines, width)
+        figures["rows"] += lines
+        save(config.to, figures)
+    say("of peak: a step's FLOP/s as a share of the matrix products'; MFU: as a share of the vendor's figure")
+    if world.device.type == "cpu":
+        say("memory: the most that the process held, less what it held after its imports")
+    if world.device.type == "cpu" and config.reference and world.dtype != torch.float32:
+        say("nanoGPT computes in float32 on a CPU, whatever the dtype")
     if config.profile:
-        with torch.profiler.profile() as profiler:  # of all that the machine has: host and device
-            take_turn(sides[0], TRACED, world)
-        profiler.export_chrome_trace("trace.json")
         say(f"{TRACED} steps of ours are in trace.json: open it at https://ui.perfetto.dev")
 
 
-def open_model_and_tokens(config: BenchConfig, given: dict[str, Any]) -> tuple[GPT, np.ndarray]:
-    """The model that train.py would start from, and ids (tokens,) to cut rows from: the dataset's, or random ones."""
-    if config.dataset:
-        try:
-            dataset, model, _ = open_data_and_model(replace(config, sample_chars=0), given, None)
-        except InputError as error:
-            raise InputError(f"{error}\nto measure on random ids instead, add --dataset=") from error
-        return model, dataset.train
-    if config.init_from == "scratch":
-        sizes = {name: getattr(config, name) for name in SHAPE_KEYS}
-        model = GPT(GPTConfig(vocab_size=config.vocab_size, dropout=config.dropout, **sizes))
+def pick_recipes(config: BenchConfig, given: dict[str, Any], device: torch.device) -> dict[str, BenchConfig]:
+    """What to measure, by name: the one recipe, or rows of the table, in which what was given wins. Raises InputError
+    for settings that contradict each other."""
+    if config.table:
+        if config.profile or config.init_from != "scratch":
+            raise InputError("table=True: --profile and --init_from go with one recipe; leave them out")
+        rows = ROWS.get(device.type, ROWS["cpu"])
+        recipes = {n: replace(config, **(row | given)) for n, row in rows.items() if config.only.lower() in n.lower()}
+        if not recipes:
+            raise InputError(f"only={config.only}: no row is named so; there are: {'; '.join(rows)}")
+        recipes = {n: recipe if recipe.in_nanogpt else replace(recipe, reference="") for n, recipe in recipes.items()}
+    elif config.only:
+        raise InputError(f"only={config.only}: picks rows of the table; add --table=True")
+    elif config.reference and not config.in_nanogpt:
+        told = "nanoGPT has no arch=modern, optimizer=muon or n_inner; leave these or --reference out"
+        raise InputError(f"reference={config.reference}: {told}")
     else:
-        model, _ = load_weights(config, given)
-    shape = model.config
-    ids = np.random.default_rng(config.seed).integers(shape.vocab_size, size=1_000_000 + shape.block_size)
-    return model, ids.astype(data.token_dtype(shape.vocab_size))
+        recipes = {"ours": config}
+    for recipe in recipes.values():
+        recipe.check()
+    return recipes
 
 
-def compiles(config: TrainConfig, world: World) -> bool:
-    return config.compile is True or (config.compile == "auto" and world.device.type == "cuda")
+def measure(name: str, config: BenchConfig, given: dict[str, Any], reached: float, world: World) -> list[Line]:
+    """The figures of a recipe: of ours and, where there is a reference, of nanoGPT, warmed up and then timed in turns.
+    reached: FLOP/s of matrix products."""
+    facts: Any = None
+    sides: list[Side] = []
+    with contextlib.ExitStack() as processes:
+        for program in ("ours", "nanoGPT") if config.reference else ("ours",):
+            sides.append(Side(program, config, given, facts))
+            processes.callback(sides[-1].close)
+            facts = sides[-1].ask()
+            sides[-1].first_step_s = time.perf_counter() - sides[-1].started
+            sides[-1].ask(config.warmup - 1)
+        turn = min(TURN, config.steps) if config.reference else config.steps
+        for number in range(-(-config.steps // turn)):
+            for side in sides[:: -1 if number % 2 else 1]:  # who was first is second next: a drift meets both alike
+                seconds, losses = side.ask(turn)
+                side.seconds.append(seconds)
+                side.loss = losses[-1]
+        for side in sides:
+            side.memory = side.ask(0)
+            side.process.join()  # it tidies up
+    shape, parameters, flops_per_token = facts
+    rows, T = f"{config.gradient_accumulation_steps} × {config.batch_size} rows", shape.block_size
+    tokens, peak, lines = config.rows_per_step * T, world.peak_flops(), []
+    for side in sides:
+        low, middle, high = np.percentile(side.seconds, [25, 50, 75]).tolist()
+        flops = flops_per_token * tokens / middle
+        line = {
+            "name": name,
+            "side": side.name,
+            "step": f"{rows} of {T} = {tokens:,} tokens of {config.dataset or 'random ids'}",
+            "parameters": parameters,
+            "ms": 1000 * middle,
+            "quartiles_ms": [1000 * low, 1000 * high],
+            "tokens_per_s": tokens / middle,
+            "of_peak": flops / reached,
+            "mfu": flops / peak if peak else None,
+            "memory": side.memory,
+            "first_step_s": side.first_step_s,
+            "last_loss": side.loss,
+            "seconds": side.seconds,
+        }
+        lines.append(line)
+    if config.reference:
+        ours, theirs = (np.median(side.seconds, axis=1) for side in sides)  # (rounds,)
+        lines[1]["times_as_fast"] = np.percentile(theirs / ours, [25, 50, 75]).tolist()
+        lines[1]["of_its_memory"] = sides[0].memory / sides[1].memory if sides[0].memory and sides[1].memory else None
+    return lines
+
+
+def tell(lines: list[Line], width: int) -> None:
+    """Print lines of the table, names `width` wide, and after a pair how they compare."""
+    for line in lines:
+        name = line["name"] if line["side"] == "ours" else f"  {line['side']}"
+        if "error" in line:
+            say(f"{name:{width}} {line['error']}")
+            continue
+        cells = [(wide, "–" if line[key] is None else form(line[key])) for key, (_, wide, form) in COLUMNS.items()]
+        say(f"{name:{width}}" + "".join(f" {cell:>{wide}}" for wide, cell in cells))
+        if "times_as_fast" in line:
+            low, middle, high = line["times_as_fast"]
+            rounds = f"{len(line['seconds'])} rounds of {len(line['seconds'][0])} steps each"
+            told = f"{middle:.2f} times as fast (median of {rounds}; quartiles {low:.2f} to {high:.2f})"
+            share = f", in {line['of_its_memory']:.2f} of the memory" if line["of_its_memory"] else ""
+            say(f"  same model, same batch: ours is {told}{share}")
+
+
+def save(path: str, figures: dict[str, Any]) -> None:
+    """Write the figures as JSON to `path` ('': nowhere). Raises InputError where it cannot be written."""
+    try:
+        if path:
+            Path(path).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"to={path}: cannot be written ({error.strerror}); give another file") from error
+
+
+# ---- processes
+
+
+class Side:
+    """One of the programs, in a process of its own, and what was measured of it."""
+
+    def __init__(self, name: str, *settings: Any):
+        """settings: what `serve` takes after its pipe."""
+        self.name = name
+        self.seconds: list[list[float]] = []  # (rounds, steps)
+        self.loss, self.first_step_s = math.nan, math.nan
+        self.memory: int | None = None  # bytes; None: unknown
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, *settings))
+        self.started = time.perf_counter()
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends that one
+        self.process.start()
+        signal.signal(signal.SIGINT, handler)
+        theirs.close()
+
+    def ask(self, count: int | None = None) -> Any:
+        """What the process sends for `count` steps; None: unasked. Raises the InputError that it ended with, or one
+        that tells of its death."""
+        try:
+            if count is not None:
+                self.pipe.send(count)
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode
+            why = "the system killed it, mostly for lack of memory" if code == -9 else "its last words stand above"
+            raise InputError(f"{self.name}: the process died with exit code {code}: {why}") from None
+        if isinstance(answer, InputError):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.join()
+
+
+def serve(pipe: Connection, config: BenchConfig, given: dict[str, Any], facts: Any) -> None:
+    """The process of a side: ours or, given the facts of a model, nanoGPT's. After the first step it sends the facts:
+    the model's shape, parameters and FLOPs per token. Then it gets numbers of steps, and sends their seconds and
+    losses; for a 0 its memory in bytes (None: unknown), and ends. An InputError is sent and ends it too."""
+    held, ours = resident("VmRSS"), facts is None
+    try:
+        world = distributed.start(config.device, config.dtype) if ours else reference_world(config)
+        distributed.seed(config.seed, config.deterministic)
+        free = free_memory(world.device)
+        remedy = memory_remedy(config.micro_batches[0], config.rows_per_step, config.block_size, free)
+        collector = no_collector() if ours else contextlib.nullcontext()
+        with explained_faults(remedy), collector:
+            if ours:
+                model = open_model(config, given)
+                config = replace(config, **{name: getattr(model.config, name) for name in SHAPE_KEYS})
+                facts = model.config, model.count_parameters(), model.flops_per_token()
+                steps = our_steps(config, model, open_tokens(config, model.config), world)
+            else:
+                steps = reference_steps(config, facts[0], open_tokens(config, facts[0]), world)
+            take_turn(steps, 1, world)
+            pipe.send(facts)
+            while count := pipe.recv():
+                pipe.send(take_turn(steps, count, world))
+            on_gpu = world.device.type == "cuda"
+            memory = torch.cuda.max_memory_allocated() if on_gpu else max(resident("VmHWM") - held, 0) or None
+            if config.profile and ours:
+                with torch.profiler.profile() as profiler:  # of all that the machine has: host and device
+                    take_turn(steps, TRACED, world)
+                profiler.export_chrome_trace("trace.json")
+        pipe.send(memory)
+    except InputError as error:
+        pipe.send(error)
+    except (EOFError, ConnectionError):  # nobody asks any more
+        pass
+
+
+def take_turn(steps: Steps, count: int, world: World) -> tuple[list[float], list[float]]:
+    """Make `count` steps; the seconds of each, from the end of the one before, and the losses read meanwhile."""
+    losses = []
+    world.synchronize()
+    marks = [mark(world)]
+    for _ in range(count):
+        losses += next(steps)
+        marks.append(mark(world))
+    world.synchronize()
+    if world.device.type == "cuda":
+        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(marks)], losses
+    return [after - before for before, after in itertools.pairwise(marks)], losses
+
+
+def mark(world: World) -> Any:
+    """This moment: in seconds, or as an event that a GPU notes when it gets there, so that nobody waits."""
+    if world.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def resident(which: str) -> int:
+    """Bytes of this process in memory, by Linux's names: VmRSS, now; VmHWM, at most so far. 0 on other systems."""
+    status = Path("/proc/self/status")  # getrusage's ru_maxrss begins with what the parent held
+    found = re.search(rf"{which}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else 0
+
+
+def product_flops(world: World) -> float:
+    """FLOP/s that products of square matrices reach, in the dtype in use: the most that can be had of this device."""
+    native = world.dtype in (torch.float32, distributed.pick_dtype("auto", world.device))
+    n, count = (8192, 20) if world.device.type == "cuda" else (2048, 10)
+    n = n if native else 256  # emulated, a large product takes a minute
+
+    def products() -> Steps:
+        a, b = (torch.randn(n, n, device=world.device, dtype=world.dtype) for _ in range(2))
+        while True:
+            a @ b
+            yield []
+
+    steps = products()
+    take_turn(steps, 5, world)  # to warm up
+    return 2 * n**3 / float(np.median(take_turn(steps, count, world)[0]))
 
 
 # ---- the two sides
+
+
+def open_model(config: BenchConfig, given: dict[str, Any]) -> GPT:
+    """The model that train.py would start from."""
+    if config.dataset:
+        try:
+            return open_data_and_model(replace(config, sample_chars=0), given, None)[1]
+        except InputError as error:
+            raise InputError(f"{error}\nto measure on random ids instead, add --dataset=") from error
+    if config.init_from != "scratch":
+        return load_weights(config, given)[0]
+    sizes = {name: getattr(config, name) for name in SHAPE_KEYS}
+    return GPT(GPTConfig(vocab_size=config.vocab_size, dropout=config.dropout, **sizes))
+
+
+def open_tokens(config: BenchConfig, shape: GPTConfig) -> np.ndarray:
+    """Ids (tokens,) to cut rows from for a model of `shape`: the dataset's, or random ones."""
+    if config.dataset:
+        return data.open_dataset(config.dataset, block_size=shape.block_size, vocab_size=shape.vocab_size).train
+    ids = np.random.default_rng(config.seed).integers(shape.vocab_size, size=1_000_000 + shape.block_size)
+    return ids.astype(data.token_dtype(shape.vocab_size))
 
 
 def our_steps(config: TrainConfig, raw_model: GPT, tokens: np.ndarray, world: World) -> Steps:
@@ -123,11 +396,7 @@ def our_steps(config: TrainConfig, raw_model: GPT, tokens: np.ndarray, world: Wo
     raw_model.activation_checkpointing, raw_model.loss_chunk = config.activation_checkpointing, config.loss_chunk
     micro_batch = pick_micro_batch(config, raw_model, world)
     micro_steps = config.rows_per_step // micro_batch
-    model: nn.Module = raw_model
-    if compiles(config, world):
-        model, failure = distributed.compiled(raw_model, world, *world.put(*rows[0:micro_batch]))
-        if failure:
-            say(f"warning: torch.compile failed, going on without it ({failure})")
+    model = compile_model(config, raw_model, world, rows, micro_batch)
     optimizer = optim.Optimizer(raw_model, config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     guard, late = optim.Guard(world.device, patience=1 << 30), Late(Stopwatch())
@@ -139,7 +408,7 @@ def our_steps(config: TrainConfig, raw_model: GPT, tokens: np.ndarray, world: Wo
             if config.dropout:
                 torch.manual_seed(data.mix(config.seed, step, micro_step, world.rank))
             with world.autocast():
-                _, loss = model(x, y)
+                loss = model(x, y)[1]
             scaler.scale(loss / micro_steps).backward()
             loss_sum += loss.detach()
         mean_loss = loss_sum / micro_steps
@@ -170,8 +439,21 @@ def load_reference(checkout: Path) -> Any:
     return module
 
 
-def reference_steps(config: TrainConfig, shape: GPTConfig, tokens: np.ndarray, reference: Any, world: World) -> Steps:
-    """nanoGPT's steps, doing what its train.py does: no autocast on a CPU, the loss of each step awaited."""
+def reference_world(config: BenchConfig) -> World:
+    """The device and dtype as in `distributed.start`, but set up as nanoGPT's train.py does it."""
+    device = distributed.pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return World(0, 1, device, distributed.pick_dtype(config.dtype, device))
+
+
+def reference_steps(config: BenchConfig, shape: GPTConfig, tokens: np.ndarray, world: World) -> Steps:
+    """nanoGPT's steps, doing what its train.py does: no autocast on a CPU, the loss of each step awaited. Raises
+    InputError for a model that it does not have."""
+    if shape.arch != "gpt2":
+        raise InputError(f"init_from={config.init_from}: nanoGPT has no arch={shape.arch}; leave --reference out")
+    reference = load_reference(Path(config.reference))
     B, T, micro_steps = config.batch_size, shape.block_size, config.gradient_accumulation_steps
     on_gpu = world.device.type == "cuda"
     # For GPT-2's ids its train.py makes a vocabulary of 50,304, to which our network pads itself.
@@ -209,83 +491,6 @@ def reference_steps(config: TrainConfig, shape: GPTConfig, tokens: np.ndarray, r
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         yield [loss.item() * micro_steps]
-
-
-# ---- measuring
-
-
-def measure(sides: list[Side], config: BenchConfig, memory_before: int | None, world: World) -> None:
-    """Warm up, then time the sides in turns. Memory is the peak of a side's warm-up beyond what was taken before it."""
-    on_gpu = world.device.type == "cuda"
-    for number, side in enumerate(sides):
-        if number and on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            memory_before = peak_memory(world)
-        take_turn(side, config.warmup, world)
-        peak = peak_memory(world)
-        if peak is not None and memory_before is not None and (on_gpu or number == 0):  # a process's peak never falls
-            side.memory = peak - memory_before
-    turn = min(TURN, config.steps) if len(sides) > 1 else config.steps
-    for number in range(-(-config.steps // turn)):
-        for side in sides[:: -1 if number % 2 else 1]:  # who was first is second next: a drift meets both alike
-            side.seconds.append(take_turn(side, turn, world))
-
-
-def take_turn(side: Side, count: int, world: World) -> list[float]:
-    """Make `count` steps; the seconds of each, from the end of the one before."""
-    world.synchronize()
-    marks = [mark(world)]
-    for _ in range(count):
-        side.losses += next(side.steps)
-        marks.append(mark(world))
-    world.synchronize()
-    if world.device.type == "cuda":
-        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(marks)]
-    return [after - before for before, after in itertools.pairwise(marks)]
-
-
-def mark(world: World) -> Any:
-    """This moment: in seconds, or as an event that a GPU notes when it gets there, so that nobody waits."""
-    if world.device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def peak_memory(world: World) -> int | None:
-    """Bytes: a GPU's, the most that tensors have taken; a CPU's, the process's largest resident set; None: unknown."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if world.device.type != "cpu" or sys.platform == "win32":
-        return None
-    import resource  # Unix alone has it
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def tell(sides: list[Side], config: BenchConfig, model: GPT, world: World) -> None:
-    """The table and, of two sides, how they compare."""
-    tokens, peak_flops = config.rows_per_step * config.block_size, world.peak_flops()
-    say(f"\n{'':8}{'ms/step':>10}{'quartiles':>20}{'tokens/s':>12}{'MFU':>8}{'memory':>10}{'last loss':>11}")
-    for side in sides:
-        low, middle, high = np.percentile(side.seconds, [25, 50, 75])
-        mfu = f"{model.flops_per_token() * tokens / middle / peak_flops:.1%}" if peak_flops else "–"
-        memory = "–" if side.memory is None else size(side.memory)
-        say(
-            f"{side.name:8}{1000 * middle:>10.2f}{f'{1000 * low:.2f} to {1000 * high:.2f}':>20}"
-            f"{tokens / middle:>12,.0f}{mfu:>8}{memory:>10}{side.losses[-1]:>11.4f}"
-        )
-    if world.device.type == "cpu":
-        say("memory: how far the process's largest resident set grew in the warm-up, our model included")
-    if len(sides) == 2:
-        ours, theirs = (np.median(side.seconds, axis=1) for side in sides)  # (rounds,)
-        low, middle, high = np.percentile(theirs / ours, [25, 50, 75])
-        rounds = f"{len(ours)} rounds of {len(sides[0].seconds[0])} steps each"
-        say(
-            f"same model, same batch: ours is {middle:.2f} times as fast "
-            f"(median of {rounds}; quartiles {low:.2f} to {high:.2f})"
-        )
 
 
 if __name__ == "__main__":
