@@ -67,6 +67,9 @@ class GPTConfig:
         }
         for name, default in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or default)  # the way past frozen=True
+        for name in (*defaults, "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
         if modern and self.bias:
             raise ValueError("bias=True: arch=modern has no biases; set bias=False")
         for name, only in (("n_kv_head", self.n_head), ("head_dim", self.n_embd // self.n_head), ("tied", True)):
@@ -238,7 +241,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = norm(config, config.n_embd)
         self.activation_checkpointing = False  # keep only the blocks' inputs for backward, and compute the rest again
-        self.loss_chunk = 0  # tokens whose logits exist at a time in training; 0: all
+        self.loss_chunk = 0  # tokens whose logits exist at a time where there are targets; 0: all
         if not config.tied:
             self.head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.initialise()

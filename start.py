@@ -1,5 +1,6 @@
 """What a run starts from: a dataset, a model that fits it, and how much of a step fits into memory at a time."""
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from model import GPT, GPTConfig
-from nanogpt import InputError, checkpoint, data, distributed
+from nanogpt import InputError, checkpoint, data, distributed, optim
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.distributed import World, say
 from nanogpt.pretrained import GPT2_VOCAB, read_weights
@@ -98,15 +99,16 @@ def compile_model(config: Any, model: GPT, world: World, rows: data.Rows, micro_
     whole_step = micro_batch == config.rows_per_step  # in one pass of one process
     short = model.flops_per_token() * micro_batch * model.config.block_size < GRAPHS_BELOW
     graphs = world.device.type == "cuda" and whole_step and short
-    fast, failure = distributed.compiled(model, world, *world.put(*rows[0:micro_batch]), graphs)
+    x, y = world.put(*rows[0:micro_batch])
+    fast, failure = distributed.compiled(model, world, x, y, graphs)
     if failure:
         say(f"warning: torch.compile failed, going on without it ({failure})")
     return fast
 
 
-def training_bytes(model: GPT, B: int, T: int, world: World) -> float:
-    """Memory of a training step in bytes, estimated: weights, gradients, AdamW's two moments, and what backward reads
-    of B rows of T positions."""
+def training_bytes(model: GPT, config: Any, B: int, T: int, world: World) -> float:
+    """Memory of a training step in bytes, estimated: weights, gradients, the optimizer's state, and what backward
+    reads of B rows of T positions."""
     c, a = model.config, 4 if world.dtype == torch.float32 else 2  # bytes of a number that a matrix product reads
     if c.arch == "gpt2":
         block: float = c.n_embd * (25 * a + 2 * 4)  # per position, as measured; the residual stream is float32
@@ -115,7 +117,7 @@ def training_bytes(model: GPT, B: int, T: int, world: World) -> float:
         block = 4 / 3 * (18 * c.n_embd + (8 + 2 * a) * heads + 4 * a * c.n_inner)
     blocks = c.n_layer * block if not model.activation_checkpointing else c.n_layer * 4 * c.n_embd + block
     logits = c.vocab_size * (a + 4 + 4) * min(B * T, model.loss_chunk or B * T)
-    return 16 * model.count_parameters() + B * T * blocks + logits
+    return 4 * (2 * model.count_parameters() + optim.state_size(model, config)) + B * T * blocks + logits
 
 
 def pick_micro_batch(config: Any, model: GPT, world: World) -> int:
@@ -123,13 +125,14 @@ def pick_micro_batch(config: Any, model: GPT, world: World) -> int:
     optimizer's state, the most rows first; on a CPU, whose system kills what takes too much, it goes by the estimate.
     """
     sizes = config.micro_batches
-    if config.micro_batch_size != "auto":
+    if config.micro_batch_size != "auto" or config.eval_only:
         return sizes[0]
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine's memory
     T, fits = model.config.block_size, sizes[-1]
     for size in sizes:
         if world.device.type == "cpu":
             free = distributed.free_memory(world.device)
-            works = free is None or training_bytes(model, size, T, world) < 0.8 * free
+            works = free is None or training_bytes(model, config, size, T, world) * neighbours < 0.8 * free
         else:
             works = _trial(model, world, torch.zeros(size, T, dtype=torch.int64, device=world.device))
         if world.sum(torch.tensor(float(works), device=world.device)).item() == world.size:

@@ -6,8 +6,6 @@ Several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt
 import contextlib
 import gc
 import math
-import signal
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +14,11 @@ import torch
 
 from configurator import build, key, parse
 from model import GPTConfig
-from nanogpt import InputError, checkpoint, data, distributed, optim, run_script
+from nanogpt import InputError, RunStopped, checkpoint, data, distributed, optim, run_script
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, no_collector, processes, say
 from nanogpt.inference import evaluate, sample_text
-from nanogpt.tracking import Log, Stopwatch, Tracker, missing_extras, report
+from nanogpt.tracking import REMEDY, Log, Stopwatch, Tracker, missing_extras, report, why_stopped
 from start import SHAPE_KEYS, check_shape, compile_model, open_data_and_model, pick_micro_batch, training_bytes
 
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
@@ -68,6 +66,7 @@ class TrainConfig:
     beta1: float = key(0.9, "AdamW's memory of gradients", least=0, below=1)
     beta2: float = key(0.95, "AdamW's memory of squared gradients", least=0, below=1)
     grad_clip: float = key(1.0, "highest norm of the gradient; 0 = no clipping", least=0)
+    skip_spikes: float = key(0.0, "skip updates whose norm is so many deviations above the median; 0 = none", least=0)
     decay_lr: bool = key(True, "warm up, then follow schedule; False: learning_rate throughout")
     schedule: Literal["cosine", "trapezoid", "constant"] = key("cosine", "trapezoid: falls in the second half alone")
     warmup_iters: int = key(2000, "updates until learning_rate is reached", least=0)
@@ -139,6 +138,8 @@ class TrainConfig:
 
 def main() -> int:
     config, given = parse(TrainConfig, description="Train a GPT.")
+    if config.resume == "auto" and (why := why_stopped(Path(config.out_dir))):
+        raise RunStopped(f"{why}: --resume=auto does not repeat it; {REMEDY}")
     resumed = checkpoint.to_resume(Path(config.out_dir), config.init_from == "resume" or config.resume)
     if resumed:
         config = resume_settings(config, given, resumed)
@@ -146,16 +147,21 @@ def main() -> int:
     if missing := missing_extras(config):
         raise InputError("\n".join(missing))
     world = distributed.start(config.device, config.dtype, config.backend)
-    free = distributed.free_memory(world.device)
-    remedy = memory_remedy(config.micro_batches[0], config.rows_per_step, config.block_size, free)
-    with explained_faults(remedy), no_collector():
-        status = train(config, given, resumed, world, remedy)
+    too_large = f"too little memory on {world.device} for this model: use a smaller one"
+    with explained_faults(too_large), no_collector(), contextlib.ExitStack() as held:
+        status = train(config, given, resumed, world, held)
     world.close()
     return status
 
 
-def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None, world: World, remedy: str) -> int:
-    """The whole of a run; returns the exit status. remedy: what to say where memory runs out."""
+def train(
+    config: TrainConfig,
+    given: dict[str, Any],
+    resumed: Checkpoint | None,
+    world: World,
+    held: contextlib.ExitStack,  # what is to be closed at the end, whatever comes
+) -> int:
+    """The whole of a run; returns the exit status."""
     writes = not (config.eval_only or config.dry_run)
     distributed.seed(config.seed, config.deterministic)
     dataset, raw_model, tokenizer = open_data_and_model(config, given, resumed)
@@ -167,7 +173,11 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
     # --- What it will cost, and the folder it goes to
     rows_per_rank, micro_batch = config.rows_per_step // world.size, pick_micro_batch(config, raw_model, world)
     micro_steps = rows_per_rank // micro_batch
-    memory = training_bytes(raw_model, micro_batch, shape.block_size, world)
+    if config.micro_batch_size == "auto":  # a resumed run keeps to it, whatever is free by then
+        config = replace(config, micro_batch_size=micro_batch)
+    remedy = memory_remedy(micro_batch, rows_per_rank, shape.block_size, distributed.free_memory(world.device))
+    held.enter_context(explained_faults(remedy))
+    memory = training_bytes(raw_model, config, micro_batch, shape.block_size, world)
     report(config, raw_model, micro_batch, memory, dataset.name, len(dataset.train), world, remedy)
     out_dir = Path(config.out_dir)
     # All ranks meet here: from now on the folder changes, which some may have read their weights from.
@@ -176,8 +186,10 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
         raise InputError(
             f"out_dir={out_dir} does not hold the same checkpoints for all ranks: share it between the nodes"
         )
-    if writes and world.is_main and not resumed and (moved := checkpoint.make_room(out_dir)):
-        say(f"{out_dir} held a run already: moved to {moved}")
+    if writes and world.is_main:
+        if not resumed and (moved := checkpoint.make_room(out_dir)):
+            say(f"{out_dir} held a run already: moved to {moved}")
+        held.enter_context(checkpoint.lock(out_dir))
 
     # --- Rows, model, optimizer; then the state of the run so far
     rows = data.Rows(dataset.train, shape.block_size, shape.vocab_size, config.seed, config.row_order)
@@ -186,10 +198,14 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
         for split, tokens in (("train", dataset.train), ("val", dataset.val))
         if split == "val" or config.eval_train
     }
+    if config.eval_only:
+        losses = {split: evaluate(raw_model, windows[split], config.batch_size, world) for split in windows}
+        say(f"step {step}: " + ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items()))
+        return 0
     model = world.wrap(compile_model(config, raw_model, world, rows, micro_batch))
     optimizer = optim.Optimizer(raw_model, config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    guard = optim.Guard(world.device, patience=OVERFLOWS if scaler.is_enabled() else 1)
+    guard = optim.Guard(world.device, OVERFLOWS if scaler.is_enabled() else 1, config.skip_spikes)
     samples, best_val_loss, clock = 0, math.inf, Stopwatch()
     evaluated = False  # whether the evaluation due at this step is behind us
     if resumed:
@@ -197,22 +213,26 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
         optimizer.load_state_tensors(resumed.optimizer)
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
+        guard.load(state["guard"])
+        if state["processes"] != world.size:
+            say(f"processes: {state['processes']} -> {world.size}; each step takes the same rows as before")
         samples, clock = state["samples"], Stopwatch(state["time_s"])
         best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
         evaluated = state["val_loss"] is not None
         resumed.model.clear()  # what the model and the optimizer have copied need not stay
         resumed.optimizer.clear()
 
-    if config.eval_only:
-        losses = {split: evaluate(model, windows[split], micro_batch, world) for split in windows}
-        say(f"step {step}: " + ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items()))
-        return 0
-
-    tracker = Tracker(out_dir, step, evaluated or not resumed, asdict(config)) if writes and world.is_main else None
+    tracker = writer = None
+    if writes and world.is_main:
+        wandb_id = resumed.state["wandb_id"] if resumed else None
+        tracker = Tracker(out_dir, step, evaluated or not resumed, asdict(config), wandb_id)
+        held.callback(tracker.close)
+        writer = checkpoint.Writer(out_dir, config.keep_every, config.checkpoint_minutes, tokenizer)
+        held.enter_context(writer)
     signals = catch_signals()
-    log = Log(config, raw_model, world, tracker, clock, guard.patience, step, samples)
+    log = Log(config, raw_model, world, tracker, clock, guard, step, samples)
     first_step, last_step = step, step + 10 if config.dry_run else config.max_iters
-    saved_at, val_loss = time.monotonic(), None
+    val_loss = None
     if resumed and step >= last_step:
         say(f"step {step} of max_iters={config.max_iters}: nothing is left to do; to go on, give a larger --max_iters")
 
@@ -239,7 +259,7 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
         if writes and (log.save_due or at_end) and (step > first_step or not resumed or val_loss is not None):
             log.read(everything=True)  # raises for a broken step, which is never saved
             clock.stop()
-            if tracker:
+            if tracker and writer:
                 tracker.sync()
                 facts = {
                     "step": step,
@@ -248,12 +268,14 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
                     "val_loss": val_loss,  # None: not evaluated at this step
                     "best_val_loss": best_val_loss if math.isfinite(best_val_loss) else None,
                     "scaler": scaler.state_dict(),
+                    "guard": guard.state(),
+                    "processes": world.size,
+                    "wandb_id": tracker.wandb_id,
                     "model": asdict(shape),
                     "config": asdict(config),
                 }
-                checkpoint.save(out_dir, raw_model.state_dict(), optimizer.state_tensors(), facts, tokenizer)
-                checkpoint.prune(out_dir, config.keep_every)
-            saved_at, log.save_due = time.monotonic(), False
+                writer.save(raw_model.state_dict(), optimizer.state_tensors(), facts)
+            log.save_due = False
         if at_end:
             break
         evaluated, val_loss = False, None
@@ -276,8 +298,9 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
                     scaler.scale(loss / micro_steps).backward()
                 loss_sum += loss.detach()
             # What the ranks must agree on: the loss, signals seen, time to save. All act on the sum, a step late.
-            overdue = config.checkpoint_minutes > 0 and time.monotonic() - saved_at > 60 * config.checkpoint_minutes
-            flags = torch.tensor([signals[signal.SIGINT], signals[signal.SIGTERM], overdue], dtype=torch.float32)
+            save = signals["SIGUSR1"] or (writer is not None and writer.overdue())
+            flags = torch.tensor([signals["SIGINT"], signals["SIGTERM"], save], dtype=torch.float32)
+            signals["SIGUSR1"] = False
             status = world.sum(torch.cat([loss_sum[None] / (micro_steps * world.size), *world.put(flags)]))
             scaler.unscale_(optimizer)  # type: ignore[arg-type]
             grad_norm = optim.gradient_norm(raw_model.parameters())
@@ -286,12 +309,12 @@ def train(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint | None
             scaler.update()
             raw_model.zero_grad(set_to_none=True)
         step, samples = step + 1, samples + config.rows_per_step
-        log.put(step, torch.stack([status[0], grad_norm, guard.bad_in_a_row, *status[1:]]))
+        log.put(step, torch.stack([status[0], grad_norm, guard.bad_in_a_row, guard.skipped, *status[1:]]))
         log.read()
 
     log.read(everything=True)
-    if tracker:
-        tracker.close()
+    if writer:
+        writer.finish()
     if log.stop and writes:
         say(f"stopped at step {step} by a signal; saved: go on with --resume=True")
     return log.stop

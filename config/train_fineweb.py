@@ -19,7 +19,7 @@ batch_size = 30
 block_size = 1024
 gradient_accumulation_steps = 16
 
-# Muon's rate gives its matrices the updates that 0.02 gives in the unscaled form of Jordan et al.
+# Muon's rate gives square matrices the updates that 0.02 gives in the unscaled form of Jordan et al.
 optimizer = "muon"
 learning_rate = 3e-3
 muon_lr = 3.6e-3

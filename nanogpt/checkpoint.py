@@ -4,12 +4,16 @@ Each holds `model.safetensors`, `optimizer.safetensors`, `state.json`, `tokenize
 `MANIFEST.json` with the SHA-256 of each file, written last. The hashes find damage, not malice.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nanogpt import InputError, RunStopped
-from nanogpt.distributed import say
+from nanogpt.distributed import say, size
 
 if TYPE_CHECKING:
     from nanogpt.tokenizer import Tokenizer
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "MANIFEST.json"
+RETRY_S = 60.0  # until a save that failed is tried again
 
 
 @dataclass
@@ -55,7 +60,13 @@ def steps(out_dir: Path) -> list[Path]:
 def to_resume(out_dir: Path, resume: bool | str) -> Checkpoint | None:
     """The newest whole checkpoint that a run started with `resume` goes on from; None for a new run. A damaged one that
     is passed over is named in a printed line. Raises InputError where there is nothing to resume, or none is whole."""
-    if resume is False or (resume == "auto" and not steps(out_dir)):
+    if resume is False:
+        return None
+    for old in (out_dir / "ckpt").glob(".step-*.old.partial"):  # a kill came between the two renames of `save`
+        final = old.with_name(old.name.removeprefix(".").removesuffix(".old.partial"))
+        if not final.exists():
+            old.rename(final)
+    if resume == "auto" and not steps(out_dir):
         return None
     if not steps(out_dir):
         theirs = f"; for nanoGPT's checkpoint there use --init_from={out_dir / 'ckpt.pt'}"
@@ -69,16 +80,32 @@ def to_resume(out_dir: Path, resume: bool | str) -> Checkpoint | None:
     raise InputError(f"no checkpoint of {out_dir} is whole: start anew without --resume")
 
 
+def lock(out_dir: Path) -> contextlib.AbstractContextManager:
+    """Keep other runs out of `out_dir` until this is left or the process dies. Raises InputError where one is in it."""
+    import filelock  # which torch and huggingface_hub need too
+
+    try:
+        return filelock.FileLock(out_dir / ".lock").acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(
+            f"out_dir={out_dir}: a run is writing there now; wait until it has ended, or give another --out_dir"
+        ) from None
+    except OSError as error:
+        raise InputError(f"out_dir={out_dir} cannot be written ({error.strerror}): give another --out_dir") from error
+
+
 def make_room(out_dir: Path) -> Path | None:
     """Create `out_dir` for a new run. A run that is there already moves to `out_dir.1` (`.2` …), which is returned.
 
-    Raises InputError where the folder cannot be written.
+    Raises InputError where the folder cannot be written, or the run there has not ended.
     """
     moved = None
     if is_run(out_dir) and not out_dir.name:
         raise InputError(f"out_dir={out_dir} holds a run that cannot move aside from here: give another --out_dir")
     try:
         if is_run(out_dir):
+            with lock(out_dir):
+                pass
             taken = (out_dir.with_name(f"{out_dir.name}.{n}") for n in range(1, 10**6))
             moved = out_dir.rename(next(path for path in taken if not path.exists()))
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -87,6 +114,61 @@ def make_room(out_dir: Path) -> Path | None:
     except OSError as error:
         raise InputError(f"out_dir={out_dir} cannot be written ({error.strerror}): give another --out_dir") from error
     return moved
+
+
+class Writer:
+    """Saves a run's checkpoints in a thread beside the training, one at a time, and prunes them.
+
+    minutes: a save is overdue when the last was longer ago; 0: never.
+    """
+
+    def __init__(self, out_dir: Path, keep_every: int, minutes: float, tokenizer: "Tokenizer | None"):
+        self.out_dir, self.keep_every, self.tokenizer = out_dir, keep_every, tokenizer
+        self.every_s = 60 * minutes or float("inf")
+        self._due_at = time.monotonic() + self.every_s
+        self._fault: str | None = None
+        self._thread = threading.Thread()
+
+    def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Returns once the save before this one has ended and the state is copied to the host's memory."""
+        self._join()
+        self._due_at = time.monotonic() + self.every_s
+        copies = ({name: t.detach().to("cpu", copy=True) for name, t in part.items()} for part in (model, optimizer))
+        # A daemon, so that a second Ctrl-C need not wait for it: what it leaves half written is never read.
+        self._thread = threading.Thread(target=self._write, args=(*copies, state), daemon=True)
+        self._thread.start()
+
+    def overdue(self) -> bool:
+        """Whether a save is due by the clock, one that failed being due again soon. Says so when it has failed."""
+        if self._fault and not self._thread.is_alive():
+            say(f"warning: {self._fault}; trying again in {RETRY_S:.0f} s")
+            self._fault, self._due_at = None, time.monotonic() + RETRY_S
+        return time.monotonic() > self._due_at
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises RunStopped where it failed."""
+        self._join()
+        if self._fault:
+            raise RunStopped(f"{self._fault}; then go on with --resume=True")
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not KeyboardInterrupt or not steps(self.out_dir):  # the first one is worth a wait
+            self._join()
+
+    def _join(self) -> None:
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+        try:
+            self._fault = None
+            save(self.out_dir, model, optimizer, state, self.tokenizer)
+            prune(self.out_dir, self.keep_every)
+        except Exception as error:  # whatever it is, the training goes on, and says so
+            self._fault = str(error) or repr(error)
 
 
 def save(
@@ -108,8 +190,11 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in model.items()}, partial / "model.safetensors")
-        save_file({name: t.cpu().contiguous() for name, t in optimizer.items()}, partial / "optimizer.safetensors")
+        needed = sum(t.nbytes for part in (model, optimizer) for t in part.values())
+        if (free := shutil.disk_usage(partial).free) < needed:
+            raise OSError(errno.ENOSPC, f"{size(needed)} are needed, {size(free)} are free")
+        for name, part in zip(FILES, (model, optimizer), strict=False):
+            save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, partial / name)
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -128,7 +213,7 @@ def save(
         reason = getattr(error, "strerror", None) or error
         raise RunStopped(
             f"the checkpoint {final} could not be written ({reason}); earlier ones are untouched: "
-            f"make room or mend {out_dir}, then go on with --resume=True"
+            f"make room or mend {out_dir}"
         ) from error
     return final
 

@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from nanogpt import InputError, RunStopped
 
+PATIENCE_S = 600.0  # that a process waits for the others before it gives up
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense bfloat16 peak of one GPU in FLOP/s, by a part of the device's name; the first match counts.
@@ -135,7 +137,8 @@ def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> W
             raise InputError(
                 f"backend=nccl: joins CUDA devices, and this process has {chosen.type}; use --backend=gloo"
             )
-        dist.init_process_group(backend, device_id=chosen if backend == "nccl" else None)
+        patience = timedelta(seconds=PATIENCE_S)
+        dist.init_process_group(backend, timeout=patience, device_id=chosen if backend == "nccl" else None)
     return World(rank, size, chosen, chosen_dtype)
 
 
@@ -216,19 +219,21 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def catch_signals() -> dict[int, bool]:
-    """Which of SIGINT and SIGTERM have come, from now on; a second Ctrl-C interrupts at once."""
-    seen = {signal.SIGINT: False, signal.SIGTERM: False}
+def catch_signals() -> dict[str, bool]:
+    """Which of SIGINT, SIGTERM and SIGUSR1, by name, have come from now on; a second Ctrl-C interrupts at once."""
+    seen = {"SIGINT": False, "SIGTERM": False, "SIGUSR1": False}
 
     def note(number: int, frame: Any) -> None:
-        if seen[signal.SIGINT] and number == signal.SIGINT:
+        name = signal.Signals(number).name
+        if name == "SIGINT" and seen[name]:
             raise KeyboardInterrupt
-        seen[number] = True  # type: ignore[index]
-        say("stopping after this step")
+        seen[name] = True
+        say(f"{'saving' if name == 'SIGUSR1' else 'stopping'} after this step")
 
-    for number in seen:
-        signal.signal(number, note)
-    return seen  # type: ignore[return-value]
+    for name in seen:
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), note)
+    return seen
 
 
 def say(*lines: str) -> None:
@@ -243,6 +248,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or told
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether `error` says that another process did not take part in a collective."""
+    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep the memory that a step frees: it would return it to the system and, a page fault at a
     time, fetch it again at the next step, which takes longer than some of the arithmetic (runs/cpu_step)."""
@@ -252,24 +262,28 @@ def keep_freed_memory() -> None:
         library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def memory_remedy(micro_batch: int, rows_per_step: int, block_size: int, free: int | None) -> str:
-    """What to do where memory runs out: the flags for smaller micro-batches with as many rows per step."""
-    told = f"too little memory for micro-batches of {micro_batch} rows at block_size={block_size}"
+def memory_remedy(micro_batch: int, rows_per_process: int, block_size: int, free: int | None) -> str:
+    """What to do where memory runs out: the flag for smaller micro-batches of the same steps."""
+    told = f"too little memory for {micro_batch} rows of {block_size} tokens at a time"
     told += f" ({size(free)} were free)" if free else ""
-    smaller = max((n for n in range(1, micro_batch // 2 + 1) if rows_per_step % n == 0), default=0)
+    smaller = max((n for n in range(1, micro_batch // 2 + 1) if rows_per_process % n == 0), default=0)
     if not smaller:
-        return f"{told}: use a smaller --block_size or a smaller model"
-    accumulation = rows_per_step // smaller
-    return f"{told}: --batch_size={smaller} --gradient_accumulation_steps={accumulation} keeps the rows per step"
+        return f"{told}: try --activation_checkpointing=True and --loss_chunk=1024, or a smaller --block_size or model"
+    return f"{told}: --micro_batch_size={smaller} takes fewer, and the steps stay as they are"
 
 
 @contextlib.contextmanager
 def explained_faults(remedy: str, before_update: bool = True) -> Iterator[None]:
     """Running out of memory becomes an InputError that says `remedy`; after the first update any InputError becomes a
-    RunStopped."""
+    RunStopped. So does a process that does not answer."""
     try:
         yield
     except (RuntimeError, MemoryError, InputError) as error:
+        if is_lost_process(error):
+            told = (
+                f"waited in vain for the other processes ({str(error).strip().splitlines()[0][:200]}): one has died or"
+            )
+            raise RunStopped(f"{told} hangs; see what each printed, then go on with --resume=auto") from error
         if not isinstance(error, InputError) and not is_out_of_memory(error):
             raise
         told = str(error) if isinstance(error, InputError) else remedy

@@ -25,9 +25,8 @@ class Optimizer:
     def __init__(self, model: Any, config: Any, world: World):
         self.config, self.world = config, world
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.param_groups = [
-            {"params": list(self.parameters.values())}
-        ]  # where torch's loss scaler looks for gradients
+        # Where torch's loss scaler looks for gradients.
+        self.param_groups = [{"params": list(self.parameters.values())}]
         self.maps: dict[str, list[int]] = model.hidden_matrices() if config.optimizer == "muon" else {}
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, p in self.parameters.items():
@@ -114,12 +113,19 @@ class Optimizer:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Copy in what `state_tensors` gave. Raises InputError where it is not this model's, or another optimizer's."""
         own = self.state_tensors()
-        for name in own.keys() | tensors.keys():
+        for name in sorted(own.keys() | tensors.keys()):
             if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
                 raise InputError(
                     f"optimizer state {name} does not fit: resume with the --optimizer and model that made it"
                 )
             own[name].copy_(tensors[name])
+
+
+def state_size(model: Any, config: Any) -> int:
+    """Numbers that the optimizer keeps: two for each parameter, one for each that Muon trains."""
+    hidden = model.hidden_matrices() if config.optimizer == "muon" else {}
+    by_muon = sum(p.numel() for name, p in model.named_parameters() if name in hidden)
+    return 2 * model.count_parameters() - by_muon
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,7 +156,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "trapezoid":
 
 def scheduled(name: str, step: int, *, peak: float, floor: float, warmup: int, end: int) -> float:
     """Learning rate of the update after `step` updates: up in a line for `warmup` updates, then by `SCHEDULES[name]`
-    from `peak` to `floor`, which is reached at `end` and held."""
+    from `peak` towards `floor`, which all but "constant" reach at `end` and hold."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = 1.0 if step >= end else (step - warmup) / (end - warmup)
@@ -171,15 +177,41 @@ class Guard:
     """Turns an update with a non-finite loss or gradient norm into a no-op, on the device, with nobody waiting.
 
     With `patience` = 1 the first bad update also voids all later ones. A float16 loss scaler overflows as a matter of
-    routine, so there `patience` bad updates in a row do.
+    routine, so there `patience` bad updates in a row do. With `spikes` > 0 an update is skipped too whose gradient norm
+    lies more than so many deviations above the median of the last `WINDOW`, both robust: the deviation is 1.4826 times
+    the median distance from the median, which for normal numbers is the standard deviation.
     """
 
-    def __init__(self, device: torch.device, patience: int):
-        self.patience = patience
+    WINDOW, ENOUGH = 100, 20  # norms remembered; norms without which nothing is called a spike
+
+    def __init__(self, device: torch.device, patience: int, spikes: float = 0.0):
+        self.patience, self.spikes = patience, spikes
         self.bad_in_a_row = torch.zeros((), device=device)  # read late by the host: the run has failed at `patience`
+        self.skipped = torch.zeros((), device=device)  # spikes so far
+        self.norms = torch.full((self.WINDOW,), math.nan, device=device)
+        self.checked = 0
 
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """1.0 if the coming update must be skipped, because `loss` or `grad_norm` is not finite; all three scalars."""
+        """1.0 if the coming update must be skipped; all three are scalars."""
         bad = ~(loss + grad_norm).isfinite() | (self.bad_in_a_row >= self.patience)
         self.bad_in_a_row = torch.where(bad, self.bad_in_a_row + 1, 0.0)
-        return bad.float()
+        if not self.spikes:
+            return bad.float()
+        median = self.norms.nanmedian()
+        deviation = 1.4826 * (self.norms - median).abs().nanmedian()
+        spike = (grad_norm > median + self.spikes * deviation) & (self.norms.isfinite().sum() >= self.ENOUGH) & ~bad
+        self.skipped = self.skipped + spike
+        # Spikes are remembered too: where the norm has risen for good, the median follows.
+        self.norms[self.checked % self.WINDOW] = torch.where(bad, math.nan, grad_norm)
+        self.checked += 1
+        return (bad | spike).float()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON can say it."""
+        norms = [norm if math.isfinite(norm) else None for norm in self.norms.tolist()]
+        return {"skipped": self.skipped.item(), "norms": norms, "checked": self.checked}
+
+    def load(self, state: dict[str, Any]) -> None:
+        norms = [math.nan if norm is None else norm for norm in state["norms"]]
+        self.skipped.fill_(state["skipped"])
+        self.norms, self.checked = torch.tensor(norms, device=self.norms.device), state["checked"]

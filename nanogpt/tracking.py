@@ -15,9 +15,14 @@ from torch import Tensor
 
 from nanogpt import InputError, RunStopped
 from nanogpt.distributed import World, describe, free_memory, say, size
+from nanogpt.optim import state_size
 from nanogpt.tokenizer import aside
 
 BEGUN = time.perf_counter()  # when the program began, the import of torch not counted
+REMEDY = (
+    "go on from the last one with --resume=True and a lower --learning_rate, delete it to go on from the one "
+    "before, or start again"
+)
 CPU_FLOPS = 3e10  # FLOP/s that a small model's step reaches on one core; only for a guess before the first step
 
 
@@ -73,16 +78,18 @@ class Late:
 class Tracker:
     """Appends JSON objects, one a line, to `out_dir/metrics.jsonl`; TensorBoard and wandb get the same numbers."""
 
-    def __init__(self, out_dir: Path, step: int, evaluated: bool, settings: dict[str, Any]):
-        """Lines that a run resumed at `step`, `evaluated` there or not yet, will write again are dropped first. Raises
-        InputError where it cannot write."""
-        path = out_dir / "metrics.jsonl"
+    def __init__(
+        self, out_dir: Path, step: int, evaluated: bool, settings: dict[str, Any], wandb_id: str | None = None
+    ):
+        """Lines that a run resumed at `step`, `evaluated` there or not yet, will write again are dropped first; wandb's
+        run goes on as `wandb_id`. Raises InputError where it cannot write."""
+        self.path, self.wandb_id = out_dir / "metrics.jsonl", wandb_id
         try:
-            if path.exists():
-                _keep_lines(path, step, evaluated)
-            self._file = path.open("a", encoding="utf-8")
+            if self.path.exists():
+                _keep_lines(self.path, step, evaluated)
+            self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}): mend {out_dir} and try again") from error
+            raise InputError(f"{self.path} cannot be written ({error.strerror}): mend {out_dir} first") from error
         self._tensorboard = self._wandb = None
         if settings["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter
@@ -93,7 +100,10 @@ class Tracker:
 
             project, name = settings["wandb_project"], settings["wandb_run_name"]
             try:
-                self._wandb = wandb.init(project=project, name=name, config=settings, dir=str(out_dir))
+                self._wandb = wandb.init(
+                    project=project, name=name, config=settings, dir=str(out_dir), id=wandb_id, resume="allow"
+                )
+                self.wandb_id = self._wandb.id
             except Exception as error:  # not logged in, no network
                 raise InputError(f"wandb_log=True: {error}; run `wandb login`, or give --wandb_log=False") from error
 
@@ -116,6 +126,11 @@ class Tracker:
 
     def sync(self) -> None:
         """Force what was logged to the disk, before a checkpoint that counts on it."""
+        if not self.path.exists():
+            say(f"warning: {self.path} is gone, and what it held with it: going on with a new one")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file.close()
+            self._file = self.path.open("a", encoding="utf-8")
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -149,32 +164,38 @@ class Log:
         world: World,
         tracker: Tracker | None,  # None: print only
         clock: Stopwatch,
-        patience: int,  # broken steps in a row that end the run
+        guard: Any,  # nanogpt/optim.py's Guard: how many broken steps in a row end the run, and the spikes so far
         step: int,
         samples: int,
     ):
         self.config, self.model, self.world, self.tracker = config, model, world, tracker
-        self.clock, self.patience, self.late = clock, patience, Late(clock)
+        self.clock, self.patience, self.late = clock, guard.patience, Late(clock)
         self.first_step, self.first_samples = step, samples
         self.last_line = (step, clock.seconds)
         self.warm_s = clock.seconds  # when the first step, which warms up, was done
-        self.stop, self.save_due = 0, False
+        self.stop, self.save_due, self.skipped = 0, False, guard.skipped.item()
 
     def put(self, step: int, values: Tensor) -> None:
-        """values (6,): loss, gradient norm, broken steps in a row, SIGINT seen, SIGTERM seen, a save is overdue."""
+        """values (7,): loss, gradient norm, broken steps in a row, spikes skipped so far, SIGINT seen, SIGTERM seen, a
+        save is due."""
         self.late.put(step, values)
 
     def read(self, everything: bool = False) -> None:
         """Deal with the steps that are due. Raises RunStopped for one that broke the run."""
-        for step, (loss, grad_norm, broken, sigint, sigterm, overdue), seconds in self.late.take(everything):
+        for step, (loss, grad_norm, broken, skipped, sigint, sigterm, due), seconds in self.late.take(everything):
             if broken >= self.patience:
-                raise RunStopped(
-                    f"step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite. No update was made from "
-                    "it, and checkpoints before it are good: lower --learning_rate, and go on from the last one with "
-                    "--resume=True or start again"
+                last = self.first_samples + (step - self.first_step) * self.config.rows_per_step
+                self._protect(
+                    step,
+                    f"step {step}, rows {last - self.config.rows_per_step:,} to {last - 1:,}: loss {loss:.4g}, "
+                    f"gradient norm {grad_norm:.4g}: not finite. No update was made from it, and checkpoints before it "
+                    "are good",
                 )
+            if skipped > self.skipped:
+                say(f"step {step}: update skipped, gradient norm {grad_norm:.4g} is a spike ({skipped:.0f} so far)")
+                self.skipped = skipped
             self.stop = 143 if sigterm else 130 if sigint else self.stop
-            self.save_due |= bool(overdue)
+            self.save_due |= bool(due)
             if step == self.first_step + 1:
                 self.warm_s = seconds
                 say(f"first step done {time.perf_counter() - BEGUN:.1f} s after the start")
@@ -193,10 +214,8 @@ class Log:
         told = " | ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
         say(f"step {step:6d} | {told} | {duration(seconds)} trained")
         if not all(map(math.isfinite, losses.values())):
-            raise RunStopped(
-                f"step {step}: the losses of the evaluation are not finite. Nothing was saved, and earlier checkpoints "
-                "are good: go on from the last one with --resume=True and a lower --learning_rate"
-            )
+            why = "the losses of the evaluation are not finite. Nothing was saved, and checkpoints before it are good"
+            self._protect(step, f"step {step}: {why}")
 
     def _line(self, step: int, loss: float, grad_norm: float, seconds: float) -> None:
         (before, then), self.last_line = self.last_line, (step, seconds)
@@ -214,6 +233,8 @@ class Log:
             "tokens_per_s": round(tokens_per_s, 1),
             "mfu": mfu and round(mfu, 4),
         }
+        if self.config.skip_spikes:
+            line["skipped"] = int(self.skipped)
         if self.tracker:
             self.tracker.log(line)
         say(
@@ -221,6 +242,12 @@ class Log:
             + (f" | mfu {mfu:.1%}" if mfu else "")
             + f" | {duration((self.config.max_iters - step) * step_s)} left"
         )
+
+    def _protect(self, step: int, why: str) -> None:
+        """End the run with status 3; `why_stopped` finds the reason in the metrics."""
+        if self.tracker:
+            self.tracker.log({"step": step, "stopped": why})
+        raise RunStopped(f"{why}: {REMEDY}")
 
     def _tell_finish(self, step: int, step_s: float) -> None:
         left = (self.config.max_iters - step) * step_s
@@ -230,6 +257,13 @@ class Log:
     def _tokens(self, step: int) -> int:
         rows = self.first_samples + (step - self.first_step) * self.config.rows_per_step
         return rows * self.model.config.block_size
+
+
+def why_stopped(out_dir: Path) -> str | None:
+    """Why the run in `out_dir` ended to protect itself; None where it did not, or has gone on since."""
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        return json.loads((out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]).get("stopped")
+    return None
 
 
 def _keep_lines(path: Path, step: int, evaluated: bool) -> None:
@@ -263,10 +297,11 @@ def report(
         f"run         {config.max_iters:,} steps = {tokens:,} tokens = {tokens / train_tokens:.3g} epochs of {dataset} "
         f"= {tokens / parameters:.3g} tokens per parameter",
         f"memory      about {size(memory)} per process" + (f", {size(free)} are free" if free else ""),
-        f"checkpoint  {size(12 * parameters)} in {config.out_dir}/ckpt",
+        f"checkpoint  {size(4 * (parameters + state_size(model, config)))} in {config.out_dir}/ckpt",
     )
-    if config.decay_lr and config.warmup_iters > config.max_iters:
-        say(f"warning: warmup_iters={config.warmup_iters} is longer than the run, which never reaches learning_rate")
+    end = min(config.max_iters, config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters)
+    if config.decay_lr and config.warmup_iters > end:
+        say(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end} updates")
     guess = model.flops_per_token() * tokens / (CPU_FLOPS * torch.get_num_threads() * world.size)
     if on_cpu and guess > 30 * 60:
         told = "config/train_shakespeare_char_cpu.py is made for a CPU, a few minutes in all"

@@ -79,24 +79,24 @@ def test_no_such_machine(run: Run, used: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulation", "remedy"),
-    [(8, 3, (4, 6)), (15, 2, (6, 5)), (7, 1, (1, 7)), (1, 4, None)],
+    ("batch_size", "accumulation", "smaller"),
+    [(8, 3, 4), (15, 2, 6), (7, 1, 1), (1, 4, None)],
 )
 def test_too_little_memory(
-    run: Run, used: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, accumulation: int, remedy: Any
+    run: Run, used: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, accumulation: int, smaller: Any
 ):
     """The flags that are named keep the rows per step."""
     monkeypatch.setattr(tracking, "free_memory", lambda _: 50_000)
     assert run(eval_only=True) == 0  # which needs neither gradients nor moments
     message = refused(run, batch_size=batch_size, gradient_accumulation_steps=accumulation)
-    assert f"too little memory for micro-batches of {batch_size} rows at block_size=16" in message
+    assert f"too little memory for {batch_size} rows of 16 tokens at a time" in message
     assert "were free" in message
     assert "are needed" in message
-    if remedy is None:
-        assert "use a smaller --block_size or a smaller model" in message
+    if smaller is None:
+        assert "try --activation_checkpointing=True and --loss_chunk=1024" in message
     else:
-        assert f"--batch_size={remedy[0]} --gradient_accumulation_steps={remedy[1]} keeps the rows per step" in message
-        assert remedy[0] * remedy[1] == batch_size * accumulation
+        assert f"--micro_batch_size={smaller} takes fewer, and the steps stay as they are" in message
+        assert batch_size * accumulation % smaller == 0
 
 
 # ---- data

@@ -1,8 +1,10 @@
 """Checkpoints on disk: whole or not there, which are kept, and what is refused."""
 
 import json
+import re
 import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,14 @@ import pytest
 import torch
 from conftest import TINY, Run, assert_same_checkpoint, metrics, steps
 
+import train
 from model import GPT
 from nanogpt import InputError, RunStopped, checkpoint
 from nanogpt.tokenizer import Tokenizer
+
+
+def facts(step: int) -> dict[str, Any]:
+    return {"step": step, "val_loss": None}
 
 
 def save(out_dir: Path, step: int, val_loss: float | None = None, size: int = 3) -> Path:
@@ -147,7 +154,127 @@ def test_the_same_step_again_replaces_the_old(tmp_path: Path):
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["step-000001"]
 
 
+@pytest.mark.parametrize("step", [1, 2])  # the only one, and the newest
+def test_a_kill_between_two_names_is_mended(tmp_path: Path, step: int):
+    """A step that is saved again is for a moment under neither of its names."""
+    for number in range(1, step + 1):
+        save(tmp_path, number)
+    final = tmp_path / f"ckpt/step-{step:06d}"
+    final.rename(final.with_name(f".{final.name}.old.partial"))
+    found = checkpoint.to_resume(tmp_path, "auto")
+    assert found
+    assert found.path == final
+
+
+# ---- the writer
+
+
+def write(writer: checkpoint.Writer, step: int, size: int = 3) -> None:
+    writer.save({"w": torch.full((size,), float(step))}, {"w/step": torch.tensor(1.0)}, facts(step))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    go, begun, original = threading.Event(), threading.Semaphore(0), checkpoint.save
+
+    def slow(*args: Any) -> Path:
+        begun.release()
+        assert go.wait(10)
+        return original(*args)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    weights = torch.zeros(3)
+    with checkpoint.Writer(tmp_path, 0, 0.0, None) as writer:
+        writer.save({"w": weights}, {"w/step": weights}, facts(1))
+        assert begun.acquire(timeout=10)
+        weights += 1  # the next update, before anything is on the disk
+        assert steps(tmp_path) == []
+        threading.Timer(0.1, go.set).start()
+        write(writer, 2)  # waits for the first
+        assert steps(tmp_path)[0] == 1
+        assert not writer.overdue()
+    assert steps(tmp_path) == [1, 2]
+    assert checkpoint.load(tmp_path / "ckpt/step-000001").model["w"].tolist() == [0, 0, 0]
+
+
+def test_an_interrupt_does_not_wait_for_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_alone, go = checkpoint.save, threading.Event()
+    write_alone(tmp_path, {}, {}, facts(1), None)
+    monkeypatch.setattr(checkpoint, "save", lambda *args: go.wait(10) and write_alone(*args))
+    writer = checkpoint.Writer(tmp_path, 0, 0.0, None)
+    write(writer, 2)
+    writer.__exit__(KeyboardInterrupt)
+    assert steps(tmp_path) == [1]
+    go.set()
+    writer.finish()
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_save_that_fails_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(checkpoint, "RETRY_S", 0.0)
+    with checkpoint.Writer(tmp_path, 0, 15.0, None) as writer:
+        write(writer, 1)
+        assert not writer.overdue()
+        write(writer, 2, size=1_000_000)
+        writer._thread.join()
+        assert writer.overdue()
+        assert re.search(
+            r"warning: .*step-000002 could not be written .*; trying again in 0 s", capsys.readouterr().out
+        )
+        write(writer, 3)
+        writer.finish()  # the fault before it is mended
+        write(writer, 4, size=1_000_000)
+        with pytest.raises(RunStopped, match=r"step-000004 could not be written .*; then go on with --resume=True"):
+            writer.finish()
+    assert steps(tmp_path) == [1, 3]
+
+
+def test_the_room_is_known_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 80, 20))  # type: ignore[attr-defined]
+    with pytest.raises(RunStopped, match=r"could not be written \(24 B are needed, 20 B are free\)"):
+        checkpoint.save(tmp_path, {"w": torch.zeros(5)}, {"w/step": torch.zeros(())}, facts(1), None)
+    assert [*(tmp_path / "ckpt").iterdir()] == []
+
+
 # ---- in runs of train.py
+
+
+def test_one_run_at_a_time_writes_into_a_folder(run: Run, tmp_path: Path):
+    run(out_dir="out", max_iters=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with checkpoint.lock(Path("out")):
+        for resume in (True, "auto", False):
+            with pytest.raises(InputError, match="out_dir=out: a run is writing there now"):
+                run(out_dir="out", resume=resume, max_iters=4)
+        assert run(out_dir="out", resume=True, eval_only=True) == 0  # which reads alone
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert run(out_dir="out", resume=True, max_iters=4) == 0
+
+
+def test_a_folder_that_is_deleted_is_made_anew(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    original, pending = train.TrainConfig.learning_rate_at, [10]
+
+    def delete(config: train.TrainConfig, at: int) -> float:
+        if pending == [at]:
+            pending.clear()
+            shutil.rmtree("out")
+        return original(config, at)
+
+    monkeypatch.setattr(train.TrainConfig, "learning_rate_at", delete)
+    assert run(out_dir="out") == 0
+    assert "warning: out/metrics.jsonl is gone" in capsys.readouterr().out
+    assert steps("out") == [16, 20]
+    assert metrics("out", "step", "loss")[-1][0] == 20
+
+
+@pytest.mark.parametrize("name", ["out of März", "出力/ö"])
+def test_names_with_spaces_and_letters_of_all_kinds(run: Run, name: str):
+    run(out_dir=name, max_iters=10)
+    assert run(out_dir=name, resume=True, max_iters=12) == 0
+    assert steps(name)[-1] == 12
 
 
 def test_a_used_out_dir_moves_away(run: Run, capsys: pytest.CaptureFixture[str]):
@@ -185,8 +312,6 @@ def test_the_folder_one_stands_in_cannot_move_away(run: Run):
 
 
 def test_only_the_best_are_saved_on_request(run: Run, monkeypatch: pytest.MonkeyPatch):
-    import train
-
     losses = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.6])
     monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))  # train and val in turn
     saved, original = [], checkpoint.save

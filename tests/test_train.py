@@ -1,8 +1,10 @@
 """The training loop: what a run does, from its settings to its end."""
 
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,7 +171,7 @@ def test_a_rate_that_breaks_the_weights(run: Run, evaluated: bool, capsys: pytes
     good = checkpoint.load(Path("out/ckpt/step-000008"))
     # The first update makes numbers of 1e30, and what follows, a step or an evaluation, is not finite.
     keys["eval_interval"] = 1 if evaluated else 100
-    with pytest.raises(RunStopped, match=r"finite.*(earlier checkpoints are|checkpoints before it are) good"):
+    with pytest.raises(RunStopped, match=r"finite.*checkpoints before it are good"):
         run(out_dir="out", resume=True, max_iters=30, learning_rate=1e30, **keys)
     assert steps("out") == [4, 8]
     again = checkpoint.load(Path("out/ckpt/step-000008"))
@@ -200,7 +202,9 @@ def test_a_broken_loss_stops_the_run_and_touches_nothing(
     run(out_dir="healthy", dtype=dtype, max_iters=5)
     monkeypatch.setattr(GPT, "forward", poisoned)
     monkeypatch.setattr(checkpoint, "save", save)
-    with pytest.raises(RunStopped, match=rf"step (6|25): loss {poison}, .*No update was made"):
+    with pytest.raises(
+        RunStopped, match=rf"step (6, rows 20 to 23|25, rows 96 to 99): loss {poison}, .*No update was made"
+    ):
         run(out_dir="out", dtype=dtype, max_iters=40, eval_interval=5, keep_every=5)
     # In between the evaluations save what stands: the state after step 5.
     assert saved == ([5] if dtype == "float32" else [5, 10, 15, 20])
@@ -213,7 +217,76 @@ def test_a_broken_loss_stops_the_run_and_touches_nothing(
     assert nulls == ([] if dtype == "float32" else [*range(6, 25)])
 
 
+def test_auto_does_not_repeat_what_broke(run: Run, capsys: pytest.CaptureFixture[str]):
+    keys = {"warmup_iters": 0, "decay_lr": False, "eval_interval": 4}
+    run(out_dir="out", max_iters=8, **keys)
+    for _ in range(2):
+        with pytest.raises(RunStopped, match="not finite"):
+            run(out_dir="out", resume=True, max_iters=30, learning_rate=1e30, **keys)
+        with pytest.raises(
+            RunStopped, match=r"^step \d+.*not finite.*: --resume=auto does not repeat it; .*--learning_rate"
+        ):
+            run(out_dir="out", resume="auto", max_iters=30, **keys)
+    assert run(out_dir="out", resume=True, max_iters=12, **keys) == 0  # asked for, it goes on …
+    assert run(out_dir="out", resume="auto", max_iters=16, **keys) == 0  # … and is a run like any other
+
+
+def test_spikes_are_skipped_and_told(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The rows of step 25 give a gradient a hundred times too large: with the guard the run ends as if that update had
+    not been, also over a stop in between, and the count goes on."""
+    forward, calls = GPT.forward, [0]
+
+    def spiked(self: GPT, idx: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+        logits, loss = forward(self, idx, targets)
+        calls[0] += self.training
+        return logits, loss * 100 if self.training and calls[0] in (25, 45) else loss
+
+    monkeypatch.setattr(GPT, "forward", spiked)
+    keys = {"max_iters": 50, "skip_spikes": 8, "grad_clip": 0.0, "eval_interval": 30}
+    run(out_dir="whole", **keys)
+    told = capsys.readouterr().out
+    assert re.findall(r"step (\d+): update skipped, gradient norm [\d.]+ is a spike \((\d) so far\)", told) == [
+        ("25", "1"),
+        ("45", "2"),
+    ]
+    counts = dict(metrics("whole", "step", "skipped"))
+    assert [counts[step] for step in (24, 25, 44, 45, 50)] == [0, 1, 1, 2, 2]
+    calls[0] = 0
+    run(out_dir="parts", **keys | {"max_iters": 30})
+    capsys.readouterr()
+    run(out_dir="parts", resume=True, **keys)
+    assert "(1 so far)" not in capsys.readouterr().out
+    assert metrics("parts", "step", "loss", "skipped") == metrics("whole", "step", "loss", "skipped")
+
+
 # ---- signals, in processes of their own
+
+
+def test_a_signal_to_save_and_go_on(run: Run, signal_at: Callable[[int, int], None]):
+    run(out_dir="whole", eval_interval=100)
+    signal_at(5, signal.SIGUSR1)
+    assert run(out_dir="out", eval_interval=100, keep_every=1) == 0
+    assert steps("out") in ([6, 20], [7, 20])  # read a step late
+    assert losses("out") == losses("whole")
+
+
+def test_a_second_interrupt_ends_at_once(run: Run, monkeypatch: pytest.MonkeyPatch):
+    original = TrainConfig.learning_rate_at
+
+    def interrupt(config: TrainConfig, at: int) -> float:
+        if at == 12:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return original(config, at)
+
+    monkeypatch.setattr(TrainConfig, "learning_rate_at", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(out_dir="out")
+    found = checkpoint.to_resume(Path("out"), "auto")
+    assert found
+    assert found.state["step"] == 8
+    monkeypatch.setattr(TrainConfig, "learning_rate_at", original)
+    assert run(out_dir="out", resume="auto") == 0
 
 
 def test_a_signal_saves_and_ends(letters: Path, tmp_path: Path):
@@ -375,7 +448,7 @@ def test_what_a_run_says(run: Run, capsys: pytest.CaptureFixture[str]):
     told = capsys.readouterr().out.splitlines()
     assert any(" ".join(line.split()) == "step 4 rows of 16 = 64 tokens, in micro-batches of 4" for line in told)
     assert any("20 steps = 1,280 tokens = 0.064 epochs of letters" in line for line in told)
-    assert "warning: warmup_iters=50 is longer than the run, which never reaches learning_rate" in told
+    assert "warning: warmup_iters=50 is longer than the schedule, 20 updates" in told
     samples = [line.strip() for line in told if line.startswith("    ")]
     assert len(samples) == 4  # at 0, 8, 16 and 20
     assert all(len(sample) == 30 and set(sample) <= set("abcd") for sample in samples)
