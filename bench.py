@@ -6,6 +6,7 @@ touch the other, and each has its own memory and its own start.
 """
 
 import contextlib
+import gc
 import importlib.util
 import io
 import itertools
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from configurator import key, parse
 from model import GPT, GPTConfig
 from nanogpt import InputError, data, distributed, optim, run_script
-from nanogpt.distributed import World, explained_faults, free_memory, memory_remedy, no_collector, say, size
+from nanogpt.distributed import World, explained_faults, free_memory, memory_remedy, say, size
 from nanogpt.pretrained import GPT2_VOCAB
 from nanogpt.tracking import Late, Stopwatch
 from start import SHAPE_KEYS, compile_model, compiles, load_weights, open_data_and_model, pick_micro_batch
@@ -115,6 +116,7 @@ def main() -> None:
     save(config.to, figures)
     with explained_faults(f"too little memory on {world.device} for three matrices: end what else uses it"):
         reached = product_flops(world)
+    torch.cuda.empty_cache()  # what the matrices took is for the sides; nothing happens without a GPU
     figures |= {"product_flops": reached, "vendor_flops": world.peak_flops(), "rows": []}
     say(f"{machine}; matrix products reach {reached / 1e12:.3g} TFLOP/s")
     width = max(map(len, [*recipes, "  nanoGPT"])) + 1
@@ -292,8 +294,7 @@ def serve(pipe: Connection, config: BenchConfig, given: dict[str, Any], facts: A
         distributed.seed(config.seed, config.deterministic)
         free = free_memory(world.device)
         remedy = memory_remedy(config.micro_batches[0], config.rows_per_step, config.block_size, free)
-        collector = no_collector() if ours else contextlib.nullcontext()
-        with explained_faults(remedy), collector:
+        with explained_faults(remedy):
             if ours:
                 model = open_model(config, given)
                 config = replace(config, **{name: getattr(model.config, name) for name in SHAPE_KEYS})
@@ -302,6 +303,8 @@ def serve(pipe: Connection, config: BenchConfig, given: dict[str, Any], facts: A
             else:
                 steps = reference_steps(config, facts[0], open_tokens(config, facts[0]), world)
             take_turn(steps, 1, world)
+            if ours:
+                gc.freeze()  # as train.py does
             pipe.send(facts)
             while count := pipe.recv():
                 pipe.send(take_turn(steps, count, world))

@@ -17,6 +17,7 @@ import numpy as np
 from nanogpt import InputError, run_script
 
 AXES = {"step": "steps", "tokens": "tokens", "time_s": "seconds"}
+MOST_SETTINGS = 5  # that a label names
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 # What a run is called, shows and keeps does not change what it learns.
 UNCOUNTED = {
@@ -75,7 +76,8 @@ def _settings(path: Path) -> dict[str, Any] | None:
 
 
 def group_repeats(runs: Sequence[Run]) -> list[Group]:
-    """Repeats together, each group labelled with the settings that tell it from the others, else with its folder."""
+    """Repeats together, each group labelled with the settings that tell it from the others; with its folder where there
+    are none, or so many that nobody would read them."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         counted = {name: value for name, value in (run.settings or {}).items() if name not in UNCOUNTED}
@@ -85,6 +87,8 @@ def group_repeats(runs: Sequence[Run]) -> list[Group]:
     names = dict.fromkeys(name for settings in known for name in settings if name not in UNCOUNTED)
     differing = [name for name in names if len({json.dumps(s.get(name, "unset")) for s in known}) > 1]
     labelled = []
+    if len(differing) > MOST_SETTINGS:
+        differing = []
     for members in groups.values():
         settings = members[0].settings
         parts = [f"{name}={settings.get(name, 'unset')}" for name in differing] if settings is not None else []

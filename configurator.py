@@ -15,6 +15,7 @@ import difflib
 import math
 import operator
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ LIMITS = {  # name in key(): (what it demands, the test)
 }
 WORDS = {"None": None, "none": None, "True": True, "true": True, "False": False, "false": False}
 EXPECTED = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text", NoneType: "None"}
+UNNAMEABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file's name can hold: NUL, broken Unicode
 INNER_SCOPES = (
     *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda),
     *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
@@ -115,11 +117,11 @@ def _run_file(file: str, current: dict[str, Any]) -> tuple[list[Entry], list[str
     """What a config file sets, and what is wrong with the file itself."""
     try:
         tree = ast.parse(Path(file).read_bytes(), filename=file)
+        lines = {name: line for name, line in _assigned(tree) if not name.startswith("_")}
     except OSError as error:
         return [], [f"{file}: {_why_unreadable(file, error)}"]
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
         return [], [f"{file}:{getattr(error, 'lineno', None) or 1}: not valid Python: {getattr(error, 'msg', error)}"]
-    lines = {name: line for name, line in _assigned(tree) if not name.startswith("_")}
     # The keys' values stand among the builtins: the file can read them, and its own names are exactly what it set.
     names: dict[str, Any] = {"__builtins__": vars(builtins) | current, "__file__": file, "__name__": "config"}
     faults = []
@@ -195,7 +197,8 @@ def _convert(hint: Any, value: Any, is_text: bool) -> Any:
     elif type(value) is float and float not in options and value.is_integer():
         value = int(value)
     fits = any(type(value) is option or (type(value) is type(option) and value == option) for option in options)
-    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+    beyond = (isinstance(value, float) and not math.isfinite(value)) or (type(value) is int and abs(value) >= 2**63)
+    if not fits or beyond or (isinstance(value, str) and UNNAMEABLE.search(value)):
         raise ValueError(f"expected {' or '.join(EXPECTED.get(o, str(o)) for o in options)}, got {got!r}")
     return value
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 
 from configurator import build, key, parse
-from model import GPTConfig
+from model import GPT, GPTConfig
 from nanogpt import InputError, RunStopped, checkpoint, data, distributed, optim, run_script
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, no_collector, processes, say
+from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, processes, say
 from nanogpt.inference import evaluate, sample_text
 from nanogpt.tracking import REMEDY, Log, Stopwatch, Tracker, missing_extras, report, why_stopped
 from start import SHAPE_KEYS, check_shape, compile_model, open_data_and_model, pick_micro_batch, training_bytes
@@ -148,7 +148,7 @@ def main() -> int:
         raise InputError("\n".join(missing))
     world = distributed.start(config.device, config.dtype, config.backend)
     too_large = f"too little memory on {world.device} for this model: use a smaller one"
-    with explained_faults(too_large), no_collector(), contextlib.ExitStack() as held:
+    with explained_faults(too_large), contextlib.ExitStack() as held:
         status = train(config, given, resumed, world, held)
     world.close()
     return status
@@ -229,6 +229,8 @@ def train(
         held.callback(tracker.close)
         writer = checkpoint.Writer(out_dir, config.keep_every, config.checkpoint_minutes, tokenizer)
         held.enter_context(writer)
+    gc.freeze()  # what is here stays: the garbage collector need not look through it while a GPU waits
+    held.callback(gc.unfreeze)
     signals = catch_signals()
     log = Log(config, raw_model, world, tracker, clock, guard, step, samples)
     first_step, last_step = step, step + 10 if config.dry_run else config.max_iters
@@ -253,7 +255,6 @@ def train(
                 say("    " + text.replace("\n", "\n    ").strip())
             log.save_due |= step > 0 and (config.always_save_checkpoint or val_loss < best_val_loss)
             best_val_loss = min(best_val_loss, val_loss)
-            gc.collect(0)  # what has come since the last time; no_collector keeps it from running by itself
 
         # --- Save what is worth keeping
         if writes and (log.save_due or at_end) and (step > first_step or not resumed or val_loss is not None):
@@ -321,13 +322,23 @@ def train(
 
 
 def resume_settings(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint) -> TrainConfig:
-    """The run's own settings, and over them what files and flags give again; prints the differences."""
+    """The run's own settings, and over them what files and flags give again; prints the differences. Raises InputError
+    where those saved are not this program's, or the sizes not those of the weights."""
+    source = str(resumed.path / "state.json")
+    try:
+        shape = build(GPTConfig, resumed.state["model"], source)
+        if shape.n_layer > len(resumed.model):
+            raise ValueError(f"n_layer={shape.n_layer}, but there are {len(resumed.model)} tensors")
+        GPT.from_tensors(shape, resumed.model)  # which takes neither memory nor time
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{source}: no model of these sizes ({' '.join(str(error).split())[:200]})") from error
+    resumed.state["model"] = asdict(shape)
     about_this_start = ("out_dir", "resume", "eval_only", "dry_run", "verify_data")
     saved = resumed.state["config"] | {name: getattr(config, name) for name in about_this_start}
     changed = {name: value for name, value in given.items() if saved.get(name) != value and name != "init_from"}
-    check_shape(changed, asdict(GPTConfig(**resumed.state["model"])), f"the run in {config.out_dir}")
+    check_shape(changed, asdict(shape), f"the run in {config.out_dir}")
     say(f"resuming {resumed.path}", *(f"  {name}: {saved.get(name)} -> {value}" for name, value in changed.items()))
-    return build(TrainConfig, saved | changed, source=str(resumed.path / "state.json"))
+    return build(TrainConfig, saved | changed, source)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,12 @@ def run_script(main: Callable[[], int | None]) -> None:
         rank = os.environ.get("RANK", "0")
         for line in str(error).splitlines():
             print(f"error{'' if rank == '0' else f' on rank {rank}'}: {line}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, RunStopped) else 2)
+        status = 3 if isinstance(error, RunStopped) else 2
+        processes = sys.modules.get("torch.distributed")
+        if processes and processes.is_available() and processes.is_initialized():
+            sys.stderr.flush()
+            os._exit(status)  # at a normal exit the destructor of a process group that broke may abort the process
+        sys.exit(status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

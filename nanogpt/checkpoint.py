@@ -1,7 +1,8 @@
 """Checkpoints: folders `out_dir/ckpt/step-NNNNNN` that are whole or not there, read without pickle.
 
 Each holds `model.safetensors`, `optimizer.safetensors`, `state.json`, `tokenizer.json` where the data has one, and
-`MANIFEST.json` with the SHA-256 of each file, written last. The hashes find damage, not malice.
+`MANIFEST.json` with the SHA-256 of each file, written last. The hashes find damage, not malice; a manifest counts only
+if it is exactly what `save` writes, so that a flipped bit in it is found too. Other files there are not looked at.
 """
 
 import contextlib
@@ -18,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from nanogpt import InputError, RunStopped
 from nanogpt.distributed import say, size
+from nanogpt.files import fits, plain_size, read_json
 
 if TYPE_CHECKING:
     from nanogpt.tokenizer import Tokenizer
@@ -29,6 +32,29 @@ if TYPE_CHECKING:
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "MANIFEST.json"
 RETRY_S = 60.0  # until a save that failed is tried again
+
+# What is in state.json, and of which kind (nanogpt/files.py); OLDER is what earlier versions did not write.
+SCALER = {
+    "scale": float,
+    "growth_factor": float,
+    "backoff_factor": float,
+    "growth_interval": int,
+    "_growth_tracker": int,
+}
+STATE = {
+    "step": int,
+    "samples": int,
+    "time_s": float,
+    "val_loss": (float, None),
+    "best_val_loss": (float, None),
+    "scaler": ({}, SCALER),  # {}: none was in use
+    "guard": ({}, {"skipped": float, "norms": [(float, None)], "checked": int}),
+    "processes": int,
+    "wandb_id": (str, None),
+    "model": dict,
+    "config": dict,
+}
+OLDER: dict[str, Any] = {"processes": 1, "wandb_id": None, "guard": {}}
 
 
 @dataclass
@@ -43,17 +69,17 @@ class Checkpoint:
 
 def is_run(out_dir: Path) -> bool:
     """Whether a training run has written into `out_dir`."""
-    return (out_dir / "metrics.jsonl").exists() or bool(steps(out_dir))
+    return os.path.exists(out_dir / "metrics.jsonl") or bool(steps(out_dir))
 
 
 def is_ours(source: Path) -> bool:
     """Whether `source` is a run's folder or one of its checkpoints."""
-    return (source / MANIFEST).exists() or bool(steps(source))
+    return os.path.exists(source / MANIFEST) or bool(steps(source))
 
 
 def steps(out_dir: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
-    found = [path for path in (out_dir / "ckpt").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    found = [path for path in _listed(out_dir, "step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
@@ -62,15 +88,16 @@ def to_resume(out_dir: Path, resume: bool | str) -> Checkpoint | None:
     is passed over is named in a printed line. Raises InputError where there is nothing to resume, or none is whole."""
     if resume is False:
         return None
-    for old in (out_dir / "ckpt").glob(".step-*.old.partial"):  # a kill came between the two renames of `save`
+    for old in _listed(out_dir, ".step-*.old.partial"):  # a kill came between the two renames of `save`
         final = old.with_name(old.name.removeprefix(".").removesuffix(".old.partial"))
         if not final.exists():
-            old.rename(final)
+            with contextlib.suppress(OSError):  # another rank was first, or the folder cannot be written
+                old.rename(final)
     if resume == "auto" and not steps(out_dir):
         return None
     if not steps(out_dir):
         theirs = f"; for nanoGPT's checkpoint there use --init_from={out_dir / 'ckpt.pt'}"
-        hint = theirs if (out_dir / "ckpt.pt").exists() else ", or start anew without --resume"
+        hint = theirs if os.path.exists(out_dir / "ckpt.pt") else ", or start anew without --resume"
         raise InputError(f"out_dir={out_dir} holds no run to resume (no ckpt/step-*): check the path{hint}")
     for path in steps(out_dir):
         try:
@@ -128,15 +155,25 @@ class Writer:
         self._due_at = time.monotonic() + self.every_s
         self._fault: str | None = None
         self._thread = threading.Thread()
+        self._copies: dict[tuple[int, str], Tensor] = {}  # kept: memory that is new costs more than copying into it
 
     def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Returns once the save before this one has ended and the state is copied to the host's memory."""
         self._join()
         self._due_at = time.monotonic() + self.every_s
-        copies = ({name: t.detach().to("cpu", copy=True) for name, t in part.items()} for part in (model, optimizer))
+        copies = [self._copy(number, part) for number, part in enumerate((model, optimizer))]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         # A daemon, so that a second Ctrl-C need not wait for it: what it leaves half written is never read.
         self._thread = threading.Thread(target=self._write, args=(*copies, state), daemon=True)
         self._thread.start()
+
+    def _copy(self, number: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, t in tensors.items():
+            if (number, name) not in self._copies:
+                self._copies[number, name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+            self._copies[number, name].copy_(t.detach(), non_blocking=True)
+        return {name: self._copies[number, name] for name in tensors}
 
     def overdue(self) -> bool:
         """Whether a save is due by the clock, one that failed being due again soon. Says so when it has failed."""
@@ -199,7 +236,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save(partial)
         hashes = {path.name: _sync_and_hash(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1), encoding="utf-8")
+        (partial / MANIFEST).write_text(_manifest(hashes), encoding="utf-8")
         _sync_and_hash(partial / MANIFEST)
         _sync_folder(partial)
         old = final.with_name(f".{final.name}.old.partial")
@@ -230,8 +267,13 @@ def prune(out_dir: Path, keep_every: int) -> None:
 
 
 def best(paths: list[Path]) -> Path | None:
-    """The checkpoint with the lowest validation loss; None where none was evaluated."""
-    losses = [(loss, path) for path in paths if (loss := _read_json(path / "state.json").get("val_loss")) is not None]
+    """The checkpoint with the lowest validation loss; None where none was evaluated. What a damaged one says is not
+    believed."""
+    losses = []
+    for path in paths:
+        with contextlib.suppress(InputError):
+            if (loss := _checked(path, {"state.json"})["val_loss"]) is not None:
+                losses.append((loss, path))
     return min(losses, key=lambda pair: pair[0])[1] if losses else None
 
 
@@ -241,11 +283,11 @@ def find(source: str | Path, which: str = "best") -> Path:
     Raises InputError where there is none.
     """
     source = Path(source)
-    if (source / MANIFEST).exists():
+    if os.path.exists(source / MANIFEST):
         return source
     paths = steps(source)
     if which not in ("best", "latest"):
-        named = [path for path in (Path(which), source / "ckpt" / which) if (path / MANIFEST).exists()]
+        named = [path for path in (Path(which), source / "ckpt" / which) if os.path.exists(path / MANIFEST)]
         if not named:
             raise InputError(f"checkpoint={which}: no such checkpoint in {source}; it has {_names(paths)}")
         return named[0]
@@ -256,38 +298,65 @@ def find(source: str | Path, which: str = "best") -> Path:
 
 def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
     """Read a checkpoint folder and compare each file with the manifest. Raises InputError for a damaged one."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    hashes = _read_json(path / MANIFEST).get("sha256")
-    if not isinstance(hashes, dict) or not set(FILES) <= set(hashes):
-        raise InputError(f"{path} is damaged: its {MANIFEST} is missing or unreadable; use another checkpoint")
-    wanted = set(hashes) - (set() if with_optimizer else {"optimizer.safetensors"})
-    for name in sorted(wanted):
+    left_out = set() if with_optimizer else {"optimizer.safetensors"}
+    state = _checked(path, {*FILES, "tokenizer.json"} - left_out)
+    try:
+        # Clones, because the file's memory is mapped and not aligned as torch aligns its own.
+        model, optimizer = (
+            {key: tensor.clone() for key, tensor in load_file(path / name).items()} if name not in left_out else {}
+            for name in FILES[:2]
+        )
+    except SafetensorError as error:  # of a manifest that is right
+        raise _damaged(path, f"its tensors cannot be read ({error})") from error
+    return Checkpoint(path, model, optimizer, state)
+
+
+def _checked(path: Path, wanted: set[str]) -> dict[str, Any]:
+    """What state.json says, once those of the `wanted` files that the manifest names are found to be its own. Raises
+    InputError for a damaged one."""
+    try:
+        hashes: Any = read_json(path / MANIFEST).get("sha256")
+        named = fits(hashes, dict.fromkeys(FILES, str)) and set(hashes) <= {*FILES, "tokenizer.json"}
+        if not named or (path / MANIFEST).read_text(encoding="utf-8") != _manifest(hashes):
+            raise ValueError
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"its {MANIFEST} is missing or unreadable") from error
+    for name in sorted(wanted & set(hashes)):
         try:
-            with (path / Path(name).name).open("rb") as content:
+            plain_size(path / name)
+            with (path / name).open("rb") as content:
                 found = hashlib.file_digest(content, "sha256").hexdigest()
         except OSError as error:
-            raise InputError(f"{path} is damaged: {name} {error.strerror}; use another checkpoint") from error
+            raise _damaged(path, f"{name} {error.strerror}") from error
         if found != hashes[name]:
-            raise InputError(f"{path} is damaged: the SHA-256 of {name} is not the manifest's; use another checkpoint")
-    # Clones, because the file's memory is mapped and not aligned as torch aligns its own.
-    model, optimizer = (
-        {key: tensor.clone() for key, tensor in load_file(path / name).items()} if name in wanted else {}
-        for name in FILES[:2]
-    )
-    return Checkpoint(path, model, optimizer, _read_json(path / "state.json"))
+            raise _damaged(path, f"the SHA-256 of {name} is not the manifest's")
+    try:
+        state = OLDER | read_json(path / "state.json")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"state.json is unreadable ({error})") from error
+    if wrong := [name for name, kind in STATE.items() if not fits(state.get(name, ...), kind)]:
+        raise _damaged(path, f"state.json lacks {', '.join(wrong)}, or has another kind of it")
+    return state
+
+
+def _manifest(hashes: dict[str, str]) -> str:
+    return json.dumps({"sha256": hashes}, indent=1)
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is damaged: {why}; use another checkpoint")
+
+
+def _listed(out_dir: Path, pattern: str) -> list[Path]:
+    folder = out_dir / "ckpt"
+    return [*folder.glob(pattern)] if os.path.isdir(folder) else []  # glob raises for a name too long to be one
 
 
 def _names(paths: list[Path]) -> str:
     return ", ".join(path.name for path in paths) or "none"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _sync_and_hash(path: Path) -> str:

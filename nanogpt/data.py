@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import http.client
 import json
+import os
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanogpt import InputError
+from nanogpt.files import fits, read_json
 from nanogpt.tokenizer import Tokenizer, aside
 
 if TYPE_CHECKING:
@@ -45,10 +47,10 @@ def resolve(dataset: str | Path) -> Path:
     homes = [Path("data"), Path(__file__).resolve().parent.parent / "data"]
     folders = [Path(dataset), *(home / dataset for home in homes)]
     for folder in folders:
-        if any((folder / f"{split}.bin").exists() for split in ("train", "val")):
+        if any(os.path.exists(folder / f"{split}.bin") for split in ("train", "val")):
             return folder
     for folder in folders:
-        if (folder / "prepare.py").exists():
+        if os.path.exists(folder / "prepare.py"):
             raise InputError(f"dataset {str(dataset)!r} is not prepared yet: run `python {folder / 'prepare.py'}`")
     names = sorted({path.name for home in homes if home.is_dir() for path in home.iterdir() if path.is_dir()})
     close = difflib.get_close_matches(str(dataset), names, n=1)
@@ -101,14 +103,14 @@ def open_dataset(
     if path.exists():
         try:
             found.meta = _read_meta(path)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error!r}): {again}") from error
     faults = []
     dtype = token_dtype(found.vocab_size)
     for split in splits:
         path = found.folder / f"{split}.bin"
-        if not path.exists():
-            faults.append(f"{path} is missing: {again}")
+        if not os.path.isfile(path) or not os.access(path, os.R_OK):
+            faults.append(f"{path} is {'unreadable' if os.path.exists(path) else 'missing'}: {again}")
             continue
         size, facts = path.stat().st_size, found.meta.get("splits", {}).get(split)
         tokens = size // dtype.itemsize
@@ -139,13 +141,17 @@ def open_dataset(
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    """meta.json, with what the code relies on checked: raises one of Python's own errors where that is not there."""
-    meta = json.loads(path.read_text(encoding="utf-8"))
-    if meta["format"] != FORMAT:
-        raise ValueError(f"format {meta['format']} is not {FORMAT}, so another version of nanogpt wrote it")
-    numbers = [meta["vocab_size"], meta["largest_id"], *(facts["tokens"] for facts in meta["splits"].values())]
-    fits = meta["largest_id"] < meta["vocab_size"] and meta["dtype"] == token_dtype(meta["vocab_size"]).name
-    if not fits or not all(isinstance(number, int) for number in numbers):
+    """meta.json, with what the code relies on checked. Raises OSError, and ValueError where that is not there."""
+    meta = read_json(path)
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"format {meta.get('format')!r} is not {FORMAT}, so another version of nanogpt wrote it")
+    known = {"tokenizer": str, "vocab_size": int, "largest_id": int, "dtype": str, "splits": dict}
+    complete = fits(meta, known) and all(
+        fits(facts, {"tokens": int, "sha256": str}) for facts in meta["splits"].values()
+    )
+    if not complete or not meta["largest_id"] < meta["vocab_size"] <= 2**32:  # ids have four bytes at most
+        raise ValueError("its numbers do not fit together")
+    if meta["dtype"] != token_dtype(meta["vocab_size"]).name:
         raise ValueError("its numbers do not fit together")
     return meta
 

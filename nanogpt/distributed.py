@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import gc
 import os
 import platform
 import re
@@ -79,7 +78,7 @@ class World:
         return everything
 
     def put(self, *tensors: Tensor) -> list[Tensor]:
-        """Host tensors on this process's device; to a GPU the copy runs beside the computation."""
+        """Host tensors on this process's device; to a GPU they are copied in its own time, the host goes on."""
         if self.device.type != "cuda":
             return [t.to(self.device) for t in tensors]
         return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
@@ -280,25 +279,15 @@ def explained_faults(remedy: str, before_update: bool = True) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError, InputError) as error:
         if is_lost_process(error):
-            told = (
-                f"waited in vain for the other processes ({str(error).strip().splitlines()[0][:200]}): one has died or"
-            )
-            raise RunStopped(f"{told} hangs; see what each printed, then go on with --resume=auto") from error
+            why, rank = str(error).strip().splitlines()[0][:200], os.environ.get("RANK", "0")
+            raise RunStopped(
+                f"rank {rank} waited in vain for the others ({why}): one has died or hangs; see what each printed, "
+                "then go on with --resume=auto"
+            ) from error
         if not isinstance(error, InputError) and not is_out_of_memory(error):
             raise
         told = str(error) if isinstance(error, InputError) else remedy
         raise (InputError if before_update else RunStopped)(told) from error
-
-
-@contextlib.contextmanager
-def no_collector() -> Iterator[None]:
-    """Keep Python's garbage collector from running by itself: a GPU with short steps waits for its pauses, and what a
-    step leaves is freed without it."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def compiled(

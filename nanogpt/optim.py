@@ -212,6 +212,8 @@ class Guard:
         return {"skipped": self.skipped.item(), "norms": norms, "checked": self.checked}
 
     def load(self, state: dict[str, Any]) -> None:
-        norms = [math.nan if norm is None else norm for norm in state["norms"]]
-        self.skipped.fill_(state["skipped"])
-        self.norms, self.checked = torch.tensor(norms, device=self.norms.device), state["checked"]
+        """Take over what `state` gave; {} changes nothing."""
+        norms = [math.nan if norm is None else norm for norm in state.get("norms", [])[-self.WINDOW :]]
+        self.skipped.fill_(state.get("skipped", 0.0))
+        self.norms[: len(norms)] = torch.tensor(norms, device=self.norms.device)
+        self.checked = state.get("checked", 0)

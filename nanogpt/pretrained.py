@@ -5,7 +5,9 @@ Qwen3 and nanoGPT store theirs as (out, in), which is also ours. Nothing is exec
 `ckpt.pt` is read as plain data.
 """
 
-import json
+import math
+import os
+import pickletools
 import re
 import zipfile
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nanogpt import InputError
+from nanogpt.files import fits, plain_size, read_json
 from nanogpt.tokenizer import Tokenizer
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -24,6 +27,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WRITE_TOKENIZER = "have transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) write one"
 
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")  # of DDP, torch.compile, the headed model
+# What torch.save calls for dicts, numbers and tensors. torch.load allows more, such as a bytearray of any size.
+PLAIN = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (?!\w*Tensor)\w+")
 CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # buffers, not parameters
 
 # For each architecture of ours: their name of a tensor -> ours, its rows and columns (`_translate` tells the letters).
@@ -99,8 +104,8 @@ def read_weights(source: str | Path) -> Weights:
     """Whatever `source` is: a size of OpenAI's (gpt2 … gpt2-xl), a folder or hub id in Hugging Face's format, nanoGPT's
     checkpoint (the file, or a folder with ckpt.pt). Raises InputError as the two readers below."""
     path = Path(source)
-    is_folder_of_nanogpt = (path / "ckpt.pt").exists() and not (path / "config.json").exists()
-    if str(source) not in OPENAI_MODELS and (path.is_file() or path.suffix == ".pt" or is_folder_of_nanogpt):
+    is_folder_of_nanogpt = os.path.exists(path / "ckpt.pt") and not os.path.exists(path / "config.json")
+    if str(source) not in OPENAI_MODELS and (os.path.isfile(path) or path.suffix == ".pt" or is_folder_of_nanogpt):
         return read_nanogpt(path)
     return read_huggingface(str(source))
 
@@ -133,29 +138,36 @@ def read_nanogpt(path: str | Path) -> Weights:
 
     Raises InputError where the file is missing, damaged, asks to run code, or is no checkpoint of nanoGPT.
     """
-    path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
+    path = Path(path) / "ckpt.pt" if os.path.isdir(path) else Path(path)
     remedy = "give a ckpt.pt that nanoGPT's train.py wrote"
     try:
+        size = plain_size(path)
+        _refuse_code(path, size)
         # Memory-mapped (which the oldest format cannot be), so that the optimizer's state inside costs nothing.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # broken pickles raise whatever their bytes happen to mean
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks to run {code[1]}" if code else _brief(error)
-        raise InputError(f"{path} was not read ({reason}): {remedy}") from error
-    model, args = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ("model", "model_args"))
-    if not (isinstance(model, dict) and isinstance(args, dict) and all(map(torch.is_tensor, model.values()))):
+        raise InputError(f"{path} was not read ({_brief(error)}): {remedy}") from error
+    content: Any = checkpoint if isinstance(checkpoint, dict) else {}
+    model, args, settings = content.get("model"), content.get("model_args"), content.get("config")
+    named = isinstance(model, dict) and all(isinstance(n, str) and torch.is_tensor(t) for n, t in model.items())
+    if not named or not isinstance(args, dict):
         raise InputError(f"{path} has no weights under 'model', or no 'model_args': {remedy}")
+    # A view of a single number can be of any shape; but tied weights are stored once.
+    if sum(tensor.nbytes for tensor in model.values()) > 2 * size:
+        raise InputError(f"{path} states tensors larger than itself: {remedy}")
 
     sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
     config = _checked(str(path), {name: args.get(name) for name in sizes})
     config |= {"dropout": args.get("dropout", 0.0), "bias": args.get("bias", True), "gelu": "erf"}
+    if not fits(config, {"dropout": float, "bias": bool}):
+        raise InputError(f"{path}: dropout or bias in 'model_args' is neither number nor switch: {remedy}")
     tensors = _translate(str(path), _plain_names(str(path), model), config, transposed=False)
     weights = Weights(
         source=str(path),
         config=config,
         tensors=tensors,
         notes=[f"{path}: nanoGPT's optimizer state is not taken over; the optimizer starts afresh"],
-        train_config=checkpoint.get("config") or {},
+        train_config=settings if fits(settings, {"dataset": str}) else {},
     )
     if config["vocab_size"] == NANOGPT_PADDED_VOCAB:
         config["vocab_size"] = GPT2_VOCAB
@@ -167,6 +179,24 @@ def read_nanogpt(path: str | Path) -> Weights:
     return weights
 
 
+def _refuse_code(path: Path, size: int) -> None:
+    """Raises ValueError where reading a ckpt.pt of `size` bytes would call something else than what makes tensors, or
+    take more memory than the file has: torch.load lets both through."""
+    with path.open("rb") as file:
+        pickles: list[Any] = [file] * 5  # the oldest format: three of numbers, the content, the names of the storages
+        if zipfile.is_zipfile(file):
+            archive = zipfile.ZipFile(file)
+            if any(entry.compress_type or entry.file_size > size for entry in archive.infolist()):
+                raise ValueError("it is packed as torch.save never does")
+            pickles = [archive.open(entry) for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
+        else:
+            file.seek(0)
+        for content in pickles:
+            for code, name, _ in pickletools.genops(content):
+                if "GLOBAL" in code.name and not PLAIN.fullmatch(str(name)):
+                    raise ValueError(f"it asks to run {str(name).replace(' ', '.')}")
+
+
 def read_tokenizer(source: str) -> Tokenizer:
     """The tokenizer of a local folder or, by its id, of a model on the hub. Raises InputError where there is none."""
     if tokenizer := Tokenizer.load(_folder(source, "tokenizer.json")):
@@ -176,7 +206,7 @@ def read_tokenizer(source: str) -> Tokenizer:
 
 def _folder(source: str, *files: str) -> Path:
     """`source` if it is a folder, else the local copy of a model's `files` on the hub. Raises InputError for none."""
-    if source not in OPENAI_MODELS and Path(source).is_dir():
+    if source not in OPENAI_MODELS and os.path.isdir(source):
         return Path(source)
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -197,10 +227,7 @@ def _folder(source: str, *files: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-        return content
+        return read_json(path)
     except FileNotFoundError as error:
         raise InputError(
             f"{path.parent} has no {path.name}: give a folder with config.json and model.safetensors, as transformers' "
@@ -266,7 +293,9 @@ def _checked(source: str, sizes: dict[str, Any]) -> dict[str, Any]:
     wrong = []
     for name, value in sizes.items():
         kinds = (int, float) if name in ("rope_theta", "norm_eps") else (int,)
-        if type(value) not in kinds or not value > 0 or (name == "head_dim" and value % 2):
+        # A name for each tensor of each layer will be made: millions of layers would take the memory.
+        most = 10_000 if name == "n_layer" else math.inf
+        if type(value) not in kinds or not 0 < value <= most or (name == "head_dim" and value % 2):
             wrong.append(f"{name}={value!r}")
     whole, part = ("n_head", "n_kv_head") if "n_kv_head" in sizes else ("n_embd", "n_head")
     if wrong or sizes[whole] % sizes[part]:

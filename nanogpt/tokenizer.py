@@ -5,21 +5,24 @@ Two fast paths for preparing data stand beside it: a lookup table for characters
 """
 
 import contextlib
+import io
 import os
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from nanogpt import InputError
+from nanogpt.files import read_small
 
 if TYPE_CHECKING:
     import tiktoken
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
+MOST_BYTES = 64 * 2**20  # of a tokenizer.json; the largest published ones have half of that
 _UNKNOWN = 2**32 - 1  # marks code points without an id in a lookup table
 
 
@@ -105,14 +108,17 @@ class Tokenizer:
         Nothing in a pickle is executed. Raises InputError for a damaged file.
         """
         path, old = Path(folder) / "tokenizer.json", Path(folder) / "meta.pkl"
-        if path.exists():
+        if os.path.exists(path):
             import tokenizers
 
             try:
-                return cls(tokenizers.Tokenizer.from_file(str(path)))
-            except Exception as error:  # the library raises nothing narrower
-                raise InputError(f"{path} is damaged ({error}): prepare the dataset again, or restore it") from error
-        return cls._from_characters(_read_meta_pkl(old)) if old.exists() else None
+                return cls(tokenizers.Tokenizer.from_buffer(read_small(path, MOST_BYTES)))
+            except BaseException as error:  # the library raises nothing narrower, and its panics are no Exceptions
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                told = " ".join(str(error).split())[:200]
+                raise InputError(f"{path} is damaged ({told}): prepare the dataset again, or restore it") from error
+        return _read_meta_pkl(old) if os.path.exists(old) else None
 
     def save(self, folder: str | Path, name: str = "tokenizer.json") -> None:
         """Write what `load` and other programs read. Raises OSError where the disk does not take it."""
@@ -126,12 +132,12 @@ class Tokenizer:
         """Ids of `text`, those of <|endoftext|> and its like included. Raises InputError as `encode_ordinary` does."""
         if self._table is not None:
             return self.encode_ordinary(text).tolist()
-        return self._inner.encode(_without_surrogates(text), add_special_tokens=False).ids
+        return self._ids(_without_surrogates(text))
 
     def encode_ordinary(self, text: str) -> np.ndarray:
         """Ids of `text`, uint32 of shape (tokens,), the names of special tokens taken as plain text; fast.
 
-        Raises InputError for characters that a character tokenizer does not have.
+        Raises InputError for characters that the tokenizer does not have.
         """
         if self._table is not None:
             points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
@@ -150,9 +156,15 @@ class Tokenizer:
             return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
         self._inner.encode_special_tokens = True  # the library's name for "special tokens are plain text"
         try:
-            return np.array(self._inner.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+            return np.array(self._ids(text), dtype=np.uint32)
         finally:
             self._inner.encode_special_tokens = False
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            return self._inner.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # such as a table of words without one for those unknown
+            raise InputError(f"the tokenizer has no ids for this text ({error}): use another tokenizer.json") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens by their names; bytes that are not UTF-8 become U+FFFD.
@@ -205,20 +217,35 @@ def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
             yield parts[0], parts[1]
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, strings and numbers; a pickle that names any class or function is refused before it can run."""
+# The codes that pickles of dicts, lists, strings and numbers are made of.
+PLAIN = (
+    b"\x80\x95.("  # protocol, frame, end, mark
+    b"\x94qrhj"  # what is named, to come again
+    b"}su]ae)t\x85\x86\x87"  # dicts, lists, tuples
+    b"X\x8cJKM\x8aGN\x88\x89"  # strings, numbers, None, True, False
+    b"c\x93"  # a class or function, for find_class to refuse by its name
+)
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads dicts, strings and numbers; a pickle that names any class or function is refused before it can run.
+
+    Built on the library's reader in Python: the one in C takes gigabytes where a pickle of ten bytes asks for them.
+    """
+
+    dispatch: ClassVar = {code: pickle._Unpickler.dispatch[code] for code in PLAIN}
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
 
 
-def _read_meta_pkl(path: Path) -> dict[str, int]:
+def _read_meta_pkl(path: Path) -> Tokenizer:
     """The characters and their ids in nanoGPT's `meta.pkl`. Raises InputError where it holds anything else."""
     try:
-        with path.open("rb") as file:
-            vocab = _PlainUnpickler(file).load()["stoi"]
+        vocab = _PlainUnpickler(io.BytesIO(read_small(path))).load()["stoi"]
         if sorted(vocab.values()) != list(range(len(vocab))) or not all(len(character) == 1 for character in vocab):
             raise ValueError("stoi is not a table of characters with ids from 0 on")
-        return dict(vocab)
+        return Tokenizer._from_characters(dict(vocab))
     except Exception as error:  # broken pickles raise whatever their bytes happen to mean
-        raise InputError(f"{path} was not read ({error}): prepare the dataset again, or delete meta.pkl") from error
+        told = repr(error)[:200]
+        raise InputError(f"{path} was not read ({told}): prepare the dataset again, or delete meta.pkl") from error

@@ -19,14 +19,16 @@ from nanogpt import InputError, RunStopped, checkpoint
 from nanogpt.tokenizer import Tokenizer
 
 
-def facts(step: int) -> dict[str, Any]:
-    return {"step": step, "val_loss": None}
+def facts(step: int, val_loss: float | None = None) -> dict[str, Any]:
+    losses = {"val_loss": val_loss, "best_val_loss": val_loss}
+    counts = {"step": step, "samples": 4 * step, "time_s": 0.5, "processes": 1, "wandb_id": None}
+    return {**counts, **losses, "scaler": {}, "guard": {}, "model": {}, "config": {}}
 
 
 def save(out_dir: Path, step: int, val_loss: float | None = None, size: int = 3) -> Path:
     weights = {"layer.weight": torch.arange(float(size)) + step}
-    state = {"step": step, "val_loss": val_loss}
-    return checkpoint.save(out_dir, weights, {"layer.weight/step": torch.tensor(float(step))}, state, None)
+    optimizer = {"layer.weight/step": torch.tensor(float(step))}
+    return checkpoint.save(out_dir, weights, optimizer, facts(step, val_loss), None)
 
 
 def flip_a_bit(path: Path) -> None:
@@ -38,7 +40,7 @@ def flip_a_bit(path: Path) -> None:
 def test_what_is_saved_is_loaded(tmp_path: Path):
     tokenizer = Tokenizer.characters("ab")
     matrix = torch.randn(3, 4).t()  # not contiguous
-    state = {"step": 5, "val_loss": None, "name": "é"}
+    state = facts(5) | {"name": "é"}
     path = checkpoint.save(tmp_path, {"w": matrix}, {"w/exp_avg": matrix * 2}, state, tokenizer)
     assert path == tmp_path / "ckpt" / "step-000005"
     assert sorted(file.name for file in path.iterdir()) == [
@@ -91,7 +93,7 @@ def test_a_name_in_the_manifest_leads_nowhere_else(tmp_path: Path):
     (tmp_path / "secret").write_bytes(b"")
     manifest["sha256"]["../../secret"] = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="secret No such file"):
+    with pytest.raises(InputError, match=r"its MANIFEST\.json is"):
         checkpoint.load(path)
 
 
@@ -170,7 +172,7 @@ def test_a_kill_between_two_names_is_mended(tmp_path: Path, step: int):
 
 
 def write(writer: checkpoint.Writer, step: int, size: int = 3) -> None:
-    writer.save({"w": torch.full((size,), float(step))}, {"w/step": torch.tensor(1.0)}, facts(step))
+    writer.save({f"w{size}": torch.full((size,), float(step))}, {"w/step": torch.tensor(1.0)}, facts(step))
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -55,6 +55,8 @@ def test_seeds_are_repeats_and_the_other_differences_the_legend(make_run):
     ]
     assert [run.path.name for run in groups[0].runs] == ["a", "c"]
     assert [group.label for group in group_repeats([runs[0], runs[2]])] == ["a (2 runs)"]
+    other = read_run(make_run("other", [4.0], base | dict.fromkeys("uvwxyz", 1)))
+    assert [group.label for group in group_repeats([runs[0], other])] == ["a", "other"]  # too many to be read
 
 
 def test_the_newest_readable_checkpoint_tells_the_settings(make_run):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +131,46 @@ def test_one_process_takes_over_from_two(two: Path, run: Run):
 
 
 # ---- one process
+
+
+ALONE_TOO_LONG = """
+import os, sys, time, torch
+from nanogpt import distributed, run_script
+
+def main():
+    distributed.PATIENCE_S = 3.0
+    world = distributed.start("cpu", "float32")
+    world.sum(torch.ones(1))
+    if world.rank == 1:
+        time.sleep(60) if sys.argv[1] == "hangs" else os._exit(1)
+    with distributed.explained_faults("memory"):
+        world.sum(torch.ones(1))
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("other", ["hangs", "dies"])
+def test_a_process_that_waits_in_vain_says_so(other: str):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", ALONE_TOO_LONG, other]
+    first, second = (
+        subprocess.Popen(command, env=meeting | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    )
+    try:
+        told = first.communicate(timeout=60)[1]
+    finally:
+        second.kill()
+        second.communicate()
+    assert first.returncode == 3
+    assert re.search(
+        r"error: rank 0 waited in vain for the others \(.+\): one has died or hangs; see what each", told
+    )
+    assert "Traceback" not in told
 
 
 def test_rows_must_divide_by_the_processes(run: Run, monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ from train import TrainConfig
 CPU = torch.device("cpu")
 ONE, ZERO = torch.ones(()), torch.zeros(())
 KEYS: dict[str, Any] = {"learning_rate": 1e-2, "beta1": 0.8, "beta2": 0.97, "weight_decay": 0.3}
+KEYS |= {"muon_lr": 2e-2, "muon_momentum": 0.8}
 
 
 class Small(nn.Module):
@@ -78,7 +79,7 @@ def test_muon_is_torchs_on_each_map(dtype: torch.dtype):
         return [part.detach() for name in rows for part in getattr(named[name], what).split(rows[name])]
 
     theirs = [nn.Parameter(part.clone()) for part in parts("data")]
-    oracle = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    oracle = torch.optim.Muon(theirs, lr=2e-2, momentum=0.8, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
     for seed in range(4):
         set_gradients(model, seed)
         before = [t.detach().clone() for t in theirs]
@@ -140,6 +141,8 @@ def test_schedules_by_hand():
         ({}, {0: 6e-4 / 2001, 2000: 6e-4, 600_000: 6e-5}),
         ({"max_iters": 20, "warmup_iters": 10}, {15: 6e-5 + 5.4e-4 / 2, 20: 6e-5}),
         ({"max_iters": 20, "warmup_iters": 0, "lr_decay_iters": 40, "min_lr": 0.0}, {20: 3e-4, 39: 924.8e-9, 40: 0.0}),
+        ({"max_iters": 20, "warmup_iters": 0, "schedule": "trapezoid", "min_lr": 0.0}, {10: 6e-4, 15: 3e-4}),
+        ({"max_iters": 20, "warmup_iters": 0, "schedule": "constant"}, {19: 6e-4, 20: 6e-4}),
         ({"decay_lr": False}, {0: 6e-4, 1000: 6e-4, 10**7: 6e-4}),
     ],
 )
@@ -157,6 +160,20 @@ def test_gradient_norm():
     model = Small()
     by_hand = math.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in set_gradients(model, 0).values()))
     assert gradient_norm(model.parameters()).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "maps"), [(2, 3), (4, 3)])  # of one shape, 16 × 16 and wider, among them
+def test_muon_is_shared_out_over_the_ranks(ranks: int, maps: int, monkeypatch: pytest.MonkeyPatch):
+    """Each rank does its share alone, and what is put together is the whole; without processes, a rank at a time."""
+    whole, shares = torch.randn(maps, 4, 6), []
+    expected = orthogonalise(whole, torch.float32)
+    for rank in range(ranks):
+        optimizer = optimizer_of(Small(), "muon")
+        optimizer.world = World(rank, ranks, CPU, torch.float32)
+        monkeypatch.setattr(World, "gather", lambda self, mine: shares.append(mine) or mine.repeat(ranks, 1, 1))
+        assert len(optimizer._orthogonalise(whole)) == maps
+    assert {len(share) for share in shares} == {-(-maps // ranks)}
+    torch.testing.assert_close(torch.cat(shares)[:maps], expected)
 
 
 NAN, INF = math.nan, math.inf

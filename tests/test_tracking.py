@@ -2,8 +2,10 @@
 
 import json
 import resource
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from conftest import Run, metrics
 
 import train
-from nanogpt import InputError, RunStopped
+from nanogpt import InputError, RunStopped, tracking
 from nanogpt.tracking import Late, Stopwatch, Tracker, duration, size
 from train import TrainConfig
 
@@ -157,3 +159,28 @@ def test_words_for_times_and_sizes():
         "2.54 GB",
         "3 TB",
     ]
+
+
+def test_a_resumed_run_goes_on_in_wandb(run: Run, monkeypatch: pytest.MonkeyPatch):
+    """With a stand-in for wandb that hands out ids: the second start asks for the first one's."""
+    asked, logged = [], []
+
+    class Session:
+        id = "id-of-the-first"
+
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            logged.append(step)
+
+        def finish(self) -> None:
+            pass
+
+    def init(**keys: Any) -> Session:
+        asked.append((keys["id"], keys["resume"]))
+        return Session()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setattr(tracking, "find_spec", lambda _: True)
+    run(out_dir="out", max_iters=3, wandb_log=True, eval_interval=0)
+    run(out_dir="out", max_iters=5, resume=True)
+    assert asked == [(None, "allow"), ("id-of-the-first", "allow")]
+    assert sorted(set(logged)) == [1, 2, 3, 4, 5]

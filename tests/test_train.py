@@ -21,7 +21,7 @@ from nanogpt import RunStopped, checkpoint, data, distributed, tracking
 from nanogpt.data import Rows
 from nanogpt.distributed import World
 from nanogpt.tokenizer import Tokenizer
-from start import compile_model
+from start import compile_model, open_data_and_model, pick_micro_batch, training_bytes
 from train import TrainConfig
 
 
@@ -366,9 +366,27 @@ def test_a_micro_batch_changes_no_step(run: Run, size: Any, rows: int, monkeypat
     assert [line["tokens"] for line in metrics("cut")] == [line["tokens"] for line in metrics("plain")]
 
 
-def test_less_memory_is_the_same_run(run: Run):
-    run(out_dir="plain", n_layer=2)
-    run(out_dir="lean", n_layer=2, activation_checkpointing=True, loss_chunk=24)
+def test_auto_takes_what_is_free_and_keeps_to_it(run: Run, monkeypatch: pytest.MonkeyPatch, letters: Path):
+    """Between the estimates for two sizes lies room for the smaller. A resumed run does not ask again."""
+    config, given = parse(TrainConfig, argv=flags(dataset=letters, batch_size=8, micro_batch_size="auto"))
+    _, model, _ = open_data_and_model(config, given, None)
+    world = World(0, 1, torch.device("cpu"), torch.float32)
+    enough = training_bytes(model, config, 4, 16, world) / 0.8 * 1.01
+    for neighbours in (2, 1):  # two processes on a machine share what is free
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(neighbours))
+        monkeypatch.setattr(distributed, "free_memory", lambda _, free=enough * neighbours: free)
+        assert pick_micro_batch(config, model, world) == 4
+    run(out_dir="out", batch_size=8, micro_batch_size="auto", max_iters=2)
+    monkeypatch.setattr(distributed, "free_memory", lambda _: None)
+    run(out_dir="out", resume=True, max_iters=4, batch_size=8)
+    saved = [checkpoint.load(Path(f"out/ckpt/step-00000{step}")).state["config"] for step in (2, 4)]
+    assert [config["micro_batch_size"] for config in saved] == [4, 4]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])  # whose noise is drawn again in backward, the same
+def test_less_memory_is_the_same_run(run: Run, dropout: float):
+    run(out_dir="plain", n_layer=2, dropout=dropout)
+    run(out_dir="lean", n_layer=2, dropout=dropout, activation_checkpointing=True, loss_chunk=24)
     assert losses("lean") == pytest.approx(losses("plain"), rel=1e-5)
 
 

@@ -1,0 +1,55 @@
+"""Small files as anyone may have left them: damaged, huge, or not files at all. Nothing is taken on trust."""
+
+import errno
+import json
+import math
+import stat
+from pathlib import Path
+from typing import Any
+
+SMALL = 16 * 2**20  # bytes; JSON takes up to a hundred times its size in memory
+
+
+def plain_size(path: Path) -> int:
+    """A file's bytes. Raises OSError where it is missing, or a folder, a pipe or a device, which may never end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "is not a plain file", str(path))
+    return found.st_size
+
+
+def read_small(path: Path, most: int = SMALL) -> bytes:
+    """What a plain file holds. Raises OSError, and ValueError where that is more than `most` bytes."""
+    if plain_size(path) > most:
+        raise ValueError(f"{path.name} is larger than {most:,} bytes")
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; numbers that are not finite become None. Raises OSError, and ValueError for anything
+    else than an object."""
+    try:
+        found = json.loads(read_small(path).decode("utf-8"), parse_constant=lambda _: None)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a kind: int (0 to 2**63 - 1), float (any finite number), str, dict, None, a
+    tuple of kinds (one of them), [kind] (a list of it), {name: kind} (an object with these at least; {}: an empty one).
+    """
+    if isinstance(kind, tuple):
+        return any(fits(value, option) for option in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+    if isinstance(kind, dict):
+        known = isinstance(value, dict) and (kind or not value)
+        return bool(known) and all(fits(value.get(name, ...), inner) for name, inner in kind.items())
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**63
+    if kind is float:
+        return fits(value, int) or (type(value) is float and math.isfinite(value))
+    return value is None if kind is None else type(value) is kind

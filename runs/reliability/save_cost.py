@@ -1,0 +1,69 @@
+"""How long training stands still for a checkpoint of GPT-2 (124M), weights and AdamW's moments, 1.5 GB:
+
+    python runs/reliability/save_cost.py
+
+In turn: the writer, which returns once the state is copied to the host's memory, and the same checkpoint written in the
+loop. Prediction: copying takes a twentieth of writing, hashing and syncing. Writes save_cost.json beside itself.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "runs" / "shakespeare_char_cpu")]
+
+from compare_with_nanogpt import machine  # noqa: E402
+
+from model import GPT, GPTConfig  # noqa: E402
+from nanogpt import checkpoint  # noqa: E402
+from nanogpt.distributed import World, keep_freed_memory  # noqa: E402
+from nanogpt.optim import Optimizer  # noqa: E402
+from train import TrainConfig  # noqa: E402
+
+ROUNDS = 5
+
+
+def main() -> None:
+    keep_freed_memory()  # as training does
+    model = GPT(GPTConfig(bias=False))
+    optimizer = Optimizer(model, TrainConfig(), World(0, 1, torch.device("cpu"), torch.float32))
+    weights, state = model.state_dict(), optimizer.state_tensors()
+    rows = []
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        out_dir = Path(folder)
+        with checkpoint.Writer(out_dir, 0, 0.0, None) as writer:
+            for number in range(ROUNDS):
+                facts = {"step": 2 * number, "val_loss": None}
+                start = time.perf_counter()
+                writer.save(weights, state, facts)
+                beside = time.perf_counter() - start
+                writer.finish()
+                whole = time.perf_counter() - start
+                start = time.perf_counter()
+                checkpoint.save(out_dir, weights, state, facts | {"step": 2 * number + 1}, None)
+                rows.append(
+                    {"beside_s": beside, "until_written_s": whole, "in_the_loop_s": time.perf_counter() - start}
+                )
+                checkpoint.prune(out_dir, 0)
+                print(rows[-1], flush=True)
+    ratio = statistics.median(row["beside_s"] / row["in_the_loop_s"] for row in rows)
+    summary = {"standing still, of writing in the loop": round(ratio, 4)}
+    summary |= {name: round(statistics.median(row[name] for row in rows), 3) for name in rows[0]}
+    report = {
+        "command": "python runs/reliability/save_cost.py",
+        "machine": machine(),
+        "summary": summary,
+        "rounds": rows,
+    }
+    Path(__file__).with_name("save_cost.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(summary, indent=1))
+
+
+if __name__ == "__main__":
+    main()
