@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 DEMO := --max_iters=800 --eval_interval=200
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all chaos lint clean
 
 demo: $(VENV)/demo
 	@set -e; dataset=shakespeare_char; \
@@ -20,6 +20,9 @@ test: lint
 
 test-all: lint
 	$(PY) -m pytest
+
+chaos: $(VENV)/dev
+	$(PY) tests/chaos.py --kills=50 --pair_kills=5 --changes=2
 
 lint: $(VENV)/dev
 	$(PY) -m ruff check .

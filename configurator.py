@@ -147,7 +147,8 @@ def _assigned(node: ast.AST) -> Iterator[tuple[str, int]]:
 def _why_unreadable(file: str, error: OSError) -> str:
     if "=" in file or file.startswith("-"):
         return f"no such file; did you mean the flag --{file.lstrip('-')}?"
-    recipes = [*Path(file).parent.glob("*.py"), *(Path(__file__).parent / "config").glob("*.py")]
+    homes = [home for home in (Path(file).parent, Path(__file__).parent / "config") if os.path.isdir(home)]
+    recipes = [recipe for home in homes for recipe in home.glob("*.py")]
     by_stem = {path.stem: os.path.relpath(path) for path in recipes}
     close = difflib.get_close_matches(Path(file).stem, by_stem, n=1)
     return f"{(error.strerror or 'cannot be read').lower()}{f'; did you mean {by_stem[close[0]]}?' if close else ''}"
@@ -190,8 +191,9 @@ def _convert(hint: Any, value: Any, is_text: bool) -> Any:
     if is_text and value not in options:
         value = WORDS.get(value, value)
         if str in options and not (value is None and NoneType in options):
-            return got
-        value = _number(value) if isinstance(value, str) else value
+            value = got
+        else:
+            value = _number(value) if isinstance(value, str) else value
     if type(value) is int and int not in options and float in options:
         value = _number(f"{value}.0")
     elif type(value) is float and float not in options and value.is_integer():

@@ -167,9 +167,7 @@ def test_a_process_that_waits_in_vain_says_so(other: str):
         second.kill()
         second.communicate()
     assert first.returncode == 3
-    assert re.search(
-        r"error: rank 0 waited in vain for the others \(.+\): one has died or hangs; see what each", told
-    )
+    assert re.search(r"error: rank 0 waited in vain for the others \(.+\): one has died or hangs; see what each", told)
     assert "Traceback" not in told
 
 

@@ -133,7 +133,8 @@ def on(config: MeasureConfig) -> str:
 def checks(config: MeasureConfig) -> dict[str, Any]:
     """Each check's outcome: True, or what was found instead. One that raises does not keep the others from running."""
     found: dict[str, Any] = {}
-    for check in (same_as_cpu, graphs_change_nothing, nobody_waits, muon_is_torchs, resumes_to_the_bit, memory_ends):
+    steps = (same_as_cpu, graphs_change_nothing, nobody_waits, muon_is_torchs)
+    for check in (*steps, resumes_to_the_bit, deterministic_costs, memory_ends):
         try:
             found[check.__name__] = check(config)
         except Exception as error:
@@ -239,6 +240,22 @@ def resumes_to_the_bit(config: MeasureConfig) -> bool:
     return len(hashes) == 1
 
 
+def deterministic_costs(config: MeasureConfig) -> dict[str, float]:
+    """A step of 124M parameters with equal bits each time, over one without: milliseconds, twice in turn."""
+    times: dict[str, float] = {}
+    size = (
+        "--n_layer=1 --n_head=2 --n_embd=64 --block_size=64 --batch_size=2 --vocab_size=65 --device=cpu"
+        if config.trial
+        else "--batch_size=32"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("False", "True", "False again", "True again"):
+            flags = f"bench.py {size} --steps=10 --deterministic={name.split()[0]} --to={folder}/bench.json"
+            run(shlex.split(flags), ROOT)
+            times[name] = json.loads(Path(folder, "bench.json").read_text())["rows"][0]["ms"]
+    return times
+
+
 def memory_ends(config: MeasureConfig) -> str:
     """What a user reads whose micro-batch does not fit, and the exit status."""
     flags = "--dataset=shakespeare_char --batch_size=100000 --gradient_accumulation_steps=1 --block_size=1024"
@@ -289,11 +306,7 @@ def moment(config: MeasureConfig) -> float:
 def table(config: MeasureConfig) -> Any:
     """bench.py's table, as it writes it."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = [
-            f"--reference={Path(config.reference).resolve()}",
-            f"--to={folder}/table.json",
-            f"--only={config.only}",
-        ]
+        flags = [f"--reference={Path(config.reference).resolve()}", f"--only={config.only}"]
         flags += ["--device=cpu", "--steps=1", "--warmup=2"] if config.trial else []
         _, lines = run(["bench.py", "--table=True", f"--to={folder}/table.json", *flags], ROOT)
         print("\n".join(line for _, line in lines), flush=True)
