@@ -357,7 +357,8 @@ def compare(ours: Checkpoint, theirs: Checkpoint, *fields: str) -> None:
 def death(random: Random, in_save: bool) -> Doom | Blow:
     """How the next life ends."""
     name = random.choice([name for name in OPERATIONS if name != "log"]) if in_save else "log"
-    doom = Doom(name, random.randint(1, OPERATIONS[name][2]), random.choice([0, random.random(), 1]))
+    amid = random.random()
+    doom = Doom(name, random.randint(1, OPERATIONS[name][2]), random.choice([0, amid, amid, 1]))
     word, most, delay_s = random.choice(
         [("born", 1, 0.2), ("step", 2 * EVERY, 0.02), ("enter", 3, 0.01), ("log", 0, 0)]
     )
