@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as when train
 
 import safetensors.torch
 import torch
+import transformers
 from conftest import LETTERS, ROOT, Source, environment, flags, metrics
 
 import train
@@ -441,11 +442,13 @@ def launch(size: int, witness: Witness, dooms: list[Doom | None], arguments: lis
 
 
 def together(kills: int, random: Random, home: Path) -> str:
-    """Two processes that begin with the weights of another run, which a restart must not begin with again."""
-    keys: dict[str, Any] = MODERN | {"dataset": home / "letters"}
-    first, whole = Witness(home, "first"), Witness(home, "pair")
-    demand(one_life(first, None, flags(**keys, out_dir=first.out_dir, max_iters=2, seed=9)) == 0, first.told())
-    keys |= {"init_from": first.out_dir, "max_iters": EVERY * (3 * kills + 2)}
+    """Two processes that begin with somebody's GPT-2, which a restart must not begin with again."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": len(LETTERS)}
+    special = {"bos_token_id": 0, "eos_token_id": 0}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **special)).save_pretrained(home / "somebody")
+    keys: dict[str, Any] = GPT2 | {"optimizer": "muon", "skip_spikes": 3, "dataset": home / "letters"}
+    keys |= {"init_from": home / "somebody", "max_iters": EVERY * (3 * kills + 2)}
+    whole = Witness(home, "pair")
     done = launch(2, whole, [], flags(**keys, out_dir=whole.out_dir, keep_every=EVERY)).wait()
     demand(done == 0, whole.told())
 

@@ -4,6 +4,8 @@ import json
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Run, assert_same_checkpoint, metrics, steps
+from conftest import TINY, Run, assert_same_checkpoint, environment, flags, metrics, steps
 
 import train
 from model import GPT
@@ -354,3 +356,59 @@ def test_names_and_rows_of_weights(run: Run):
     tokenizer = Tokenizer.load(found.path)
     assert tokenizer is not None
     assert tokenizer.decode([3, 0]) == "da"
+
+
+# ---- on a file system of its own
+
+# What follows runs in a mount namespace of its own: `mount` there is seen by nobody else.
+DISKS = """
+import subprocess, sys
+from pathlib import Path
+import torch, train
+from nanogpt import InputError, RunStopped, checkpoint
+
+def mount(*words): subprocess.run(["mount", *words], check=True)
+
+def run(out_dir, *more):
+    sys.argv = ["train.py", *flags, f"--out_dir={out_dir}", *more]
+    try:
+        return train.main()
+    except (InputError, RunStopped) as error:
+        print("error:", error)
+        return 3 if isinstance(error, RunStopped) else 2
+
+flags = sys.argv[1:]
+torch.set_num_threads(1)
+print("undisturbed", run("whole"))
+each = sum(path.stat().st_size for path in Path("whole/ckpt/step-000008").iterdir())
+Path("disk").mkdir()
+mount("-t", "tmpfs", "-o", f"size={each * 5 // 2 // 4096 * 4096}", "none", "disk")
+print("full", run("disk/run"), Path("disk/run/metrics.jsonl").read_text().count('"lr"'))
+print("kept", *(path.name for path in checkpoint.steps(Path("disk/run"))))
+mount("-o", "remount,size=100m", "disk")
+print("larger", run("disk/run", "--resume=auto"))
+mount("-o", "remount,ro", "disk")
+print("read-only", run("disk/run"), run("disk/run", "--resume=True", "--max_iters=10"), run("disk/new"))
+print("measured", run("disk/run", "--resume=True", "--eval_only=True"))
+subprocess.run(["cp", "-r", "disk/run", "filled"], check=True)
+"""
+
+
+def test_a_small_disk_and_a_read_only_one(letters: Path, tmp_path: Path):
+    """A tmpfs that holds two checkpoints and a half."""
+    apart = ["unshare", "--user", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("needs Linux and the right to make a mount namespace")
+    command = [*apart, sys.executable, "-c", DISKS, *flags(dataset=letters, eval_interval=2, max_iters=8)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    assert told["undisturbed"] == "0"
+    assert told["full"] == "3 8"  # all steps were done all the same
+    assert re.search(r"error: the checkpoint disk/run/ckpt/step-00000\d could not be written \(", done.stdout)
+    assert re.fullmatch(r"step-00000\d step-00000\d", told["kept"])
+    assert told["larger"] == "0"
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "filled", 8)
+    assert told["read-only"] == "2 2 2"
+    assert told["measured"] == "0"
+    assert done.stdout.count("cannot be written (Read-only file system)") == 3
