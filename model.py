@@ -9,6 +9,7 @@ Letters in shapes: B rows, T positions, C = n_embd channels, V = vocab_size.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from nanogpt.pretrained import Weights
+
+# What takes the place of attention to the same rows alone where a text is continued: it keeps the keys and values, and
+# attends to all that it has kept. q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T,
+# head_dim). One for each block; nanogpt/inference.py has them.
+Past = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Up to this many positions a CPU attends by three plain operations: level with torch's fused kernel, which computes the
 # same function, in float32 and several times faster in bfloat16 (runs/cpu_step, docs/decisions.md).
@@ -126,11 +132,12 @@ def norm(config: GPTConfig, channels: int) -> nn.Module:
     return nn.LayerNorm(channels, eps=config.norm_eps, bias=config.bias)
 
 
-def rotation(T: int, config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (T, head_dim), by which rotary positions (Su et al. 2021) turn the pairs of channels
-    (i, i + head_dim/2); of the sine the first half is negated."""
-    frequencies = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
-    angles = torch.arange(T, device=device)[:, None] * frequencies  # radians
+def rotation(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each (..., head_dim) for positions (...), by which rotary positions (Su et al. 2021) turn the
+    pairs of channels (i, i + head_dim/2); of the sine the first half is negated."""
+    channels = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequencies = 1 / config.rope_theta ** (channels / config.head_dim)
+    angles = positions[..., None] * frequencies  # radians
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -148,9 +155,9 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2))
         self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, past: Past | None = None) -> Tensor:
         B, T, _ = x.shape
-        plain = x.device.type == "cpu" and T <= PLAIN_ATTENTION_UP_TO
+        plain = x.device.type == "cpu" and T <= PLAIN_ATTENTION_UP_TO and past is None
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).permute(2, 0, 1, 3)  # (heads, B, T, head_dim)
         if plain:
             qkv = qkv.contiguous()  # one copy here, instead of several in what follows and in its backward
@@ -163,6 +170,8 @@ class Attention(nn.Module):
         if plain:
             return self.out(plain_attention(q, k, v, dropout))
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (B, heads, T, head_dim)
+        if past is not None:
+            return self.out(past(q, k, v).transpose(1, 2).reshape(B, T, -1))
         shared = self.n_kv_head < self.n_head
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=shared)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
@@ -223,8 +232,8 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config) if config.arch == "modern" else MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), turn))
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, past: Past | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), turn, past))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -242,8 +251,7 @@ class GPT(nn.Module):
         self.norm = norm(config, config.n_embd)
         self.activation_checkpointing = False  # keep only the blocks' inputs for backward, and compute the rest again
         self.loss_chunk = 0  # tokens whose logits exist at a time where there are targets; 0: all
-        if not config.tied:
-            self.head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.head = None if config.tied else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.initialise()
 
     @torch.no_grad()
@@ -270,7 +278,7 @@ class GPT(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """The matrix that makes logits of channels, (padded V, C)."""
-        return self.tokens.weight if self.config.tied else self.head.weight
+        return self.tokens.weight if self.head is None else self.head.weight
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Predict each next token.
@@ -279,20 +287,7 @@ class GPT(nn.Module):
         Returns logits (B, T, V; None where the loss is made in chunks) and the mean cross-entropy in nats; without
         targets only the last position's logits (B, 1, V), which is all that sampling reads, and None.
         """
-        T = idx.shape[1]
-        if self.config.block_size < T:
-            raise ValueError(f"{T} tokens do not fit into a context of block_size={self.config.block_size}")
-        x, turn = self.tokens(idx), None  # (B, T, C)
-        if self.config.arch == "gpt2":
-            x = x + self.positions.weight[:T]
-        else:
-            turn = rotation(T, self.config, idx.device)
-        x = self.dropout(x)
-        for block in self.blocks:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, turn, use_reentrant=False)
-            else:
-                x = block(x, turn)
+        x = self.features(idx)
         x = self.norm(x if targets is not None else x[:, -1:])
         if targets is not None and self.loss_chunk:
             return None, self.chunked_loss(x.flatten(0, 1), targets.flatten())
@@ -301,9 +296,31 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
+    def features(self, idx: Tensor, positions: Tensor | None = None, past: Sequence[Past] | None = None) -> Tensor:
+        """What the last block gives for the ids idx (B, T), of shape (B, T, C).
+
+        positions: (B, T) of the ids in their rows; None: from 0 on. past: one for each block (see `Past`).
+        """
+        T = idx.shape[1]
+        if self.config.block_size < T:
+            raise ValueError(f"{T} tokens do not fit into a context of block_size={self.config.block_size}")
+        x, turn = self.tokens(idx), None  # (B, T, C)
+        if self.config.arch == "gpt2":
+            x = x + (self.positions.weight[:T] if positions is None else self.positions(positions))
+        else:
+            turn = rotation(torch.arange(T, device=idx.device) if positions is None else positions, self.config)
+        x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, turn, use_reentrant=False)
+            else:
+                x = block(x, turn, past[i] if past is not None else None)
+        return x
+
     def logits(self, x: Tensor) -> Tensor:
         """(..., V) of the last norm's (..., C)."""
-        return F.linear(x, self.output_weight)[..., : self.config.vocab_size]
+        made = F.linear(x, self.tokens.weight) if self.head is None else self.head(x)
+        return made[..., : self.config.vocab_size]
 
     def chunked_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy of x (tokens, C), `loss_chunk` tokens at a time; backward makes their logits again."""

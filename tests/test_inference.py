@@ -1,73 +1,132 @@
-"""Drawing tokens: against argmax, softmax and the plain loop."""
+"""Drawing tokens against softmax and transformers, the cache against the plain way, text against what was encoded."""
 
-from types import SimpleNamespace
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from nanogpt.inference import generate, next_token, sample_text
+from nanogpt import inference
+from nanogpt.inference import Decoder, Sampling, TextStream, draw, generate, logprobs, odds, sample_text, window_start
 from nanogpt.tokenizer import Tokenizer
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.0, -3.0])
+V, BLOCK = 37, 16
 
 
-@pytest.fixture
-def model() -> GPT:
+@pytest.fixture(params=["gpt2", "modern"])
+def model(request: pytest.FixtureRequest) -> GPT:
+    """Of random weights, so large that each token matters."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=8, dropout=0.5))
+    sizes: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": V, "block_size": BLOCK}
+    kind = {"arch": "modern", "bias": False, "n_kv_head": 2, "tied": False} if request.param == "modern" else {}
+    model = GPT(GPTConfig(**sizes, **kind, dropout=0.5))
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(8)
+            p.mul_(12 if p.dim() == 2 else 1).add_(0.02 * torch.randn(p.shape))
+        if request.param == "gpt2":
+            model.positions.weight.mul_(6)
     return model
 
 
-def draw(count: int, **keys: Any) -> Tensor:
-    """How often each id comes, of `count` draws."""
-    generator = torch.Generator().manual_seed(2)
-    ids = next_token(LOGITS.expand(count, -1), generator=generator, **keys)
-    assert ids.shape == (count, 1)
-    return torch.bincount(ids[:, 0], minlength=5)
+# ---- drawing
 
 
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "kept"), [(1.0, None, 5), (0.5, None, 5), (2.0, 5, 5), (1.0, 3, 3), (1.5, 2, 2)]
-)
-def test_frequencies_are_those_of_softmax(temperature: float, top_k: int | None, kept: int):
-    odds = (LOGITS / temperature).exp()
-    odds[LOGITS.argsort(descending=True)[kept:]] = 0
-    expected = 20_000 * odds / odds.sum()
-    seen = draw(20_000, temperature=temperature, top_k=top_k)
+def oracle(how: Sampling) -> Tensor:
+    """What transformers makes of LOGITS."""
+    warpers: list[Any] = [transformers.TemperatureLogitsWarper(how.temperature)]
+    warpers += [transformers.TopKLogitsWarper(how.top_k)] if how.top_k else []
+    warpers += [transformers.TopPLogitsWarper(how.top_p)] if how.top_p < 1 else []
+    warpers += [transformers.MinPLogitsWarper(how.min_p)] if how.min_p > 0 else []
+    return transformers.LogitsProcessorList(warpers)(torch.zeros(1, 1), LOGITS[None]).softmax(-1)[0]
+
+
+FILTERS = [
+    Sampling(),
+    Sampling(temperature=0.5),
+    Sampling(temperature=2.0, top_k=5),
+    Sampling(top_k=3),
+    Sampling(top_p=0.8),
+    Sampling(min_p=0.3),
+    Sampling(temperature=1.5, top_k=4, top_p=0.9, min_p=0.2),
+    Sampling(top_k=1),
+    Sampling(top_p=1e-9),
+    Sampling(top_k=100, top_p=0.9),
+]
+
+
+@pytest.mark.parametrize("how", FILTERS, ids=str)
+def test_frequencies_are_those_of_transformers_filters(how: Sampling):
+    expected = oracle(how)
+    both = odds(torch.stack([LOGITS, LOGITS.flip(0)]), how)
+    assert (both[0] - expected).abs().max() < 1e-6
+    assert (both[1] - both[0].flip(0)).abs().max() < 1e-6
+    count = 20_000
+    ids = draw(LOGITS.expand(count, -1), how, [(i // 100, i % 100) for i in range(count)])
+    seen, expected = torch.bincount(ids, minlength=5), count * expected
     assert seen[expected == 0].sum() == 0
+    kept = int((expected > 0).sum())
     chi_squared = ((seen - expected) ** 2 / expected)[expected > 0].sum()
-    assert chi_squared < {5: 18.47, 3: 13.82, 2: 10.83}[kept]  # exceeded by chance once in a thousand
+    assert chi_squared < {5: 18.47, 4: 16.27, 3: 13.82, 2: 10.83, 1: 1e-6}[kept]  # by chance once in a thousand
+
+
+def test_a_draw_is_its_seed_s_sample_s_and_position_s_alone():
+    how, places = Sampling(seed=7), [(sample, position) for sample in range(5) for position in range(40)]
+    logits = torch.randn(len(places), 50, generator=torch.Generator().manual_seed(1))
+    ids = draw(logits, how, places)
+    backwards = [*range(len(places))][::-1]
+    assert torch.equal(draw(logits[backwards], how, [places[i] for i in backwards]), ids.flip(0))
+    assert all(draw(logits[i : i + 1], how, [places[i]]) == ids[i] for i in range(0, len(places), 7))
+    alike = logits[:1].expand(len(places), -1)
+    for other in (Sampling(seed=8), how):
+        moved = [(sample + (other is how), position) for sample, position in places]
+        assert (draw(alike, other, moved) == draw(alike, how, places)).float().mean() < 0.3
 
 
 def test_greedy():
-    """Temperature 0, or one candidate only; at a low temperature nothing overflows."""
-    for keys in ({"temperature": 0}, {"temperature": 0, "top_k": 3}, {"temperature": 5.0, "top_k": 1}):
-        assert draw(100, **keys).tolist() == [100, 0, 0, 0, 0]
+    """At temperature 0; at a low temperature nothing overflows. Ids beyond the tokenizer's are never drawn."""
     rows = torch.tensor([[1.0, 3.0, 2.0], [9e4, 0.0, -9e4]])
-    assert next_token(rows, 1e-3).tolist() == next_token(rows, 0).tolist() == [[1], [0]]
+    places = [(0, 0), (1, 0)]
+    for how in (Sampling(temperature=0), Sampling(temperature=1e-3), Sampling(temperature=0, top_k=2, top_p=0.5)):
+        assert draw(rows, how, places).tolist() == [1, 0]
+    assert draw(rows.flip(1), Sampling(temperature=0, vocab_size=2), places).tolist() == [1, 1]
+    assert draw(rows.flip(1).repeat(200, 1), Sampling(vocab_size=2), [(i, 0) for i in range(400)]).max() == 1
+
+
+# ---- the cache
+
+
+def test_where_windows_begin():
+    """A context of 8: full at 8 tokens; with the ninth the last four are kept."""
+    assert [window_start(n, 8) for n in range(1, 15)] == [0] * 8 + [5] * 5 + [10]
+    for block in (1, 2, 3, 7, 64):
+        for n in range(1, 300):
+            kept, before = n - window_start(n, block), n - 1 - window_start(n - 1, block)
+            assert 1 <= kept <= block
+            assert kept == (before + 1 if before < block else max(1, block // 2))
 
 
 def test_generate_is_the_plain_loop(model: GPT):
-    """Beyond block_size the last tokens count; dropout is off, and on again afterwards."""
-    prompts = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(1))
-    new = torch.cat(list(generate(model, prompts, 12, temperature=0)), dim=1)
+    """Dropout is off, and on again afterwards."""
+    prompts = torch.randint(V, (3, 5), generator=torch.Generator().manual_seed(1))
+    new = torch.cat(list(generate(model, prompts, 40, Sampling(temperature=0))), dim=1)
     assert model.training
-    assert new.shape == (3, 12)
+    assert new.shape == (3, 40)
     model.eval()
     for row, prompt in enumerate(prompts.tolist()):
         ids = list(prompt)
-        for _ in range(12):
-            context = torch.tensor([ids[-8:]])
-            logits = model(context, context)[0]  # with targets: all positions
-            ids.append(int(logits[0, -1].argmax()))
+        for n in range(5, 45):
+            begin = n if n <= BLOCK else BLOCK // 2 + (n - BLOCK - 1) % (BLOCK // 2 + 1)  # so many are seen
+            context = torch.tensor([ids[-begin:]])
+            ids.append(int(model(context, context)[0][0, -1].argmax()))
         assert new[row].tolist() == ids[5:]
-    assert len({tuple(row) for row in new.tolist()}) == 3  # a model that says one thing would prove nothing
+    assert len({tuple(row) for row in new.tolist()}) > 1  # a model that says one thing would prove nothing
+    assert len(set(new.flatten().tolist())) > 5
     first = generate(model.train(), prompts, 12)
     next(first)
     assert not model.training
@@ -75,40 +134,210 @@ def test_generate_is_the_plain_loop(model: GPT):
     assert model.training
 
 
-def test_ids_beyond_the_tokenizer_are_never_drawn(model: GPT):
+TEXTS = [[1, 2, 3], [4], [5, 6] * (BLOCK // 2), [7, 8, 9] * 5, [1, 2, 3]]  # the third fills the context; two are equal
+
+
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one", "ragged"])
+def test_logits_are_those_of_the_plain_way(model: GPT, texts: list[list[int]]):
+    """At each position, three contexts long, every row by itself."""
+    model.eval()
+    decoder, draws = Decoder(model, rows=len(texts)), torch.Generator().manual_seed(3)
+    known, logits = [list(text) for text in texts], decoder.start(texts)
+    rereads = 0
+    for _ in range(3 * BLOCK):
+        for row, ids in enumerate(known):
+            window = torch.tensor([ids[window_start(len(ids), BLOCK) :]])
+            assert (logits[row] - model(window)[0][0, 0]).abs().max() < 1e-4 * logits[row].abs().max()
+        new = torch.randint(V, (len(texts),), generator=draws)
+        for ids, token in zip(known, new.tolist(), strict=True):
+            rereads += len(ids) - window_start(len(ids), BLOCK) == BLOCK
+            ids.append(token)
+        logits = decoder.step(new)
+    assert rereads >= 4 * len(texts)
+    assert torch.equal(decoder.start(texts), Decoder(model, rows=len(texts)).start(texts))  # what was is forgotten
+
+
+@pytest.mark.parametrize("how", [Sampling(temperature=0), Sampling(temperature=1.5, top_k=30, top_p=0.95, min_p=0.01)])
+def test_text_is_that_of_the_plain_way(model: GPT, how: Sampling):
+    """Greedy and drawn, each row for itself, whatever the others are."""
+    written = [[token.id for token in row] for row in zip(*Decoder(model, rows=5).write(TEXTS, 40, how), strict=True)]
+    assert model.training
+    plain = [torch.tensor([TEXTS[0]] * 5), torch.tensor([TEXTS[1]] * 5)]
+    for row in (0, 1, 4):
+        ids = torch.cat(list(generate(model, plain[row == 1], 40, how)), dim=1)[row]
+        assert written[row] == ids.tolist()
+    assert (written[0] == written[4]) == (how.temperature == 0)
+    alone = Decoder(model).write([TEXTS[2]], 40, how, samples=[2])
+    assert [token.id for (token,) in alone] == written[2]
+
+
+def test_equal_texts_are_read_once(model: GPT, monkeypatch: pytest.MonkeyPatch):
+    shapes: list[Any] = []
+    original = GPT.features
+    monkeypatch.setattr(
+        GPT,
+        "features",
+        lambda self, idx, *rest, **keys: (shapes.append(idx.shape), original(self, idx, *rest, **keys))[1],
+    )
+    [*Decoder(model, rows=6).write([[1, 2, 3]] * 6, 4)]
+    assert shapes == [(1, 3), (6, 1), (6, 1), (6, 1)]
+
+
+def test_a_cache_no_longer_than_needed(model: GPT):
+    full, short = Decoder(model), Decoder(model, length=9)
+    assert short.cache.keys.shape[3] == 9
+    assert [*short.write([[1, 2, 3]], 6)] == [*full.write([[1, 2, 3]], 6)]
+
+
+@pytest.mark.slow
+def test_compiled_steps(model: GPT):
+    how = Sampling(temperature=0)
+    eager, compiled = Decoder(model, rows=5), Decoder(model, rows=5, compiled=True)
+    for _ in range(2):
+        assert [*compiled.write(TEXTS, 20, how)] == [*eager.write(TEXTS, 20, how)]
+
+
+# ---- how sure it was
+
+
+def test_logprobs(model: GPT):
+    """Of a text three contexts long: those of its tokens as they were drawn. Of a short one: the loss."""
+    texts = [[1, 2, 3], [4, 5]]
+    rows = [*zip(*Decoder(model, rows=2).write(texts, 50, Sampling(temperature=3, top_k=9), rivals=3), strict=True)]
+    for text, row in zip(texts, rows, strict=True):
+        found = logprobs(model, text + [token.id for token in row])
+        assert found.shape == (len(text) + 49,)
+        assert (found[len(text) - 1 :] - torch.tensor([token.logprob for token in row])).abs().max() < 1e-4
+        for token in row:
+            assert len(token.rivals) == 3
+            assert sorted((p for _, p in token.rivals), reverse=True) == [p for _, p in token.rivals]
+            assert token.id not in dict(token.rivals) or dict(token.rivals)[token.id] == token.logprob
+            assert token.rivals[0][1] >= token.logprob
+    assert model.training
+    ids = torch.arange(BLOCK + 1)
+    loss = model.eval()(ids[None, :-1], ids[None, 1:])[1]
+    assert loss is not None
+    assert abs(logprobs(model, ids.tolist()).mean().item() + loss.item()) < 1e-5
+    assert logprobs(model, [3]).shape == (0,)
+
+
+# ---- packed weights
+
+
+@pytest.mark.skipif(not inference.can_pack(), reason="needs FBGEMM, which torch has on x86 alone")
+def test_packed_weights_are_float16(model: GPT):
+    model.eval()
+    texts = torch.randint(V, (3, BLOCK), generator=torch.Generator().manual_seed(1))
+    rounded = GPT.from_tensors(model.config, {name: t.clone() for name, t in model.state_dict().items()}).eval()
     with torch.no_grad():
-        model.tokens.weight[5:11] = model.tokens.weight[5:11].abs() * 50
-        model.norm.bias.fill_(10)  # all of the excess ids are far likelier
-    prompt = torch.zeros(20, 1, dtype=torch.long)
-    free = torch.cat(list(generate(model, prompt, 5)), dim=1)
-    bound = torch.cat(list(generate(model, prompt, 5, vocab_size=5)), dim=1)
-    assert free.min() >= 5
-    assert bound.max() < 5
+        for name, p in rounded.named_parameters():
+            if p.dim() == 2 and name not in ("positions.weight", "tokens.weight"):
+                p.copy_(p.half().float())
+        before = model(texts)[0]
+        inference.pack(model)
+        after = model(texts)[0]
+        expected = rounded(texts)[0]
+        if model.config.tied:  # the output layer is rounded, the embedding is not
+            x = rounded.norm(rounded.features(texts)[:, -1:])
+            expected = (x @ rounded.tokens.weight.half().float().T)[..., :V]
+    assert (after - expected).abs().max() < 1e-5 * before.abs().max()
+    assert 1e-6 < (after - before).abs().max() / before.abs().max() < 5e-3
+    assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
+    assert len([*Decoder(model, rows=2).write([[1], [2, 3]], 30)]) == 30
+
+
+# ---- text
+
+HARD = "naïve 🤷🏽‍♀️ 日本語 \u0301 \ufffd x\r\n\t  \u200b𝒳 é\u0000 ﷽"
+
+
+def byte_level() -> Tokenizer:
+    """Tokens of one byte to a few, which cut characters apart."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([HARD] * 3, trainer)
+    return Tokenizer(bpe)
+
+
+def word_pieces() -> Tokenizer:
+    """A token that begins a text is written without its space."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁to": 0, "▁be": 1, "▁or": 2, "ing": 3}))
+    inner.decoder = tokenizers.decoders.Metaspace()
+    return Tokenizer(inner)
+
+
+def told(tokenizer: Tokenizer, ids: list[int], *stops: str) -> tuple[list[str], TextStream]:
+    stream = TextStream(tokenizer, stops)
+    return [*(stream.put(token) for token in ids), stream.close()], stream
+
+
+def test_characters_of_several_tokens():
+    tokenizer = byte_level()
+    ids = tokenizer.encode(HARD)
+    pieces, _ = told(tokenizer, ids)
+    assert "".join(pieces) == HARD
+    assert len(ids) > len(HARD)
+    assert pieces[-1] == ""
+    assert all(piece.strip("\ufffd ") == piece.strip(" ") for piece in pieces if "\ufffd " not in piece)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(200):  # any bytes: what is told is what decoding gives in the end
+        noise = torch.randint(tokenizer.vocab_size, (12,), generator=random).tolist()
+        assert "".join(told(tokenizer, noise)[0]) == tokenizer.decode(noise)
+
+
+def test_a_text_that_ends_amid_a_character():
+    tokenizer = byte_level()
+    ids = tokenizer.encode("a🤷")
+    pieces, _ = told(tokenizer, ids[:-1])
+    assert "".join(pieces[:-1]) == "a"
+    assert pieces[-1] == "\ufffd"
+
+
+def test_tokens_with_a_space_before_them():
+    assert told(word_pieces(), [0, 1, 3, 2, 0])[0] == ["to", " be", "ing", " or", " to", ""]
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "count"),
+    [
+        (["\n\n"], "ab", 4),
+        (["cc", "\n\n"], "ab", 4),
+        (["c"], "ab\n\n", 5),
+        (["d\n"], "ab\n\ncd", 99),
+        (["b\n\nc"], "a", 5),
+        (["", "zz"], "ab\n\ncd", 99),
+    ],
+)
+def test_stops(stops: list[str], text: str, count: int):
+    """What may begin a stop is held back until it is known; a text ends before it."""
+    pieces, stream = told(Tokenizer.characters("abcdz\n"), Tokenizer.characters("abcdz\n").encode("ab\n\ncd"), *stops)
+    assert "".join(pieces) == text
+    assert stream.stopped == (count < 99)
+    assert not any(pieces[count:]) or count == 99
 
 
 def test_sample_text(model: GPT):
-    """As many characters as asked for, the same ones each time."""
-    tokenizer = Tokenizer.characters("abcdefghijk")
+    """As many characters as asked for, the same ones each time; it starts at the end of a text where there is one."""
+    tokenizer = Tokenizer.characters("".join(map(chr, range(97, 97 + V))))
     text = sample_text(model, tokenizer, 30, seed=3)
     assert len(text) == 30
     assert text == sample_text(model, tokenizer, 30, seed=3) != sample_text(model, tokenizer, 30, seed=4)
+    plain = generate(model, torch.tensor([[0]]), 30, Sampling(seed=3))
+    assert text == tokenizer.decode([int(token) for token in plain])
 
 
-def test_sample_text_of_long_tokens():
-    """It stops when there is enough, also where a token is several characters, and starts at the end of a text."""
-    asked: list[list[int]] = []
-
-    class Constant(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.config = torch.nn.Parameter(torch.zeros(1)), SimpleNamespace(block_size=4)
-
-        def forward(self, idx: Tensor) -> tuple[Tensor, None]:
-            asked.append(idx[0].tolist())
-            return torch.tensor([[[-1e9, 0.0, -1e9]]]), None
-
-    words = SimpleNamespace(end_of_text=2, vocab_size=3, decode=lambda ids: "".join("xyz"[i] * 7 for i in ids))
-    assert sample_text(Constant(), words, 20, seed=0) == "y" * 20  # type: ignore[arg-type]
-    assert asked[0] == [2]
-    assert max(map(len, asked)) == 4
-    assert len(asked) == 10
+def test_sample_text_of_long_tokens(model: GPT, monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+    original: Callable[..., Any] = Decoder.write
+    monkeypatch.setattr(Decoder, "write", lambda self, *rest: (asked.append(rest), original(self, *rest))[1])
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"{i:07d}": i for i in range(V - 1)} | {"<|endoftext|>": 36})
+    )
+    inner.decoder = tokenizers.decoders.Fuse()
+    text = sample_text(model, Tokenizer(inner), 20, seed=0)
+    assert asked[0][0] == [[36]]
+    assert len(text) == 20
+    assert math.isfinite(int(text[:7]) if text[0] == "0" else 0)

@@ -1,5 +1,6 @@
 """sample.py as a user calls it."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from conftest import ROOT, Run, environment, save_as_nanogpt
 
 import sample
 from model import GPT
-from nanogpt import InputError
+from nanogpt import InputError, inference
+from nanogpt.inference import window_start
 from nanogpt.tokenizer import Tokenizer
 
 RULER = "---------------"
@@ -31,10 +33,9 @@ def write(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         fixed = ["--num_samples=2", "--max_new_tokens=25", "--device=cpu", "--dtype=float32"]
         monkeypatch.setattr(sys, "argv", ["sample.py", *fixed, *flags])
         sample.main()
-        head, _, told = capsys.readouterr().out.rpartition("\nsampling from ")
-        texts = (head + told).split(f"\n{RULER}\n")
-        assert texts.pop() == ""
-        return [texts[0].split("\n")[-1], *texts[1:]]
+        *texts, rest = capsys.readouterr().out.split(f"\n{RULER}\n")
+        assert rest == ""
+        return texts
 
     return call
 
@@ -43,7 +44,7 @@ def by_hand(model: GPT, prompt: str, count: int) -> str:
     ids = ["abcd".index(letter) for letter in prompt]
     model.eval()
     for _ in range(count):
-        context = torch.tensor([ids[-model.config.block_size :]])
+        context = torch.tensor([ids[window_start(len(ids), model.config.block_size) :]])
         ids.append(int(model(context)[0][0, -1].argmax()))
     return "".join("abcd"[i] for i in ids)
 
@@ -81,7 +82,7 @@ def test_which_checkpoint(write: Write, capsys: pytest.CaptureFixture[str]):
 def greedy_by(theirs: Any, prompt: list[int], count: int) -> str:
     ids = list(prompt)
     for _ in range(count):
-        ids.append(int(theirs(torch.tensor([ids[-32:]])).logits[0, -1].argmax()))
+        ids.append(int(theirs(torch.tensor([ids[window_start(len(ids), 32) :]])).logits[0, -1].argmax()))
     return "".join("abcd"[i] for i in ids)
 
 
@@ -143,8 +144,11 @@ def test_from_nanogpt_s_checkpoint(write: Write, foreign: Any):
         (["--start="], r"start is empty: give a prompt with --start=TEXT"),
         (["--start=FILE:none.txt"], r"start=FILE:none.txt: cannot be read .*No such file"),
         (["--out_dir=nothing"], r"nothing holds no checkpoint .*train one with --out_dir=nothing first"),
+        (["--start=" + "abc" * 6], r"start has 18 tokens, but the model's context ends at 16: shorten it"),
         (["--temperature=-1"], r"--temperature=-1: must be at least 0"),
         (["--top_k=0"], r"--top_k=0: must be at least 1"),
+        (["--top_p=0"], r"--top_p=0.*: must be above 0"),
+        (["--min_p=1"], r"--min_p=1.*: must be below 1"),
         (["--device=cuda"], r"device=cuda: this machine has no usable CUDA device"),
     ],
 )
@@ -161,10 +165,73 @@ def test_a_tokenizer_of_another_model(write: Write, foreign: Any):
         write("--init_from=narrow", "--start=f")
 
 
+def test_filters_and_stops(write: Write):
+    greedy = write("--start=dab", "--temperature=0")
+    for flags in (["--top_p=1e-9"], ["--min_p=0.999999"], ["--top_k=1"]):
+        assert write("--start=dab", "--temperature=1", *flags) == greedy
+    end = greedy[0][10:12]
+    assert write("--start=dab", "--temperature=0", f"--stop={end}") == [f"dab{greedy[0][3:].partition(end)[0]}"] * 2
+
+
+def test_how_sure_it_was(write: Write, monkeypatch: pytest.MonkeyPatch):
+    """In a terminal by colour, elsewhere a line for each token, with the model's own probability."""
+    keys = ("--start=dab", "--temperature=0", "--max_new_tokens=5", "--logprobs=True", "--num_samples=1")
+    (plain,) = write("--start=dab", "--temperature=0", "--max_new_tokens=5", "--num_samples=1")
+    first, *lines = write(*keys)[0].split("\n")
+    assert first == "dab"
+    model = GPT.from_checkpoint("out").eval()
+    for n, line in enumerate(lines, 3):
+        percent = 100 * model(torch.tensor([["abcd".index(letter) for letter in plain[:n]]]))[0].softmax(-1).max()
+        assert line == f"{percent:6.1f}%  {plain[n]!r}"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    (shown,) = write(*keys)
+    assert re.sub("\033\\[[0-9;]*m", "", shown) == plain
+    assert len(re.findall("\033\\[38;5;\\d+m.\033\\[0m", shown)) == 5
+
+
+def test_a_conversation(write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A line is a prompt, an empty one lets the text go on; mistakes are told; Ctrl-C stops the text alone."""
+    typed = iter(["dab", "", "Zz", KeyboardInterrupt(), "a" * 17, "c", EOFError()])
+
+    def read(prompt: str) -> str:
+        if isinstance(line := next(typed), BaseException):
+            raise line
+        return line
+
+    stop_at: list[int] = []
+    original = inference.TextStream.put
+
+    def put(self: inference.TextStream, token: int) -> str:
+        if stop_at and stop_at.pop():
+            raise KeyboardInterrupt
+        return original(self, token)
+
+    monkeypatch.setattr("builtins.input", read)
+    fixed = ["--device=cpu", "--dtype=float32", "--out_dir=out", "--interactive=True", "--temperature=0"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *fixed, "--max_new_tokens=8"])
+    monkeypatch.setattr(inference.TextStream, "put", put)
+    expected = by_hand(GPT.from_checkpoint("out"), "dab", 16)
+    sample.main()
+    told = capsys.readouterr()
+    first, second, third = told.out.splitlines()
+    assert (first, second) == (expected[:11], expected[11:19])
+    assert third == by_hand(GPT.from_checkpoint("out"), "c", 8)
+    assert "error: the character tokenizer has no id for 'Z' 'z'" in told.err
+    assert "error: start has 17 tokens, but the model's context ends at 16" in told.err
+    typed, stop_at = iter(["c", "c", EOFError()]), [0, 0, 0, 1, 0, 0, 0]
+    sample.main()
+    stopped, whole = capsys.readouterr().out.splitlines()
+    assert stopped == third[:4]
+    assert whole == third
+
+
 def test_the_command_line(write: Write):
     """As a process: all text on standard output."""
     command = [sys.executable, ROOT / "sample.py", "--out_dir=out", "--start=abc", "--num_samples=3", "--device=cpu"]
     done = subprocess.run([*command, "--max_new_tokens=10"], env=environment(), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    texts = done.stdout.partition("\n")[2].split(f"\n{RULER}\n")
+    assert done.returncode == 0
+    first, second = done.stderr.splitlines()
+    assert first == "sampling from out/ckpt/step-000020"
+    assert re.fullmatch(r"\d+\.\d tok/s \(30 tokens in \d+\.\d s\)", second)
+    texts = done.stdout.split(f"\n{RULER}\n")
     assert [len(text) for text in texts] == [13, 13, 13, 0]
