@@ -22,7 +22,7 @@ from nanogpt.tokenizer import Tokenizer
 BROKEN = "\ufffd"  # what decoding puts in the place of bytes that are no character, or not yet one
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: World) -> float:
     """Mean loss in nats over `windows`; the ranks take its batches in turn and share the sum."""
     model.eval()
@@ -143,7 +143,7 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
         model.train()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: Any, idx: Tensor, max_new_tokens: int, how: Sampling = PLAIN) -> Iterator[Tensor]:
     """Continue the texts idx (B, T), T ≥ 1, yielding the next ids (B, 1) of all rows at a time: the plain way.
 
@@ -158,7 +158,7 @@ def generate(model: Any, idx: Tensor, max_new_tokens: int, how: Sampling = PLAIN
             yield new
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def logprobs(model: Any, ids: Sequence[int]) -> Tensor:
     """The log-probability in nats of each id after the first, given those before it in its window; (len(ids) - 1,)."""
     block, device, found, at = model.config.block_size, next(model.parameters()).device, [], 1
@@ -235,7 +235,7 @@ class Decoder:
             mode = "reduce-overhead" if kind == "cuda" else None
             self._step = torch.compile(self._read, mode=mode, fullgraph=True, dynamic=False)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def start(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Read a text for each row, none of them empty; texts that are equal are read once. Returns what comes next,
         logits (rows, V)."""
@@ -244,7 +244,7 @@ class Decoder:
         with _in_eval_mode(self.model):
             return self._reread(range(len(texts)))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
         """Every row reads one more id, ids (rows,). Returns logits (rows, V)."""
         for text, token in zip(self.texts, ids.tolist(), strict=True):
@@ -341,7 +341,7 @@ def can_pack() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def pack(model: Any) -> None:
     """Replace all matrices of `model`, in place, by those of `PackedLinear`."""
     head = PackedLinear(model.output_weight, None)

@@ -1,6 +1,6 @@
 """Everything that is to be measured on one GPU, stage by stage, each into a file of its own beside this one:
 
-    python runs/gpu/measure.py --reference=NANOGPT_CHECKOUT --stages=checks,attention,table,character,best,books
+    python runs/gpu/measure.py --reference=NANOGPT_CHECKOUT --stages=checks,attention,table,decode,character,best,books
 
 The checkout needs data/shakespeare_char prepared; `books` needs --books=books.tar.xz, any archive of .txt files.
 --trial=True goes through all of it on a CPU in some minutes, to see that it works; its figures mean nothing.
@@ -8,13 +8,15 @@ The checkout needs data/shakespeare_char prepared; `books` needs --books=books.t
 checks      what only a GPU can prove: graphs = no graphs, resume to the bit, no waiting in a step, float32 = a CPU's
 attention   flash against cuDNN, forward and backward, at the shapes that matter
 table       bench.py --table=True beside nanoGPT (ask for --stages=table --only=… where time is short)
+decode      tokens/s of writing, at batch 1 and 64, 124M and 1558M, beside transformers and the memory's limit
 character   whole processes: nanoGPT's documented run of 10.6M parameters, and its loss by our fast recipe
 best        the lowest loss on tiny Shakespeare within that run's tokens and parameters: one line a variant
 books       nanoGPT's recipe for 124M parameters on books for five minutes, and its loss by the modern recipe
 
 Predictions, written before the first run: 124M at 62% of the matrix peak and 1.35 times nanoGPT; cuDNN 1.2 times flash;
 graphs 1.4 times at 10.6M parameters; Muon 2% of a step of half a million tokens; the loss 1.4697 in a twelfth of
-nanoGPT's time; best loss 1.41; the books' loss three times sooner.
+nanoGPT's time; best loss 1.41; the books' loss three times sooner. Decoding at batch 1: 15% of the memory's limit at
+124M, 45% at 1558M, three times transformers; at batch 64 twice.
 """
 
 import hashlib
@@ -98,7 +100,7 @@ class MeasureConfig:
 
 def main() -> None:
     config, _ = parse(MeasureConfig, description="Measure on a GPU.")
-    stages = {f.__name__: f for f in (checks, attention, table, character, best, books)}
+    stages = {f.__name__: f for f in (checks, attention, table, decode, character, best, books)}
     asked = config.stages.split(",")
     if unknown := [name for name in asked if name not in stages]:
         raise InputError(f"stages={config.stages}: no {', '.join(unknown)}; there are {', '.join(stages)}")
@@ -311,6 +313,17 @@ def table(config: MeasureConfig) -> Any:
         _, lines = run(["bench.py", "--table=True", f"--to={folder}/table.json", *flags], ROOT)
         print("\n".join(line for _, line in lines), flush=True)
         return json.loads(Path(folder, "table.json").read_text())
+
+
+def decode(config: MeasureConfig) -> Any:
+    """runs/decode/measure.py's comparison, as it writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--device=cuda", "--sizes=124M,1558M", "--batches=1,64", "--tokens=50"]
+        if config.trial:
+            flags = ["--contexts=20", "--batches=1", "--tokens=5", "--rounds=1"]
+        _, lines = run(["runs/decode/measure.py", f"--to={folder}/decode.json", *flags], ROOT)
+        print("\n".join(line for _, line in lines), flush=True)
+        return json.loads(Path(folder, "decode.json").read_text())
 
 
 def character(config: MeasureConfig) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""Decoding speed beside nanoGPT's and transformers', and beside what the memory allows.
+
+    python runs/decode/measure.py --reference=CHECKOUT_OF_NANOGPT --to=runs/decode/cpu.json
+    python runs/decode/measure.py --device=cuda --to=runs/decode/gpu.json
+
+For each size, batch and context every side in turn writes a few tokens, drawn with temperature 0.8 from the 200
+likeliest, and this several times over; the weights are random. `limit` is the time in which the bytes of ours' weights
+come from memory at the speed at which this machine sums a large tensor, measured in the same turns. int8 is FBGEMM's
+(weights and activations in 8 bits, one scale a row), a patch that stays here: docs/optimizations.md says why.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from model import GPT, GPTConfig  # noqa: E402
+from nanogpt import distributed, inference  # noqa: E402
+from nanogpt.inference import Decoder, Sampling, draw  # noqa: E402
+
+SIZES = {"124M": (12, 12, 768), "1558M": (48, 25, 1600)}  # layers, heads, channels
+HOW = Sampling(temperature=0.8, top_k=200)
+Step = Callable[[], Any]
+
+
+class Int8Linear(nn.Module):
+    """Weights as whole numbers of -127 to 127 and a scale for each row; activations quantized as they come."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        scales = weight.abs().amax(1).clamp(min=1e-8).double() / 127
+        zeros = torch.zeros(len(weight), dtype=torch.long)
+        quantized = torch.quantize_per_channel(weight.detach(), scales, zeros, 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
+
+
+def quantize(model: GPT) -> None:
+    original, inference.PackedLinear = inference.PackedLinear, Int8Linear  # type: ignore[misc, assignment]
+    inference.pack(model)
+    inference.PackedLinear = original  # type: ignore[misc]
+
+
+def ours(model: GPT, rows: int, context: int, compiled: bool, amp: Any) -> Step:
+    with amp:
+        decoder = Decoder(model, rows, compiled=compiled)
+        logits = [decoder.start([torch.randint(50_000, (context,)).tolist()] * rows)]
+    places = [(row, context) for row in range(rows)]
+
+    def step() -> None:
+        with amp:
+            logits[0] = decoder.step(draw(logits[0], HOW, places))
+
+    return step
+
+
+def nanogpt(model: Any, rows: int, context: int, device: str) -> Step:
+    idx = torch.randint(50_000, (rows, context), device=device)
+    return lambda: model.generate(idx, 1, temperature=0.8, top_k=200)
+
+
+def theirs(model: Any, rows: int, context: int, device: str) -> Step:
+    """transformers, as its `generate` does a step; what the prompt would have left in the cache is random."""
+    import transformers
+
+    c = model.config
+    cache = transformers.DynamicCache()
+    for layer in range(c.n_layer):
+        kept = torch.randn(2, rows, c.n_head, context - 1, c.n_embd // c.n_head, device=device, dtype=model.dtype)
+        cache.update(kept[0], kept[1], layer)
+    ids = torch.randint(50_000, (rows, 1), device=device)
+    warp = [transformers.TemperatureLogitsWarper(0.8), transformers.TopKLogitsWarper(200)]
+
+    @torch.no_grad()
+    def step() -> None:
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        for each in warp:
+            logits = each(ids, logits)
+        ids.copy_(torch.multinomial(logits.softmax(-1), 1))
+
+    return step
+
+
+def seconds(step: Step, count: int, world: Any) -> float:
+    step()
+    world.synchronize()
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    world.synchronize()
+    return (time.perf_counter() - began) / count
+
+
+def sides(size: str, reference: str | None, world: Any) -> tuple[dict[str, Callable[[int, int], Step]], int]:
+    """For each program a maker of its step from batch and context; and the bytes of ours' weights."""
+    import transformers
+
+    (n_layer, n_head, n_embd), device = SIZES[size], str(world.device)
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device).eval()
+    makers: dict[str, Callable[[int, int], Step]] = {}
+
+    def add(name: str, change: Callable[[GPT], Any], amp: Any) -> None:
+        model = GPT.from_tensors(plain.config, dict(plain.state_dict())).eval()
+        change(model)
+        makers[name] = lambda rows, context: ours(model, rows, context, world.device.type == "cuda", amp)
+
+    def add_theirs(name: str, dtype: torch.dtype) -> None:
+        config = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        model = transformers.GPT2LMHeadModel(config).to(device, dtype).eval()
+        makers[name] = lambda rows, context: theirs(model, rows, context, device)
+
+    exact = contextlib.nullcontext()
+    if world.device.type == "cpu" and inference.can_pack():
+        add("ours", inference.pack, exact)
+        add("ours float32", lambda model: None, exact)
+        add("int8", quantize, exact)
+    else:
+        add("ours", lambda model: model.to(world.dtype), world.autocast())
+    add_theirs("transformers bfloat16", torch.bfloat16)
+    if world.device.type == "cpu":
+        add_theirs("transformers float32", torch.float32)
+    if reference:
+        sys.modules.pop("model")
+        sys.path.insert(0, reference)
+        import model as checkout  # nanoGPT's
+
+        sys.path.pop(0)
+        shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": 1024, "vocab_size": 50304}
+        nano = checkout.GPT(checkout.GPTConfig(**shape, bias=True, dropout=0.0)).to(device).eval()
+        makers["nanoGPT"] = lambda rows, context: nanogpt(nano, rows, context, device)
+    return makers, 2 * sum(p.numel() for p in plain.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("device", "cpu"), ("sizes", "124M"), ("batches", "1,8"), ("contexts", "100,500,1000")):
+        parser.add_argument(f"--{name}", default=default)
+    for name, count in (("rounds", 5), ("tokens", 10)):
+        parser.add_argument(f"--{name}", type=int, default=count)
+    for name in ("reference", "only", "to"):
+        parser.add_argument(f"--{name}")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    world = distributed.start(args.device, "auto")
+    results = []
+    for size in args.sizes.split(","):
+        makers, weight_bytes = sides(size, args.reference, world)
+        if args.only:
+            makers = {name: make for name, make in makers.items() if name in args.only.split(",")}
+        large = torch.randn(2**26 if world.device.type == "cpu" else 2**30, device=world.device)
+        for rows in map(int, args.batches.split(",")):
+            for context in map(int, args.contexts.split(",")):
+                times: dict[str, list[float]] = {name: [] for name in makers} | {"limit": []}
+                for _ in range(args.rounds):
+                    times["limit"].append(weight_bytes / large.nbytes * seconds(large.sum, 5, world))
+                    for name, make in makers.items():
+                        count = max(1, args.tokens // (1 if name in ("ours", "int8") else 5))
+                        times[name].append(seconds(make(rows, context), count, world))
+                ratios = {
+                    name: statistics.median(a / b for a, b in zip(found, times["ours"], strict=True))
+                    for name, found in times.items()
+                }
+                rate = {name: round(rows / statistics.median(found), 2) for name, found in times.items()}
+                results.append(
+                    {"size": size, "batch": rows, "context": context, "tokens_per_s": rate}
+                    | {"ours_is_faster_by": {name: round(ratio, 3) for name, ratio in ratios.items()}}
+                    | {"seconds": times}
+                )
+                told = ", ".join(f"{name} {rate[name]} ({ratios[name]:.2f})" for name in times)
+                print(f"{size}, batch {rows}, context {context}: tok/s (times ours' speed): {told}", flush=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    about = {"command": " ".join(["python", "runs/decode/measure.py", *sys.argv[1:]]), "commit": commit.stdout.strip()}
+    about |= {"machine": f"{distributed.describe(world.device)}, {platform.machine()}", "cores": os.cpu_count()}
+    about |= {"torch": torch.__version__, "transformers": version("transformers"), "threads": torch.get_num_threads()}
+    if args.to:
+        Path(args.to).write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
