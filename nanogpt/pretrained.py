@@ -1,15 +1,20 @@
-"""Weights trained by other programs, under our names: Hugging Face's GPT-2 and Qwen3, nanoGPT's `ckpt.pt`.
+"""Weights trained by other programs, under our names: Hugging Face's GPT-2 and Qwen3, nanoGPT's `ckpt.pt`; and ours
+under Hugging Face's.
 
 GPT-2's layers are called as in OpenAI's release; of its blocks Hugging Face stores the four matrices as (in, out).
 Qwen3 and nanoGPT store theirs as (out, in), which is also ours. Nothing is executed: safetensors holds no code, a
 `ckpt.pt` is read as plain data.
 """
 
+import errno
+import json
 import math
 import os
 import pickletools
 import re
+import shutil
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nanogpt import InputError
+from nanogpt.distributed import size
 from nanogpt.files import fits, plain_size, read_json
 from nanogpt.tokenizer import Tokenizer
 
@@ -30,8 +36,9 @@ WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")  # of 
 # What torch.save calls for dicts, numbers and tensors. torch.load allows more, such as a bytearray of any size.
 PLAIN = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (?!\w*Tensor)\w+")
 CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # buffers, not parameters
+FLIPPED = ".c_"  # in the names of those that Hugging Face stores as (in, out)
 
-# For each architecture of ours: their name of a tensor -> ours, its rows and columns (`_translate` tells the letters).
+# For each architecture of ours: their name of a tensor -> ours, its rows and columns (`_layout` tells the letters).
 # Several of the same name of ours follow each other in its rows.
 TENSORS: dict[str, dict[str, tuple[str, ...]]] = {
     "gpt2": {
@@ -65,7 +72,8 @@ TENSORS: dict[str, dict[str, tuple[str, ...]]] = {
 
 # For each model_type: GPTConfig's sizes and their keys in config.json.
 SIZES = {
-    "gpt2": {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")} | {"block_size": "n_positions"},
+    "gpt2": {name: name for name in ("n_layer", "n_head", "n_embd", "n_inner", "vocab_size")}
+    | {"block_size": "n_positions", "norm_eps": "layer_norm_epsilon"},
     "qwen3": {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads"}
     | {"head_dim": "head_dim", "n_embd": "hidden_size", "n_inner": "intermediate_size", "vocab_size": "vocab_size"}
     | {"block_size": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps"},
@@ -73,7 +81,7 @@ SIZES = {
 # What this network can compute of other settings; the first is what transformers takes for a missing key.
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
 ALLOWED: dict[str, dict[str, tuple]] = {
-    "gpt2": {"activation_function": tuple(GELU), "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True,)}
+    "gpt2": {"activation_function": tuple(GELU), "tie_word_embeddings": (True,)}
     | {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     "qwen3": {"hidden_act": ("silu",), "attention_bias": (False,), "tie_word_embeddings": (False, True)}
     | {"use_sliding_window": (False,), "layer_types": ("full_attention", None)}
@@ -271,15 +279,18 @@ def _huggingface_config(source: str, theirs: dict[str, Any]) -> dict[str, Any]:
     if kind not in tuple(SIZES):
         raise InputError(f"{source} is of model_type {kind!r}: only {' and '.join(map(repr, SIZES))} can be used")
     if kind == "gpt2":
-        sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": GPT2_VOCAB}  # 124M's
-        theirs = sizes | {"n_positions": theirs.get("n_ctx", 1024)} | theirs
+        sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": GPT2_VOCAB, "layer_norm_epsilon": 1e-5}
+        theirs = sizes | {"n_positions": theirs.get("n_ctx", 1024)} | theirs  # 124M's, which may be left out
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}  # the latter since transformers 5
     rope = rope if isinstance(rope, dict) else {"type": rope}
     theirs = {"rope_type": rope.get("type", "default")} | theirs | rope
     if isinstance(layers := theirs.get("layer_types"), list):
         theirs["layer_types"] = next((layer for layer in layers if layer != "full_attention"), "full_attention")
-    config = _checked(source, {ours: theirs.get(name) for ours, name in SIZES[kind].items()})
-    allowed = ALLOWED[kind] | {"n_inner": (None, 4 * config["n_embd"]), "quantization_config": (None,)}
+    given = {ours: theirs.get(name) for ours, name in SIZES[kind].items()}
+    if kind == "gpt2" and given["n_inner"] is None:
+        del given["n_inner"]  # 4 n_embd, to them as to GPTConfig
+    config = _checked(source, given)
+    allowed = ALLOWED[kind] | {"quantization_config": (None,)}
     settings = {name: theirs.get(name, values[0]) for name, values in allowed.items()}
     for name, value in settings.items():
         if value not in allowed[name]:
@@ -317,29 +328,16 @@ def _translate(source: str, stored: dict[str, Tensor], config: dict[str, Any], t
 
     Raises InputError with the names of tensors that are missing, left over, or of a wrong shape or dtype.
     """
-    c = {"arch": "gpt2", "tied": True, "n_kv_head": config["n_head"], "n_inner": 4 * config["n_embd"]} | config
-    D = c.get("head_dim", c["n_embd"] // c["n_head"])
-    sizes = {"V": c["vocab_size"], "T": c["block_size"], "C": c["n_embd"], "I": c["n_inner"], "D": D}
-    sizes |= {"Q": c["n_head"] * D, "KV": c["n_kv_head"] * D, "QKV": (c["n_head"] + 2 * c["n_kv_head"]) * D}
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for theirs, (ours, *letters) in TENSORS[c["arch"]].items():
-        shape = tuple(sizes[letter] for letter in letters)
-        for i in map(str, range(c["n_layer"] if "*" in theirs else 1)):
-            name, our_name = theirs.replace("*", i), ours.replace("*", i)
-            expected[f"{name}.weight"] = (f"{our_name}.weight", shape)
-            if c["bias"] and ours not in ("tokens", "positions"):
-                expected[f"{name}.bias"] = (f"{our_name}.bias", shape[:1])
-
-    if c["tied"]:
-        expected.pop("lm_head.weight", None)
-    head = stored.pop("lm_head.weight", None) if c["tied"] else None  # the embedding, stored twice by some programs
+    expected = _layout(config)
+    tied = config.get("tied", True)
+    head = stored.pop("lm_head.weight", None) if tied else None  # the embedding, stored twice by some programs
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
     misshapen = []
     parts: dict[str, list[Tensor]] = {}
     for theirs in [name for name in expected if name in stored]:
         (ours, shape), tensor = expected[theirs], stored[theirs]
-        is_flipped = transposed and ".c_" in theirs
+        is_flipped = transposed and FLIPPED in theirs
         there = shape[::-1] if is_flipped else shape
         if tensor.shape != there or tensor.dtype not in FLOATS:
             misshapen.append(f"{theirs} ({tensor.dtype} {tuple(tensor.shape)} instead of float {there})")
@@ -355,6 +353,100 @@ def _translate(source: str, stored: dict[str, Tensor], config: dict[str, Any], t
             f"{source} has an lm_head.weight of its own, which should be the token embedding: use another model"
         )
     return tensors
+
+
+def _layout(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Their name of each tensor -> ours and its shape, matrices as (out, in), for GPTConfig's arguments `config`."""
+    c = {"arch": "gpt2", "tied": True, "n_kv_head": config["n_head"], "n_inner": 4 * config["n_embd"]} | config
+    D = c.get("head_dim", c["n_embd"] // c["n_head"])
+    sizes = {"V": c["vocab_size"], "T": c["block_size"], "C": c["n_embd"], "I": c["n_inner"], "D": D}
+    sizes |= {"Q": c["n_head"] * D, "KV": c["n_kv_head"] * D, "QKV": (c["n_head"] + 2 * c["n_kv_head"]) * D}
+    names: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for theirs, (ours, *letters) in TENSORS[c["arch"]].items():
+        shape = tuple(sizes[letter] for letter in letters)
+        for i in map(str, range(c["n_layer"] if "*" in theirs else 1)):
+            name, our_name = theirs.replace("*", i), ours.replace("*", i)
+            names[f"{name}.weight"] = (f"{our_name}.weight", shape)
+            if c["bias"] and ours not in ("tokens", "positions"):
+                names[f"{name}.bias"] = (f"{our_name}.bias", shape[:1])
+    if c["tied"]:
+        names.pop("lm_head.weight", None)
+    return names
+
+
+def write_huggingface(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: float = 5e9,
+    end_of_text: int | None = None,
+) -> list[str]:
+    """Write config.json, generation_config.json and the weights of a model as GPT2LMHeadModel or Qwen3ForCausalLM into
+    `folder`, which must exist. Returns the names of the weights' files.
+
+    config: all fields of GPTConfig. tensors: by our names, on the CPU, the vocabulary's rows with or without padding.
+    shard_bytes: more weights than these are split into files of at most so many (a single tensor is never split).
+    end_of_text: the id that ends a text. Raises OSError where the disk does not take it.
+    """
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = [{}]
+    total = filled = 0  # bytes: of all, of the last shard
+    for name, tensor in _in_their_names(config, tensors):
+        count = tensor.numel() * dtype.itemsize
+        if shards[-1] and filled + count > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        total, filled = total + count, filled + count
+    if (free := shutil.disk_usage(folder).free) < total:
+        raise OSError(errno.ENOSPC, f"{size(total)} are needed, {size(free)} are free")
+
+    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}  # None too: left out, it would be GPT-2's own
+    _write_json(folder / "config.json", _their_config(config, dtype) | ends)
+    _write_json(folder / "generation_config.json", ends)
+    files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        ready = {name: tensor.to(dtype).contiguous() for name, tensor in shard.items()}
+        save_file(ready, folder / file, metadata={"format": "pt"})  # transformers asks for this word
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    return files
+
+
+def _in_their_names(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors, in parts and turned as they store them, without copies; zeros where they have a bias and we none."""
+    gpt2 = config["arch"] == "gpt2"
+    rows: dict[str, int] = {}  # of ours that are given away
+    for theirs, (ours, shape) in _layout(config | {"bias": gpt2}).items():
+        first = rows.get(ours, 0)
+        rows[ours] = first + shape[0]
+        is_new = theirs.endswith(".bias") and not config["bias"]
+        tensor = torch.zeros(shape) if is_new else tensors[ours][first : first + shape[0]]
+        headed = theirs if theirs == "lm_head.weight" else ("transformer." if gpt2 else "model.") + theirs
+        yield headed, tensor.t() if gpt2 and FLIPPED in theirs else tensor
+
+
+def _their_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json, as far as it tells the network: what their published models have there, so that programs which read
+    it by themselves find it too."""
+    kind = "gpt2" if config["arch"] == "gpt2" else "qwen3"
+    told = {"model_type": kind, "dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": config["tied"]}
+    told |= {theirs: config[ours] for ours, theirs in SIZES[kind].items()}
+    if kind == "qwen3":
+        fixed = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+        return told | fixed | {"architectures": ["Qwen3ForCausalLM"]}
+    told["activation_function"] = next(theirs for theirs, ours in GELU.items() if ours == config["gelu"])
+    told |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config["dropout"])
+    return told | {"n_ctx": config["block_size"], "architectures": ["GPT2LMHeadModel"]}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _few(names: list[str]) -> str:

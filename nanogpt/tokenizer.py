@@ -6,6 +6,7 @@ Two fast paths for preparing data stand beside it: a lookup table for characters
 
 import contextlib
 import io
+import json
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -123,6 +124,22 @@ class Tokenizer:
     def save(self, folder: str | Path, name: str = "tokenizer.json") -> None:
         """Write what `load` and other programs read. Raises OSError where the disk does not take it."""
         Path(folder, name).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+
+    def save_pretrained(self, folder: str | Path, context: int) -> None:
+        """Write it as transformers' AutoTokenizer wants it: that one's ids are `encode`'s, and its texts `decode`'s.
+
+        context: tokens of the longest text that the model reads. Raises OSError where the disk does not take it.
+        """
+        import tokenizers
+
+        plain = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        plain.post_processor = None  # which could put tokens before and after a text that `encode` does not put there
+        Path(folder, "tokenizer.json").write_text(plain.to_str(pretty=True), encoding="utf-8")
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
+        settings["clean_up_tokenization_spaces"] = False
+        if self.end_of_text is not None:
+            settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether both have the same id for every token."""

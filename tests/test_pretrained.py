@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 IDX = torch.arange(16).view(1, 16) * 6 % 90
 
 
-def build_oracle(vocab_size: int = 100, activation: str = "gelu_new") -> Any:
+def build_oracle(vocab_size: int = 100, activation: str = "gelu_new", **changes: Any) -> Any:
     config = transformers.GPT2Config(
         **SIZES,
         vocab_size=vocab_size,
@@ -31,6 +31,7 @@ def build_oracle(vocab_size: int = 100, activation: str = "gelu_new") -> Any:
         initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=0,
+        **changes,
     )
     torch.manual_seed(0)
     oracle = transformers.GPT2LMHeadModel(config).eval()
@@ -100,6 +101,14 @@ def test_folder_of_transformers(tmp_path: Path, activation: str) -> None:
     assert difference(model, oracle) < 1e-5
     assert model.config.gelu == ("erf" if activation == "gelu" else "tanh")
     assert all(parameter.requires_grad and parameter.is_contiguous() for parameter in model.parameters())
+
+
+def test_another_width_and_epsilon(tmp_path: Path) -> None:
+    oracle = build_oracle(n_inner=40, layer_norm_epsilon=0.1)
+    oracle.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path))
+    assert (model.config.n_inner, model.config.norm_eps) == (40, 0.1)
+    assert difference(model, oracle) < 1e-5
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
@@ -227,8 +236,11 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"activation_function": "relu"}, "activation_function='relu'"),
         ({"activation_function": ["gelu"]}, "activation_function="),
-        ({"n_inner": 100}, "n_inner=100"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
+        (
+            {"n_inner": 100},
+            r"dtype: h\.0\.mlp\.c_fc\.weight \(torch\.float32 \(32, 128\) instead of float \(32, 100\)\),",
+        ),
+        ({"n_inner": 0, "layer_norm_epsilon": 0}, r"impossible sizes \(n_inner=0, norm_eps=0\)"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
