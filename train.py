@@ -138,6 +138,16 @@ class TrainConfig:
 
 def main() -> int:
     config, given = parse(TrainConfig, description="Train a GPT.")
+    distributed.ignore_signal_to_save()  # until there is something to save
+    with contextlib.ExitStack() as held:
+        return run(config, given, held)
+
+
+def run(config: TrainConfig, given: dict[str, Any], held: contextlib.ExitStack) -> int:
+    """Settle what is to go on or to begin, and train; returns the exit status."""
+    lock = checkpoint.Lock(Path(config.out_dir))
+    if distributed.is_main() and not (config.eval_only or config.dry_run):
+        held.enter_context(lock)  # before anything of the folder is read
     if config.resume == "auto" and (why := why_stopped(Path(config.out_dir))):
         raise RunStopped(f"{why}: --resume=auto does not repeat it; {REMEDY}")
     resumed = checkpoint.to_resume(Path(config.out_dir), config.init_from == "resume" or config.resume)
@@ -146,10 +156,9 @@ def main() -> int:
     config.check()
     if missing := missing_extras(config):
         raise InputError("\n".join(missing))
-    world = distributed.start(config.device, config.dtype, config.backend)
-    too_large = f"too little memory on {world.device} for this model: use a smaller one"
-    with explained_faults(too_large), contextlib.ExitStack() as held:
-        status = train(config, given, resumed, world, held)
+    with explained_faults("too little memory for this model: use a smaller one"):
+        world = distributed.start(config.device, config.dtype, config.backend)
+        status = train(config, given, resumed, world, lock, held)
     world.close()
     return status
 
@@ -159,6 +168,7 @@ def train(
     given: dict[str, Any],
     resumed: Checkpoint | None,
     world: World,
+    lock: checkpoint.Lock,  # of out_dir
     held: contextlib.ExitStack,  # what is to be closed at the end, whatever comes
 ) -> int:
     """The whole of a run; returns the exit status."""
@@ -187,9 +197,10 @@ def train(
             f"out_dir={out_dir} does not hold the same checkpoints for all ranks: share it between the nodes"
         )
     if writes and world.is_main:
-        if not resumed and (moved := checkpoint.make_room(out_dir)):
+        if resumed:
+            checkpoint.set_damaged_aside(out_dir, resumed.path)
+        elif moved := checkpoint.make_room(lock):
             say(f"{out_dir} held a run already: moved to {moved}")
-        held.enter_context(checkpoint.lock(out_dir))
 
     # --- Rows, model, optimizer; then the state of the run so far
     rows = data.Rows(dataset.train, shape.block_size, shape.vocab_size, config.seed, config.row_order)
@@ -261,7 +272,7 @@ def train(
             log.read(everything=True)  # raises for a broken step, which is never saved
             clock.stop()
             if tracker and writer:
-                tracker.sync()
+                tracker.sync(lock)
                 facts = {
                     "step": step,
                     "samples": samples,
@@ -299,9 +310,9 @@ def train(
                     scaler.scale(loss / micro_steps).backward()
                 loss_sum += loss.detach()
             # What the ranks must agree on: the loss, signals seen, time to save. All act on the sum, a step late.
-            save = signals["SIGUSR1"] or (writer is not None and writer.overdue())
+            asked, signals["SIGUSR1"] = signals["SIGUSR1"], False
+            save = asked or (writer is not None and writer.overdue())
             flags = torch.tensor([signals["SIGINT"], signals["SIGTERM"], save], dtype=torch.float32)
-            signals["SIGUSR1"] = False
             status = world.sum(torch.cat([loss_sum[None] / (micro_steps * world.size), *world.put(flags)]))
             scaler.unscale_(optimizer)  # type: ignore[arg-type]
             grad_norm = optim.gradient_norm(raw_model.parameters())

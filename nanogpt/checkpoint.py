@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "MANIFEST.json"
+STEP = r"step-\d{6,}"
 RETRY_S = 60.0  # until a save that failed is tried again
 
 # What is in state.json, and of which kind (nanogpt/files.py); OLDER is what earlier versions did not write.
@@ -79,7 +80,7 @@ def is_ours(source: Path) -> bool:
 
 def steps(out_dir: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
-    found = [path for path in _listed(out_dir, "step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    found = [path for path in _listed(out_dir, "step-*") if re.fullmatch(STEP, path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
@@ -107,40 +108,81 @@ def to_resume(out_dir: Path, resume: bool | str) -> Checkpoint | None:
     raise InputError(f"no checkpoint of {out_dir} is whole: start anew without --resume")
 
 
-def lock(out_dir: Path) -> contextlib.AbstractContextManager:
-    """Keep other runs out of `out_dir` until this is left or the process dies. Raises InputError where one is in it."""
-    import filelock  # which torch and huggingface_hub need too
+class Lock:
+    """Keeps other runs out of `out_dir` from `take` on, until it is left or the process dies. Entered, it takes the
+    folder if that holds a run already."""
 
-    try:
-        return filelock.FileLock(out_dir / ".lock").acquire(timeout=0)
-    except filelock.Timeout:
-        raise InputError(
-            f"out_dir={out_dir}: a run is writing there now; wait until it has ended, or give another --out_dir"
-        ) from None
-    except OSError as error:
-        raise InputError(f"out_dir={out_dir} cannot be written ({error.strerror}): give another --out_dir") from error
+    def __init__(self, out_dir: Path):
+        self.out_dir = out_dir
+        self.held: Any = None
+
+    def take(self) -> None:
+        """Raises InputError where another run is in the folder, or it cannot be written."""
+        import filelock
+
+        lock = filelock.FileLock(self.out_dir / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise InputError(
+                f"out_dir={self.out_dir}: a run is writing there now; wait until it has ended, or give another "
+                "--out_dir"
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"out_dir={self.out_dir} cannot be written ({error.strerror}): give another --out_dir"
+            ) from error
+        self.__exit__()
+        self.held = lock
+
+    def __enter__(self) -> "Lock":
+        if is_run(self.out_dir):
+            self.take()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.held:
+            self.held.release()
 
 
-def make_room(out_dir: Path) -> Path | None:
-    """Create `out_dir` for a new run. A run that is there already moves to `out_dir.1` (`.2` …), which is returned.
-
-    Raises InputError where the folder cannot be written, or the run there has not ended.
-    """
-    moved = None
+def make_room(lock: Lock) -> Path | None:
+    """Create the folder of `lock` for a new run, and take it. A run that is there already moves to `out_dir.1` (`.2`
+    …), which is returned. Raises InputError where the folder cannot be written."""
+    out_dir, moved = lock.out_dir, None
     if is_run(out_dir) and not out_dir.name:
         raise InputError(f"out_dir={out_dir} holds a run that cannot move aside from here: give another --out_dir")
     try:
-        if is_run(out_dir):
-            with lock(out_dir):
-                pass
+        if is_run(out_dir):  # which nobody else is in: the lock moves along
             taken = (out_dir.with_name(f"{out_dir.name}.{n}") for n in range(1, 10**6))
             moved = out_dir.rename(next(path for path in taken if not path.exists()))
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
             pass
+        _sync_folder(out_dir.parent)
     except OSError as error:
         raise InputError(f"out_dir={out_dir} cannot be written ({error.strerror}): give another --out_dir") from error
+    if moved or not lock.held:
+        lock.take()
     return moved
+
+
+def set_damaged_aside(out_dir: Path, resumed: Path) -> None:
+    """Rename the checkpoints newer than `resumed`, which were found damaged, and one with the lowest loss that is: they
+    would count as the newest and the best, and whole ones be deleted in their place."""
+    paths = steps(out_dir)
+    damaged, good = paths[: paths.index(resumed)], paths[paths.index(resumed) :]
+    while (lowest := best(good)) and lowest != resumed:
+        try:
+            _checked(lowest, {*FILES, "tokenizer.json"})
+            break
+        except InputError:
+            damaged.append(lowest)
+            good.remove(lowest)
+    for path in damaged:
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        say(f"warning: {path} is damaged: renamed to {aside.name}, for you to look at or delete")
 
 
 class Writer:
@@ -160,9 +202,10 @@ class Writer:
     def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Returns once the save before this one has ended and the state is copied to the host's memory."""
         self._join()
+        self.tell_fault()
         self._due_at = time.monotonic() + self.every_s
         copies = [self._copy(number, part) for number, part in enumerate((model, optimizer))]
-        if torch.cuda.is_available():
+        if any(t.is_cuda for part in (model, optimizer) for t in part.values()):
             torch.cuda.synchronize()
         # A daemon, so that a second Ctrl-C need not wait for it: what it leaves half written is never read.
         self._thread = threading.Thread(target=self._write, args=(*copies, state), daemon=True)
@@ -172,15 +215,20 @@ class Writer:
         for name, t in tensors.items():
             if (number, name) not in self._copies:
                 self._copies[number, name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
-            self._copies[number, name].copy_(t.detach(), non_blocking=True)
+            self._copies[number, name].copy_(t.detach(), non_blocking=t.is_cuda)
         return {name: self._copies[number, name] for name in tensors}
 
     def overdue(self) -> bool:
         """Whether a save is due by the clock, one that failed being due again soon. Says so when it has failed."""
-        if self._fault and not self._thread.is_alive():
+        if not self._thread.is_alive():
+            self.tell_fault()
+        return time.monotonic() > self._due_at
+
+    def tell_fault(self) -> None:
+        """Say that the last save has failed, if it has, and that it is due again soon."""
+        if self._fault:
             say(f"warning: {self._fault}; trying again in {RETRY_S:.0f} s")
             self._fault, self._due_at = None, time.monotonic() + RETRY_S
-        return time.monotonic() > self._due_at
 
     def finish(self) -> None:
         """Wait for the last save. Raises RunStopped where it failed."""
@@ -201,7 +249,6 @@ class Writer:
 
     def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
         try:
-            self._fault = None
             save(self.out_dir, model, optimizer, state, self.tokenizer)
             prune(self.out_dir, self.keep_every)
         except Exception as error:  # whatever it is, the training goes on, and says so
@@ -227,6 +274,7 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        _sync_folder(out_dir)  # the first time `ckpt` is new in it
         needed = sum(t.nbytes for part in (model, optimizer) for t in part.values())
         if (free := shutil.disk_usage(partial).free) < needed:
             raise OSError(errno.ENOSPC, f"{size(needed)} are needed, {size(free)} are free")
@@ -241,6 +289,7 @@ def save(
         _sync_folder(partial)
         old = final.with_name(f".{final.name}.old.partial")
         if final.exists():  # the same step again, evaluated after a resume
+            shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)
@@ -339,6 +388,8 @@ def _checked(path: Path, wanted: set[str]) -> dict[str, Any]:
         raise _damaged(path, f"state.json is unreadable ({error})") from error
     if wrong := [name for name, kind in STATE.items() if not fits(state.get(name, ...), kind)]:
         raise _damaged(path, f"state.json lacks {', '.join(wrong)}, or has another kind of it")
+    if re.fullmatch(STEP, path.name) and state["step"] != int(path.name[5:]):
+        raise _damaged(path, f"it holds step {state['step']}")
     return state
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -218,6 +219,17 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+def is_main() -> bool:
+    """Whether this is the first process, by torchrun's word."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def ignore_signal_to_save() -> None:
+    """SIGUSR1, of which a process dies by default, does nothing until `catch_signals`."""
+    if hasattr(signal, "SIGUSR1"):  # Windows has none
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def catch_signals() -> dict[str, bool]:
     """Which of SIGINT, SIGTERM and SIGUSR1, by name, have come from now on; a second Ctrl-C interrupts at once."""
     seen = {"SIGINT": False, "SIGTERM": False, "SIGUSR1": False}
@@ -236,9 +248,16 @@ def catch_signals() -> dict[str, bool]:
 
 
 def say(*lines: str) -> None:
-    """Print lines, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print lines, from the first process only. Where they go is no reason to end a run: a pipe that nobody reads any
+    more, a full disk."""
+    if not is_main():
+        return
+    try:
         print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -249,7 +268,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_lost_process(error: BaseException) -> bool:
     """Whether `error` says that another process did not take part in a collective."""
-    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+    if isinstance(error, InputError) or not dist.is_available():
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def keep_freed_memory() -> None:

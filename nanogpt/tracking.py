@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +21,10 @@ from nanogpt.tokenizer import aside
 
 BEGUN = time.perf_counter()  # when the program began, the import of torch not counted
 REMEDY = (
-    "go on from the last one with --resume=True and a lower --learning_rate, delete it to go on from the one "
+    "go on from the last checkpoint with --resume=True and a lower --learning_rate, delete it to go on from the one "
     "before, or start again"
 )
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 CPU_FLOPS = 3e10  # FLOP/s that a small model's step reaches on one core; only for a guess before the first step
 
 
@@ -87,9 +89,10 @@ class Tracker:
         try:
             if self.path.exists():
                 _keep_lines(self.path, step, evaluated)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = os.open(self.path, APPEND)
         except OSError as error:
             raise InputError(f"{self.path} cannot be written ({error.strerror}): mend {out_dir} first") from error
+        self._waiting, self._told = b"", False  # what the disk did not take yet, and whether the user knows
         self._tensorboard = self._wandb = None
         if settings["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter
@@ -108,15 +111,11 @@ class Tracker:
                 raise InputError(f"wandb_log=True: {error}; run `wandb login`, or give --wandb_log=False") from error
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write one line; numbers that are not finite become null. Raises RunStopped where the disk is full."""
+        """Write one line; numbers that are not finite become null. What a full disk does not take waits in memory."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-        try:
-            self._file.write(json.dumps(finite) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise RunStopped(
-                f"{self._file.name} could not be written ({error.strerror}): make room, then go on with --resume=True"
-            ) from error
+        self._waiting += (json.dumps(finite) + "\n").encode()
+        with self._faults_told():
+            self._write()
         numbers = {key: value for key, value in finite.items() if value is not None and key != "step"}
         if self._tensorboard is not None:
             for key, value in numbers.items():
@@ -124,17 +123,39 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(numbers, step=line["step"])
 
-    def sync(self) -> None:
-        """Force what was logged to the disk, before a checkpoint that counts on it."""
-        if not self.path.exists():
-            say(f"warning: {self.path} is gone, and what it held with it: going on with a new one")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file.close()
-            self._file = self.path.open("a", encoding="utf-8")
-        os.fsync(self._file.fileno())
+    def sync(self, lock: Any) -> None:
+        """Force what was logged to the disk, before a checkpoint that counts on it. lock: the folder's own
+        (nanogpt/checkpoint.py), taken again where the folder is made anew."""
+        with self._faults_told():
+            if not self.path.exists():
+                say(f"warning: {self.path} is gone, and what it held with it: going on with a new one")
+                if not self.path.parent.exists():
+                    self.path.parent.mkdir(parents=True)
+                    lock.take()
+                os.close(self._file)
+                self._file = os.open(self.path, APPEND)
+            self._write()
+            os.fsync(self._file)
+
+    def _write(self) -> None:
+        while self._waiting:  # at the end of a disk a part of it may fit
+            self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        self._told = False
+
+    @contextlib.contextmanager
+    def _faults_told(self) -> Iterator[None]:
+        """No fault of the disk ends the run; the first one is told."""
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                say(f"warning: {self.path} could not be written ({error.strerror}): its lines wait until it can be")
+                self._told = True
 
     def close(self) -> None:
-        self._file.close()
+        with self._faults_told():
+            self._write()
+            os.close(self._file)
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -188,8 +209,8 @@ class Log:
                 self._protect(
                     step,
                     f"step {step}, rows {last - self.config.rows_per_step:,} to {last - 1:,}: loss {loss:.4g}, "
-                    f"gradient norm {grad_norm:.4g}: not finite. No update was made from it, and checkpoints before it "
-                    "are good",
+                    f"gradient norm {grad_norm:.4g}: not finite. No update was made from it, and no checkpoint was "
+                    "touched",
                 )
             if skipped > self.skipped:
                 say(f"step {step}: update skipped, gradient norm {grad_norm:.4g} is a spike ({skipped:.0f} so far)")
@@ -214,7 +235,7 @@ class Log:
         told = " | ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
         say(f"step {step:6d} | {told} | {duration(seconds)} trained")
         if not all(map(math.isfinite, losses.values())):
-            why = "the losses of the evaluation are not finite. Nothing was saved, and checkpoints before it are good"
+            why = "the losses of the evaluation are not finite. Nothing was saved, and no checkpoint was touched"
             self._protect(step, f"step {step}: {why}")
 
     def _line(self, step: int, loss: float, grad_norm: float, seconds: float) -> None:

@@ -1,12 +1,14 @@
 """Checkpoints on disk: whole or not there, which are kept, and what is refused."""
 
 import json
+import os
 import re
 import resource
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import train
 from model import GPT
 from nanogpt import InputError, RunStopped, checkpoint
 from nanogpt.tokenizer import Tokenizer
+from nanogpt.tracking import Tracker
 
 
 def facts(step: int, val_loss: float | None = None) -> dict[str, Any]:
@@ -206,7 +209,9 @@ def test_an_interrupt_does_not_wait_for_a_write(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(checkpoint, "save", lambda *args: go.wait(10) and write_alone(*args))
     writer = checkpoint.Writer(tmp_path, 0, 0.0, None)
     write(writer, 2)
+    began = time.monotonic()
     writer.__exit__(KeyboardInterrupt)
+    assert time.monotonic() - began < 5  # the write waits for twice as long
     assert steps(tmp_path) == [1]
     go.set()
     writer.finish()
@@ -234,6 +239,43 @@ def test_a_save_that_fails_is_told_and_tried_again(
     assert steps(tmp_path) == [1, 3]
 
 
+@pytest.mark.usefixtures("small_files")
+def test_a_failure_that_the_next_save_waits_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with checkpoint.Writer(tmp_path, 0, 15.0, None) as writer:
+        write(writer, 1, size=1_000_000)
+        write(writer, 2)
+        assert "step-000001 could not be written" in capsys.readouterr().out
+        writer.finish()
+    assert steps(tmp_path) == [2]
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every file is synced before its folder gets its name, the folders around it after that; a step that is saved
+    again is under a name that `to_resume` knows while the new one has none."""
+    save(tmp_path, 1)
+    told: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda of: (told.append(("sync", os.readlink(f"/proc/self/fd/{of}"))), fsync(of)))
+
+    def watched(path: Path, target: Path) -> Path:
+        told.append(("rename", f"{path.name} {target.name}"))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    ckpt = tmp_path / "ckpt"
+    (ckpt / ".step-000001.old.partial").mkdir()  # as a kill may have left it
+    save(tmp_path, 1)
+    partial = ckpt / ".step-000001.partial"
+    first, second = (n for n, (what, _) in enumerate(told) if what == "rename")
+    names = {path.name for path in (ckpt / "step-000001").iterdir()}
+    assert {where for _, where in told[:first]} >= {str(partial), *(str(partial / name) for name in names)}
+    assert [told[first][1], told[second][1]] == [
+        "step-000001 .step-000001.old.partial",
+        ".step-000001.partial step-000001",
+    ]
+    assert told[second + 1 :] == [("sync", str(ckpt))]
+
+
 def test_the_room_is_known_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 80, 20))  # type: ignore[attr-defined]
     with pytest.raises(RunStopped, match=r"could not be written \(24 B are needed, 20 B are free\)"):
@@ -247,7 +289,7 @@ def test_the_room_is_known_before_anything_is_written(tmp_path: Path, monkeypatc
 def test_one_run_at_a_time_writes_into_a_folder(run: Run, tmp_path: Path):
     run(out_dir="out", max_iters=2)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with checkpoint.lock(Path("out")):
+    with checkpoint.Lock(Path("out")):
         for resume in (True, "auto", False):
             with pytest.raises(InputError, match="out_dir=out: a run is writing there now"):
                 run(out_dir="out", resume=resume, max_iters=4)
@@ -268,7 +310,17 @@ def test_a_folder_that_is_deleted_is_made_anew(
         return original(config, at)
 
     monkeypatch.setattr(train.TrainConfig, "learning_rate_at", delete)
+    original_sync, refused = Tracker.sync, []
+
+    def sync(tracker: Tracker, lock: checkpoint.Lock) -> None:
+        original_sync(tracker, lock)
+        with pytest.raises(InputError, match="a run is writing there now"):
+            checkpoint.Lock(Path("out")).take()
+        refused.append(True)
+
+    monkeypatch.setattr(Tracker, "sync", sync)
     assert run(out_dir="out") == 0
+    assert len(refused) == 3
     assert "warning: out/metrics.jsonl is gone" in capsys.readouterr().out
     assert steps("out") == [16, 20]
     assert metrics("out", "step", "loss")[-1][0] == 20
@@ -358,11 +410,72 @@ def test_names_and_rows_of_weights(run: Run):
     assert tokenizer.decode([3, 0]) == "da"
 
 
+def damage(step: int, name: str = "model.safetensors") -> None:
+    flip_a_bit(Path(f"out/ckpt/step-{step:06d}", name))
+
+
+def test_damaged_checkpoints_take_no_whole_one_s_place(run: Run, capsys: pytest.CaptureFixture[str]):
+    """The newest two are damaged: a run that goes on from the third keeps that, and what it saves itself."""
+    run(out_dir="out", max_iters=24, keep_every=8)
+    for step in (16, 24):
+        damage(step)
+    capsys.readouterr()
+    assert run(out_dir="out", resume="auto", max_iters=11) == 0
+    told = capsys.readouterr().out
+    assert "step-000024 is damaged: renamed to damaged-step-000024" in told
+    assert steps("out") == [8, 11]
+    assert (Path("out/ckpt/damaged-step-000016")).is_dir()
+    assert run(out_dir="out", resume=True, max_iters=24) == 0
+    assert steps("out")[-1] == 24
+
+
+def test_a_damaged_best_is_not_the_best(run: Run, monkeypatch: pytest.MonkeyPatch):
+    losses = iter([9.0, 1.0, 3.0, 4.0, 5.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    run(out_dir="out", max_iters=12, eval_interval=4, eval_train=False)
+    assert steps("out") == [4, 8, 12]
+    damage(4)
+    run(out_dir="out", resume=True, max_iters=16)
+    assert steps("out") == [8, 12, 16]  # of those that are left 8 has the lowest loss
+    Path("out/ckpt/step-000012").rename("out/ckpt/step-000090")
+    with pytest.raises(InputError, match=r"step-000090 is damaged: it holds step 12"):
+        checkpoint.load(Path("out/ckpt/step-000090"))
+
+
+def test_nothing_is_read_before_the_folder_is_one_s_own(run: Run, monkeypatch: pytest.MonkeyPatch):
+    run(out_dir="out", max_iters=2)
+    monkeypatch.setattr(checkpoint, "to_resume", lambda *_: pytest.fail("it was read"))
+    with checkpoint.Lock(Path("out")), pytest.raises(InputError, match="a run is writing there now"):
+        run(out_dir="out", resume=True)
+
+
+def test_a_folder_moves_with_its_lock(tmp_path: Path):
+    """Between the old run's folder and the new one there is no instant for another run."""
+    out = tmp_path / "out"
+    save(out, 1)
+    with checkpoint.Lock(out) as lock:
+        original, tried = Path.rename, []
+
+        def rename(path: Path, target: Path) -> Path:
+            with pytest.raises(InputError, match="a run is writing there now"):
+                checkpoint.Lock(out).take()
+            tried.append(path)
+            return original(path, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "rename", rename)
+            assert checkpoint.make_room(lock) == tmp_path / "out.1"
+        assert tried == [out]
+        with pytest.raises(InputError, match="a run is writing there now"):
+            checkpoint.Lock(out).take()
+        checkpoint.Lock(tmp_path / "out.1").take()  # the old folder is free
+
+
 # ---- on a file system of its own
 
 # What follows runs in a mount namespace of its own: `mount` there is seen by nobody else.
 DISKS = """
-import subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 import torch, train
 from nanogpt import InputError, RunStopped, checkpoint
@@ -387,6 +500,26 @@ print("full", run("disk/run"), Path("disk/run/metrics.jsonl").read_text().count(
 print("kept", *(path.name for path in checkpoint.steps(Path("disk/run"))))
 mount("-o", "remount,size=100m", "disk")
 print("larger", run("disk/run", "--resume=auto"))
+rate = train.TrainConfig.learning_rate_at
+
+def fill(config, at):
+    # from step 3 to step 250 there is not a byte left
+    if at == 3:
+        with open("disk/filler", "wb", buffering=0) as file:
+            try:
+                while file.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+    if at == 250:
+        Path("disk/filler").unlink(missing_ok=True)
+    return rate(config, at)
+
+train.TrainConfig.learning_rate_at = fill
+print("crowded", run("disk/crowded", "--max_iters=300", "--eval_interval=50"))
+train.TrainConfig.learning_rate_at = rate
+lines = [json.loads(line) for line in Path("disk/crowded/metrics.jsonl").read_text().splitlines()]
+print("lines", [line["step"] for line in lines if "loss" in line] == list(range(1, 301)))
 mount("-o", "remount,ro", "disk")
 print("read-only", run("disk/run"), run("disk/run", "--resume=True", "--max_iters=10"), run("disk/new"))
 print("measured", run("disk/run", "--resume=True", "--eval_only=True"))
@@ -409,6 +542,10 @@ def test_a_small_disk_and_a_read_only_one(letters: Path, tmp_path: Path):
     assert re.fullmatch(r"step-00000\d step-00000\d", told["kept"])
     assert told["larger"] == "0"
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "filled", 8)
+    assert told["crowded"] == "0"
+    assert told["lines"] == "True"
+    assert done.stdout.count("its lines wait until it can be") == 1
+    assert re.search(r"warning: the checkpoint disk/crowded/ckpt/step-000050 could not be written", done.stdout)
     assert told["read-only"] == "2 2 2"
     assert told["measured"] == "0"
     assert done.stdout.count("cannot be written (Read-only file system)") == 3

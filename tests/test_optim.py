@@ -1,5 +1,6 @@
 """AdamW and Muon against torch's own, schedules against values by hand, the guard to the bit."""
 
+import json
 import math
 from typing import Any
 
@@ -215,6 +216,28 @@ def test_guard_voids_updates_to_the_bit(
         assert [torch.equal(b, a) for b, a in zip(before, after, strict=True)] == [not is_update] * len(after)
         in_a_row = 0 if is_update else in_a_row + 1
         assert guard.bad_in_a_row.item() == in_a_row
+
+
+def test_spikes_by_their_definition():
+    """numpy's medians of the last hundred norms, spikes among them; a guard that takes over goes on alike."""
+    norms = np.random.default_rng(0).lognormal(size=300).astype(np.float32)
+    norms[[10, 40, 41, 180]] *= 100
+    norms[200:] *= 30  # for good: after a while these are no spikes any more
+    guard, skipped = Guard(CPU, 1, spikes=5.0), 0
+    for n, norm in enumerate(norms):
+        if n in (15, 130):
+            state, guard = guard.state(), Guard(CPU, 1, spikes=5.0)
+            guard.load(json.loads(json.dumps(state)))
+        past = norms[max(0, n - 100) : n]
+        expected = False
+        if len(past) >= 20:
+            median = np.sort(past)[(len(past) - 1) // 2]
+            deviation = 1.4826 * np.sort(abs(past - median))[(len(past) - 1) // 2]
+            expected = norm > median + 5 * deviation
+        skipped += expected
+        assert guard.check(ONE, torch.tensor(norm)).item() == expected
+        assert guard.skipped.item() == skipped
+    assert 20 < skipped < 80
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

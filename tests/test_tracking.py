@@ -13,7 +13,7 @@ import torch
 from conftest import Run, metrics
 
 import train
-from nanogpt import InputError, RunStopped, tracking
+from nanogpt import InputError, tracking
 from nanogpt.tracking import Late, Stopwatch, Tracker, duration, size
 from train import TrainConfig
 
@@ -87,15 +87,21 @@ def test_an_evaluation_that_will_come_again_is_dropped(tmp_path: Path, evaluated
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:kept]
 
 
-def test_a_disk_that_takes_nothing(tmp_path: Path):
+def test_a_disk_that_takes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The run goes on, is told once, and no line is lost."""
     tracker = Tracker(tmp_path, 0, True, SETTINGS)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
     try:
-        with pytest.raises(RunStopped, match=r"metrics.jsonl could not be written \(File too large\): make room"):
-            tracker.log({"step": 1, "loss": 0.5})
+        for step in (1, 2, 3):
+            tracker.log({"step": step, "loss": 0.5})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1'
+    assert capsys.readouterr().out.count("metrics.jsonl could not be written (File too large): its lines wait") == 1
+    tracker.log({"step": 4, "loss": 0.5})
+    tracker.close()
+    assert metrics(tmp_path, "step", "loss") == [(step, 0.5) for step in (1, 2, 3, 4)]
     (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(InputError, match=r"metrics.jsonl cannot be written \(Is a directory\): mend"):
         Tracker(tmp_path / "other", 0, True, SETTINGS)

@@ -1,5 +1,6 @@
 """The training loop: what a run does, from its settings to its end."""
 
+import math
 import re
 import signal
 import subprocess
@@ -171,7 +172,7 @@ def test_a_rate_that_breaks_the_weights(run: Run, evaluated: bool, capsys: pytes
     good = checkpoint.load(Path("out/ckpt/step-000008"))
     # The first update makes numbers of 1e30, and what follows, a step or an evaluation, is not finite.
     keys["eval_interval"] = 1 if evaluated else 100
-    with pytest.raises(RunStopped, match=r"finite.*checkpoints before it are good"):
+    with pytest.raises(RunStopped, match="finite"):
         run(out_dir="out", resume=True, max_iters=30, learning_rate=1e30, **keys)
     assert steps("out") == [4, 8]
     again = checkpoint.load(Path("out/ckpt/step-000008"))
@@ -215,6 +216,27 @@ def test_a_broken_loss_stops_the_run_and_touches_nothing(
         assert all(torch.equal(now.optimizer[name], tensor) for name, tensor in healthy.optimizer.items())
     nulls = [step for step, loss in metrics("out", "step", "loss") if loss is None]
     assert nulls == ([] if dtype == "float32" else [*range(6, 25)])
+
+
+def test_a_broken_step_is_not_saved_at_a_stop(
+    run: Run, monkeypatch: pytest.MonkeyPatch, signal_at: Callable[[int, int], None]
+):
+    """The last step before the save that a signal asks for is read before it is saved."""
+    signal_at(9, signal.SIGTERM)
+    assert run(out_dir="whole", eval_interval=100) == 143
+    (last,) = steps("whole")
+    calls, forward = [0], GPT.forward
+
+    def poisoned(self: GPT, idx: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+        logits, loss = forward(self, idx, targets)
+        calls[0] += self.training
+        return logits, loss + math.nan if self.training and calls[0] == last else loss
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    signal_at(9, signal.SIGTERM)
+    with pytest.raises(RunStopped, match=rf"step {last}, .*not finite"):
+        run(out_dir="out", eval_interval=100)
+    assert steps("out") == []
 
 
 def test_auto_does_not_repeat_what_broke(run: Run, capsys: pytest.CaptureFixture[str]):
