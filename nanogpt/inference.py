@@ -253,7 +253,8 @@ class Decoder:
         logits = None
         with _in_eval_mode(self.model):
             if len(full) < len(self.texts):
-                self.cache.positions[full] = 0  # what these rows read now is void: they read a new window below
+                if full:  # what these rows read now is void: they read a new window below
+                    self.cache.positions[full] = 0
                 columns = max(window for row, window in enumerate(self.windows) if row not in full) + 1
                 if self.compiled:  # few different sizes: each is compiled
                     columns = min(self.length, max(128, 1 << (columns - 1).bit_length()))

@@ -1,6 +1,6 @@
 """Kill a small run again and again, restart it with --resume=auto, and compare its end with an undisturbed run's.
 
-    python tests/chaos.py --kills=50 --pair_kills=5 --changes=2 --seed=1
+    python tests/chaos.py --kills=110 --pair_kills=5 --changes=2 --seed=1
 
 Three trials, each left out by a 0. kills: one process, SIGKILL at random instants and at random operations on files,
 most of them of a save. pair_kills: two gloo processes under torchrun, of which one gets SIGKILL. changes: SIGTERM, then
