@@ -182,6 +182,10 @@ def test_rivals_are_the_five_likeliest_others(server: Server):
         (i, pytest.approx(p, rel=1e-3)) for i, p in best
     ]
     assert all(rival["text"] == server.game.tokenizer.decode([rival["id"]]) for rival in token["rivals"])
+    with serving(playground(server.game.tokenizer, spare=0), server.metrics) as other:
+        for temperature in (0, 3):  # the likeliest token itself, and others
+            tokens = other.write(prompt="To be", max_new_tokens=9, temperature=temperature)
+            assert [len(token["rivals"]) for token in tokens] == [5] * 9
 
 
 def test_a_branch_goes_on_from_ids(server: Server):
@@ -205,6 +209,9 @@ def test_texts_of_tokens_join_to_the_whole(server: Server):
     whole = "".join(events[0]["prompt_texts"] + [token["text"] for token in events[1:-1]])
     assert whole == tokenizer.decode(ids[:-2] + written)
     assert "\ufffd" in whole
+    ends = [server.write(ids=[0], max_new_tokens=1, seed=seed)[0] for seed in range(40)]
+    assert all(token["text"] == tokenizer.decode([token["id"]]) for token in ends)
+    assert any(token["text"] == "\ufffd" for token in ends)
 
 
 def test_the_end_of_the_text_ends_it(server: Server):
