@@ -134,8 +134,7 @@ class Playground:
         stream = TextStream(self.tokenizer)
         yield [{"prompt_ids": ids, "prompt_texts": [stream.put(token) for token in ids]}]
         s = settings
-        temperature = s.temperature if s.temperature > 1e-6 else 0  # less would overflow, and means the same
-        how = Sampling(temperature, s.top_k, s.top_p, s.min_p, s.seed, vocab_size=self.vocab_size)
+        how = Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.seed, vocab_size=self.vocab_size)
         frame: list[Message] = []
         began = sent = time.perf_counter()
         # One rival more than is shown: the token itself may be among them.

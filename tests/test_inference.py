@@ -92,7 +92,12 @@ def test_greedy():
     """At temperature 0; at a low temperature nothing overflows. Ids beyond the tokenizer's are never drawn."""
     rows = torch.tensor([[1.0, 3.0, 2.0], [9e4, 0.0, -9e4]])
     places = [(0, 0), (1, 0)]
-    for how in (Sampling(temperature=0), Sampling(temperature=1e-3), Sampling(temperature=0, top_k=2, top_p=0.5)):
+    for how in (
+        Sampling(temperature=0),
+        Sampling(temperature=1e-3),
+        Sampling(temperature=1e-45),
+        Sampling(temperature=0, top_k=2, top_p=0.5),
+    ):
         assert draw(rows, how, places).tolist() == [1, 0]
     assert draw(rows.flip(1), Sampling(temperature=0, vocab_size=2), places).tolist() == [1, 1]
     assert draw(rows.flip(1).repeat(200, 1), Sampling(vocab_size=2), [(i, 0) for i in range(400)]).max() == 1

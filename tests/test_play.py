@@ -574,7 +574,10 @@ def page(browser: Any, tmp_path: Path) -> Iterator[Page]:
 @pytest.mark.slow
 def test_a_text_in_the_browser(page: Page):
     page.says(r"12 tokens, [\d,.]+ tok/s")
-    tokens = page.server.write(prompt="<b>", max_new_tokens=12, temperature=0.8, seed=1337)
+    page.page.locator("[name=temperature]").first.fill("3")  # unlikely tokens too
+    page.write("<b>", 30)
+    page.says(r"30 tokens.*")
+    tokens = page.server.write(prompt="<b>", max_new_tokens=30, temperature=3, seed=1337)
     assert page.text() == "<b>" + "".join(token["text"] for token in tokens)
     spans = page.page.locator(".token").all()
     assert [span.text_content() for span in spans] == [token["text"] for token in tokens]
