@@ -47,10 +47,10 @@ def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: Wor
 class Sampling:
     """How tokens are drawn. The filters work in the order in which they stand here, each on what the last one left.
 
-    temperature: 1 is the model's own odds, 0 (and below 1e-6) always the likeliest token. top_k: that many of the likeliest. top_p: the
-    likeliest that together have this probability (Holtzman et al. 2019). min_p: those at least this share as likely as
-    the likeliest (Nguyen et al. 2024). vocab_size: ids from there on are never drawn (a tokenizer may know fewer than
-    the model).
+    temperature: 1 is the model's own odds, 0 (and below 1e-6) always the likeliest token. top_k: that many of the
+    likeliest. top_p: the likeliest that together have this probability (Holtzman et al. 2019). min_p: those at least
+    this share as likely as the likeliest (Nguyen et al. 2024). vocab_size: ids from there on are never drawn (a
+    tokenizer may know fewer than the model).
     """
 
     temperature: float = 1.0
