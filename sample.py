@@ -139,14 +139,14 @@ def write(
 
 def converse(config: SampleConfig, decoder: Decoder, tokenizer: Tokenizer) -> None:
     """Continue what the user types, text after text, until the input ends."""
-    text, block_size = list[int](), decoder.model.config.block_size
+    text: list[int] = []
     print(
         "type how a text begins; an empty line lets the last one go on; Ctrl-C stops it, Ctrl-D ends", file=sys.stderr
     )
     for turn in itertools.count():
         try:
             typed = input("> ")
-            ids = prompt_ids(typed, decoder.model, tokenizer) if typed else text[-block_size:]
+            ids = prompt_ids(typed, decoder.model, tokenizer) if typed else text
             if ids:
                 text = write(config, decoder, tokenizer, ids, typed, turn)
         except InputError as error:

@@ -313,6 +313,7 @@ def test_tokens_with_a_space_before_them():
         (["c"], "ab\n\n", 5),
         (["d\n"], "ab\n\ncd", 99),
         (["b\n\nc"], "a", 5),
+        (["d", "cd"], "ab\n\n", 6),
         (["", "zz"], "ab\n\ncd", 99),
     ],
 )

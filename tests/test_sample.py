@@ -173,6 +173,13 @@ def test_filters_and_stops(write: Write):
     assert write("--start=dab", "--temperature=0", f"--stop={end}") == [f"dab{greedy[0][3:].partition(end)[0]}"] * 2
 
 
+def test_each_text_has_its_own_stop(write: Write):
+    keys = ("--start=a", "--num_samples=5", "--temperature=1")
+    whole = write(*keys)
+    assert write(*keys, "--stop=b") == ["a" + text[1:].partition("b")[0] for text in whole]
+    assert len({text[1:].find("b") for text in whole}) > 1
+
+
 def test_how_sure_it_was(write: Write, monkeypatch: pytest.MonkeyPatch):
     """In a terminal by colour, elsewhere a line for each token, with the model's own probability."""
     keys = ("--start=dab", "--temperature=0", "--max_new_tokens=5", "--logprobs=True", "--num_samples=1")
@@ -223,6 +230,12 @@ def test_a_conversation(write: Write, monkeypatch: pytest.MonkeyPatch, capsys: p
     stopped, whole = capsys.readouterr().out.splitlines()
     assert stopped == third[:4]
     assert whole == third
+    typed = iter(["c", "c", "", "", EOFError()])
+    sys.argv.append("--temperature=1")
+    sample.main()
+    one, other, *more = capsys.readouterr().out.splitlines()
+    assert one != other  # each turn has its own draws
+    assert [len(text) for text in more] == [8, 8]  # beyond the context too
 
 
 def test_the_command_line(write: Write):
