@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nanogpt.tokenizer import Tokenizer
 
 ROOT = Path(train.__file__).resolve().parent
 LETTERS = "abcd"
+torch.set_num_threads(1)  # a tiny model gains nothing by more, and on a busy machine threads wait for each other
 # A run of two seconds at most; each test says in what it differs.
 TINY: dict[str, Any] = {
     "n_layer": 1,
@@ -96,11 +97,9 @@ def letters(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`run(*files, key=value …)`: train.py's main with a tiny run's keys in an empty folder; returns its status."""
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a tiny model gains nothing by more, and on a busy machine threads wait for each other
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run_train(*files: str, **keys: Any) -> int:
@@ -111,8 +110,7 @@ def run(letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    yield run_train
-    torch.set_num_threads(threads)
+    return run_train
 
 
 @pytest.fixture
