@@ -111,11 +111,12 @@ class CPUNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        kept = torch.promote_types(x.dtype, gain.dtype)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         normed = x * inverse
         ctx.save_for_backward(normed, inverse, gain)
-        return normed * gain
+        return (normed * gain).to(kept)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
@@ -179,7 +180,7 @@ class Attention(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (..., T, head_dim), turned by what `rotation` has made for its positions."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:

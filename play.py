@@ -83,7 +83,7 @@ class Playground:
         # All that the model does happens in this one thread, so a step of a text just dropped harms nobody.
         self.thread = ThreadPoolExecutor(1, initializer=context.__enter__)
         self.decoder = self.thread.submit(Decoder, model, compiled=compiled).result()
-        self.label = functools.lru_cache(2**16)(lambda token: tokenizer.decode([token]))
+        self.label = functools.lru_cache(2**16)(tokenizer.label)
 
     def about(self, name: str, device: str) -> Message:
         """What the page tells of the model, and the table of settings."""
@@ -257,7 +257,7 @@ def application(playground: Playground, about: Message, metrics: Path, port: int
         return Response(page, media_type="text/html")
 
     async def model(request: Request) -> Response:
-        return reply(about | {"run": metrics.exists()})
+        return reply(about | {"run": metrics.parent.is_dir()})  # whose curves may come
 
     async def curves(request: Request) -> Response:
         after, file = (request.query_params.get(name, default) for name, default in (("after", "0"), ("file", "")))
@@ -356,7 +356,7 @@ def main() -> None:
     world = distributed.start(config.device, config.dtype)
     model, tokenizer = load(config)
     compiled = config.compile is True or (config.compile == "auto" and world.device.type == "cuda")
-    playground = Playground(model, tokenizer, prepare(model, world, config.dtype), compiled)
+    playground = Playground(model, tokenizer, prepare(model, world, config.dtype, compiled), compiled)
     source = Path(config.out_dir if config.init_from == "resume" else config.init_from)
     about = playground.about(source.resolve().name, distributed.describe(world.device))
     app = application(playground, about, source / "metrics.jsonl", port)

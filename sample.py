@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +22,20 @@ from configurator import key, parse
 from model import GPT
 from nanogpt import InputError, checkpoint, data, distributed, run_script
 from nanogpt.distributed import World
-from nanogpt.inference import Decoder, Sampling, TextStream, Token, can_pack, pack
+from nanogpt.inference import (
+    Decoder,
+    Sampling,
+    TextStream,
+    Token,
+    can_pack,
+    pack,
+    rounded_linear,
+    rows_that_fit,
+)
 from nanogpt.pretrained import GPT2_VOCAB, read_weights
 from nanogpt.tokenizer import Tokenizer
+
+RULER = "\n---------------\n"  # between samples
 
 
 @dataclass
@@ -37,7 +49,7 @@ class SampleConfig:
     checkpoint: str = key("best", "of the run: best, latest, step-NNNNNN or its folder")
 
     start: str = key("\n", "the prompt; FILE:prompt.txt reads it from a file", group="Text")
-    num_samples: int = key(10, "texts to write, all at once", least=1)
+    num_samples: int = key(10, "texts to write, as many at once as fit into memory", least=1)
     max_new_tokens: int = key(500, "tokens in each of them", least=1)
     temperature: float = key(0.8, "1 = the model's own odds, less = safer, 0 = always the likeliest token", least=0)
     top_k: int | None = key(200, "draw from this many likeliest tokens only; None: from all", least=1)
@@ -54,31 +66,45 @@ class SampleConfig:
 
 
 def main() -> None:
-    config, _ = parse(SampleConfig, description="Write text with a trained GPT.")
+    config, given = parse(SampleConfig, description="Write text with a trained GPT.")
+    if config.interactive and (useless := [name for name in ("start", "num_samples") if name in given]):
+        raise InputError(f"{useless[0]}: an interactive text begins with what you type, one at a time: leave it out")
     world = distributed.start(config.device, config.dtype)
     prompt = "" if config.interactive else read_prompt(config.start)
-    model, tokenizer = load(config)
     compiled = config.compile is True or (config.compile == "auto" and world.device.type == "cuda")
-    with prepare(model, world, config.dtype):
+    model, tokenizer = load(config)
+    with prepare(model, world, config.dtype, compiled):
         if config.interactive:
-            converse(config, Decoder(model, compiled=compiled), tokenizer)
+            converse(config, make_decoder(model, 1, None, compiled), tokenizer)
         else:
-            ids = prompt_ids(prompt, model, tokenizer)
-            length = len(ids) + config.max_new_tokens
-            write(config, Decoder(model, config.num_samples, length, compiled), tokenizer, ids, prompt)
+            write_all(config, model, world, tokenizer, prompt, compiled)
 
 
-def prepare(model: GPT, world: World, dtype: str) -> contextlib.AbstractContextManager:
-    """Bring the model to its device, its weights in the number format that decodes fastest there, or in `dtype` if that
-    is not "auto". Returns the context in which it works. On a CPU float16 is a way to keep weights; the arithmetic is
-    float32."""
+def prepare(model: GPT, world: World, dtype: str, compiled: bool) -> contextlib.AbstractContextManager:
+    """Bring the model to its device, its matrices in the number format that decodes fastest there, or in `dtype` if
+    that is not "auto". Returns the context in which it works. On a CPU float16 is a way to keep matrices; the
+    arithmetic is float32. Raises InputError where that cannot be had."""
     model.to(world.device).eval()
-    wanted = dtype == "float16" or (dtype == "auto" and world.dtype == torch.float32)
-    if wanted and world.device.type == "cpu" and can_pack():
-        pack(model)
+    if world.device.type == "cpu" and world.dtype != torch.bfloat16 and dtype != "float32":
+        if can_pack() and not compiled:
+            pack(model)
+        elif dtype == "float16":
+            raise InputError("dtype=float16: on a CPU only where torch has FBGEMM (x86), not compiled: use float32")
         return contextlib.nullcontext()
-    model.to(world.dtype)
+    if world.dtype != torch.float32:
+        pack(model, partial(rounded_linear, dtype=world.dtype))
     return world.autocast()
+
+
+def make_decoder(model: GPT, rows: int, length: int | None, compiled: bool) -> Decoder:
+    decoder = Decoder(model, rows, length, compiled)
+    if compiled:
+        print("compiling …", end=" ", file=sys.stderr, flush=True)
+        decoder.start([[0]] * rows)
+        for _ in range(3):  # the first compiles, the others record the graph
+            decoder.step(torch.zeros(rows, dtype=torch.long))
+        print("done", file=sys.stderr)
+    return decoder
 
 
 def prompt_ids(prompt: str, model: GPT, tokenizer: Tokenizer) -> list[int]:
@@ -97,58 +123,123 @@ def prompt_ids(prompt: str, model: GPT, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
+class Sample:
+    """One text as it is written. `text` is what can be shown of it so far: a piece at a time, as the tokens of a
+    character come and it is known that no stop begins, with the probability of all tokens that made the piece."""
+
+    def __init__(self, stream: TextStream, show: Callable[[str, float], str]):
+        self.stream, self.show = stream, show
+        self.text, self.tokens, self.logprob = "", 0, 0.0
+
+    def put(self, token: Token) -> None:
+        if not self.stream.stopped:
+            self.tokens += 1
+            self.logprob += token.logprob or 0.0
+            self._add(self.stream.put(token.id))
+
+    def close(self) -> None:
+        self._add(self.stream.close())
+
+    def _add(self, piece: str) -> None:
+        if piece:
+            self.text += self.show(piece, math.exp(self.logprob))
+            self.logprob = 0.0
+
+
+class Printer:
+    """Prints samples one after the other: the first as it comes, the next from when that has ended."""
+
+    def __init__(self, samples: list[Sample], prompt: str, end: str):
+        self.samples, self.prompt, self.end = samples, prompt, end
+        self.current, self.shown = 0, 0  # which sample, and how many of its characters
+        print(prompt, end="", flush=True)
+
+    def update(self, closed: bool = False) -> None:
+        while self.current < len(self.samples):
+            sample = self.samples[self.current]
+            print(sample.text[self.shown :], end="")
+            self.shown = len(sample.text)
+            if not (closed or sample.stream.stopped):
+                break
+            print(self.end, end="")
+            self.current, self.shown = self.current + 1, 0
+            if self.current < len(self.samples):
+                print(self.prompt, end="")
+        sys.stdout.flush()
+
+
+def write_all(
+    config: SampleConfig, model: GPT, world: World, tokenizer: Tokenizer, prompt: str, compiled: bool
+) -> None:
+    """Print num_samples texts that begin with the prompt, and the speed."""
+    ids = prompt_ids(prompt, model, tokenizer)
+    length, count = len(ids) + config.max_new_tokens, config.num_samples
+    rows = min(count, rows_that_fit(model, length, distributed.free_memory(world.device)))
+    if rows < count:
+        print(f"{rows} of {count} samples at a time, for memory", file=sys.stderr)
+    made, seconds, decoder = 0, 0.0, None
+    for first in range(0, count, rows):
+        if decoder is None or decoder.rows != min(rows, count - first):
+            decoder = make_decoder(model, min(rows, count - first), length, compiled)
+        _, tokens, took = write(config, decoder, tokenizer, ids, prompt, first, end=RULER)
+        made, seconds = made + tokens, seconds + took
+    print_speed(made, seconds)
+
+
 def write(
-    config: SampleConfig, decoder: Decoder, tokenizer: Tokenizer, ids: list[int], shown: str, turn: int = 0
-) -> list[int]:
-    """Print as many texts that begin with `ids` as the decoder has rows, the first as it comes, and the speed. Returns
-    the first one's ids. shown: the ids' text. turn: another one, other draws."""
-    rows = decoder.rows
+    config: SampleConfig, decoder: Decoder, tokenizer: Tokenizer, ids: list[int], prompt: str, first: int, end: str
+) -> tuple[list[int], int, float]:
+    """Print a text for each of the decoder's rows, sample `first` and those after it, that begins with `ids`, shown as
+    `prompt`. Returns the first text's ids, the tokens of all, and the seconds. A Ctrl-C ends an interactive one; from
+    others it is passed on, when all that they have is printed."""
+    show, stops = shading(config.logprobs), [config.stop] if config.stop else []
+    samples = [Sample(TextStream(tokenizer, stops), show) for _ in range(decoder.rows)]
     how = Sampling(
         config.temperature, config.top_k, config.top_p, config.min_p, config.seed, vocab_size=tokenizer.vocab_size
     )
-    streams = [TextStream(tokenizer, [config.stop] if config.stop else []) for _ in range(rows)]
-    texts, made = [[shown] for _ in range(rows)], 0
-    first, show = list(ids), shading(config.logprobs)
-    print(*texts[0], end="", flush=True)
-    began = time.perf_counter()
+    printer, text = Printer(samples, prompt, end), list(ids)
+    began, interrupted = time.perf_counter(), False
     try:
-        samples, rivals = range(turn, turn + rows), 0 if config.logprobs else -1
-        for tokens in decoder.write([ids] * rows, config.max_new_tokens, how, samples=samples, rivals=rivals):
-            for row, (stream, token) in enumerate(zip(streams, tokens, strict=True)):
-                if not stream.stopped:
-                    made += 1
-                    texts[row].append(show(stream.put(token.id), token))
-            first.append(tokens[0].id)
-            print(texts[0][-1] if not streams[0].stopped else "", end="", flush=True)
-            if all(stream.stopped for stream in streams):
+        numbers, rivals = range(first, first + decoder.rows), 0 if config.logprobs else -1
+        for tokens in decoder.write([ids] * decoder.rows, config.max_new_tokens, how, samples=numbers, rivals=rivals):
+            for sample, token in zip(samples, tokens, strict=True):
+                sample.put(token)
+            text.append(tokens[0].id)
+            printer.update()
+            if all(sample.stream.stopped for sample in samples):
                 break
     except KeyboardInterrupt:
-        if not config.interactive:
-            raise
+        interrupted = True
     seconds = time.perf_counter() - began
-    ends = [stream.close() for stream in streams]
-    print(ends[0])
-    if not config.interactive:
-        print("---------------")
-        for text, end in zip(texts[1:], ends[1:], strict=True):
-            print("".join(text) + end, "---------------", sep="\n")
-    sys.stdout.flush()
-    print(f"{made / seconds:.1f} tok/s ({made:,} tokens in {seconds:.1f} s)", file=sys.stderr)
-    return first
+    for sample in samples:
+        sample.close()
+    printer.update(closed=True)
+    if interrupted and not config.interactive:
+        raise KeyboardInterrupt
+    return text, sum(sample.tokens for sample in samples), seconds
+
+
+def print_speed(tokens: int, seconds: float) -> None:
+    print(f"{tokens / seconds:.1f} tok/s ({tokens:,} tokens in {seconds:.1f} s)", file=sys.stderr)
 
 
 def converse(config: SampleConfig, decoder: Decoder, tokenizer: Tokenizer) -> None:
     """Continue what the user types, text after text, until the input ends."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (the typed line can be edited, and former ones come back)
     text: list[int] = []
     print(
         "type how a text begins; an empty line lets the last one go on; Ctrl-C stops it, Ctrl-D ends", file=sys.stderr
     )
+    mark = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     for turn in itertools.count():
         try:
-            typed = input("> ")
+            typed = input(mark)
+            if not typed and not text:
+                raise InputError("there is no text yet that could go on: type how one begins")
             ids = prompt_ids(typed, decoder.model, tokenizer) if typed else text
-            if ids:
-                text = write(config, decoder, tokenizer, ids, typed, turn)
+            text, tokens, seconds = write(config, decoder, tokenizer, ids, typed, turn, end="\n")
+            print_speed(tokens, seconds)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:  # at the prompt
@@ -157,19 +248,14 @@ def converse(config: SampleConfig, decoder: Decoder, tokenizer: Tokenizer) -> No
             return
 
 
-def shading(logprobs: bool) -> Callable[[str, Token], str]:
-    """How a token's text is shown: as it is, or with the probability that the model gave it."""
+def shading(logprobs: bool) -> Callable[[str, float], str]:
+    """How a piece of text is shown: as it is, or with the probability that the model gave it."""
     if not logprobs:
-        return lambda text, token: text
-    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
-        return lambda text, token: f"\n{percent(token):6.1f}%  {text!r}"
+        return lambda piece, probability: piece
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return lambda piece, probability: f"\n{100 * probability:6.1f}%  {piece!r}"
     colours = (196, 208, 220, 154, 46)  # of the 256 that terminals have, from red to green
-    return lambda text, token: f"\033[38;5;{colours[min(4, int(percent(token) / 20))]}m{text}\033[0m"
-
-
-def percent(token: Token) -> float:
-    assert token.logprob is not None
-    return 100 * math.exp(token.logprob)
+    return lambda piece, probability: f"\033[38;5;{colours[min(4, int(5 * probability))]}m{piece}\033[0m"
 
 
 def read_prompt(start: str) -> str:

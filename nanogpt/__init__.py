@@ -18,7 +18,9 @@ class RunStopped(Exception):
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: its return value (0 if None), or 2 or 3 after a line for each fault it raised."""
     try:
-        sys.exit(main() or 0)
+        status = main() or 0
+        sys.stdout.flush()
+        sys.exit(status)
     except (InputError, RunStopped) as error:
         sys.stdout.flush()
         rank = os.environ.get("RANK", "0")
@@ -30,6 +32,9 @@ def run_script(main: Callable[[], int | None]) -> None:
             sys.stderr.flush()
             os._exit(status)  # at a normal exit the destructor of a process group that broke may abort the process
         sys.exit(status)
+    except BrokenPipeError:  # whoever read our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -183,6 +183,11 @@ def mix(*ints: int) -> int:
     return int(_hash(*ints)[0] >> np.uint64(1))
 
 
+def uniform(*values: Any) -> np.ndarray:
+    """A number of [0, 1) for each set of integers, of which some or all are given as arrays (n,) of uint64."""
+    return (_hash(*values) >> np.uint64(11)) * 2.0**-53
+
+
 def _permuted(positions: np.ndarray, keys: np.ndarray, n: int) -> np.ndarray:
     """Where a shuffle of range(n), one for each key, puts each position, without building the shuffle.
 

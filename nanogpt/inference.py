@@ -5,21 +5,24 @@ keys and values of what it has read. Both draw the same tokens.
 """
 
 import contextlib
-import math
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt.data import EvalWindows, mix
+from nanogpt import InputError
+from nanogpt.data import EvalWindows, uniform
 from nanogpt.distributed import World
 from nanogpt.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"  # what decoding puts in the place of bytes that are no character, or not yet one
+MOST_TOKENS = 2**14  # read in one pass, so that the memory of many long texts' activations stays small
 
 
 @torch.inference_mode()
@@ -64,38 +67,47 @@ class Sampling:
 PLAIN = Sampling()  # from the model's own odds
 
 
-def odds(logits: Tensor, how: Sampling) -> Tensor:
-    """The probabilities (B, V) with which ids are drawn from logits (B, V); temperature must be above 0."""
-    logits = logits.float() / how.temperature
-    if how.top_k is not None and how.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(how.top_k).values[:, -1:], -torch.inf)
+def odds(logits: Tensor, how: Sampling) -> tuple[Tensor, Tensor | None]:
+    """What may be drawn from logits (B, V): in shares (B, K), which need not sum to 1, and the ids (B, K) that have
+    them, each row's in order; None: all of them, K = V. temperature must be above 0."""
+    logits, ids = logits.float() / how.temperature, None
+    most = min(how.top_k or logits.shape[-1], logits.shape[-1])
+    if most < logits.shape[-1] or how.top_p < 1:
+        logits, ids = logits.topk(most)  # the likeliest first
+    shares = logits.softmax(-1)
     if how.top_p < 1:
-        ordered, ids = logits.topk(min(how.top_k or logits.shape[-1], logits.shape[-1]))  # the likeliest first
-        share = ordered.softmax(-1)
-        ordered[share.cumsum(-1) - share >= how.top_p] = -torch.inf  # those before it are enough
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, ordered)
+        shares = shares * (shares.cumsum(-1) - shares < how.top_p)  # unless those before it are enough
     if how.min_p > 0:
-        least = logits.max(-1, keepdim=True).values + math.log(how.min_p)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return logits.softmax(-1)
+        shares = shares * (shares >= how.min_p * shares.amax(-1, keepdim=True))
+    if ids is not None:  # back in order: which of two is a hair likelier must not decide what is drawn
+        kept = int((shares > 0).sum(-1).max())
+        ids, order = ids[:, :kept].sort(-1)
+        shares = shares[:, :kept].gather(-1, order)
+    return shares, ids
 
 
 def draw(logits: Tensor, how: Sampling, places: Sequence[tuple[int, int]]) -> Tensor:
     """One id (B,) for each row of logits (B, V).
 
     places: for each row the number of its sample and the position of the id in its text. They and the seed alone
-    decide the draw, so that a sample is the same in any batch.
+    decide the noise, so that a sample is the same in any batch. Raises InputError for logits that are no numbers.
     """
     logits = logits[:, : how.vocab_size]
+    if not logits.isfinite().all():
+        raise InputError(
+            "what the model gives is no number: its weights are broken, or too large for the number format; "
+            "try --dtype=float32"
+        )
     if how.temperature < 1e-6:  # which would overflow
         return logits.argmax(-1)
-    chances = odds(logits, how)
-    chances = (chances.cpu() if chances.device.type == "mps" else chances).double()  # which MPS lacks
-    below = chances.cumsum(-1)
-    noise = [mix(how.seed, *place) / 2**63 for place in places]
+    shares, ids = odds(logits, how)
+    shares = (shares.cpu() if shares.device.type == "mps" else shares).double()  # which MPS lacks
+    below = shares.cumsum(-1)
     # Less than 1, and by so much that no rounding makes the product the sum itself, above which there is no id.
-    uniform = torch.tensor(noise, dtype=torch.float64, device=below.device).clamp(max=1 - 1e-12)
-    return torch.searchsorted(below, uniform[:, None] * below[:, -1:], right=True)[:, 0].to(logits.device)
+    noise = uniform(how.seed, *np.array(places, dtype=np.uint64).T).clip(max=1 - 1e-12)
+    target = torch.from_numpy(noise).to(below.device)[:, None] * below[:, -1:]
+    found = torch.searchsorted(below, target, right=True).to(logits.device)
+    return (found if ids is None else ids.gather(-1, found))[:, 0]
 
 
 class Token(NamedTuple):
@@ -232,13 +244,21 @@ class Decoder:
         self.windows: list[int] = []  # the tokens in each row's
         self._step = self._read
         if compiled:
+            # torch keeps so many compiled versions of a function and no more, and each decoder needs one: the function
+            # is copied. (To be gone once torch counts them by what was given to torch.compile.)
+            copy = types.FunctionType(Decoder._read.__code__.replace(), globals())
             mode = "reduce-overhead" if kind == "cuda" else None
-            self._step = torch.compile(self._read, mode=mode, fullgraph=True, dynamic=False)
+            self._step = torch.compile(types.MethodType(copy, self), mode=mode, fullgraph=True, dynamic=False)
 
     @torch.inference_mode()
     def start(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Read a text for each row, none of them empty; texts that are equal are read once. Returns what comes next,
-        logits (rows, V)."""
+        """Read a text for each row; texts that are equal are read once. Returns what comes next, logits (rows, V).
+
+        Raises ValueError where there is not one text for each row, one is empty, or one is longer than `length` where
+        that is shorter than the context.
+        """
+        if len(texts) != self.rows or not all(map(len, texts)):
+            raise ValueError(f"a decoder of {self.rows} rows needs so many texts, none of them empty")
         self.texts = [list(text) for text in texts]
         self.windows = [0] * len(texts)
         with _in_eval_mode(self.model):
@@ -246,26 +266,39 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
-        """Every row reads one more id, ids (rows,). Returns logits (rows, V)."""
+        """Every row reads one more id, ids (rows,). Returns logits (rows, V).
+
+        Raises ValueError before `start`, for another number of ids, and where `length` is shorter than the context and
+        is exceeded.
+        """
+        if ids.shape != (len(self.texts),) or not self.texts:
+            raise ValueError(f"expected {len(self.texts)} ids, one for each text, got {tuple(ids.shape)}; start first")
+        block = self.model.config.block_size
+        self._check(max(self.windows) + 1)
         for text, token in zip(self.texts, ids.tolist(), strict=True):
             text.append(token)
-        full = [row for row, window in enumerate(self.windows) if window == self.model.config.block_size]
+        ids = ids.to(self.cache.keys.device)
+        full = [row for row, window in enumerate(self.windows) if window == block]
         logits = None
         with _in_eval_mode(self.model):
             if len(full) < len(self.texts):
                 if full:  # what these rows read now is void: they read a new window below
                     self.cache.positions[full] = 0
                 columns = max(window for row, window in enumerate(self.windows) if row not in full) + 1
-                if self.compiled:  # few different sizes: each is compiled
-                    columns = min(self.length, max(128, 1 << (columns - 1).bit_length()))
-                equal = not self.compiled and len(set(self.windows)) == 1
-                logits = self._step(ids, columns, equal)
+                if self.compiled:  # one shape for all steps; and what a graph has made, its next run overwrites
+                    logits = self._step(ids, self.length, False).clone()
+                else:
+                    logits = self._step(ids, columns, len(set(self.windows)) == 1)
                 self.windows = [window + 1 for window in self.windows]
             if full:
                 fresh = self._reread(full)
                 logits = fresh if logits is None else logits.index_copy(0, torch.tensor(full, device=ids.device), fresh)
         assert logits is not None
         return logits
+
+    def _check(self, longest: int) -> None:
+        if self.length < longest and self.length < self.model.config.block_size:
+            raise ValueError(f"{longest} tokens do not fit into a decoder that was made for length={self.length}")
 
     def _read(self, ids: Tensor, columns: int, equal: bool) -> Tensor:
         """Logits (rows, V) after one id more for each row, ids (rows,). No window has more than `columns` then; equal:
@@ -283,19 +316,28 @@ class Decoder:
     def _reread(self, rows: Sequence[int]) -> Tensor:
         """Read the windows of `rows` from their beginnings. Returns logits (len(rows), V)."""
         device, block = self.cache.keys.device, self.model.config.block_size
-        windows = [tuple(self.texts[row][window_start(len(self.texts[row]), block) :]) for row in rows]
-        unique = {window: i for i, window in enumerate(dict.fromkeys(windows))}
-        longest = max(map(len, unique))
-        ids = torch.tensor([[*window] + [0] * (longest - len(window)) for window in unique], device=device)
-        source = torch.tensor([unique[window] for window in windows], device=device)
-        where = torch.tensor(list(rows), device=device)
-        past = [partial(self.cache.fill, layer, where, source) for layer in range(self.model.config.n_layer)]
-        x = self.model.features(ids, past=past)  # what stands after a shorter window is void, and overwritten later
-        for row, window in zip(rows, windows, strict=True):
-            self.windows[row] = len(window)
-        sizes = torch.tensor([len(window) for window in windows], device=device)
-        self.cache.positions[where] = sizes
-        return self.model.logits(self.model.norm(x[source, sizes - 1]))
+        sharing: dict[tuple[int, ...], list[int]] = {}  # the rows that have a window
+        for row in rows:
+            text = self.texts[row]
+            sharing.setdefault(tuple(text[window_start(len(text), block) :]), []).append(row)
+        longest = max(map(len, sharing))
+        self._check(longest)
+        found: dict[int, Tensor] = {}
+        at_once, unique = max(1, MOST_TOKENS // longest), [*sharing]
+        for windows in (unique[first : first + at_once] for first in range(0, len(unique), at_once)):
+            # What stands after a shorter window is void, and overwritten later.
+            ids = torch.tensor([[*window] + [0] * (longest - len(window)) for window in windows], device=device)
+            readers = [(row, i) for i, window in enumerate(windows) for row in sharing[window]]
+            where, source = torch.tensor(readers, device=device).T
+            past = [partial(self.cache.fill, layer, where, source) for layer in range(self.model.config.n_layer)]
+            x = self.model.features(ids, past=past)
+            sizes = torch.tensor([len(window) for window in windows], device=device)
+            last = x[torch.arange(len(windows), device=device), sizes - 1]
+            logits = self.model.logits(self.model.norm(last))
+            self.cache.positions[where] = sizes[source]
+            for row, i in readers:
+                self.windows[row], found[row] = len(windows[i]), logits[i]
+        return torch.stack([found[row] for row in rows])
 
     def write(
         self,
@@ -320,6 +362,14 @@ class Decoder:
                 logits = self.step(ids)
 
 
+def rows_that_fit(model: Any, length: int, free: int | None) -> int:
+    """How many texts of up to `length` tokens a decoder can write at once in half of `free` bytes; None: any number."""
+    c = model.config
+    kept = 2 * c.n_layer * c.n_kv_head * c.head_dim * min(length, c.block_size)
+    each = 4 * (kept + 16 * c.vocab_size)  # drawing makes a few copies of the logits, some of 8 bytes a number
+    return 2**31 if free is None else max(1, free // 2 // each)
+
+
 # ---- weights for decoding
 
 
@@ -342,14 +392,23 @@ def can_pack() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
+def rounded_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer that keeps its weights in `dtype`: what autocast to it would make of them at each use."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return linear
+
+
 @torch.inference_mode()
-def pack(model: Any) -> None:
-    """Replace all matrices of `model`, in place, by those of `PackedLinear`."""
-    head = PackedLinear(model.output_weight, None)
+def pack(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module] = PackedLinear) -> None:
+    """Replace all matrices of `model`, in place, by `layer` of weight and bias. Embeddings and norms stay."""
+    head = layer(model.output_weight, None)
     for module in [*model.modules()]:
         for name, child in [*module.named_children()]:
             if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight, child.bias))
+                setattr(module, name, layer(child.weight, child.bias))
     model.head = head
 
 
@@ -372,13 +431,28 @@ class TextStream:
             return ""
         self._ids.append(token)
         text = self.tokenizer.decode(self._ids)
-        open_end = text.endswith(BROKEN)  # a character whose other bytes may come
-        new = text[self._told : len(text) - open_end]
+        whole = text.rstrip(BROKEN)
+        settled = max(len(whole), len(text) - 3)  # a character has four bytes at most: three may wait for the last
+        new = text[self._told : settled]
         self._told += len(new)
-        if not open_end:  # some tokenizers write a token differently at the beginning of a text: one stays before it
-            self._ids = self._ids[-1:]
-            self._told = len(self.tokenizer.decode(self._ids))
+        if whole == text:  # some tokenizers write a token differently at the beginning of a text: one stays before it
+            self._forget(len(self._ids) - 1, text)
+        elif len(self._ids) > 8:  # bytes that became no character: drop those that nothing depends on
+            cuts = (n for n in range(4, 0, -1) if self._stands_alone(self._ids[:n], text))
+            self._forget(next(cuts, 0), text)
         return self._up_to_stop(new)
+
+    def _stands_alone(self, first: list[int], text: str) -> bool:
+        """Whether the text of the ids that are open is that of `first`, all told, and that of the rest."""
+        begin, rest = self.tokenizer.decode(first), self.tokenizer.decode(self._ids[len(first) :])
+        return begin + rest == text and len(begin) <= self._told
+
+    def _forget(self, count: int, text: str) -> None:
+        """Close the first `count` of the open ids, whose text is `text`."""
+        if count:
+            untold = len(text) - self._told
+            self._ids = self._ids[count:]
+            self._told = len(self.tokenizer.decode(self._ids)) - untold
 
     def close(self) -> str:
         """What was held back, at the end."""

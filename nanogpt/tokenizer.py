@@ -195,6 +195,14 @@ class Tokenizer:
             )
         return self._inner.decode(ids, skip_special_tokens=False)
 
+    def label(self, token_id: int) -> str:
+        """A token's text, or its bytes as <0xE6><0x97> where it is a part of a character."""
+        text, letters = self.decode([token_id]), _byte_letters()
+        spelled = self._inner.id_to_token(token_id) or ""
+        if "\ufffd" not in text or not set(spelled) <= set(letters):
+            return text
+        return "".join(f"<0x{letters.index(letter):02X}>" for letter in spelled)
+
 
 @contextlib.contextmanager
 def aside(path: Path) -> Iterator[Path]:
