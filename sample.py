@@ -193,7 +193,7 @@ def write(
     `prompt`. Returns the first text's ids, the tokens of all, and the seconds. A Ctrl-C ends an interactive one; from
     others it is passed on, when all that they have is printed."""
     show, stops = shading(config.logprobs), [config.stop] if config.stop else []
-    samples = [Sample(TextStream(tokenizer, stops), show) for _ in range(decoder.rows)]
+    samples = [Sample(TextStream(tokenizer, stops, ids[-16:]), show) for _ in range(decoder.rows)]
     how = Sampling(
         config.temperature, config.top_k, config.top_p, config.min_p, config.seed, vocab_size=tokenizer.vocab_size
     )

@@ -401,7 +401,7 @@ def rounded_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> n
     return linear
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def pack(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module] = PackedLinear) -> None:
     """Replace all matrices of `model`, in place, by `layer` of weight and bias. Embeddings and norms stay."""
     head = layer(model.output_weight, None)
@@ -416,52 +416,57 @@ def pack(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module] = Packe
 
 
 class TextStream:
-    """The text of a row as its tokens come: only what no later token can change, up to the first of the `stops`."""
+    """The text of a row as its tokens come: only what no later token can change, up to the first of the `stops`.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    before: the ids that the text goes on from, or the last of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: Sequence[int] = ()):
         self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
         self.stopped = False
-        self._ids: list[int] = []  # those whose text is not all told, and one before them
+        # Some tokenizers write a token differently at the beginning of a text: after whole characters one stays.
+        self._anchor: list[int] = []
+        self._open: list[int] = []  # the ids after it whose text is not all told
         self._told = 0  # characters of their text
         self._held = ""  # what might be the beginning of a stop
+        for token in before:
+            self._settled(token)
 
     def put(self, token: int) -> str:
         """What can be told now."""
-        if self.stopped:
-            return ""
-        self._ids.append(token)
-        text = self.tokenizer.decode(self._ids)
-        whole = text.rstrip(BROKEN)
-        settled = max(len(whole), len(text) - 3)  # a character has four bytes at most: three may wait for the last
-        new = text[self._told : settled]
-        self._told += len(new)
-        if whole == text:  # some tokenizers write a token differently at the beginning of a text: one stays before it
-            self._forget(len(self._ids) - 1, text)
-        elif len(self._ids) > 8:  # bytes that became no character: drop those that nothing depends on
-            cuts = (n for n in range(4, 0, -1) if self._stands_alone(self._ids[:n], text))
-            self._forget(next(cuts, 0), text)
-        return self._up_to_stop(new)
-
-    def _stands_alone(self, first: list[int], text: str) -> bool:
-        """Whether the text of the ids that are open is that of `first`, all told, and that of the rest."""
-        begin, rest = self.tokenizer.decode(first), self.tokenizer.decode(self._ids[len(first) :])
-        return begin + rest == text and len(begin) <= self._told
-
-    def _forget(self, count: int, text: str) -> None:
-        """Close the first `count` of the open ids, whose text is `text`."""
-        if count:
-            untold = len(text) - self._told
-            self._ids = self._ids[count:]
-            self._told = len(self.tokenizer.decode(self._ids)) - untold
+        return "" if self.stopped else self._up_to_stop(self._settled(token))
 
     def close(self) -> str:
         """What was held back, at the end."""
         if self.stopped:
             return ""
-        rest = self._up_to_stop(self.tokenizer.decode(self._ids)[self._told :])
-        self._ids, self._told = [], 0
+        rest = self._up_to_stop(self._text(self._open)[self._told :])
+        self._open, self._told = [], 0
         held, self._held = ("" if self.stopped else self._held), ""
         return rest + held
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode([*self._anchor, *ids])[len(self.tokenizer.decode(self._anchor)) :]
+
+    def _settled(self, token: int) -> str:
+        """What is new in the text with one token more, and stays."""
+        self._open.append(token)
+        text = self._text(self._open)
+        whole = text.rstrip(BROKEN)
+        # A character has four bytes at most: three may wait for the last.
+        new = text[self._told : max(len(whole), len(text) - 3)]
+        self._told += len(new)
+        if whole == text:
+            if BROKEN not in self.tokenizer.decode([token]):
+                self._anchor = [token]
+            self._open, self._told = [], 0
+        elif len(self._open) > 8:  # bytes that became no character: close those that nothing depends on
+            for count in (4, 3, 2, 1):
+                first = self._text(self._open[:count])
+                if len(first) <= self._told and first + self._text(self._open[count:]) == text:
+                    self._open, self._told = self._open[count:], self._told - len(first)
+                    break
+        return new
 
     def _up_to_stop(self, new: str) -> str:
         text = self._held + new

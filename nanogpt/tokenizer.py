@@ -199,8 +199,10 @@ class Tokenizer:
         """A token's text, or its bytes as <0xE6><0x97> where it is a part of a character."""
         text, letters = self.decode([token_id]), _byte_letters()
         spelled = self._inner.id_to_token(token_id) or ""
-        if "\ufffd" not in text or not set(spelled) <= set(letters):
+        if "\ufffd" not in text:
             return text
+        if spelled.startswith("<0x") or not set(spelled) <= set(letters):  # written so by its own tokenizer
+            return spelled
         return "".join(f"<0x{letters.index(letter):02X}>" for letter in spelled)
 
 

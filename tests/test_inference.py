@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from nanogpt import inference
+from nanogpt import InputError, inference
 from nanogpt.inference import Decoder, Sampling, TextStream, draw, generate, logprobs, odds, sample_text, window_start
 from nanogpt.tokenizer import Tokenizer
 
@@ -111,6 +112,20 @@ def test_greedy():
     assert draw(rows.flip(1).repeat(200, 1), Sampling(vocab_size=2), [(i, 0) for i in range(400)]).max() == 1
 
 
+@pytest.mark.parametrize("how", [Sampling(top_k=2), Sampling(top_k=2, top_p=0.99), Sampling(top_k=2, min_p=0.5)])
+def test_of_equals_no_more_than_top_k_stay(how: Sampling):
+    assert (chances(torch.tensor([[1.0, 1.0, 1.0, 0.0]]), how) > 0).sum() == 2
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling(temperature=0), Sampling(top_k=2, top_p=0.9)])
+def test_what_is_no_number_is_no_token(how: Sampling):
+    logits = torch.zeros(3, 5)
+    for bad in (torch.nan, torch.inf):
+        logits[1, 2] = bad
+        with pytest.raises(InputError, match="try --dtype=float32"):
+            draw(logits, how, [(0, 0), (1, 0), (2, 0)])
+
+
 # ---- the cache
 
 
@@ -202,6 +217,76 @@ def test_a_cache_no_longer_than_needed(model: GPT):
     assert [*short.write([[1, 2, 3]], 6)] == [*full.write([[1, 2, 3]], 6)]
 
 
+def test_long_texts_are_read_a_few_at_a_time(model: GPT, monkeypatch: pytest.MonkeyPatch):
+    how = Sampling(temperature=0)
+    whole = [*Decoder(model, rows=5).write(TEXTS, 40, how)]
+    monkeypatch.setattr(inference, "MOST_TOKENS", 2 * BLOCK)
+    assert [*Decoder(model, rows=5).write(TEXTS, 40, how)] == whole
+
+
+def test_what_a_decoder_cannot_do(model: GPT):
+    decoder = Decoder(model, rows=2, length=4)
+    one = torch.tensor([1, 1])
+    with pytest.raises(ValueError, match="start first"):
+        decoder.step(one)
+    for texts in ([[1]], [[1], []], [[1]] * 3):
+        with pytest.raises(ValueError, match="2 rows"):
+            decoder.start(texts)
+    with pytest.raises(ValueError, match=r"5 tokens .* length=4"):
+        decoder.start([[1] * 5, [1]])
+    decoder.start([[1], [1, 2]])
+    with pytest.raises(ValueError, match="2 ids"):
+        decoder.step(torch.tensor([1]))
+    for _ in range(2):
+        decoder.step(one)
+    with pytest.raises(ValueError, match=r"5 tokens .* length=4"):
+        decoder.step(one)
+
+
+def test_how_many_texts_fit(model: GPT):
+    """By hand: keys and values of 2 layers, 4 heads (modern: 2) of 8 channels; 16 numbers for each id; 4 bytes each."""
+    heads = model.config.n_kv_head
+    each = 4 * (2 * 2 * heads * 8 * 10 + 16 * V)
+    assert inference.rows_that_fit(model, 10, 2 * 7 * each) == 7
+    assert inference.rows_that_fit(model, 10, 2 * 7 * each - 1) == 6
+    assert inference.rows_that_fit(model, 10**9, 2**30) == inference.rows_that_fit(model, BLOCK, 2**30)
+    assert inference.rows_that_fit(model, 10, 0) == 1
+    assert inference.rows_that_fit(model, 10, None) > 10**6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["all", "matrices", "autocast"])
+def test_sixteen_bits(model: GPT, way: str, dtype: torch.dtype):
+    """The whole model, its matrices alone, or autocast: all work, near float32; the last two are the same function."""
+    model.eval()
+    texts = torch.randint(V, (3, BLOCK), generator=torch.Generator().manual_seed(1))
+    exact = model(texts)[0]
+    with torch.autocast("cpu", dtype, enabled=way != "all"):
+        autocast = model(texts)[0]
+        if way == "all":
+            model.to(dtype)
+        elif way == "matrices":
+            inference.pack(model, partial(inference.rounded_linear, dtype=dtype))
+        found = model(texts)[0]
+        logits = Decoder(model, rows=3).start(texts.tolist())
+        assert len([*Decoder(model, rows=2).write([[1], [2, 3]], 30)]) == 30
+    assert found.dtype == dtype
+    error = {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype] * exact.abs().max()
+    assert 0 < (found - exact).abs().max() < error
+    assert (logits - exact[:, 0]).abs().max() < error
+    assert way == "all" or torch.equal(found, autocast)
+
+
+def test_many_compiled_decoders(model: GPT, monkeypatch: pytest.MonkeyPatch):
+    """torch keeps eight versions of a function; each decoder is one of its own."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    how = Sampling(temperature=0)
+    for rows in range(1, 11):
+        texts = TEXTS[:1] * rows
+        written = [*Decoder(model, rows, compiled=True).write(texts, 3 + (rows == 1) * BLOCK, how)]
+        assert written == [*Decoder(model, rows).write(texts, 3 + (rows == 1) * BLOCK, how)]
+
+
 @pytest.mark.slow
 def test_compiled_steps(model: GPT):
     how = Sampling(temperature=0)
@@ -256,7 +341,8 @@ def test_packed_weights_are_float16(model: GPT):
     assert (after - expected).abs().max() < 1e-5 * before.abs().max()
     assert 1e-6 < (after - before).abs().max() / before.abs().max() < 5e-3
     assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
-    assert len([*Decoder(model, rows=2).write([[1], [2, 3]], 30)]) == 30
+    together = [*zip(*Decoder(model, rows=2).write([[1], [2, 3]], 30), strict=True)]
+    assert [[token] for token in together[1]] == [*Decoder(model).write([[2, 3]], 30, samples=[1])]
 
 
 # ---- text
@@ -309,8 +395,39 @@ def test_a_text_that_ends_amid_a_character():
     assert pieces[-1] == "\ufffd"
 
 
+def byte_fallback() -> Tokenizer:
+    """Bytes for what has no token: while they are no characters, each is a U+FFFD."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
+    inner.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    return Tokenizer(inner)
+
+
+def test_bytes_that_become_characters_together():
+    tokenizer = byte_fallback()
+    ids = [256, *"日🤷é".encode(), 256]
+    assert told(tokenizer, ids)[0] == ["a", "", "", "日", "", "", "", "🤷", "", "é", "a", ""]
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_bytes_that_never_become_a_character(make: Callable[[], Tokenizer], monkeypatch: pytest.MonkeyPatch):
+    """They are told after a while, and what is read again for each token stays short."""
+    tokenizer = make()
+    lone = next(i for i in range(tokenizer.vocab_size) if "0x80" in tokenizer.label(i))
+    lengths: list[int] = []
+    original = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: (lengths.append(len(ids)), original(ids))[1])
+    pieces, _ = told(tokenizer, [lone] * 100)
+    assert "".join(pieces) == "\ufffd" * 100
+    assert len("".join(pieces[:50])) > 40
+    assert max(lengths) < 16
+
+
 def test_tokens_with_a_space_before_them():
     assert told(word_pieces(), [0, 1, 3, 2, 0])[0] == ["to", " be", "ing", " or", " to", ""]
+    assert TextStream(word_pieces(), before=[0]).put(1) == " be"
+    amid = TextStream(byte_level(), before=byte_level().encode("é")[:1])
+    assert amid.put(byte_level().encode("é")[1]) == "é"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
 """sample.py as a user calls it."""
 
+import math
+import os
+import pty
 import re
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,6 +196,9 @@ def test_how_sure_it_was(write: Write, monkeypatch: pytest.MonkeyPatch):
         percent = 100 * model(torch.tensor([["abcd".index(letter) for letter in plain[:n]]]))[0].softmax(-1).max()
         assert line == f"{percent:6.1f}%  {plain[n]!r}"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert write(*keys) == ["\n".join([first, *lines])]
+    monkeypatch.setenv("NO_COLOR", "")
     (shown,) = write(*keys)
     assert re.sub("\033\\[[0-9;]*m", "", shown) == plain
     assert len(re.findall("\033\\[38;5;\\d+m.\033\\[0m", shown)) == 5
@@ -236,6 +244,128 @@ def test_a_conversation(write: Write, monkeypatch: pytest.MonkeyPatch, capsys: p
     one, other, *more = capsys.readouterr().out.splitlines()
     assert one != other  # each turn has its own draws
     assert [len(text) for text in more] == [8, 8]  # beyond the context too
+
+
+def test_more_samples_than_fit_are_written_in_groups(
+    write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    keys = ("--start=dab", "--num_samples=5")
+    together = write(*keys)
+    monkeypatch.setattr(sample, "rows_that_fit", lambda *about: 2)
+    assert write(*keys) == together
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *keys])
+    sample.main()
+    told = capsys.readouterr().err
+    assert "2 of 5 samples at a time" in told
+    assert "(125 tokens in" in told
+
+
+def test_pieces_have_the_probability_of_all_their_tokens():
+    """A stop that did not come, and a character of several tokens, show the product."""
+    tokens = [inference.Token(id, math.log(p)) for id, p in enumerate([0.5, 0.25, 0.5, 0.5])]
+    tokenizer = Tokenizer.characters("abcd")
+    text = sample.Sample(inference.TextStream(tokenizer, ["bca"]), lambda piece, p: f"[{piece} {p:.4g}]")
+    for token in tokens:
+        text.put(token)
+    assert text.text == "[a 0.5][bcd 0.0625]"
+    assert text.tokens == 4
+
+
+def test_texts_show_one_after_the_other(capsys: pytest.CaptureFixture[str]):
+    """The next one as soon as the first has ended, from its beginning."""
+    tokenizer = Tokenizer.characters("abcd")
+    samples = [sample.Sample(inference.TextStream(tokenizer, ["d"]), lambda piece, p: piece) for _ in range(3)]
+    printer = sample.Printer(samples, "> ", "|")
+    shown = []
+    for row in ("aba", "bdc", "dac", "aad"):
+        for each, letter in zip(samples, row, strict=True):
+            each.put(inference.Token("abcd".index(letter)))
+        printer.update()
+        shown.append(capsys.readouterr().out)
+    assert shown == ["> a", "b", "|> b|> acc", "|"]
+    printer.update(closed=True)
+    assert capsys.readouterr().out == ""
+
+
+COMMAND = [sys.executable, str(ROOT / "sample.py"), "--out_dir=out", "--device=cpu"]
+
+
+def test_a_reader_that_leaves(write: Write):
+    """As `| head -1`: no complaint."""
+    command = [*COMMAND, "--num_samples=3", "--max_new_tokens=3000", "--start=a"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr is not None
+    assert process.stderr.read().splitlines() == ["sampling from out/ckpt/step-000020"]
+
+
+def test_ctrl_c_loses_no_text(write: Write):
+    command = [*COMMAND, "--num_samples=3", "--max_new_tokens=1000000", "--start=dab"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    begin = process.stdout.read(30)
+    process.send_signal(signal.SIGINT)
+    rest, told = process.communicate(timeout=60)
+    texts = (begin + rest).split(f"\n{RULER}\n")
+    assert process.returncode == 130
+    assert told.splitlines()[-1] == "interrupted"
+    assert len(texts) == 4
+    assert all(text[:3] == "dab" and len(text) > 20 for text in texts[:3])
+
+
+def test_a_conversation_by_pipe(write: Write):
+    """Only texts on standard output."""
+    command = [*COMMAND, "--interactive=True", "--max_new_tokens=5", "--temperature=0", "--dtype=float32"]
+    done = subprocess.run(command, env=environment(), input="\ndab\n\n", capture_output=True, text=True, timeout=60)
+    expected = by_hand(GPT.from_checkpoint("out"), "dab", 10)
+    assert done.returncode == 0
+    assert done.stdout == f"{expected[:8]}\n{expected[8:]}\n"
+    assert "error: there is no text yet that could go on" in done.stderr
+
+
+def test_a_conversation_in_a_terminal(write: Write):
+    """A real one: Ctrl-C stops the text and not the program, Ctrl-D ends it."""
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, "--interactive=True", "--max_new_tokens=1000000", "--temperature=0", "--dtype=float32"]
+    process = subprocess.Popen(command, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs, process_group=0)
+    os.close(theirs)
+    seen = ""
+
+    def until(what: str) -> None:
+        nonlocal seen
+        while what not in seen:
+            assert select.select([ours], [], [], 60)[0], seen
+            seen += os.read(ours, 4096).decode()
+        seen = seen.partition(what)[2]
+
+    expected = by_hand(GPT.from_checkpoint("out"), "dab", 20)
+    until("> ")
+    for _ in range(2):
+        os.write(ours, b"dab\n")
+        until(expected)
+        process.send_signal(signal.SIGINT)
+        until("tok/s")
+        until("> ")
+    os.write(ours, b"\x04")
+    assert process.wait(60) == 0
+
+
+def test_what_does_not_go_together(write: Write):
+    for flag in ("--start=a", "--num_samples=3"):
+        with pytest.raises(InputError, match=f"^{flag[2:].partition('=')[0]}: an interactive text"):
+            write("--interactive=True", flag)
+    with pytest.raises(InputError, match="float16: on a CPU only where"):
+        write("--dtype=float16", "--compile=True")
+
+
+@pytest.mark.slow
+def test_compiled(write: Write, capsys: pytest.CaptureFixture[str]):
+    keys = ("--start=dab", "--temperature=0")
+    assert write(*keys, "--compile=True") == write(*keys)
 
 
 def test_the_command_line(write: Write):

@@ -4,9 +4,14 @@
     python runs/decode/measure.py --device=cuda --to=runs/decode/gpu.json
 
 For each size, batch and context every side in turn writes a few tokens, drawn with temperature 0.8 from the 200
-likeliest, and this several times over; the weights are random. `limit` is the time in which the bytes of ours' weights
-come from memory at the speed at which this machine sums a large tensor, measured in the same turns. int8 is FBGEMM's
-(weights and activations in 8 bits, one scale a row), a patch that stays here: docs/optimizations.md says why.
+likeliest, and this several times over; the weights are random. `limit` is the time in which the bytes that ours reads
+for a token, its weights and the keys and values kept so far, come from memory at the speed at which this machine sums a
+large tensor, measured in the same turns. int8 is FBGEMM's (weights and activations in 8 bits, one scale a row), a patch
+that stays here: docs/optimizations.md says why.
+
+    python runs/decode/measure.py --loss=OUT_DIR --to=runs/decode/loss.json
+
+gives the validation loss of a run's model with its matrices in each format.
 """
 
 import argparse
@@ -20,6 +25,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,12 +37,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from model import GPT, GPTConfig  # noqa: E402
-from nanogpt import distributed, inference  # noqa: E402
+from nanogpt import checkpoint, data, distributed, inference  # noqa: E402
 from nanogpt.inference import Decoder, Sampling, draw  # noqa: E402
 
 SIZES = {"124M": (12, 12, 768), "1558M": (48, 25, 1600)}  # layers, heads, channels
 HOW = Sampling(temperature=0.8, top_k=200)
 Step = Callable[[], Any]
+Make = Callable[[int], Step]
 
 
 class Int8Linear(nn.Module):
@@ -53,23 +60,25 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
 
 
-def quantize(model: GPT) -> None:
-    original, inference.PackedLinear = inference.PackedLinear, Int8Linear  # type: ignore[misc, assignment]
-    inference.pack(model)
-    inference.PackedLinear = original  # type: ignore[misc]
-
-
-def ours(model: GPT, rows: int, context: int, compiled: bool, amp: Any) -> Step:
+def decoding(model: GPT, rows: int, compiled: bool, amp: Any) -> Make:
+    """Makers of ours' step; the decoder is one, whatever the context, and so compiled once."""
     with amp:
         decoder = Decoder(model, rows, compiled=compiled)
-        logits = [decoder.start([torch.randint(50_000, (context,)).tolist()] * rows)]
-    places = [(row, context) for row in range(rows)]
 
-    def step() -> None:
+    def start(context: int) -> Step:
         with amp:
-            logits[0] = decoder.step(draw(logits[0], HOW, places))
+            logits = [decoder.start([torch.randint(50_000, (context,)).tolist()] * rows)]
+        places = [(row, context) for row in range(rows)]
 
-    return step
+        def step() -> None:
+            with amp:
+                ids = draw(logits[0], HOW, places)
+                ids.tolist()  # as `write` does, which shows them
+                logits[0] = decoder.step(ids)
+
+        return step
+
+    return start
 
 
 def nanogpt(model: Any, rows: int, context: int, device: str) -> Step:
@@ -100,7 +109,8 @@ def theirs(model: Any, rows: int, context: int, device: str) -> Step:
 
 
 def seconds(step: Step, count: int, world: Any) -> float:
-    step()
+    for _ in range(1 if world.device.type == "cpu" else 5):  # the first compiles, the next record a graph
+        step()
     world.synchronize()
     began = time.perf_counter()
     for _ in range(count):
@@ -109,32 +119,33 @@ def seconds(step: Step, count: int, world: Any) -> float:
     return (time.perf_counter() - began) / count
 
 
-def sides(size: str, reference: str | None, world: Any) -> tuple[dict[str, Callable[[int, int], Step]], int]:
-    """For each program a maker of its step from batch and context; and the bytes of ours' weights."""
+def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict[str, Make], int]:
+    """For each program a maker of its step from the context; and the bytes of ours' weights."""
     import transformers
 
     (n_layer, n_head, n_embd), device = SIZES[size], str(world.device)
     torch.manual_seed(0)
     plain = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device).eval()
-    makers: dict[str, Callable[[int, int], Step]] = {}
+    makers: dict[str, Make] = {}
 
     def add(name: str, change: Callable[[GPT], Any], amp: Any) -> None:
         model = GPT.from_tensors(plain.config, dict(plain.state_dict())).eval()
         change(model)
-        makers[name] = lambda rows, context: ours(model, rows, context, world.device.type == "cuda", amp)
+        makers[name] = decoding(model, rows, world.device.type == "cuda", amp)
 
     def add_theirs(name: str, dtype: torch.dtype) -> None:
         config = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         model = transformers.GPT2LMHeadModel(config).to(device, dtype).eval()
-        makers[name] = lambda rows, context: theirs(model, rows, context, device)
+        makers[name] = lambda context: theirs(model, rows, context, device)
 
     exact = contextlib.nullcontext()
     if world.device.type == "cpu" and inference.can_pack():
         add("ours", inference.pack, exact)
         add("ours float32", lambda model: None, exact)
-        add("int8", quantize, exact)
+        add("int8", partial(inference.pack, layer=Int8Linear), exact)
     else:
-        add("ours", lambda model: model.to(world.dtype), world.autocast())
+        half = partial(inference.rounded_linear, dtype=world.dtype)
+        add("ours", partial(inference.pack, layer=half), world.autocast())
     add_theirs("transformers bfloat16", torch.bfloat16)
     if world.device.type == "cpu":
         add_theirs("transformers float32", torch.float32)
@@ -146,35 +157,50 @@ def sides(size: str, reference: str | None, world: Any) -> tuple[dict[str, Calla
         sys.path.pop(0)
         shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": 1024, "vocab_size": 50304}
         nano = checkout.GPT(checkout.GPTConfig(**shape, bias=True, dropout=0.0)).to(device).eval()
-        makers["nanoGPT"] = lambda rows, context: nanogpt(nano, rows, context, device)
+        makers["nanoGPT"] = lambda context: nanogpt(nano, rows, context, device)
     return makers, 2 * sum(p.numel() for p in plain.parameters())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("device", "cpu"), ("sizes", "124M"), ("batches", "1,8"), ("contexts", "100,500,1000")):
-        parser.add_argument(f"--{name}", default=default)
-    for name, count in (("rounds", 5), ("tokens", 10)):
-        parser.add_argument(f"--{name}", type=int, default=count)
-    for name in ("reference", "only", "to"):
-        parser.add_argument(f"--{name}")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    world = distributed.start(args.device, "auto")
+def losses(out_dir: str, world: Any) -> dict[str, float]:
+    """The validation loss of a run's model, at most 200 windows, with its matrices in each format."""
+    found = checkpoint.load(checkpoint.find(out_dir), with_optimizer=False)
+    config = found.state["config"]
+    dataset = data.open_dataset(config["dataset"], block_size=config["block_size"])
+    windows = data.EvalWindows(dataset.val, config["block_size"], 20, 10, found.state["model"]["vocab_size"])
+    formats: dict[str, tuple[Callable[[GPT], Any], Any]] = {"float32": (lambda model: None, contextlib.nullcontext())}
+    for dtype in (torch.bfloat16, torch.float16):
+        layer = partial(inference.rounded_linear, dtype=dtype)
+        amp = torch.autocast(world.device.type, dtype)
+        formats[str(dtype).removeprefix("torch.")] = partial(inference.pack, layer=layer), amp
+    if world.device.type == "cpu" and inference.can_pack():
+        formats["float16 packed"] = inference.pack, contextlib.nullcontext()
+        formats["int8"] = partial(inference.pack, layer=Int8Linear), contextlib.nullcontext()
+    result = {}
+    for name, (change, amp) in formats.items():
+        model = GPT.from_checkpoint(out_dir).to(world.device)
+        change(model)
+        with amp, torch.no_grad():
+            result[name] = inference.evaluate(model, windows, 10, world)
+    return result
+
+
+def speeds(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
     results = []
+    large = torch.randn(2**26 if world.device.type == "cpu" else 2**30, device=world.device)
     for size in args.sizes.split(","):
-        makers, weight_bytes = sides(size, args.reference, world)
-        if args.only:
-            makers = {name: make for name, make in makers.items() if name in args.only.split(",")}
-        large = torch.randn(2**26 if world.device.type == "cpu" else 2**30, device=world.device)
         for rows in map(int, args.batches.split(",")):
+            makers, weight_bytes = sides(size, rows, args.reference, world)
+            if args.only:
+                makers = {name: make for name, make in makers.items() if name in args.only.split(",")}
             for context in map(int, args.contexts.split(",")):
+                n_layer, _, n_embd = SIZES[size]
+                kept = 2 * n_layer * n_embd * rows * context * (4 if world.dtype == torch.float32 else 2)
                 times: dict[str, list[float]] = {name: [] for name in makers} | {"limit": []}
                 for _ in range(args.rounds):
-                    times["limit"].append(weight_bytes / large.nbytes * seconds(large.sum, 5, world))
+                    times["limit"].append((weight_bytes + kept) / large.nbytes * seconds(large.sum, 5, world))
                     for name, make in makers.items():
                         count = max(1, args.tokens // (1 if name in ("ours", "int8") else 5))
-                        times[name].append(seconds(make(rows, context), count, world))
+                        times[name].append(seconds(make(context), count, world))
                 ratios = {
                     name: statistics.median(a / b for a, b in zip(found, times["ours"], strict=True))
                     for name, found in times.items()
@@ -187,12 +213,28 @@ def main() -> None:
                 )
                 told = ", ".join(f"{name} {rate[name]} ({ratios[name]:.2f})" for name in times)
                 print(f"{size}, batch {rows}, context {context}: tok/s (times ours' speed): {told}", flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("device", "cpu"), ("sizes", "124M"), ("batches", "1,8"), ("contexts", "100,500,1000")):
+        parser.add_argument(f"--{name}", default=default)
+    for name, count in (("rounds", 5), ("tokens", 10)):
+        parser.add_argument(f"--{name}", type=int, default=count)
+    for name in ("reference", "only", "loss", "to"):
+        parser.add_argument(f"--{name}")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    world = distributed.start(args.device, "auto")
+    found = {"val_loss": losses(args.loss, world)} if args.loss else {"results": speeds(args, world)}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     about = {"command": " ".join(["python", "runs/decode/measure.py", *sys.argv[1:]]), "commit": commit.stdout.strip()}
     about |= {"machine": f"{distributed.describe(world.device)}, {platform.machine()}", "cores": os.cpu_count()}
     about |= {"torch": torch.__version__, "transformers": version("transformers"), "threads": torch.get_num_threads()}
+    print(json.dumps(found, indent=1) if args.loss else "")
     if args.to:
-        Path(args.to).write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+        Path(args.to).write_text(json.dumps(about | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
