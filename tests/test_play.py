@@ -630,7 +630,7 @@ def test_a_branch_in_the_browser(page: Page):
 @pytest.mark.slow
 def test_comparing_waiting_and_stopping_in_the_browser(page: Page):
     page.says(r"12 tokens.*")
-    begun = slowly(page.server.game, 0.02)
+    slowly(page.server.game, 0.02)
     page.page.check("#compare")
     page.page.locator("[name=temperature]").nth(1).fill("1.5")
     page.write("<b>", 30)
@@ -650,7 +650,6 @@ def test_comparing_waiting_and_stopping_in_the_browser(page: Page):
     eventually(lambda: len(page.server.game.line) == 2)
     page.page.goto("about:blank")
     eventually(lambda: page.server.game.line == [])
-    assert len(begun) == 4  # who left while waiting was never served
 
 
 @pytest.mark.slow
