@@ -11,7 +11,12 @@ that stays here: docs/optimizations.md says why.
 
     python runs/decode/measure.py --loss=OUT_DIR --to=runs/decode/loss.json
 
-gives the validation loss of a run's model with its matrices in each format.
+gives the validation loss of a run's model with its matrices in each format, and
+
+    python runs/decode/measure.py --whole=1000 --batches=1 --reference=CHECKOUT_OF_NANOGPT --to=runs/decode/whole.json
+
+the seconds in which each program's own way of writing, start to end, writes so many tokens after a prompt of one: that
+of transformers is `generate`, that of nanoGPT what its sample.py calls.
 """
 
 import argparse
@@ -25,6 +30,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -60,8 +66,8 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
 
 
-def decoding(model: GPT, rows: int, compiled: bool, amp: Any) -> Make:
-    """Makers of ours' step; the decoder is one, whatever the context, and so compiled once."""
+def decoding(model: GPT, rows: int, compiled: bool, amp: Any) -> tuple[Decoder, Make]:
+    """A decoder, and what makes its step; it is one, whatever the context, and so compiled once."""
     with amp:
         decoder = Decoder(model, rows, compiled=compiled)
 
@@ -78,7 +84,7 @@ def decoding(model: GPT, rows: int, compiled: bool, amp: Any) -> Make:
 
         return step
 
-    return start
+    return decoder, start
 
 
 def nanogpt(model: Any, rows: int, context: int, device: str) -> Step:
@@ -119,24 +125,45 @@ def seconds(step: Step, count: int, world: Any) -> float:
     return (time.perf_counter() - began) / count
 
 
-def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict[str, Make], int]:
-    """For each program a maker of its step from the context; and the bytes of ours' weights."""
+@dataclass
+class Side:
+    """A program: what makes its step from the context, and what writes so many tokens as it does itself."""
+
+    make: Make
+    write: Callable[[int], Any]
+
+
+def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict[str, Side], int]:
+    """The programs, and the bytes of ours' weights."""
     import transformers
 
     (n_layer, n_head, n_embd), device = SIZES[size], str(world.device)
     torch.manual_seed(0)
     plain = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device).eval()
-    makers: dict[str, Make] = {}
+    found: dict[str, Side] = {}
+    one = torch.full((rows, 1), 50_256, device=device)
 
     def add(name: str, change: Callable[[GPT], Any], amp: Any) -> None:
         model = GPT.from_tensors(plain.config, dict(plain.state_dict())).eval()
         change(model)
-        makers[name] = decoding(model, rows, world.device.type == "cuda", amp)
+        decoder, start = decoding(model, rows, world.device.type == "cuda", amp)
+
+        def write(tokens: int) -> None:
+            with amp:
+                for _ in decoder.write(one.tolist(), tokens, HOW):
+                    pass
+
+        found[name] = Side(start, write)
 
     def add_theirs(name: str, dtype: torch.dtype) -> None:
         config = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         model = transformers.GPT2LMHeadModel(config).to(device, dtype).eval()
-        makers[name] = lambda context: theirs(model, rows, context, device)
+        how = {"do_sample": True, "temperature": 0.8, "top_k": 200, "pad_token_id": 50_256, "eos_token_id": None}
+
+        def write(tokens: int) -> None:
+            model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=tokens, **how)
+
+        found[name] = Side(lambda context: theirs(model, rows, context, device), write)
 
     exact = contextlib.nullcontext()
     if world.device.type == "cpu" and inference.can_pack():
@@ -157,8 +184,11 @@ def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict
         sys.path.pop(0)
         shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": 1024, "vocab_size": 50304}
         nano = checkout.GPT(checkout.GPTConfig(**shape, bias=True, dropout=0.0)).to(device).eval()
-        makers["nanoGPT"] = lambda context: nanogpt(nano, rows, context, device)
-    return makers, 2 * sum(p.numel() for p in plain.parameters())
+        found["nanoGPT"] = Side(
+            lambda context: nanogpt(nano, rows, context, device),
+            lambda tokens: nano.generate(one, tokens, temperature=0.8, top_k=200),
+        )
+    return found, 2 * sum(p.numel() for p in plain.parameters())
 
 
 def losses(out_dir: str, world: Any) -> dict[str, float]:
@@ -184,23 +214,44 @@ def losses(out_dir: str, world: Any) -> dict[str, float]:
     return result
 
 
+def chosen(args: argparse.Namespace, size: str, rows: int, world: Any) -> tuple[dict[str, Side], int]:
+    found, weight_bytes = sides(size, rows, args.reference, world)
+    only = args.only.split(",") if args.only else found
+    return {name: side for name, side in found.items() if name in only}, weight_bytes
+
+
+def whole_runs(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
+    results = []
+    for size in args.sizes.split(","):
+        for rows in map(int, args.batches.split(",")):
+            took = {}
+            for name, program in chosen(args, size, rows, world)[0].items():
+                program.write(3)
+                world.synchronize()
+                began = time.perf_counter()
+                program.write(args.whole)
+                world.synchronize()
+                took[name] = round(time.perf_counter() - began, 2)
+                print(f"{size}, batch {rows}, {args.whole} tokens: {name} {took[name]} s", flush=True)
+            results.append({"size": size, "batch": rows, "tokens": args.whole, "seconds": took})
+    return results
+
+
 def speeds(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
     results = []
     large = torch.randn(2**26 if world.device.type == "cpu" else 2**30, device=world.device)
     for size in args.sizes.split(","):
         for rows in map(int, args.batches.split(",")):
-            makers, weight_bytes = sides(size, rows, args.reference, world)
-            if args.only:
-                makers = {name: make for name, make in makers.items() if name in args.only.split(",")}
+            programs, weight_bytes = chosen(args, size, rows, world)
             for context in map(int, args.contexts.split(",")):
                 n_layer, _, n_embd = SIZES[size]
                 kept = 2 * n_layer * n_embd * rows * context * (4 if world.dtype == torch.float32 else 2)
-                times: dict[str, list[float]] = {name: [] for name in makers} | {"limit": []}
+                times: dict[str, list[float]] = {name: [] for name in programs} | {"limit": []}
                 for _ in range(args.rounds):
                     times["limit"].append((weight_bytes + kept) / large.nbytes * seconds(large.sum, 5, world))
-                    for name, make in makers.items():
+                    for name, program in programs.items():
                         count = max(1, args.tokens // (1 if name in ("ours", "int8") else 5))
-                        times[name].append(seconds(make(context), count, world))
+                        times[name].append(seconds(program.make(context), count, world))
                 ratios = {
                     name: statistics.median(a / b for a, b in zip(found, times["ours"], strict=True))
                     for name, found in times.items()
@@ -220,14 +271,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("device", "cpu"), ("sizes", "124M"), ("batches", "1,8"), ("contexts", "100,500,1000")):
         parser.add_argument(f"--{name}", default=default)
-    for name, count in (("rounds", 5), ("tokens", 10)):
+    for name, count in (("rounds", 5), ("tokens", 10), ("whole", 0)):
         parser.add_argument(f"--{name}", type=int, default=count)
     for name in ("reference", "only", "loss", "to"):
         parser.add_argument(f"--{name}")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     world = distributed.start(args.device, "auto")
-    found = {"val_loss": losses(args.loss, world)} if args.loss else {"results": speeds(args, world)}
+    if args.loss:
+        found: dict[str, Any] = {"val_loss": losses(args.loss, world)}
+    else:
+        found = {"results": whole_runs(args, world) if args.whole else speeds(args, world)}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     about = {"command": " ".join(["python", "runs/decode/measure.py", *sys.argv[1:]]), "commit": commit.stdout.strip()}
     about |= {"machine": f"{distributed.describe(world.device)}, {platform.machine()}", "cores": os.cpu_count()}
