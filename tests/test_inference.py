@@ -117,6 +117,14 @@ def test_of_equals_no_more_than_top_k_stay(how: Sampling):
     assert (chances(torch.tensor([[1.0, 1.0, 1.0, 0.0]]), how) > 0).sum() == 2
 
 
+@pytest.mark.parametrize("how", [Sampling(), Sampling(top_k=4), Sampling(top_p=0.9), Sampling(top_k=4, min_p=0.1)])
+def test_a_hair_s_difference_does_not_change_what_is_drawn(how: Sampling):
+    """Rounding may change which of two is the likelier, as between the cached and the plain way."""
+    places = [(sample, 0) for sample in range(500)]
+    one, other = torch.tensor([[1.0, 1.00001, 1.0, 0.5, -2.0]]), torch.tensor([[1.00001, 1.0, 1.00001, 0.5, -2.0]])
+    assert (draw(one.expand(500, -1), how, places) != draw(other.expand(500, -1), how, places)).sum() <= 1
+
+
 @pytest.mark.parametrize("how", [Sampling(), Sampling(temperature=0), Sampling(top_k=2, top_p=0.9)])
 def test_what_is_no_number_is_no_token(how: Sampling):
     logits = torch.zeros(3, 5)
