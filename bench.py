@@ -405,6 +405,8 @@ def our_steps(config: TrainConfig, raw_model: GPT, tokens: data.Tokens, world: W
     guard, late = optim.Guard(world.device, patience=1 << 30), Late(Stopwatch())
     for step in itertools.count():
         loss_sum = torch.zeros((), device=world.device)
+        if rows.masked:
+            counted = max(rows.counted(slice(step * config.rows_per_step, (step + 1) * config.rows_per_step)), 1)
         for micro_step in range(micro_steps):
             first_row = step * config.rows_per_step + micro_step * micro_batch
             x, y = world.put(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
@@ -412,17 +414,17 @@ def our_steps(config: TrainConfig, raw_model: GPT, tokens: data.Tokens, world: W
                 torch.manual_seed(data.mix(config.seed, step, micro_step, world.rank))
             with world.autocast():
                 loss = model(x, y)[1]
-            scaler.scale(loss / micro_steps).backward()
-            loss_sum += loss.detach()
-        mean_loss = loss_sum / micro_steps
+            share = (y >= 0).sum() / counted if rows.masked else 1 / micro_steps
+            scaler.scale(loss * share).backward()
+            loss_sum += loss.detach() * share
         scaler.unscale_(optimizer)  # type: ignore[arg-type]
         grad_norm = optim.gradient_norm(raw_model.parameters())
-        skip = guard.check(mean_loss, grad_norm)
+        skip = guard.check(loss_sum, grad_norm)
         factor = config.learning_rate_at(step) / config.learning_rate
         optimizer.step(factor, optim.shrink_to(config.grad_clip, grad_norm), skip)
         scaler.update()
         raw_model.zero_grad(set_to_none=True)
-        late.put(step, torch.stack([mean_loss, grad_norm, guard.bad_in_a_row]))
+        late.put(step, torch.stack([loss_sum, grad_norm, guard.bad_in_a_row]))
         yield [values[0] for _, values, _ in late.take()]
 
 
