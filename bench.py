@@ -384,15 +384,15 @@ def open_model(config: BenchConfig, given: dict[str, Any]) -> GPT:
     return GPT(GPTConfig(vocab_size=config.vocab_size, dropout=config.dropout, **sizes))
 
 
-def open_tokens(config: BenchConfig, shape: GPTConfig) -> np.ndarray:
-    """Ids (tokens,) to cut rows from for a model of `shape`: the dataset's, or random ones."""
+def open_tokens(config: BenchConfig, shape: GPTConfig) -> data.Tokens:
+    """Ids to cut rows from for a model of `shape`: the dataset's, or random ones."""
     if config.dataset:
         return data.open_dataset(config.dataset, block_size=shape.block_size, vocab_size=shape.vocab_size).train
     ids = np.random.default_rng(config.seed).integers(shape.vocab_size, size=1_000_000 + shape.block_size)
-    return ids.astype(data.token_dtype(shape.vocab_size))
+    return data.Tokens.of(ids.astype(data.token_dtype(shape.vocab_size)))
 
 
-def our_steps(config: TrainConfig, raw_model: GPT, tokens: np.ndarray, world: World) -> Steps:
+def our_steps(config: TrainConfig, raw_model: GPT, tokens: data.Tokens, world: World) -> Steps:
     """train.py's steps in one process, without its log; tests/test_bench.py holds the two together."""
     rows = data.Rows(tokens, config.block_size, raw_model.config.vocab_size, config.seed, config.row_order)
     raw_model.to(world.device)
@@ -405,6 +405,8 @@ def our_steps(config: TrainConfig, raw_model: GPT, tokens: np.ndarray, world: Wo
     guard, late = optim.Guard(world.device, patience=1 << 30), Late(Stopwatch())
     for step in itertools.count():
         loss_sum = torch.zeros((), device=world.device)
+        if rows.masked:
+            counted = max(rows.counted(slice(step * config.rows_per_step, (step + 1) * config.rows_per_step)), 1)
         for micro_step in range(micro_steps):
             first_row = step * config.rows_per_step + micro_step * micro_batch
             x, y = world.put(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
@@ -412,17 +414,17 @@ def our_steps(config: TrainConfig, raw_model: GPT, tokens: np.ndarray, world: Wo
                 torch.manual_seed(data.mix(config.seed, step, micro_step, world.rank))
             with world.autocast():
                 loss = model(x, y)[1]
-            scaler.scale(loss / micro_steps).backward()
-            loss_sum += loss.detach()
-        mean_loss = loss_sum / micro_steps
+            share = (y >= 0).sum() / counted if rows.masked else 1 / micro_steps
+            scaler.scale(loss * share).backward()
+            loss_sum += loss.detach() * share
         scaler.unscale_(optimizer)  # type: ignore[arg-type]
         grad_norm = optim.gradient_norm(raw_model.parameters())
-        skip = guard.check(mean_loss, grad_norm)
+        skip = guard.check(loss_sum, grad_norm)
         factor = config.learning_rate_at(step) / config.learning_rate
         optimizer.step(factor, optim.shrink_to(config.grad_clip, grad_norm), skip)
         scaler.update()
         raw_model.zero_grad(set_to_none=True)
-        late.put(step, torch.stack([mean_loss, grad_norm, guard.bad_in_a_row]))
+        late.put(step, torch.stack([loss_sum, grad_norm, guard.bad_in_a_row]))
         yield [values[0] for _, values, _ in late.take()]
 
 
@@ -451,7 +453,7 @@ def reference_world(config: BenchConfig) -> World:
     return World(0, 1, device, distributed.pick_dtype(config.dtype, device))
 
 
-def reference_steps(config: BenchConfig, shape: GPTConfig, tokens: np.ndarray, world: World) -> Steps:
+def reference_steps(config: BenchConfig, shape: GPTConfig, tokens: data.Tokens, world: World) -> Steps:
     """nanoGPT's steps, doing what its train.py does: no autocast on a CPU, the loss of each step awaited. Raises
     InputError for a model that it does not have."""
     if shape.arch != "gpt2":
@@ -472,7 +474,7 @@ def reference_steps(config: BenchConfig, shape: GPTConfig, tokens: np.ndarray, w
 
     def draw() -> list[Tensor]:
         # A file is mapped anew for each batch, as there.
-        ids = np.memmap(tokens.filename, tokens.dtype, "r") if isinstance(tokens, np.memmap) else tokens  # type: ignore
+        ids = tokens.shards[0].ids() if len(tokens.shards) == 1 else tokens
         starts = torch.randint(len(ids) - T, (B,)).tolist()
 
         def cut(shift: int) -> Tensor:  # (B, T)

@@ -31,7 +31,7 @@ UNCOUNTED = {
 class Run:
     path: Path
     settings: dict[str, Any] | None  # None where no checkpoint tells them
-    evals: dict[str, np.ndarray]  # step tokens time_s train_loss val_loss, one value an evaluation
+    evals: dict[str, np.ndarray]  # step tokens time_s train_loss val_loss val_bpb, one value an evaluation
 
 
 @dataclass
@@ -47,10 +47,10 @@ def read_run(path: Path) -> Run:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{file}: {(error.strerror or 'unreadable').lower()}; give the out_dir of a run") from None
-    evals: dict[str, list[float]] = {name: [] for name in (*AXES, "train_loss", "val_loss")}
+    evals: dict[str, list[float]] = {name: [] for name in (*AXES, "train_loss", "val_loss", "val_bpb")}
     for number, line in enumerate(lines, 1):
         try:
-            record = {"train_loss": None} | json.loads(line)  # eval_train=False leaves it out
+            record = {"train_loss": None, "val_bpb": None} | json.loads(line)  # which not every run tells
             if "val_loss" in record:
                 values = [np.nan if record[name] is None else float(record[name]) for name in evals]
                 for column, value in zip(evals.values(), values, strict=True):
@@ -134,25 +134,25 @@ def table(groups: Sequence[Group]) -> str:
             mean, error = mean_and_error(np.stack([interpolate(run, axis, grid) for run in group.runs]))
             rows.append([group.label, *(_loss(*pair) for pair in zip(mean.tolist(), error.tolist(), strict=True))])
         blocks.append(rows)
-    rows = [["best validation loss", "loss", "at step"]]
+    rows = [["best validation loss", "loss", "at step", "bits per byte"]]
     for group in groups:
-        best = [_best(run) for run in group.runs]
-        mean, error = mean_and_error(np.array([loss for loss, _ in best]))
-        low, high = min(step for _, step in best), max(step for _, step in best)
-        rows.append(
-            [group.label, _loss(mean.item(), error.item()), f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"]
-        )
-    blocks.append(rows)
+        best = np.array([_best(run) for run in group.runs])
+        (loss, _, bpb), errors = mean_and_error(best)
+        low, high = best[:, 1].min(), best[:, 1].max()
+        at_step = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+        rows.append([group.label, _loss(loss, errors[0]), at_step, "" if np.isnan(bpb) else _loss(bpb, errors[2])])
+    blocks.append(rows if any(row[3] for row in rows[1:]) else [row[:3] for row in rows])
     first = max(len(row[0]) for rows in blocks for row in rows)
     others = max(len(cell) for rows in blocks for row in rows for cell in row[1:]) + 2
     lines = [[row[0].ljust(first) + "".join(cell.rjust(others) for cell in row[1:]) for row in rows] for rows in blocks]
     return "\n\n".join("\n".join(block) for block in lines)
 
 
-def _best(run: Run) -> tuple[float, float]:
+def _best(run: Run) -> list[float]:
+    """The best loss, its step, and its bits per byte, NaN where nothing tells them."""
     losses = run.evals["val_loss"]
     at = int(np.where(np.isnan(losses), np.inf, losses).argmin())
-    return losses[at], run.evals["step"][at]
+    return [run.evals[name][at] for name in ("val_loss", "step", "val_bpb")]
 
 
 def _loss(mean: float, error: float) -> str:

@@ -23,14 +23,16 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from nanogpt.pretrained import Weights
 
-# What takes the place of attention to the same rows alone where a text is continued: it keeps the keys and values, and
-# attends to all that it has kept. q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T,
-# head_dim). One for each block; nanogpt/inference.py has them.
+# What takes the place of attention to all of a row up to here. One continues a text: it keeps the keys and values, and
+# attends to all that it has kept (nanogpt/inference.py; one for each block). Another is `inside_documents`.
+# q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim).
 Past = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Up to this many positions a CPU attends by three plain operations: level with torch's fused kernel, which computes the
 # same function, in float32 and several times faster in bfloat16 (runs/cpu_step, docs/decisions.md).
 PLAIN_ATTENTION_UP_TO = 128
+# Where documents do not see one another, compiled FlexAttention (Dong et al. 2024) skips what is hidden.
+FLEX_ATTENTION_ON = "cuda"
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,21 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
+def inside_documents(idx: Tensor, end_of_text: int, dropout: float) -> tuple[Tensor, Past]:
+    """For rows idx (B, T) of documents that each end with the id end_of_text: the ids' positions (B, T) in their own
+    documents, and causal attention that does not leave these."""
+    (B, T), at = idx.shape, torch.arange(idx.shape[1], device=idx.device)
+    begins = F.pad(idx[:, :-1] == end_of_text, (1, 0), value=True)
+    first = torch.where(begins, at, 0).cummax(1).values  # (B, T): where each one's document begins
+    if idx.device.type == FLEX_ATTENTION_ON and torch.compiler.is_compiling() and not dropout:
+        from torch.nn.attention import flex_attention as flex
+
+        blocks = flex.create_block_mask(lambda b, h, q, k: (k >= first[b, q]) & (k <= q), B, None, T, T, idx.device)
+        return at - first, lambda q, k, v: flex.flex_attention(q.type_as(v), k.type_as(v), v, None, blocks, None, True)
+    visible = ((at >= first[..., None]) & (at <= at[:, None]))[:, None]  # (B, 1, T, T): query, key
+    return at - first, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, visible, dropout, enable_gqa=True)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (..., T, head_dim), turned by what `rotation` has made for its positions."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
@@ -251,6 +268,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = norm(config, config.n_embd)
         self.activation_checkpointing = False  # keep only the blocks' inputs for backward, and compute the rest again
+        self.end_of_text: int | None = None  # given, documents that end with it do not see one another
         self.loss_chunk = 0  # tokens whose logits exist at a time where there are targets; 0: all
         self.head = None if config.tied else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.initialise()
@@ -285,17 +303,19 @@ class GPT(nn.Module):
         """Predict each next token.
 
         idx: (B, T) token ids, T ≤ block_size. targets: (B, T) ids, −1 where the loss shall not look.
-        Returns logits (B, T, V; None where the loss is made in chunks) and the mean cross-entropy in nats; without
-        targets only the last position's logits (B, 1, V), which is all that sampling reads, and None.
+        Returns logits (B, T, V; None where the loss is made in chunks) and the mean cross-entropy in nats (0 of none);
+        without targets only the last position's logits (B, 1, V), which is all that sampling reads, and None.
         """
         x = self.features(idx)
         x = self.norm(x if targets is not None else x[:, -1:])
-        if targets is not None and self.loss_chunk:
-            return None, self.chunked_loss(x.flatten(0, 1), targets.flatten())
-        logits = self.logits(x)
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            return self.logits(x), None
+        x, targets, count = x.flatten(0, 1), targets.flatten(), (targets >= 0).sum().clamp(min=1)
+        if self.loss_chunk:
+            return None, self.chunked_loss(x, targets) / count
+        logits = self.logits(x)
+        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        return logits.view(*idx.shape, -1), loss / count
 
     def features(self, idx: Tensor, positions: Tensor | None = None, past: Sequence[Past] | None = None) -> Tensor:
         """What the last block gives for the ids idx (B, T), of shape (B, T, C).
@@ -305,17 +325,21 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit into a context of block_size={self.config.block_size}")
+        if self.end_of_text is not None and past is None:
+            positions, inside = inside_documents(idx, self.end_of_text, self.config.dropout * self.training)
+            past = [inside] * self.config.n_layer
         x, turn = self.tokens(idx), None  # (B, T, C)
         if self.config.arch == "gpt2":
             x = x + (self.positions.weight[:T] if positions is None else self.positions(positions))
         else:
             turn = rotation(torch.arange(T, device=idx.device) if positions is None else positions, self.config)
         x = self.dropout(x)
-        for i, block in enumerate(self.blocks):
+        attends: Sequence[Past | None] = past or [None] * self.config.n_layer
+        for block, attend in zip(self.blocks, attends, strict=True):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, turn, use_reentrant=False)
+                x = checkpoint(block, x, turn, attend, use_reentrant=False)
             else:
-                x = block(x, turn, past[i] if past is not None else None)
+                x = block(x, turn, attend)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -324,14 +348,13 @@ class GPT(nn.Module):
         return made[..., : self.config.vocab_size]
 
     def chunked_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy of x (tokens, C), `loss_chunk` tokens at a time; backward makes their logits again."""
+        """The summed cross-entropy of x (tokens, C), `loss_chunk` tokens at a time; backward remakes their logits."""
 
         def loss(x: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="sum")
 
         chunks = zip(x.split(self.loss_chunk), targets.split(self.loss_chunk), strict=True)
-        total = sum(checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks)
-        return total / (targets >= 0).sum()
+        return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
     @classmethod
     def from_tensors(cls, config: GPTConfig, tensors: dict[str, Tensor]) -> "GPT":

@@ -18,7 +18,7 @@ from nanogpt import InputError, RunStopped, checkpoint, data, distributed, optim
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, processes, say
 from nanogpt.inference import evaluate, sample_text
-from nanogpt.tracking import REMEDY, Log, Stopwatch, Tracker, missing_extras, report, why_stopped
+from nanogpt.tracking import REMEDY, Log, Stopwatch, Tracker, missing_extras, report, told_losses, why_stopped
 from start import SHAPE_KEYS, check_shape, compile_model, open_data_and_model, pick_micro_batch, training_bytes
 
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
@@ -35,9 +35,10 @@ class TrainConfig:
     eval_only: bool = key(False, "evaluate once and end; nothing is written")
     dry_run: bool = key(False, "tell sizes and time, try ten steps, and end; nothing is written")
 
-    dataset: str = key("openwebtext", "a folder, or its name under data/", group="Data")
+    dataset: str = key("openwebtext", "a folder, or its name under data/; a mixture: one:0.7,two:0.3", group="Data")
     verify_data: bool = key(False, "compare the data with the SHA-256 in its meta.json first")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
+    mask_documents: bool = key(False, "documents do not see one another; each has positions of its own")
     batch_size: int = key(12, "rows per micro-batch and process", least=1)
     gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", least=1)
     block_size: int = key(1024, "tokens per row: the context length", least=1)
@@ -179,6 +180,9 @@ def train(
     config = replace(config, **{name: getattr(shape, name) for name in SHAPE_KEYS})
     raw_model.to(world.device)
     raw_model.activation_checkpointing, raw_model.loss_chunk = config.activation_checkpointing, config.loss_chunk
+    raw_model.end_of_text = dataset.end_of_text if config.mask_documents else None
+    if config.mask_documents and dataset.end_of_text is None:
+        raise InputError(f"mask_documents=True: {dataset.name} has no token that ends a document; leave it out")
 
     # --- What it will cost, and the folder it goes to
     rows_per_rank, micro_batch = config.rows_per_step // world.size, pick_micro_batch(config, raw_model, world)
@@ -211,7 +215,7 @@ def train(
     }
     if config.eval_only:
         losses = {split: evaluate(raw_model, windows[split], config.batch_size, world) for split in windows}
-        say(f"step {step}: " + ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items()))
+        say(f"step {step}: " + told_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
     model = world.wrap(compile_model(config, raw_model, world, rows, micro_batch))
     optimizer = optim.Optimizer(raw_model, config, world)
@@ -259,7 +263,7 @@ def train(
             clock.stop()
             losses = {split: evaluate(model, windows[split], micro_batch, world) for split in windows}
             val_loss = losses["val"]
-            log.evaluation(step, losses)
+            log.evaluation(step, losses, dataset.val.bits_per_byte(val_loss))
             if tracker and tokenizer and config.sample_chars:
                 with world.autocast():
                     text = sample_text(raw_model, tokenizer, config.sample_chars, config.seed)
@@ -298,22 +302,28 @@ def train(
         loss_sum = torch.zeros((), device=world.device)
         first_row = samples + world.rank * rows_per_rank
         with explained_faults(remedy, before_update=step == first_step):
+            share: float | torch.Tensor = 1 / micro_steps  # of a micro-batch in this process's part of the mean loss
+            if rows.masked:  # all tokens that count weigh the same, in whichever micro-batch they are
+                counted = torch.tensor(float(rows.counted(slice(first_row, first_row + rows_per_rank))))
+                one_token = world.size / world.sum(*world.put(counted)).clamp(min=1)
             for micro_step in range(micro_steps):
                 x, y = world.put(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
                 first_row += micro_batch
+                if rows.masked:
+                    share = (y >= 0).sum() * one_token
                 if config.dropout:
                     torch.manual_seed(data.mix(config.seed, step, micro_step, world.rank))
                 between = world.size > 1 and micro_step < micro_steps - 1  # gradients are averaged once, at the last
                 with model.no_sync() if between else contextlib.nullcontext():  # type: ignore[operator]
                     with world.autocast():
                         loss = model(x, y)[1]  # the logits are let go at once
-                    scaler.scale(loss / micro_steps).backward()
-                loss_sum += loss.detach()
+                    scaler.scale(loss * share).backward()
+                loss_sum += loss.detach() * share
             # What the ranks must agree on: the loss, signals seen, time to save. All act on the sum, a step late.
             asked, signals["SIGUSR1"] = signals["SIGUSR1"], False
             save = asked or (writer is not None and writer.overdue())
             flags = torch.tensor([signals["SIGINT"], signals["SIGTERM"], save], dtype=torch.float32)
-            status = world.sum(torch.cat([loss_sum[None] / (micro_steps * world.size), *world.put(flags)]))
+            status = world.sum(torch.cat([loss_sum[None] / world.size, *world.put(flags)]))
             scaler.unscale_(optimizer)  # type: ignore[arg-type]
             grad_norm = optim.gradient_norm(raw_model.parameters())
             skip = guard.check(status[0], grad_norm)

@@ -27,20 +27,24 @@ MOST_TOKENS = 2**14  # read in one pass, so that the memory of many long texts' 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: World) -> float:
-    """Mean loss in nats over `windows`; the ranks take its batches in turn and share the sum."""
+    """Mean loss in nats over the tokens of `windows` that count; the ranks take its batches in turn and share the sum.
+    Raises InputError where none counts."""
     model.eval()
-    total = torch.zeros(2, device=world.device)  # loss summed over windows, windows
+    loss_sum, counted = torch.zeros(1, device=world.device), 0
     for first in range(world.rank * batch_size, len(windows), world.size * batch_size):
         x, y = windows[first : first + batch_size]
-        count, missing = len(x), batch_size - len(x)
+        count, missing = int((y >= 0).sum()), batch_size - len(x)
         # The last batch is filled up with rows that do not count: a compiled model wants one shape.
         x, y = world.put(F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-1))
         with world.autocast():
             loss = model(x, y)[1]
-        total += torch.stack([loss.float() * count, torch.full_like(total[0], count)])
+        loss_sum += loss.float() * count
+        counted += count
     model.train()
-    loss_sum, count = world.sum(total).tolist()
-    return loss_sum / count
+    total, number = world.sum(torch.cat([loss_sum, *world.put(torch.tensor([float(counted)]))])).tolist()
+    if not number:
+        raise InputError("the loss mask leaves no token to evaluate on: give a larger --eval_iters or more data")
+    return total / number
 
 
 # ---- drawing a token

@@ -225,15 +225,16 @@ class Log:
             if step == self.first_step + 10:
                 self._tell_finish(step, (seconds - self.warm_s) / 9)
 
-    def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """Record an evaluation: mean loss in nats by split, "train" and "val". Raises RunStopped for one that is not
-        finite: the last update broke the weights, and they must not be saved."""
+    def evaluation(self, step: int, losses: dict[str, float], val_bpb: float | None) -> None:
+        """Record an evaluation: mean loss in nats by split, "train" and "val", and val's in bits per byte of text where
+        that is known. Raises RunStopped for one that is not finite: the last update broke the weights, and they must
+        not be saved."""
         seconds = self.clock.seconds
         if self.tracker:
             line = {"step": step, "tokens": self._tokens(step), "time_s": round(seconds, 3)}
-            self.tracker.log(line | {f"{split}_loss": loss for split, loss in losses.items()})
-        told = " | ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
-        say(f"step {step:6d} | {told} | {duration(seconds)} trained")
+            line |= {f"{split}_loss": loss for split, loss in losses.items()}
+            self.tracker.log(line | ({} if val_bpb is None else {"val_bpb": val_bpb}))
+        say(f"step {step:6d} | {told_losses(losses, val_bpb)} | {duration(seconds)} trained")
         if not all(map(math.isfinite, losses.values())):
             why = "the losses of the evaluation are not finite. Nothing was saved, and no checkpoint was touched"
             self._protect(step, f"step {step}: {why}")
@@ -278,6 +279,12 @@ class Log:
     def _tokens(self, step: int) -> int:
         rows = self.first_samples + (step - self.first_step) * self.config.rows_per_step
         return rows * self.model.config.block_size
+
+
+def told_losses(losses: dict[str, float], val_bpb: float | None) -> str:
+    """An evaluation for the reader: mean loss in nats by split, and val's in bits per byte where that is known."""
+    told = " | ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
+    return told + (f", {val_bpb:.4f} bits per byte" if val_bpb is not None else "")
 
 
 def why_stopped(out_dir: Path) -> str | None:

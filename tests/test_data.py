@@ -7,17 +7,22 @@ import itertools
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import environment
 
 from nanogpt import InputError
 from nanogpt.data import (
     EvalWindows,
     Rows,
+    Tokens,
+    _counts,
     _permuted,
     fetch,
     mix,
@@ -66,8 +71,7 @@ def test_rows_depend_on_seed_and_index_alone(order: str):
 @pytest.mark.parametrize(("tokens", "block"), [(2, 1), (9, 8), (17, 8), (25, 8), (1000, 7), (1000, 1)])
 def test_an_epoch_visits_each_window_once(tokens: int, block: int):
     rows = Rows(COUNT[:tokens], block, 1000, seed=3, order="epoch")
-    n = rows.per_epoch
-    assert n == (tokens - 1) // block
+    n = (tokens - 1) // block
     epochs = rows[0 : 3 * n][0][:, 0].view(3, n)
     for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(0, n * block, block))
@@ -141,10 +145,10 @@ def test_written_and_opened_again(folder: Path):
     assert data.name == "york"
     assert data.tokenizer is not None
     train, val = TEXT[:CUT], TEXT[CUT:]
-    assert data.tokenizer.decode(data.train.tolist()) == train
-    assert data.tokenizer.decode(data.val.tolist()) == val
+    assert data.tokenizer.decode(data.train[:].tolist()) == train
+    assert data.tokenizer.decode(data.val[:].tolist()) == val
     assert data.vocab_size == len(set(TEXT)) == data.meta["largest_id"] + 1
-    assert data.train.dtype == np.dtype("<u2")
+    assert data.train[:].dtype == np.dtype("<u2")
     assert data.meta["splits"]["val"]["bytes"] == len(val.encode())
     assert f"train: {len(train):,} tokens" in summary(data.meta)
     assert Rows(data.train, 64, data.vocab_size, 0)[0:2][0].shape == (2, 64)
@@ -158,7 +162,7 @@ def test_wide_ids_take_four_bytes(tmp_path: Path):
     for _ in range(2):  # the second time without meta.json, as after an interruption
         data = open_dataset(tmp_path, block_size=8)
         assert data.vocab_size == 66_000
-        assert np.array_equal(data.train, np.arange(66_000))
+        assert np.array_equal(data.train[:], np.arange(66_000))
         (tmp_path / "meta.json").unlink(missing_ok=True)
 
 
@@ -267,7 +271,7 @@ def test_a_kill_between_two_renames_leaves_nothing_mixed(folder: Path, moment: i
     with contextlib.suppress(InputError):
         data = open_dataset(folder, block_size=8, verify=True)
         assert data.tokenizer is not None
-        texts = data.tokenizer.decode(data.train.tolist()), data.tokenizer.decode(data.val.tolist())
+        texts = data.tokenizer.decode(data.train[:].tolist()), data.tokenizer.decode(data.val[:].tolist())
         assert texts in ((TEXT[:CUT], TEXT[CUT:]), (new[:891], new[891:]))
 
 
@@ -288,6 +292,188 @@ def test_resolve(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "data/lear/prepare.py").touch()
     with pytest.raises(InputError, match=r"'lear' is not prepared yet: run `python data/lear/prepare\.py`"):
         open_dataset("lear", block_size=8)
+
+
+# ---- shards, loss masks, mixtures
+
+
+def shard(folder: Path, tokens: int, mask: dict[str, np.ndarray] | None = None) -> None:
+    """Cut each split of a dataset into files of so many tokens, and put a loss mask beside them."""
+    meta = json.loads((folder / "meta.json").read_text())
+    for split, facts in meta["splits"].items():
+        whole = folder / f"{split}.bin"
+        ids = np.fromfile(whole, meta["dtype"])
+        whole.unlink()
+        del facts["sha256"]
+        facts["shards"] = []
+        for k, first in enumerate(range(0, len(ids), tokens)):
+            piece, path = ids[first : first + tokens], folder / f"{split}-{k:05d}.bin"
+            piece.tofile(path)
+            listed = {"file": path.name, "tokens": len(piece), "sha256": hashlib.sha256(piece.tobytes()).hexdigest()}
+            if mask:
+                part = mask[split][first : first + tokens].astype(np.uint8)
+                part.tofile(path.with_suffix(".mask"))
+                listed["mask_sha256"] = hashlib.sha256(part.tobytes()).hexdigest()
+            facts["shards"].append(listed)
+    (folder / "meta.json").write_text(json.dumps(meta | ({"loss_mask": True} if mask else {})))
+
+
+@pytest.mark.parametrize("tokens", [1, 10, 37, 2106])
+def test_shards_are_one_file(folder: Path, tokens: int):
+    """Windows of 65 tokens lie in up to 65 files."""
+    whole, size = open_dataset(folder, block_size=64), len(set(TEXT))
+    rows = [Rows(whole.train, 64, size, 5, order)[30:90] for order in ("random", "epoch")]
+    windows, val = EvalWindows(whole.val, 64, 0, 1, size)[0:9], whole.val[:]
+    shard(folder, tokens)
+    data = open_dataset(folder, block_size=64, vocab_size=50, verify=True)
+    for order, expected in zip(("random", "epoch"), rows, strict=True):
+        assert all(map(torch.equal, Rows(data.train, 64, size, 5, order)[30:90], expected))
+    assert all(map(torch.equal, EvalWindows(data.val, 64, 0, 1, size)[0:9], windows))
+    assert (len(data.train), len(data.val)) == (2106, 234)
+    assert np.array_equal(data.val[:], val)
+    assert data.val.bytes_per_token == 1
+    assert data.val.bits_per_byte(np.log(2)) == pytest.approx(1)
+
+
+SHARDS_BROKEN = {
+    "missing": (lambda f: (f / "train-00007.bin").unlink(), r"train-00007\.bin is missing: prepare"),
+    "short": (lambda f: _cut(f / "train-00007.bin", -2), r"train-00007\.bin holds 36 tokens where .* counts 37"),
+    "other": (lambda f: (f / "val-00001.bin").write_bytes(bytes(74)), r"val-00001\.bin is not the file .* SHA-256"),
+    "mask": (lambda f: (f / "val-00001.mask").write_bytes(bytes(37)), r"val-00001\.mask is not the file .* SHA-256"),
+    "no mask": (lambda f: (f / "val-00001.mask").unlink(), r"val-00001\.mask is missing"),
+    "cut mask": (lambda f: _cut(f / "val-00001.mask", 5), r"val-00001\.mask holds 5 tokens where meta\.json counts 37"),
+    "no meta": (lambda f: (f / "meta.json").unlink(), r"train\.bin is missing: prepare"),
+}
+
+
+@pytest.mark.parametrize("name", SHARDS_BROKEN)
+def test_a_broken_shard_gives_a_line_that_says_so(folder: Path, name: str):
+    shard(folder, 37, {"train": np.ones(2106), "val": np.ones(234)})
+    damage, message = SHARDS_BROKEN[name]
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        open_dataset(folder, block_size=8, splits=("val", "train") if "val" in message else ("train",), verify=True)
+
+
+@pytest.mark.parametrize("file", ["../york/train.bin", "/train.bin", 5])
+def test_shards_lie_in_their_own_folder(folder: Path, file: object):
+    shards = [{"file": file, "tokens": 2106, "sha256": ""}]
+    _edit(folder / "meta.json", splits={"train": {"tokens": 2106, "shards": shards}})
+    with pytest.raises(InputError, match=r"meta\.json is damaged \(.*do not fit"):
+        open_dataset(folder, block_size=8)
+
+
+def test_a_bad_id_in_a_shard_is_found_in_its_file(folder: Path):
+    shard(folder, 500)
+    ids = np.fromfile(folder / "train-00003.bin", np.uint16)
+    ids[123] = 999
+    ids.tofile(folder / "train-00003.bin")
+    rows = Rows(open_dataset(folder, block_size=64).train, 64, 50, 0, "epoch")
+    with pytest.raises(InputError, match=r"train-00003\.bin holds id 999 at token 123, but"):
+        rows[0:32]
+    rows = Rows(open_dataset(folder, block_size=64).train, 64, 50, 0, "epoch")
+    (folder / "train-00000.bin").unlink()
+    with pytest.raises(InputError, match=r"train-00000\.bin cannot be read any more \(.*put it back"):
+        rows[0:32]
+
+
+def test_masked_targets_are_no_targets(folder: Path):
+    mask = {split: np.random.default_rng(1).random(n) < 0.3 for split, n in (("train", 2106), ("val", 234))}
+    plain = open_dataset(folder, block_size=16)
+    x, y = Rows(plain.train, 16, 50, 3)[0:40]
+    shard(folder, 37, mask)
+    data = open_dataset(folder, block_size=16, verify=True)
+    rows = Rows(data.train, 16, 50, 3)
+    inputs, targets = rows[0:40]
+    counts = np.stack([mask["train"][start + 1 : start + 17] for start in rows.starts(slice(0, 40))])
+    assert torch.equal(inputs, x)
+    assert torch.equal(targets, torch.where(torch.from_numpy(counts), y, -1))
+    assert rows.counted(slice(3, 40)) == counts[3:].sum() == (targets[3:] >= 0).sum()
+    windows = EvalWindows(data.val, 16, 0, 1, 50)[0:99][1]
+    assert torch.equal(windows.flatten() >= 0, torch.from_numpy(mask["val"][1:225]))
+    assert data.val.bits_per_byte(1.0) is None  # of a part of the text
+
+
+def test_a_thousand_shards_need_few_descriptors(tmp_path: Path):
+    """A map keeps one; in a process of its own, which may have 256."""
+    letters = Tokenizer.characters("".join(map(chr, range(50, 100))))
+    write_dataset(tmp_path, {"train": [np.arange(20_000) % 50], "val": [np.arange(20)]}, letters)
+    shard(tmp_path, 20, {"train": np.ones(20_000), "val": np.ones(20)})
+    read = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); "
+        "from nanogpt.data import *; data = open_dataset(sys.argv[1], block_size=16); "
+        "x, y = Rows(data.train, 16, 50, 0)[0:9000]; assert ((x + 1) % 50 == y).all()"
+    )
+    subprocess.run([sys.executable, "-c", read, tmp_path], check=True, env=environment())
+
+
+def of_lengths(*lengths: int) -> list[Tokens]:
+    """Splits of ids that tell them apart: the first from 0 on, the second from 10,000 on, and so on."""
+    return [Tokens.of(np.arange(n, dtype=np.uint16) + 10_000 * k) for k, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("weights", [[7, 3], [1, 1, 1], [500_000, 300_000, 199_999, 1], [1, 10**6], [5]])
+def test_shares_are_exact_to_a_row(weights: list[int]):
+    counts = _counts(np.arange(20_000), weights)
+    assert (counts.sum(0) == np.arange(20_000)).all()
+    assert set(np.unique(np.diff(counts))) <= {0, 1}  # each row comes from one source
+    shares = np.arange(20_000) * np.array(weights)[:, None] / sum(weights)
+    assert np.abs(counts - shares).max() <= len(weights) - 1
+    assert (_counts(np.array([2**42]), weights) >= 0).all()
+
+
+@pytest.mark.parametrize("order", ["random", "epoch"])
+def test_rows_of_a_mixture_depend_on_seed_and_index_alone(order: str):
+    parts = of_lengths(1001, 301, 501)
+    rows = Rows(Tokens.mixed(parts, [5, 3, 2]), 10, 60_000, 7, order)
+    x, y = rows[0:2000]
+    assert torch.equal(x + 1, y)
+    assert not (x // 10_000 - x[:, :1] // 10_000).any()  # no window reaches into another source
+    for cuts in ([0, 1, 2, 3, 500, 2000], [*range(0, 2000, 37), 2000]):
+        assert torch.equal(torch.cat([rows[a:b][0] for a, b in itertools.pairwise(cuts)]), x)
+    source = x[:, 0] // 10_000
+    assert source.bincount().tolist() == [1000, 600, 400]
+    assert not torch.equal(Rows(Tokens.mixed(parts, [5, 3, 2]), 10, 60_000, 8, order)[0:2000][0], x)
+    assert torch.equal(
+        Rows(Tokens.mixed(parts[:1], [1]), 10, 60_000, 7, order)[0:99][0], Rows(parts[0], 10, 60_000, 7, order)[0:99][0]
+    )
+    if order == "epoch":
+        for k, windows in enumerate((100, 30, 50)):
+            epochs = x[source == k][:, 0] - 10_000 * k
+            for epoch in epochs[: len(epochs) // windows * windows].view(-1, windows):
+                assert sorted(epoch.tolist()) == [*range(0, windows * 10, 10)]
+
+
+def test_a_mixture_is_evaluated_in_its_shares():
+    mixture = Tokens.mixed(of_lengths(1001, 301), [7, 3])
+    for batches, expected in ((5, [14, 6]), (0, [70, 30]), (99, [70, 30])):  # the second has no more than 30
+        windows = EvalWindows(mixture, 10, batches, 4, 60_000)
+        starts = windows[0 : len(windows)][0][:, 0]
+        assert (starts // 10_000).bincount().tolist() == expected
+        assert len(starts.unique()) == sum(expected)
+    assert (starts[starts < 10_000].max(), starts.max() - 10_000) == (980, 290)
+
+
+def test_a_mixture_by_name(folder: Path, tmp_path: Path):
+    write_text(tmp_path / "a:0.5", TEXT * 3, Tokenizer.characters(TEXT))  # a path may hold a colon
+    other = tmp_path / "other"
+    write_text(other, "0123456789" * 99, Tokenizer.characters("0123456789"))
+    data = open_dataset(f"{folder}:0.2, {tmp_path}/a:0.5:0.6", block_size=8, vocab_size=50, verify=True)
+    assert data.name == f"{folder}:0.2, {tmp_path}/a:0.5:0.6"
+    assert data.tokenizer is not None
+    assert [(s.tokens, s.weight) for s in data.train.sources] == [(2106, 250_000), (6318, 750_000)]
+    assert len(data.train) == 4 * 2106
+    assert data.val.bytes_per_token == 1
+    assert len(open_dataset(tmp_path / "a:0.5", block_size=8).train) == 6318
+    for wrong, message in {
+        f"{folder}:0.5,{other}:0.5": r"york and .*other have different tokenizers; prepare them with the same",
+        f"{folder}:0.5,{other}": r"other' is no source of a mixture; write each once with its share, as in",
+        f"{folder}:0.5,{folder}:0.5": "no source of a mixture",
+        f"{folder}:0": "no source of a mixture",
+        f"{folder}:0.5,nowhere:1,{folder}/no:1": r"^there is no dataset 'nowhere'.*\nthere is no dataset '.*york/no'",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            open_dataset(wrong, block_size=8)
 
 
 # ---- text and downloads

@@ -329,3 +329,88 @@ def test_runs_when_copied_alone(tmp_path: Path) -> None:
     code = "import sys, model, torch; model.GPT(model.GPTConfig(1, 1, 8, 9, 4))(torch.zeros(1, 4, dtype=int))"
     code += "; sys.exit('nanogpt' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+# ---- documents that do not see one another
+
+
+END = 69
+DOCUMENTS = [1, 40, 88, 2, 29, 160]  # lengths; the last is cut off by the row's end
+
+
+@pytest.mark.parametrize("T", [64, 128, 256])
+@pytest.mark.parametrize("arch", [vars(TINY), MODERN | {"n_kv_head": 2, "head_dim": 16}], ids=["gpt2", "modern"])
+def test_documents_in_a_row_equal_documents_apart(arch: dict, T: int) -> None:
+    """Logits, loss and gradients, with activation checkpointing too. Unmasked, they differ."""
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(**arch))
+    with torch.no_grad():
+        model.tokens.weight.mul_(20)  # so that each id matters
+    idx, targets = torch.randint(END, (3, T + 1)).unfold(1, T, 1).unbind(1)
+    rows = [DOCUMENTS, DOCUMENTS[::-1], [T]]  # the second ends on a document's end, the third holds none
+    spans = [[(0, DOCUMENTS[0])], [], []]
+    for row, lengths, found in zip(idx, rows, spans, strict=True):
+        found.clear()
+        begin = 0
+        for length in lengths:
+            end = min(begin + length, T)
+            if begin < end:
+                row[end - 1] = END if begin + length <= T and lengths is not rows[2] else row[end - 1]
+                found.append((begin, end))
+            begin += length
+    targets = targets.clone()
+    targets[:, 10:20] = -1
+
+    losses, pieces = 0.0, []
+    for row, target, found in zip(idx, targets, spans, strict=True):
+        for begin, end in found:
+            logits, _ = model(row[None, begin:end], target[None, begin:end])
+            pieces.append(logits[0])
+            losses = losses + F.cross_entropy(logits[0], target[begin:end], ignore_index=-1, reduction="sum")
+    losses = losses / (targets >= 0).sum()
+    expected = torch.autograd.grad(losses, [*model.parameters()])
+    plain = model(idx, targets)[0]
+    model.end_of_text = END
+    for saving in (False, True):
+        model.activation_checkpointing = saving
+        logits, loss = model(idx, targets)
+        assert (logits.flatten(0, 1) - torch.cat(pieces)).abs().max() <= TOLERANCE
+        assert abs(loss - losses) <= TOLERANCE
+        for (name, _), ours, theirs in zip(
+            model.named_parameters(), torch.autograd.grad(loss, [*model.parameters()]), expected, strict=True
+        ):
+            assert (ours - theirs).abs().max() <= TOLERANCE * max(theirs.abs().max(), 1), name
+    assert (plain - logits).abs().max() > 0.1
+
+
+def test_a_row_without_a_target_that_counts_has_no_loss_and_no_gradient() -> None:
+    model = GPT(TINY)
+    idx = torch.randint(70, (2, 8))
+    for model.loss_chunk in (0, 5):
+        loss = model(idx, torch.full_like(idx, -1))[1]
+        loss.backward()
+        assert loss == 0
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [vars(TINY), MODERN | {"n_kv_head": 2, "head_dim": 16}], ids=["gpt2", "modern"])
+def test_documents_apart_when_compiled(arch: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(**arch))
+    with torch.no_grad():
+        model.tokens.weight.mul_(20)
+    model.end_of_text = END
+    idx = torch.randint(70, (2, 256))
+    expected = model(idx, idx)
+    gradients = torch.autograd.grad(expected[1], [*model.parameters()])
+    logits, loss = torch.compile(model)(idx, idx)
+    assert (logits - expected[0]).abs().max() <= TOLERANCE
+    for ours, theirs in zip(torch.autograd.grad(loss, [*model.parameters()]), gradients, strict=True):
+        assert (ours - theirs).abs().max() <= TOLERANCE * max(theirs.abs().max(), 1)
+    # What CUDA takes, as far as a CPU can tell: it has no backward pass of FlexAttention.
+    monkeypatch.setattr(model_file, "FLEX_ATTENTION_ON", "cpu")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        logits, loss = torch.compile(model)(idx, idx)
+    assert (logits - expected[0]).abs().max() <= TOLERANCE

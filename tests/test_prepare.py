@@ -17,7 +17,7 @@ import tiktoken
 import tokenizers
 
 from nanogpt import InputError
-from nanogpt.data import open_dataset
+from nanogpt.data import Tokens, open_dataset
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared/data"
@@ -59,7 +59,7 @@ def test_a_text_of_ones_own_and_what_cannot_be_read(tmp_path: Path):
     run("shakespeare_char", "--input", path, "--out", out)
     data = open_dataset(out, block_size=8, verify=True)
     assert data.tokenizer is not None
-    assert data.tokenizer.decode([*data.train.tolist(), *data.val.tolist()]) == text
+    assert data.tokenizer.decode([*data.train[:].tolist(), *data.val[:].tolist()]) == text
     path.write_bytes(b"caf\xe9")
     assert "error:" in (output := run("shakespeare_char", f"--input={path}", f"--out={out}", status=2))
     assert "not UTF-8 text: byte 0xe9 at offset 3" in output
@@ -82,9 +82,9 @@ def test_in_the_tokens_of_another_model(tmp_path: Path):
     assert "vocabulary: 70,256 (bpe)" in output
     data = open_dataset(out, block_size=8, vocab_size=70_400, verify=True)
     assert data.tokenizer is not None
-    assert data.train.dtype == np.dtype("<u4")
+    assert data.train[:].dtype == np.dtype("<u4")
     assert len(data.train) + len(data.val) == len(text.encode())
-    assert data.tokenizer.decode([*data.train.tolist(), *data.val.tolist()]) == text
+    assert data.tokenizer.decode([*data.train[:].tolist(), *data.val[:].tolist()]) == text
 
 
 def test_pydocs(tmp_path: Path):
@@ -108,8 +108,8 @@ def in_val(text: str) -> bool:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") < SHARE * 2**64
 
 
-def documents(ids: np.ndarray) -> Iterator[str]:
-    encoding = tiktoken.get_encoding("gpt2")
+def documents(tokens: Tokens) -> Iterator[str]:
+    ids, encoding = tokens[:], tiktoken.get_encoding("gpt2")
     assert ids[-1] == encoding.eot_token
     for part in np.split(ids, np.flatnonzero(ids == encoding.eot_token) + 1)[:-1]:
         yield encoding.decode(part[:-1].tolist())

@@ -359,7 +359,7 @@ def test_eval_only_measures_the_weights_it_is_given(run: Run, capsys: pytest.Cap
     capsys.readouterr()
     for start in ({"out_dir": "out", "resume": True}, {"out_dir": "new", "init_from": "out/ckpt/step-000020"}):
         run(eval_only=True, eval_iters=0, dropout=0.5, **start)
-        assert f": train loss {train_loss:.4f}, val loss {val_loss:.4f}" in capsys.readouterr().out
+        assert f": train loss {train_loss:.4f} | val loss {val_loss:.4f}" in capsys.readouterr().out
 
 
 def test_evaluation_at_the_end_alone_and_of_one_split(run: Run):
