@@ -1,7 +1,9 @@
 """What several test files use: a small dataset whose source is known, and train.py run inside this process."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -93,6 +95,47 @@ def letters(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "letters"
     splits = {"train": [source.draw(20_000)], "val": [source.draw(2_000)]}
     write_dataset(folder, splits, Tokenizer.characters(LETTERS))
+    return folder
+
+
+def shard(folder: Path, tokens: int, mask: dict[str, np.ndarray] | None = None) -> None:
+    """Cut each split of a dataset into files of so many tokens, and put a loss mask beside them."""
+    meta = json.loads((folder / "meta.json").read_text())
+    for split, facts in meta["splits"].items():
+        whole = folder / f"{split}.bin"
+        ids = np.fromfile(whole, meta["dtype"])
+        whole.unlink()
+        del facts["sha256"]
+        facts["shards"] = []
+        for k, first in enumerate(range(0, len(ids), tokens)):
+            piece, path = ids[first : first + tokens], folder / f"{split}-{k:05d}.bin"
+            piece.tofile(path)
+            listed = {"file": path.name, "tokens": len(piece), "sha256": hashlib.sha256(piece.tobytes()).hexdigest()}
+            if mask:
+                part = mask[split][first : first + tokens].astype(np.uint8)
+                part.tofile(path.with_suffix(".mask"))
+                listed["mask_sha256"] = hashlib.sha256(part.tobytes()).hexdigest()
+            facts["shards"].append(listed)
+    (folder / "meta.json").write_text(json.dumps(meta | ({"loss_mask": True} if mask else {})))
+
+
+ALL_OF_IT: dict[str, Any] = {"dataset": "one:0.7,two:0.3", "mask_documents": True, "row_order": "epoch"}
+
+
+@pytest.fixture(scope="session")
+def one_and_two(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two datasets in many shards, whose loss masks leave some rows much, some little and some nothing,
+    and whose documents end with a d; for `ALL_OF_IT`."""
+    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name, size in (("one", 999), ("two", 170)):
+        shutil.copytree(letters, folder / name)
+        meta = json.loads((folder / name / "meta.json").read_text())
+        meta["splits"]["val"]["bytes"] = 4000
+        (folder / name / "meta.json").write_text(json.dumps(meta | {"end_of_text": 3}))
+        share = np.repeat([0.9, 0.1, 0.0, 0.4], 16)  # by turns
+        lengths = {split: facts["tokens"] for split, facts in meta["splits"].items()}
+        masks = {split: random.random(n) < np.resize(share, n) for split, n in lengths.items()}
+        shard(folder / name, size, masks if name == "one" else masks | {"val": np.ones(lengths["val"])})
     return folder
 
 

@@ -116,6 +116,13 @@ def test_table_compares_where_the_shortest_run_has_been(make_run):
     ]
 
 
+def test_bits_per_byte_where_a_run_tells_them(make_run):
+    line = '{"step": 9, "tokens": 9, "time_s": 9, "train_loss": 1, "val_loss": 0.5, "val_bpb": 0.25}\n'
+    told, silent = read_run(make_run("a", [4.0], tail=line)), read_run(make_run("b", [3.0, 2.0]))
+    rows = table(group_repeats([told, silent])).splitlines()[-3:]
+    assert [row.split()[-1] for row in rows] == ["byte", "0.2500", "10"]
+
+
 def test_a_cut_last_line_is_forgiven_a_damaged_one_before_it_is_not(make_run):
     assert read_run(make_run("a", [4.0, 3.0], tail='{"step": 20, "val_')).evals["val_loss"].tolist() == [4.0, 3.0]
     bad = make_run("b", [4.0], tail='{"step": 20, "val_\n{"step": 30}\n')

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import environment
+from conftest import environment, shard
 
 from nanogpt import InputError
 from nanogpt.data import (
@@ -295,27 +295,6 @@ def test_resolve(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 # ---- shards, loss masks, mixtures
-
-
-def shard(folder: Path, tokens: int, mask: dict[str, np.ndarray] | None = None) -> None:
-    """Cut each split of a dataset into files of so many tokens, and put a loss mask beside them."""
-    meta = json.loads((folder / "meta.json").read_text())
-    for split, facts in meta["splits"].items():
-        whole = folder / f"{split}.bin"
-        ids = np.fromfile(whole, meta["dtype"])
-        whole.unlink()
-        del facts["sha256"]
-        facts["shards"] = []
-        for k, first in enumerate(range(0, len(ids), tokens)):
-            piece, path = ids[first : first + tokens], folder / f"{split}-{k:05d}.bin"
-            piece.tofile(path)
-            listed = {"file": path.name, "tokens": len(piece), "sha256": hashlib.sha256(piece.tobytes()).hexdigest()}
-            if mask:
-                part = mask[split][first : first + tokens].astype(np.uint8)
-                part.tofile(path.with_suffix(".mask"))
-                listed["mask_sha256"] = hashlib.sha256(part.tobytes()).hexdigest()
-            facts["shards"].append(listed)
-    (folder / "meta.json").write_text(json.dumps(meta | ({"loss_mask": True} if mask else {})))
 
 
 @pytest.mark.parametrize("tokens", [1, 10, 37, 2106])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Run, environment, flags, metrics, steps
+from conftest import ALL_OF_IT, Run, environment, flags, metrics, steps
 
 import train
 from nanogpt import InputError, checkpoint, data, distributed
@@ -24,6 +24,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "cut": BASE | {"batch_size": 12, "gradient_accumulation_steps": 1, "row_order": "epoch"},
     "muon": BASE
     | {"optimizer": "muon", "arch": "modern", "bias": False, "n_layer": 3, "n_kv_head": 1, "batch_size": 4},
+    "masked": BASE | ALL_OF_IT | {"batch_size": 2, "gradient_accumulation_steps": 4},
     "stopped": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1},
 }
 
@@ -52,7 +53,7 @@ def work(folder: Path) -> None:
     data.Rows.__getitem__, train.TrainConfig.learning_rate_at = getitem, learning_rate_at  # type: ignore[method-assign]
     for name, keys in RUNS.items():
         read.clear()
-        sys.argv = ["train.py", *flags(**keys, dataset=folder / "letters", out_dir=name)]
+        sys.argv = ["train.py", *flags(**{"dataset": "letters"} | keys, out_dir=name)]
         status = train.main()
         dist.barrier()  # as if the next began when the last had ended
         if status:
@@ -63,10 +64,11 @@ def work(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(letters: Path, one_and_two: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes have done RUNS."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "letters").symlink_to(letters)
+    for dataset in (letters, one_and_two / "one", one_and_two / "two"):
+        (folder / dataset.name).symlink_to(dataset)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*launcher, __file__, folder], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -79,16 +81,18 @@ def rows_of(folder: Path, name: str) -> tuple[list[tuple[int, int]], list[tuple[
     return first, second
 
 
-@pytest.mark.parametrize("name", ["accumulated", "cut", "muon"])
+@pytest.mark.parametrize("name", ["accumulated", "cut", "muon", "masked"])
 def test_two_processes_are_one(two: Path, run: Run, name: str):
-    run(out_dir="one", **RUNS[name])
+    for dataset in ("one", "two"):
+        Path(dataset).symlink_to(two / dataset)
+    run(out_dir="alone", **RUNS[name])
     for field in ("loss", "train_loss", "val_loss", "grad_norm"):
-        ours, theirs = (metrics(out_dir, "step", field) for out_dir in (two / name, "one"))
+        ours, theirs = (metrics(out_dir, "step", field) for out_dir in (two / name, "alone"))
         assert [step for step, _ in ours] == [step for step, _ in theirs]
         tolerance = 1e-3 if field == "grad_norm" else 1e-5
         assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], rel=tolerance)
-    assert len(metrics("one", "loss")) == 50
-    ours, theirs = (checkpoint.load(Path(out_dir) / "ckpt/step-000050") for out_dir in (two / name, "one"))
+    assert len(metrics("alone", "loss")) == 50
+    ours, theirs = (checkpoint.load(Path(out_dir) / "ckpt/step-000050") for out_dir in (two / name, "alone"))
     assert ours.model.keys() == theirs.model.keys()  # no "module." of the wrapper
     assert ours.optimizer.keys() == theirs.optimizer.keys()
     assert ours.state["samples"] == theirs.state["samples"]

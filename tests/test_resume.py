@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ALL_OF_IT as DATA
 from conftest import Run, assert_same_checkpoint, metrics, steps
 
 from nanogpt import checkpoint
@@ -52,6 +53,15 @@ def test_resume_to_the_bit(
     assert metrics("parts") == metrics("whole")
     assert len(metrics("whole", "val_loss")) == 4  # at 0, 8, 16 and the end
     assert_same_checkpoint("whole", "parts", 20)
+
+
+@pytest.mark.parametrize("recipe", [GPT2, MODERN])
+def test_resume_to_the_bit_with_mixed_masked_shards(
+    run: Run, signal_at: SignalAt, one_and_two: Path, recipe: dict[str, Any]
+):
+    for name in ("one", "two"):
+        Path(name).symlink_to(one_and_two / name)
+    test_resume_to_the_bit(run, signal_at, recipe | DATA, "float32", "epoch", 9)
 
 
 def test_a_killed_run_repeats_what_it_had_not_saved(run: Run, capsys: pytest.CaptureFixture[str]):

@@ -1,7 +1,9 @@
 """The training loop: what a run does, from its settings to its end."""
 
+import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from conftest import ROOT, TINY, Run, environment, flags, metrics, save_as_nanog
 import train
 from configurator import parse
 from model import GPT, GPTConfig
-from nanogpt import RunStopped, checkpoint, data, distributed, tracking
+from nanogpt import InputError, RunStopped, checkpoint, data, distributed, tracking
 from nanogpt.data import Rows
 from nanogpt.distributed import World
 from nanogpt.tokenizer import Tokenizer
@@ -68,6 +70,61 @@ def test_the_first_update_is_torch_s_own(run: Run, letters: Path):
     saved = checkpoint.load(Path("out/ckpt/step-000001")).model
     for name, p in model.named_parameters():
         torch.testing.assert_close(saved[name], p.detach(), rtol=0, atol=2e-5)
+
+
+def test_each_target_that_counts_weighs_the_same(run: Run, one_and_two: Path):
+    """Loss masks: the first step's loss and gradient, and the evaluations, written out; in two splits of the rows."""
+    path, keys = one_and_two / "one", {"max_iters": 1, "grad_clip": 0.0, "seed": 7, "eval_iters": 0}
+    run(out_dir="at_once", dataset=path, batch_size=8, **keys)
+    run(out_dir="in_parts", dataset=path, batch_size=1, gradient_accumulation_steps=8, **keys)
+    torch.manual_seed(7)
+    sizes = {name: TINY[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+    model = GPT(GPTConfig(vocab_size=4, **sizes))
+    dataset = data.open_dataset(path, block_size=16)
+    masks = {split: getattr(dataset, split).mask(0, len(getattr(dataset, split))) for split in ("train", "val")}
+
+    def loss(split: str, starts: Any) -> torch.Tensor:
+        total, count = torch.zeros(()), 0
+        for start in starts:
+            ids = torch.from_numpy(getattr(dataset, split)[start : start + 17].astype(np.int64))
+            odds = model(ids[None, :-1], ids[None, 1:])[0][0].log_softmax(-1)
+            for t in range(16):
+                if masks[split][start + t + 1]:
+                    total, count = total - odds[t, ids[t + 1]], count + 1
+        return total / count
+
+    step = loss("train", data.Rows(dataset.train, 16, 4, 7).starts(slice(0, 8)))
+    step.backward()
+    norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+    val = loss("val", range(0, 1984, 16)).item()
+    for out_dir in ("at_once", "in_parts"):
+        assert metrics(out_dir, "loss", "grad_norm")[0] == pytest.approx((step.item(), norm.item()), rel=1e-4)
+        assert metrics(out_dir, "val_loss")[0][0] == pytest.approx(val, rel=1e-5)
+
+
+def test_bits_per_byte_stand_beside_the_loss(run: Run, letters: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(letters, "text")
+    meta = json.loads(Path("text/meta.json").read_text())
+    meta["splits"]["val"]["bytes"] = 5_000  # two and a half of each letter
+    Path("text/meta.json").write_text(json.dumps(meta))
+    run(out_dir="out", dataset="text", max_iters=8)
+    told = capsys.readouterr().out
+    for loss, bpb in metrics("out", "val_loss", "val_bpb"):
+        assert bpb == pytest.approx(loss / math.log(2) / 2.5)
+        assert f"val loss {loss:.4f}, {bpb:.4f} bits per byte" in told
+    run(out_dir="unknown", max_iters=1)
+    assert not metrics("unknown", "val_bpb")
+    assert metrics("unknown", "val_loss")
+
+
+def test_documents_are_masked_on_request(run: Run, one_and_two: Path):
+    keys = {"dataset": one_and_two / "two", "max_iters": 1}
+    run(out_dir="together", **keys)
+    run(out_dir="apart", **keys, mask_documents=True)
+    (together,), (apart,) = metrics("together", "loss")[0], metrics("apart", "loss")[0]
+    assert together != apart
+    with pytest.raises(InputError, match=r"mask_documents=True: letters has no token that ends a document"):
+        run(mask_documents=True)
 
 
 def test_evaluation_is_the_mean_over_the_whole_split(letters: Path):
