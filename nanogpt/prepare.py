@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,10 +65,10 @@ class Encoder:
         """Raises InputError with the place of what is no document, unless reading.skip_bad."""
         ids: list[list[np.ndarray]] = [[], [], []]
         masks: list[list[np.ndarray]] = [[], [], []]
-        counts = Encoded([], [], [0] * 3, [0] * 3, 0, None, [0, ""], [0, ""])
+        counts = nothing()
         goes_on, end = None, self.tokenizer.end_of_text
         for part, place, raw, record in documents(chunk, self.reading, counts):
-            in_val = in_share(raw, self.val_share) if part.in_val is None else part.in_val
+            in_val = draw(raw) < self.val_share if part.in_val is None else part.in_val
             to = 0 if part.in_val is None and not part.begins else 1 + in_val
             goes_on = None if part.ends else to - 1
             counts.documents[to] += part.begins
@@ -76,7 +77,7 @@ class Encoder:
                     new, mask = self.tokenizer.encode_conversation(record)
                     ids[to].append(new)
                     masks[to].append(mask)
-                    counts.text_bytes[to] += conversation_bytes(record)
+                    counts.text_bytes[to] += sum(len(text.encode("utf-8", "replace")) for text in conversation(record))
                     continue
                 counts.text_bytes[to] += len(raw)
                 if part.kind == "text" or len(raw) <= PIECE:
@@ -97,9 +98,27 @@ class Encoder:
         )
 
 
-def in_share(raw: bytes, share: float) -> bool:
-    """Whether a document's hash puts it in the validation split: stable whatever other documents there are."""
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") < share * 2**64
+def nothing() -> Encoded:
+    return Encoded([], [], [0] * 3, [0] * 3, 0, None, [0, ""], [0, ""])
+
+
+def characters(reading: Reading, chunk: list[Part]) -> set[str]:
+    """The distinct characters of a chunk."""
+    return set().union(*(raw.decode() for _, _, raw, _ in documents(chunk, reading, nothing())))
+
+
+def sample(reading: Reading, val_share: float, share: float, chunk: list[Part]) -> list[str]:
+    """The texts of about a `share` of the training documents of a chunk."""
+    texts = []
+    for part, _, raw, record in documents(chunk, reading, nothing()):
+        if not part.in_val and val_share <= draw(raw) <= val_share + share * (1 - val_share):
+            texts += conversation(record) if record else [raw.decode()]
+    return texts
+
+
+def draw(raw: bytes) -> float:
+    """A number from 0 to 1 that is a document's own, whatever other documents there are."""
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") / 2**64
 
 
 def documents(
@@ -181,16 +200,16 @@ def pieces(raw: bytes) -> Iterator[bytes]:
     yield raw
 
 
-def conversation_bytes(record: dict[str, Any]) -> int:
-    texts = [message.get("content") for message in record.get("messages") or []]
-    texts += [record.get("prompt"), record.get("completion")]
-    return sum(len(text.encode("utf-8", "replace")) for text in texts if isinstance(text, str))
+def conversation(record: dict[str, Any]) -> list[str]:
+    """The texts of a conversation."""
+    texts = [message["content"] for message in record.get("messages") or [] if isinstance(message, dict)]
+    return [text for text in (*texts, record.get("prompt"), record.get("completion")) if isinstance(text, str)]
 
 
-_encoder: Encoder  # of a worker
+_encoder: Encoder | None  # of a worker
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(encoder: Encoder | None) -> None:
     """A worker leaves Ctrl-C to its parent, and ends when the parent does, killed or not."""
     global _encoder
     _encoder = encoder
@@ -200,6 +219,7 @@ def _start_worker(encoder: Encoder) -> None:
 
 
 def _encode(chunk: list[Part]) -> Encoded:
+    assert _encoder is not None
     return _encoder.encode(chunk)
 
 
@@ -303,7 +323,7 @@ class Writer:
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, masked: bool, state: Any):
         self.folder, self.split, self.width, self.most = folder, split, dtype.itemsize, shard_tokens
-        self.shards: list[dict[str, Any]] = state["shards"]
+        self.shards: list[dict[str, Any]] = list(state["shards"])
         self.tokens, self.text_bytes, self.documents = state["tokens"], state["bytes"], state["documents"]
         self.suffixes = (".bin", ".mask") if masked else (".bin",)
         self._files: list[Any] = []
@@ -363,7 +383,7 @@ class Writer:
 class Prepared:
     """What a preparation counts; in the journal as JSON."""
 
-    position: list[Any] = field(default_factory=lambda: list(Position()))
+    position: list[Any] = field(default_factory=lambda: list(Position()))  # a Position
     splits: dict[str, Any] = field(
         default_factory=lambda: {s: {"shards": [], "tokens": 0, "bytes": 0, "documents": 0} for s in SPLITS}
     )
@@ -394,83 +414,174 @@ def prepare(
     """
     import filelock
 
-    folder = out / "preparing"
     workers = workers or os.cpu_count() or 1
+    if min(workers, shard_tokens, 1 if most is None else most) < 1 or not (val_share is None or 0 < val_share < 1):
+        raise InputError("--workers, --shard_tokens and --docs count from 1 up, and --val_share lies between 0 and 1")
     is_text = len(sources) == 1 and not sources[0].repo and kind_of(sources[0].name)[0] in ("text", None)
     tail = is_text and val_share is None
     share = val_share if val_share is not None else 0.1 if tail else 0.01
-    settings = dataclasses.asdict(reading) | {"share": share, "tail": tail, "shard_tokens": shard_tokens, "most": most}
+    settings = dataclasses.asdict(reading) | {"tokenizer": tokenizer, "share": share, "tail": tail, "most": most}
+    settings |= {"shard_tokens": shard_tokens, "train_mb": train_mb}
+    folder = out / "preparing"
     with writing(folder), contextlib.ExitStack() as held:
         try:
             held.enter_context(filelock.FileLock(folder / "lock").acquire(timeout=0))
         except filelock.Timeout as error:
             raise InputError(f"another process prepares {out}: wait for its end, or give another --out") from error
         journal = _journal(folder)
-        old, settings["tokenizer"] = journal.get("sources", []), tokenizer
-        done = Prepared(**journal["done"]) if journal else Prepared()
-        started = Position(*done.position)
-        sure = len(sources) if is_trained(tokenizer) else started.source + (started.items > 0)
-        if journal and journal["settings"] == settings and old[:sure] == [list(source) for source in sources[:sure]]:
-            print(f"{started.source} of {len(sources)} inputs were done before")
-            made = Tokenizer.load(folder)
-            assert made is not None
-        else:
-            if journal:
+        before, done, known = journal.get("sources", []), Prepared(), None
+        if journal:
+            done = Prepared(**journal["done"])
+            whole = tokenizer == "char" or tokenizer.startswith("bpe:")  # depends on all of the text
+            sure = max(len(before), len(sources)) if whole else done.position[0] + (done.position[1] > 0)
+            if journal["settings"] == settings and before[:sure] == [list(source) for source in sources[:sure]]:
+                print(f"{done.position[0]} of {len(sources)} inputs were done before")
+                known = Tokenizer.load(folder)
+            else:
                 print(f"other settings or inputs than in the interrupted preparation in {out}: it begins anew")
+        if known is None:
             for path in folder.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            done, started = Prepared(), Position()
-            made = make_tokenizer(tokenizer)
-            made.save(folder)
-        cut = None
-        if tail:
-            cut = int(0.9 * sum(len(part.data) for part in parts(sources[0], reading)))
-        dtype = token_dtype(made.vocab_size)
-        writers = [Writer(folder, split, dtype, shard_tokens, reading.chat, done.splits[split]) for split in SPLITS]
-        encoder = Encoder(made, reading, share)
-        work = chunks(sources, reading, started, most, folder, cut)
-        sure_at = time.monotonic()
-
-        def save() -> None:
-            for writer in writers:
-                writer.sync()
-            with aside(folder / "journal.json") as partial:
-                entry = {"settings": settings, "sources": sources, "done": dataclasses.asdict(done)}
-                partial.write_text(json.dumps(entry))
-
-        spawn = multiprocessing.get_context("spawn")  # the threads of pyarrow and tqdm do not survive a fork
-        pool = ProcessPoolExecutor(workers, spawn, _start_worker, (encoder,))
-        total = sum(source.size for source in sources)
-        bar = tqdm(total=total or None, initial=started.read, unit="B", unit_scale=True, disable=None)
-        try:
-            for encoded, position in in_order(pool, _encode, work, 2 * workers + 2):
-                done = take(encoded, position, done, writers)
-                if time.monotonic() > sure_at + SAVE_S:
-                    save()
-                    sure_at = time.monotonic()
-                bar.update(position.read - bar.n)
-        except BrokenProcessPool as error:
-            raise InputError("a worker was killed, probably for memory: run again with fewer --workers") from error
-        except (InputError, KeyboardInterrupt):
-            save()
-            raise
-        finally:
-            bar.close()
-            pool.shutdown(cancel_futures=True)
-        for writer in writers:
-            writer.close()
-        meta = finish(out, folder, writers, made, done)
+            done = Prepared()
+        if not (folder / "meta.json").exists():
+            cut = None
+            if tail:
+                cut = int(0.9 * sum(len(part.data) for part in parts(sources[0], reading) if part.kind == "text"))
+            work = Work(sources, reading, most, folder, cut)
+            if known is None:
+                known = _tokenizer(tokenizer, work, share, train_mb, workers)
+                known.save(folder)
+            _check_disk(out, sources, known, done)
+            entry = {"settings": settings, "sources": sources}
+            done = _encode_all(work, Encoder(known, reading, share), done, entry, shard_tokens, workers)
+            describe(folder, known, done)
+        meta = move(out, folder)
     shutil.rmtree(folder)
+    for (n, first), told in (
+        (meta["replaced"], "places that were no text became U+FFFD"),
+        (meta["bad"], "bad rows or files were left out"),
+    ):
+        if n:
+            print(f"{n:,} {told}; the first: {first}")
+    if meta["dtype"] == "uint32":
+        print("ids have four bytes each (uint32), because they go beyond 65,535")
     return meta
 
 
-def is_trained(tokenizer: str) -> bool:
-    return tokenizer == "char" or tokenizer.startswith("bpe:")
+@dataclass(frozen=True)
+class Work:
+    """What is to be read."""
+
+    sources: list[Source]
+    reading: Reading
+    most: int | None
+    folder: Path
+    cut: int | None
+
+    def chunks(self, start: Position) -> Iterator[tuple[list[Part], Position]]:
+        return chunks(self.sources, self.reading, start, self.most, self.folder, self.cut)
 
 
-def make_tokenizer(tokenizer: str) -> Tokenizer:
-    return Tokenizer.gpt2()
+@contextlib.contextmanager
+def _workers(n: int, encoder: Encoder | None = None) -> Iterator[ProcessPoolExecutor]:
+    spawn = multiprocessing.get_context("spawn")  # the threads of pyarrow and tqdm do not survive a fork
+    pool = ProcessPoolExecutor(n, spawn, _start_worker, (encoder,))
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise InputError("a worker was killed, probably for memory: run again with fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, workers: int) -> Tokenizer:
+    """The tokenizer of that name; one that depends on the text is made of it. Raises InputError."""
+    if name == "byte":
+        return Tokenizer.bytes()
+    if name == "char":
+        with _workers(workers) as pool:
+            found = in_order(pool, partial(characters, work.reading), work.chunks(Position()), 2 * workers + 2)
+            return Tokenizer.characters("".join(set().union(*(some for some, _ in found))))
+    if not name.startswith("bpe:"):
+        return Tokenizer.named(name)
+    if not name[4:].isdigit() or int(name[4:]) < 257:
+        raise InputError(f"--tokenizer={name} is no size of a vocabulary: bpe:8192, or any other from 257 up")
+    share = min(1.0, 1e6 * train_mb / max(1, _text_bytes(work.sources)))
+
+    def texts(pool: ProcessPoolExecutor) -> Iterator[str]:
+        left = 1e6 * train_mb
+        job = partial(sample, work.reading, val_share if work.cut is None else 0.0, share)
+        for some, _ in in_order(pool, job, work.chunks(Position()), 2 * workers + 2):
+            for text in some:
+                yield text
+                left -= len(text)
+            if left < 0:
+                return
+
+    with _workers(workers) as pool:
+        return Tokenizer.train_bpe(texts(pool), int(name[4:]))
+
+
+def _text_bytes(sources: list[Source]) -> int:
+    """Bytes of text in sources on disk, as a guess: text in English takes a third when it is compressed."""
+    packed = [kind_of(s.name)[1] or kind_of(s.name)[0] in ("zip", "parquet") for s in sources]
+    return sum(source.size * (3 if small else 1) for source, small in zip(sources, packed, strict=True))
+
+
+def _check_disk(out: Path, sources: list[Source], tokenizer: Tokenizer, done: "Prepared") -> None:
+    """Raises InputError where the tokens, four bytes of text each but for characters and bytes, have no room."""
+    width = token_dtype(tokenizer.vocab_size).itemsize
+    per_token = 1 if tokenizer.vocab_size <= 257 or tokenizer.name == "char" else 4
+    written = sum(path.stat().st_size for path in (out / "preparing").glob("*-*.bin"))
+    needed, free = _text_bytes(sources) * width // per_token - written, shutil.disk_usage(out).free
+    if needed > free:
+        raise InputError(
+            f"{out} needs about {needed / 1e9:,.1f} GB and has {free / 1e9:,.1f} GB free: make room, or give --out on "
+            "another disk, or fewer documents by --docs"
+        )
+
+
+def _encode_all(
+    work: Work, encoder: Encoder, done: "Prepared", entry: dict[str, Any], shard_tokens: int, workers: int
+) -> "Prepared":
+    """Read, encode and write from where `done` stands to the end, keeping a journal of `entry` and what is done."""
+    dtype = token_dtype(encoder.tokenizer.vocab_size)
+    writers = [
+        Writer(work.folder, split, dtype, shard_tokens, work.reading.chat, done.splits[split]) for split in SPLITS
+    ]
+
+    def save() -> None:
+        for writer in writers:
+            writer.sync()
+        with aside(work.folder / "journal.json") as path:
+            path.write_text(json.dumps(entry | {"done": dataclasses.asdict(done)}))
+
+    save()
+    start, saved_at, began = Position(*done.position), time.monotonic(), time.monotonic()
+    total = sum(source.size for source in work.sources)
+    with (
+        _workers(workers, encoder) as pool,
+        tqdm(total=total or None, initial=start.read, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        size = tokens = 0
+        try:
+            for encoded, position in in_order(pool, _encode, work.chunks(start), 2 * workers + 2):
+                done = take(encoded, position, done, writers)
+                if time.monotonic() > saved_at + SAVE_S:
+                    save()
+                    saved_at = time.monotonic()
+                size, tokens = size + sum(encoded.text_bytes), tokens + sum(map(len, encoded.ids)) // dtype.itemsize
+                speed = 1e-6 / (time.monotonic() - began)
+                bar.set_postfix_str(f"{size * speed:.1f} MB/s of text, {tokens * speed:.2f}M tokens/s", refresh=False)
+                bar.update(position.read - bar.n)
+        except (InputError, KeyboardInterrupt):
+            save()
+            raise
+    for writer in writers:
+        writer.close()
+    done = dataclasses.replace(done, splits={writer.split: writer.state for writer in writers})
+    return done
 
 
 def take(encoded: Encoded, position: Position, done: "Prepared", writers: list[Writer]) -> "Prepared":
@@ -490,34 +601,49 @@ def take(encoded: Encoded, position: Position, done: "Prepared", writers: list[W
     )
 
 
-def finish(out: Path, folder: Path, writers: list[Writer], tokenizer: Tokenizer, done: "Prepared") -> dict[str, Any]:
-    """The files of `folder` take the places of the dataset that was in `out`; meta.json the last."""
-    dtype = token_dtype(tokenizer.vocab_size)
+def describe(folder: Path, tokenizer: Tokenizer, done: "Prepared") -> None:
+    """Write meta.json. Raises InputError for a split without tokens."""
     meta: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
-    meta |= {"largest_id": done.largest_id, "dtype": dtype.name, "end_of_text": tokenizer.end_of_text}
-    meta |= {"replaced": done.replaced[0], "bad": done.bad[0], "splits": {}}
-    names = {"tokenizer.json": "tokenizer.json"}
-    for writer in writers:
-        tokens = sum(shard["tokens"] for shard in writer.shards)
-        facts = {"tokens": tokens, "bytes": writer.text_bytes, "documents": writer.documents}
-        stems = {shard["file"].removesuffix(".bin") for shard in writer.shards}
-        if len(stems) == 1:
-            facts |= {name: value for name, value in writer.shards[0].items() if name.endswith("sha256")}
-            names |= {f"{stem}{suffix}": f"{writer.split}{suffix}" for stem in stems for suffix in writer.suffixes}
-        else:
-            facts["shards"] = writer.shards
-            names |= {f"{stem}{suffix}": f"{stem}{suffix}" for stem in stems for suffix in writer.suffixes}
-        if not tokens:
+    meta |= {"largest_id": done.largest_id, "dtype": token_dtype(tokenizer.vocab_size).name}
+    meta |= {"end_of_text": tokenizer.end_of_text, "replaced": done.replaced, "bad": done.bad}
+    count = sum(split["documents"] for split in done.splits.values())
+    if not count:
+        raise InputError("the input holds no text: give other files, folders or rows with --input")
+    splits, masked = {}, False
+    for split, written in done.splits.items():
+        shards = written["shards"]
+        if not shards:
             raise InputError(
-                f"no document fell into the {writer.split} split of {out}: give more text, or another --val_share"
+                f"of {count:,} documents none fell into the {split} split by its hash: give more of them, or another "
+                "--val_share (0.01 unless given)"
+                if count > 1
+                else f"the {split} split would be empty: give a longer text or more documents"
             )
-        meta["splits"][writer.split] = facts
-    if len(writers[0].suffixes) > 1:
-        meta["loss_mask"] = True
-    with aside(folder / "meta.json") as partial:
-        partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        masked = "mask_sha256" in shards[0]
+        facts = {"tokens": sum(shard["tokens"] for shard in shards)}
+        facts |= {"bytes": written["bytes"], "documents": written["documents"]}
+        if len(shards) == 1:
+            splits[split] = facts | {name: shards[0][name] for name in shards[0] if name.endswith("sha256")}
+        else:
+            splits[split] = facts | {"shards": shards}
+    meta |= {"loss_mask": masked, "splits": splits}
+    with aside(folder / "meta.json") as path:
+        path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def move(out: Path, folder: Path) -> dict[str, Any]:
+    """What `folder` holds takes the place of the dataset in `out`, meta.json last. Killed, the next call goes on.
+
+    Until the last file is there, `out` is no dataset.
+    """
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    names = {"tokenizer.json": "tokenizer.json"}
+    for split, facts in meta["splits"].items():
+        files = [shard["file"] for shard in facts.get("shards", [])]
+        names |= {file: file for file in files} if files else {f"{split}-00000.bin": f"{split}.bin"}
+    if meta["loss_mask"]:
+        names |= {old.replace(".bin", ".mask"): new.replace(".bin", ".mask") for old, new in names.items()}
     names["meta.json"] = "meta.json"
-    # From here on `out` is no dataset until the new files take their places. Killed in between, the next call goes on.
     moved = {new for old, new in names.items() if not (folder / old).exists()}
     for path in out.iterdir():
         ours = path.name == "meta.json" or re.fullmatch(r"(train|val)(-\d+)?\.(bin|mask)", path.name)
@@ -536,6 +662,7 @@ def earlier(out: Path) -> list[Source]:
 
 def _journal(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "journal.json").read_text())
+        there = any((folder / name).exists() for name in ("tokenizer.json", "meta.json"))
+        return json.loads((folder / "journal.json").read_text()) if there else {}
     except (OSError, ValueError):
         return {}
