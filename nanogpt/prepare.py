@@ -34,6 +34,7 @@ from nanogpt.tokenizer import Tokenizer, aside
 
 SPLITS = ("train", "val")
 SAVE_S = 5  # seconds between two entries of the journal
+NO_TEXT = "the input holds no text: give other files, folders or rows with --input"
 
 
 # ---- a worker's part
@@ -422,6 +423,9 @@ def prepare(
     share = val_share if val_share is not None else 0.1 if tail else 0.01
     settings = dataclasses.asdict(reading) | {"tokenizer": tokenizer, "share": share, "tail": tail, "most": most}
     settings |= {"shard_tokens": shard_tokens, "train_mb": train_mb}
+    made = None if is_made_of_text(tokenizer) else known_tokenizer(tokenizer)
+    if made is not None:
+        settings["tokenizer"] += f" {made.vocab_size} {hashlib.sha256(made._inner.to_str().encode()).hexdigest()}"
     folder = out / "preparing"
     with writing(folder), contextlib.ExitStack() as held:
         try:
@@ -429,17 +433,16 @@ def prepare(
         except filelock.Timeout as error:
             raise InputError(f"another process prepares {out}: wait for its end, or give another --out") from error
         journal = _journal(folder)
-        before, done, known = journal.get("sources", []), Prepared(), None
+        before, done, goes_on = journal.get("sources", []), Prepared(), False
         if journal:
             done = Prepared(**journal["done"])
-            whole = tokenizer == "char" or tokenizer.startswith("bpe:")  # depends on all of the text
-            sure = max(len(before), len(sources)) if whole else done.position[0] + (done.position[1] > 0)
-            if journal["settings"] == settings and before[:sure] == [list(source) for source in sources[:sure]]:
+            sure = done.position[0] + (done.position[1] > 0) if made else max(len(before), len(sources))
+            goes_on = journal["settings"] == settings and before[:sure] == [list(source) for source in sources[:sure]]
+            if goes_on:
                 print(f"{done.position[0]} of {len(sources)} inputs were done before")
-                known = Tokenizer.load(folder)
             else:
                 print(f"other settings or inputs than in the interrupted preparation in {out}: it begins anew")
-        if known is None:
+        if not goes_on:
             for path in folder.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -449,13 +452,15 @@ def prepare(
             if tail:
                 cut = int(0.9 * sum(len(part.data) for part in parts(sources[0], reading) if part.kind == "text"))
             work = Work(sources, reading, most, folder, cut)
-            if known is None:
-                known = _tokenizer(tokenizer, work, share, train_mb, workers)
-                known.save(folder)
-            _check_disk(out, sources, known, done)
+            made = made or (
+                Tokenizer.load(folder) if goes_on else _tokenizer(tokenizer, work, share, train_mb, workers)
+            )
+            assert made is not None
+            made.save(folder)
+            _check_disk(out, sources, made, done)
             entry = {"settings": settings, "sources": sources}
-            done = _encode_all(work, Encoder(known, reading, share), done, entry, shard_tokens, workers)
-            describe(folder, known, done)
+            done = _encode_all(work, Encoder(made, reading, share), done, entry, shard_tokens, workers)
+            describe(folder, made, done)
         meta = move(out, folder)
     shutil.rmtree(folder)
     for (n, first), told in (
@@ -495,16 +500,25 @@ def _workers(n: int, encoder: Encoder | None = None) -> Iterator[ProcessPoolExec
         pool.shutdown(cancel_futures=True)
 
 
-def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, workers: int) -> Tokenizer:
-    """The tokenizer of that name; one that depends on the text is made of it. Raises InputError."""
+def is_made_of_text(tokenizer: str) -> bool:
+    return tokenizer == "char" or tokenizer.startswith("bpe:")
+
+
+def known_tokenizer(name: str) -> Tokenizer:
     if name == "byte":
         return Tokenizer.bytes()
+    return Tokenizer.gpt2() if name == "gpt2" else Tokenizer.named(name)
+
+
+def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, workers: int) -> Tokenizer:
+    """A tokenizer made of the text: its characters, or byte pairs by how often they come. Raises InputError."""
     if name == "char":
         with _workers(workers) as pool:
             found = in_order(pool, partial(characters, work.reading), work.chunks(Position()), 2 * workers + 2)
-            return Tokenizer.characters("".join(set().union(*(some for some, _ in found))))
-    if not name.startswith("bpe:"):
-        return Tokenizer.named(name)
+            text = "".join(set().union(*(some for some, _ in found)))
+        if not text:
+            raise InputError(NO_TEXT)
+        return Tokenizer.characters(text)
     if not name[4:].isdigit() or int(name[4:]) < 257:
         raise InputError(f"--tokenizer={name} is no size of a vocabulary: bpe:8192, or any other from 257 up")
     share = min(1.0, 1e6 * train_mb / max(1, _text_bytes(work.sources)))
@@ -608,7 +622,7 @@ def describe(folder: Path, tokenizer: Tokenizer, done: "Prepared") -> None:
     meta |= {"end_of_text": tokenizer.end_of_text, "replaced": done.replaced, "bad": done.bad}
     count = sum(split["documents"] for split in done.splits.values())
     if not count:
-        raise InputError("the input holds no text: give other files, folders or rows with --input")
+        raise InputError(NO_TEXT)
     splits, masked = {}, False
     for split, written in done.splits.items():
         shards = written["shards"]
