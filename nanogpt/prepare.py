@@ -1,0 +1,682 @@
+"""Any text becomes a dataset: read in order, encoded by many processes, written in order, continued after a kill.
+
+The files grow in `<out>/preparing/`, with a journal that says how much of them is sure. What is written depends on the
+text and the settings alone, not on the number of workers nor on interruptions.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from nanogpt import InputError
+from nanogpt.data import FORMAT, token_dtype, writing
+from nanogpt.sources import BLOCK, PIECE, Part, Reading, Source, border, kind_of, parts
+from nanogpt.tokenizer import Tokenizer, aside
+
+SPLITS = ("train", "val")
+SAVE_S = 5  # seconds between two entries of the journal
+NO_TEXT = "the input holds no text: give other files, folders or rows with --input"
+
+
+# ---- a worker's part
+
+
+class Encoded(NamedTuple):
+    """What a worker makes of a chunk. Lists have three entries: for the document that the chunk before began, whose
+    split it does not know; for train; for val."""
+
+    ids: list[bytes]
+    masks: list[bytes]
+    documents: list[int]
+    text_bytes: list[int]
+    largest_id: int
+    goes_on: int | None  # split of a document that the next chunk continues
+    replaced: list[Any]  # bytes that were no text; where the first of them was
+    bad: list[Any]  # rows and files left out; the first of them
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Documents to ids: what each worker holds. `encode` is a pure function of its parts."""
+
+    tokenizer: Tokenizer
+    reading: Reading
+    val_share: float
+
+    def encode(self, chunk: list[Part]) -> Encoded:
+        """Raises InputError with the place of what is no document, unless reading.skip_bad."""
+        ids: list[list[np.ndarray]] = [[], [], []]
+        masks: list[list[np.ndarray]] = [[], [], []]
+        counts = nothing()
+        goes_on, end = None, self.tokenizer.end_of_text
+        for part, place, raw, record in documents(chunk, self.reading, counts):
+            in_val = draw(raw) < self.val_share if part.in_val is None else part.in_val
+            to = 0 if part.in_val is None and not part.begins else 1 + in_val
+            goes_on = None if part.ends else to - 1
+            counts.documents[to] += part.begins
+            try:
+                if record is not None:
+                    new, mask = self.tokenizer.encode_conversation(record)
+                    ids[to].append(new)
+                    masks[to].append(mask)
+                    counts.text_bytes[to] += sum(len(text.encode("utf-8", "replace")) for text in conversation(record))
+                    continue
+                counts.text_bytes[to] += len(raw)
+                if part.kind == "text" or len(raw) <= PIECE:
+                    ids[to].append(self.tokenizer.encode_ordinary(raw.decode()))
+                else:
+                    ids[to] += [self.tokenizer.encode_ordinary(piece.decode()) for piece in pieces(raw)]
+            except (InputError, ValueError) as error:
+                raise InputError(f"{place}: {error}") from error
+            if part.ends and end is not None:
+                ids[to].append(np.array([end], dtype=np.uint32))
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        joined = [np.concatenate(part) if part else np.zeros(0, np.uint32) for part in ids]
+        return counts._replace(
+            ids=[part.astype(dtype).tobytes() for part in joined],
+            masks=[b"".join(mask.tobytes() for mask in part) for part in masks],
+            largest_id=max(int(part.max(initial=0)) for part in joined),
+            goes_on=goes_on,
+        )
+
+
+def nothing() -> Encoded:
+    return Encoded([], [], [0] * 3, [0] * 3, 0, None, [0, ""], [0, ""])
+
+
+def characters(reading: Reading, chunk: list[Part]) -> set[str]:
+    """The distinct characters of a chunk."""
+    return set().union(*(raw.decode() for _, _, raw, _ in documents(chunk, reading, nothing())))
+
+
+def sample(reading: Reading, val_share: float, share: float, chunk: list[Part]) -> list[str]:
+    """The texts of about a `share` of the training documents of a chunk."""
+    texts = []
+    for part, _, raw, record in documents(chunk, reading, nothing()):
+        if not part.in_val and val_share <= draw(raw) <= val_share + share * (1 - val_share):
+            texts += conversation(record) if record else [raw.decode()]
+    return texts
+
+
+def draw(raw: bytes) -> float:
+    """A number from 0 to 1 that is a document's own, whatever other documents there are."""
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") / 2**64
+
+
+def documents(
+    chunk: Iterable[Part], reading: Reading, counts: Encoded
+) -> Iterator[tuple[Part, str, bytes, dict[str, Any] | None]]:
+    """Each document of a chunk that is not empty: its part, its place, its text in UTF-8, and the conversation that it
+    is. Counts in `counts` what was replaced by U+FFFD, and what is bad."""
+    for part in chunk:
+        if part.kind == "bad":
+            _count(counts.bad, 1, part.data)
+        elif part.kind == "text":
+            raw = _valid(part.data, part.name, part.first, reading, counts)
+            if raw or not part.begins:
+                yield part, part.name, raw, None
+        else:
+            rows = part.data.split(b"\n") if part.kind == "lines" else part.data
+            for number, row in enumerate(rows, part.first):
+                place = f"{part.name}, {'line' if part.kind == 'lines' else 'row'} {number:,}"
+                try:
+                    if part.kind == "lines":
+                        if not row.strip():
+                            continue
+                        row = json.loads(_valid(row, place, 0, reading, counts))
+                    found = _row(row, reading)
+                except (ValueError, RecursionError) as error:
+                    if not reading.skip_bad:
+                        told = f"{place}: {str(error) or 'no JSON'}"
+                        raise InputError(f"{told}; correct it, or leave such rows out with --skip_bad=True") from error
+                    _count(counts.bad, 1, f"{place}: {error}")
+                    continue
+                if isinstance(found, dict):
+                    yield part, place, json.dumps(found, sort_keys=True).encode(), found
+                elif found:
+                    raw = found.encode("utf-8", "surrogatepass")
+                    yield part, place, _valid(raw, place, 0, reading, counts), None
+
+
+def _row(row: Any, reading: Reading) -> Any:
+    """The text of a row, or with reading.chat its conversation. Raises ValueError where it has none."""
+    if reading.chat:
+        if not isinstance(row, dict):
+            raise ValueError("no object with messages, or with prompt and completion")
+        return {key: row[key] for key in ("messages", "prompt", "completion") if row.get(key) is not None}
+    if isinstance(row, dict):
+        if reading.text_key not in row:
+            there = ", ".join(map(str, row)) or "nothing"
+            chat = ", or --chat=True" if row.keys() & {"messages", "prompt"} else ""
+            raise ValueError(f'has no "{reading.text_key}", but {there}: name the column by --text_key{chat}')
+        row = row[reading.text_key]
+    if row is not None and not isinstance(row, str):
+        raise ValueError(f"{str(row)[:40]!r} is no text")
+    return row
+
+
+def _valid(raw: bytes, place: str, offset: int, reading: Reading, counts: Encoded) -> bytes:
+    """UTF-8 with U+FFFD for what is not; bytes.decode puts one for each wrong sequence."""
+    mark = "\ufffd".encode()
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        fixed = raw.decode(errors="replace").encode()
+        _count(counts.replaced, fixed.count(mark) - raw.count(mark), f"{place}, byte {offset + error.start:,}")
+        return fixed
+    if not reading.is_utf8 and mark in raw:
+        _count(counts.replaced, raw.count(mark), place)
+    return raw
+
+
+def _count(counted: list[Any], n: int, place: str) -> None:
+    counted[:] = [counted[0] + n, counted[1] or place]
+
+
+def pieces(raw: bytes) -> Iterator[bytes]:
+    """A long row's text as `text_pieces` cuts a file's, line ends as they are."""
+    while len(raw) > PIECE:
+        end = border(raw)
+        yield raw[:end]
+        raw = raw[end:]
+    yield raw
+
+
+def conversation(record: dict[str, Any]) -> list[str]:
+    """The texts of a conversation."""
+    texts = [message["content"] for message in record.get("messages") or [] if isinstance(message, dict)]
+    return [text for text in (*texts, record.get("prompt"), record.get("completion")) if isinstance(text, str)]
+
+
+_encoder: Encoder | None  # of a worker
+
+
+def _start_worker(encoder: Encoder | None) -> None:
+    """A worker leaves Ctrl-C to its parent, and ends when the parent does, killed or not."""
+    global _encoder
+    _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # type: ignore[union-attr]
+
+
+def _encode(chunk: list[Part]) -> Encoded:
+    assert _encoder is not None
+    return _encoder.encode(chunk)
+
+
+# ---- the main process's part
+
+
+def chunks(
+    sources: list[Source], reading: Reading, start: "Position", most: int | None, folder: Path, cut: int | None = None
+) -> Iterator[tuple[list[Part], "Position"]]:
+    """What workers are handed, about BLOCK bytes at a time, and the position after it. most: documents, None for all.
+
+    Raises InputError for what cannot be read, after what was read before it.
+    """
+    chunk: list[Part] = []
+    size, position = 0, start
+    try:
+        for part, after in _positions(sources, reading, start, folder, cut):
+            if part and most is not None and after.documents > most:
+                keep = most - position.documents
+                if keep and part.kind != "text":
+                    chunk.append(part.head(keep))
+                break
+            if chunk and (size >= BLOCK or (part and not part.begins)):
+                yield chunk, position
+                chunk, size = [], 0
+            position = after
+            if part:
+                chunk.append(part)
+                size += part.size
+    except InputError:
+        if chunk:
+            yield chunk, position
+        raise
+    if chunk:
+        yield chunk, position
+
+
+def _positions(
+    sources: list[Source], reading: Reading, start: "Position", folder: Path, cut: int | None
+) -> Iterator[tuple[Part | None, "Position"]]:
+    """Each part and the position after it; None at the end of a source."""
+    position = start
+    for number in range(start.source, len(sources)):
+        for part in parts(sources[number], reading, position.items, position.state, folder, cut):
+            position = Position(
+                number,
+                position.items + part.items,
+                part.state,
+                position.documents + part.documents,
+                position.read - position.here + part.read,
+                part.read,
+            )
+            yield part, position
+        read = position.read - position.here + sources[number].size
+        position = Position(number + 1, documents=position.documents, read=read)
+        yield None, position
+
+
+class Position(NamedTuple):
+    """How far the sources are read."""
+
+    source: int = 0
+    items: int = 0  # of that source
+    state: Any = None  # of a stream from the hub
+    documents: int = 0  # rows, empty ones included, and texts; of all sources
+    read: int = 0  # bytes, of all sources
+    here: int = 0  # bytes, of that source
+
+
+def in_order(
+    pool: ProcessPoolExecutor, job: Callable[[list[Part]], Any], work: Iterator[tuple[list[Part], Position]], ahead: int
+) -> Iterator[tuple[Any, Position]]:
+    """What `job` makes of each chunk, in their order, no more than `ahead` of them under way. An error in reading is
+    raised after all that was read before is done."""
+    waiting: deque[tuple[Future[Any], Position]] = deque()
+    fault: InputError | None = None
+    while not fault:
+        try:
+            chunk, position = next(work)
+        except StopIteration:
+            break
+        except InputError as error:
+            fault = error
+            break
+        waiting.append((pool.submit(job, chunk), position))
+        if len(waiting) >= ahead:
+            future, position = waiting.popleft()
+            yield future.result(), position
+    for future, position in waiting:
+        yield future.result(), position
+    if fault:
+        raise fault
+
+
+class Writer:
+    """A split's shards, growing: `<split>-00000.bin` and so on in `folder`, and where loss is masked `.mask` beside.
+
+    All but the last have `shard_tokens` tokens. `state` (JSON) goes to the journal after `sync`; a writer made of it
+    goes on there, whatever was written later.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, masked: bool, state: Any):
+        self.folder, self.split, self.width, self.most = folder, split, dtype.itemsize, shard_tokens
+        self.shards: list[dict[str, Any]] = list(state["shards"])
+        self.tokens, self.text_bytes, self.documents = state["tokens"], state["bytes"], state["documents"]
+        self.suffixes = (".bin", ".mask") if masked else (".bin",)
+        self._files: list[Any] = []
+        if self.tokens:
+            self._open()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """`tokens`: of the shard that is not full yet."""
+        facts = {"tokens": self.tokens, "bytes": self.text_bytes, "documents": self.documents}
+        return {"shards": list(self.shards), **facts}
+
+    def _open(self) -> None:
+        self._digests = [hashlib.sha256() for _ in self.suffixes]
+        stem = f"{self.split}-{len(self.shards):05}"
+        for suffix, digest, width in zip(self.suffixes, self._digests, (self.width, 1), strict=False):
+            file = (self.folder / f"{stem}{suffix}").open("r+b" if self.tokens else "w+b")
+            self._files.append(file)
+            file.truncate(self.tokens * width)
+            while data := file.read(BLOCK):
+                digest.update(data)
+
+    def append(self, *streams: bytes) -> None:
+        """The next tokens' ids, and where loss is masked a byte for each."""
+        at, n = 0, len(streams[0]) // self.width
+        while at < n:
+            if not self._files:
+                self._open()
+            take = min(n - at, self.most - self.tokens)
+            for file, digest, data, width in zip(self._files, self._digests, streams, (self.width, 1), strict=False):
+                piece = data[at * width : (at + take) * width]
+                file.write(piece)
+                digest.update(piece)
+            at, self.tokens = at + take, self.tokens + take
+            if self.tokens == self.most:
+                self.close()
+
+    def sync(self) -> None:
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """The last shard is complete."""
+        if self._files:
+            self.sync()
+            facts: dict[str, Any] = {"file": Path(self._files[0].name).name, "tokens": self.tokens}
+            names = ("sha256", "mask_sha256")
+            facts |= {name: digest.hexdigest() for name, digest in zip(names, self._digests, strict=False)}
+            self.shards.append(facts)
+            for file in self._files:
+                file.close()
+            self._files, self.tokens = [], 0
+
+
+@dataclass
+class Prepared:
+    """What a preparation counts; in the journal as JSON."""
+
+    position: list[Any] = field(default_factory=lambda: list(Position()))  # a Position
+    splits: dict[str, Any] = field(
+        default_factory=lambda: {s: {"shards": [], "tokens": 0, "bytes": 0, "documents": 0} for s in SPLITS}
+    )
+    open_split: int = 0  # of the document that is being written
+    largest_id: int = 0
+    replaced: list[Any] = field(default_factory=lambda: [0, ""])
+    bad: list[Any] = field(default_factory=lambda: [0, ""])
+
+
+def prepare(
+    out: Path,
+    sources: list[Source],
+    tokenizer: str,
+    *,
+    reading: Reading,
+    val_share: float | None = None,
+    shard_tokens: int = 100_000_000,
+    workers: int | None = None,
+    most: int | None = None,
+    train_mb: float = 100,
+) -> dict[str, Any]:
+    """Make a dataset of `sources` in the folder `out`; continue what the same call began before. Returns its meta.
+
+    tokenizer: "char", "byte", "bpe:<ids>" (trained on up to `train_mb` MB of the training documents), or what
+    `Tokenizer.named` knows. val_share: part of the documents for validation, by their hash; None means 0.01, and for a
+    single text the last tenth of it. most: documents to take. Raises InputError for what cannot be read, for a split
+    without tokens, for too little disk.
+    """
+    import filelock
+
+    workers = workers or os.cpu_count() or 1
+    if min(workers, shard_tokens, 1 if most is None else most) < 1 or not (val_share is None or 0 < val_share < 1):
+        raise InputError("--workers, --shard_tokens and --docs count from 1 up, and --val_share lies between 0 and 1")
+    is_text = len(sources) == 1 and not sources[0].repo and kind_of(sources[0].name)[0] in ("text", None)
+    tail = is_text and val_share is None
+    share = val_share if val_share is not None else 0.1 if tail else 0.01
+    settings = dataclasses.asdict(reading) | {"tokenizer": tokenizer, "share": share, "tail": tail, "most": most}
+    settings |= {"shard_tokens": shard_tokens, "train_mb": train_mb}
+    made = None if is_made_of_text(tokenizer) else known_tokenizer(tokenizer)
+    if made is not None:
+        settings["tokenizer"] += f" {made.vocab_size} {hashlib.sha256(made._inner.to_str().encode()).hexdigest()}"
+    folder = out / "preparing"
+    with writing(folder), contextlib.ExitStack() as held:
+        try:
+            held.enter_context(filelock.FileLock(folder / "lock").acquire(timeout=0))
+        except filelock.Timeout as error:
+            raise InputError(f"another process prepares {out}: wait for its end, or give another --out") from error
+        journal = _journal(folder)
+        before, done, goes_on = journal.get("sources", []), Prepared(), False
+        if journal:
+            done = Prepared(**journal["done"])
+            sure = done.position[0] + (done.position[1] > 0) if made else max(len(before), len(sources))
+            goes_on = journal["settings"] == settings and before[:sure] == [list(source) for source in sources[:sure]]
+            if goes_on:
+                print(f"{done.position[0]} of {len(sources)} inputs were done before")
+            else:
+                print(f"other settings or inputs than in the interrupted preparation in {out}: it begins anew")
+        if not goes_on:
+            for path in folder.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            done = Prepared()
+        if not (folder / "meta.json").exists():
+            cut = None
+            if tail:
+                cut = int(0.9 * sum(len(part.data) for part in parts(sources[0], reading) if part.kind == "text"))
+            work = Work(sources, reading, most, folder, cut)
+            made = made or (
+                Tokenizer.load(folder) if goes_on else _tokenizer(tokenizer, work, share, train_mb, workers)
+            )
+            assert made is not None
+            made.save(folder)
+            _check_disk(out, sources, made, done)
+            entry = {"settings": settings, "sources": sources}
+            done = _encode_all(work, Encoder(made, reading, share), done, entry, shard_tokens, workers)
+            describe(folder, made, done)
+        meta = move(out, folder)
+    shutil.rmtree(folder)
+    for (n, first), told in (
+        (meta["replaced"], "places that were no text became U+FFFD"),
+        (meta["bad"], "bad rows or files were left out"),
+    ):
+        if n:
+            print(f"{n:,} {told}; the first: {first}")
+    if meta["dtype"] == "uint32":
+        print("ids have four bytes each (uint32), because they go beyond 65,535")
+    return meta
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be read."""
+
+    sources: list[Source]
+    reading: Reading
+    most: int | None
+    folder: Path
+    cut: int | None
+
+    def chunks(self, start: Position) -> Iterator[tuple[list[Part], Position]]:
+        return chunks(self.sources, self.reading, start, self.most, self.folder, self.cut)
+
+
+@contextlib.contextmanager
+def _workers(n: int, encoder: Encoder | None = None) -> Iterator[ProcessPoolExecutor]:
+    spawn = multiprocessing.get_context("spawn")  # the threads of pyarrow and tqdm do not survive a fork
+    pool = ProcessPoolExecutor(n, spawn, _start_worker, (encoder,))
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise InputError("a worker was killed, probably for memory: run again with fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def is_made_of_text(tokenizer: str) -> bool:
+    return tokenizer == "char" or tokenizer.startswith("bpe:")
+
+
+def known_tokenizer(name: str) -> Tokenizer:
+    if name == "byte":
+        return Tokenizer.bytes()
+    return Tokenizer.gpt2() if name == "gpt2" else Tokenizer.named(name)
+
+
+def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, workers: int) -> Tokenizer:
+    """A tokenizer made of the text: its characters, or byte pairs by how often they come. Raises InputError."""
+    if name == "char":
+        with _workers(workers) as pool:
+            found = in_order(pool, partial(characters, work.reading), work.chunks(Position()), 2 * workers + 2)
+            text = "".join(set().union(*(some for some, _ in found)))
+        if not text:
+            raise InputError(NO_TEXT)
+        return Tokenizer.characters(text)
+    if not name[4:].isdigit() or int(name[4:]) < 257:
+        raise InputError(f"--tokenizer={name} is no size of a vocabulary: bpe:8192, or any other from 257 up")
+    share = min(1.0, 1e6 * train_mb / max(1, _text_bytes(work.sources)))
+
+    def texts(pool: ProcessPoolExecutor) -> Iterator[str]:
+        left = 1e6 * train_mb
+        job = partial(sample, work.reading, val_share if work.cut is None else 0.0, share)
+        for some, _ in in_order(pool, job, work.chunks(Position()), 2 * workers + 2):
+            for text in some:
+                yield text
+                left -= len(text)
+            if left < 0:
+                return
+
+    with _workers(workers) as pool:
+        return Tokenizer.train_bpe(texts(pool), int(name[4:]))
+
+
+def _text_bytes(sources: list[Source]) -> int:
+    """Bytes of text in sources on disk, as a guess: text in English takes a third when it is compressed."""
+    packed = [kind_of(s.name)[1] or kind_of(s.name)[0] in ("zip", "parquet") for s in sources]
+    return sum(source.size * (3 if small else 1) for source, small in zip(sources, packed, strict=True))
+
+
+def _check_disk(out: Path, sources: list[Source], tokenizer: Tokenizer, done: "Prepared") -> None:
+    """Raises InputError where the tokens, four bytes of text each but for characters and bytes, have no room."""
+    width = token_dtype(tokenizer.vocab_size).itemsize
+    per_token = 1 if tokenizer.vocab_size <= 257 or tokenizer.name == "char" else 4
+    written = sum(path.stat().st_size for path in (out / "preparing").glob("*-*.bin"))
+    needed, free = _text_bytes(sources) * width // per_token - written, shutil.disk_usage(out).free
+    if needed > free:
+        raise InputError(
+            f"{out} needs about {needed / 1e9:,.1f} GB and has {free / 1e9:,.1f} GB free: make room, or give --out on "
+            "another disk, or fewer documents by --docs"
+        )
+
+
+def _encode_all(
+    work: Work, encoder: Encoder, done: "Prepared", entry: dict[str, Any], shard_tokens: int, workers: int
+) -> "Prepared":
+    """Read, encode and write from where `done` stands to the end, keeping a journal of `entry` and what is done."""
+    dtype = token_dtype(encoder.tokenizer.vocab_size)
+    writers = [
+        Writer(work.folder, split, dtype, shard_tokens, work.reading.chat, done.splits[split]) for split in SPLITS
+    ]
+
+    def save() -> None:
+        for writer in writers:
+            writer.sync()
+        with aside(work.folder / "journal.json") as path:
+            path.write_text(json.dumps(entry | {"done": dataclasses.asdict(done)}))
+
+    save()
+    start, saved_at, began = Position(*done.position), time.monotonic(), time.monotonic()
+    total = sum(source.size for source in work.sources)
+    with (
+        _workers(workers, encoder) as pool,
+        tqdm(total=total or None, initial=start.read, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        size = tokens = 0
+        try:
+            for encoded, position in in_order(pool, _encode, work.chunks(start), 2 * workers + 2):
+                done = take(encoded, position, done, writers)
+                if time.monotonic() > saved_at + SAVE_S:
+                    save()
+                    saved_at = time.monotonic()
+                size, tokens = size + sum(encoded.text_bytes), tokens + sum(map(len, encoded.ids)) // dtype.itemsize
+                speed = 1e-6 / (time.monotonic() - began)
+                bar.set_postfix_str(f"{size * speed:.1f} MB/s of text, {tokens * speed:.2f}M tokens/s", refresh=False)
+                bar.update(position.read - bar.n)
+        except (InputError, KeyboardInterrupt):
+            save()
+            raise
+    for writer in writers:
+        writer.close()
+    done = dataclasses.replace(done, splits={writer.split: writer.state for writer in writers})
+    return done
+
+
+def take(encoded: Encoded, position: Position, done: "Prepared", writers: list[Writer]) -> "Prepared":
+    """Write what a worker made; what is done then."""
+    for to, (ids, documents, size) in enumerate(zip(encoded.ids, encoded.documents, encoded.text_bytes, strict=True)):
+        writer = writers[to - 1 if to else done.open_split]
+        writer.append(ids, encoded.masks[to])
+        writer.documents += documents
+        writer.text_bytes += size
+    return Prepared(
+        position=list(position),
+        splits={writer.split: writer.state for writer in writers},
+        open_split=done.open_split if encoded.goes_on in (None, -1) else encoded.goes_on,
+        largest_id=max(done.largest_id, encoded.largest_id),
+        replaced=[done.replaced[0] + encoded.replaced[0], done.replaced[1] or encoded.replaced[1]],
+        bad=[done.bad[0] + encoded.bad[0], done.bad[1] or encoded.bad[1]],
+    )
+
+
+def describe(folder: Path, tokenizer: Tokenizer, done: "Prepared") -> None:
+    """Write meta.json. Raises InputError for a split without tokens."""
+    meta: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
+    meta |= {"largest_id": done.largest_id, "dtype": token_dtype(tokenizer.vocab_size).name}
+    meta |= {"end_of_text": tokenizer.end_of_text, "replaced": done.replaced, "bad": done.bad}
+    count = sum(split["documents"] for split in done.splits.values())
+    if not count:
+        raise InputError(NO_TEXT)
+    splits, masked = {}, False
+    for split, written in done.splits.items():
+        shards = written["shards"]
+        if not shards:
+            raise InputError(
+                f"of {count:,} documents none fell into the {split} split by its hash: give more of them, or another "
+                "--val_share (0.01 unless given)"
+                if count > 1
+                else f"the {split} split would be empty: give a longer text or more documents"
+            )
+        masked = "mask_sha256" in shards[0]
+        facts = {"tokens": sum(shard["tokens"] for shard in shards)}
+        facts |= {"bytes": written["bytes"], "documents": written["documents"]}
+        if len(shards) == 1:
+            splits[split] = facts | {name: shards[0][name] for name in shards[0] if name.endswith("sha256")}
+        else:
+            splits[split] = facts | {"shards": shards}
+    meta |= {"loss_mask": masked, "splits": splits}
+    with aside(folder / "meta.json") as path:
+        path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def move(out: Path, folder: Path) -> dict[str, Any]:
+    """What `folder` holds takes the place of the dataset in `out`, meta.json last. Killed, the next call goes on.
+
+    Until the last file is there, `out` is no dataset.
+    """
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    names = {"tokenizer.json": "tokenizer.json"}
+    for split, facts in meta["splits"].items():
+        files = [shard["file"] for shard in facts.get("shards", [])]
+        names |= {file: file for file in files} if files else {f"{split}-00000.bin": f"{split}.bin"}
+    if meta["loss_mask"]:
+        names |= {old.replace(".bin", ".mask"): new.replace(".bin", ".mask") for old, new in names.items()}
+    names["meta.json"] = "meta.json"
+    moved = {new for old, new in names.items() if not (folder / old).exists()}
+    for path in out.iterdir():
+        ours = path.name == "meta.json" or re.fullmatch(r"(train|val)(-\d+)?\.(bin|mask)", path.name)
+        if ours and path.name not in moved:
+            path.unlink()
+    for old, new in names.items():
+        if new not in moved:
+            os.replace(folder / old, out / new)
+    return meta
+
+
+def earlier(out: Path) -> list[Source]:
+    """The sources of the preparation that was interrupted in `out`; none without one."""
+    return [Source(*source) for source in _journal(out / "preparing").get("sources", [])]
+
+
+def _journal(folder: Path) -> dict[str, Any]:
+    try:
+        there = any((folder / name).exists() for name in ("tokenizer.json", "meta.json"))
+        return json.loads((folder / "journal.json").read_text()) if there else {}
+    except (OSError, ValueError):
+        return {}
