@@ -21,6 +21,7 @@ import torch
 from configurator import key, parse
 from model import GPT
 from nanogpt import InputError, checkpoint, data, distributed, run_script
+from nanogpt.chat import Chat
 from nanogpt.distributed import World
 from nanogpt.inference import (
     Decoder,
@@ -57,6 +58,7 @@ class SampleConfig:
     min_p: float = key(0.0, "leave out tokens less than this share as likely as the likeliest", least=0, below=1)
     stop: str | None = key(None, "end a text before this string")
     seed: int = key(1337, "seed of the draws", least=0)
+    chat: bool = key(False, "the prompt is a question to a model tuned on conversations; its answer alone is written")
     interactive: bool = key(False, "type a prompt, it goes on; Ctrl-C stops the text")
     logprobs: bool = key(False, "show how sure it was of each token: colours in a terminal, else a line each")
 
@@ -69,15 +71,18 @@ def main() -> None:
     config, given = parse(SampleConfig, description="Write text with a trained GPT.")
     if config.interactive and (useless := [name for name in ("start", "num_samples") if name in given]):
         raise InputError(f"{useless[0]}: an interactive text begins with what you type, one at a time: leave it out")
+    if config.chat and not config.interactive and not config.start.strip():
+        raise InputError("chat=True: there is no question: ask one by --start=TEXT, or several by --interactive=True")
     world = distributed.start(config.device, config.dtype)
     prompt = "" if config.interactive else read_prompt(config.start)
     compiled = config.compile is True or (config.compile == "auto" and world.device.type == "cuda")
     model, tokenizer = load(config)
+    chat = Chat(tokenizer) if config.chat else None
     with prepare(model, world, config.dtype, compiled):
         if config.interactive:
-            converse(config, make_decoder(model, 1, None, compiled), tokenizer)
+            converse(config, make_decoder(model, 1, None, compiled), tokenizer, chat)
         else:
-            write_all(config, model, world, tokenizer, prompt, compiled)
+            write_all(config, model, world, tokenizer, chat, prompt, compiled)
 
 
 def prepare(model: GPT, world: World, dtype: str, compiled: bool) -> contextlib.AbstractContextManager:
@@ -112,6 +117,11 @@ def prompt_ids(prompt: str, model: GPT, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(prompt)
     if not ids:
         raise InputError("start is empty: give a prompt with --start=TEXT or --start=FILE:prompt.txt")
+    return checked(ids, model)
+
+
+def checked(ids: list[int], model: GPT) -> list[int]:
+    """`ids`. Raises InputError where they are too many, or others than the model has."""
     if max(ids) >= model.config.vocab_size:
         raise InputError(
             f"the tokenizer's ids go beyond the model's {model.config.vocab_size}: it belongs to another model"
@@ -168,11 +178,31 @@ class Printer:
         sys.stdout.flush()
 
 
+def chat_ids(messages: list[dict[str, str]], model: GPT, chat: Chat) -> list[int]:
+    """The ids of a conversation up to where the answer begins; of one that fills more than half of the context the
+    oldest questions and answers are left out, in place. Raises InputError where the last question alone is too long."""
+    try:
+        while len(ids := chat.prompt(messages)) > model.config.block_size // 2 and len(messages) > 2:
+            del messages[:2]
+    except ValueError as error:
+        raise InputError(f"{error}: use the template that the model was tuned with") from error
+    return checked(ids, model)
+
+
 def write_all(
-    config: SampleConfig, model: GPT, world: World, tokenizer: Tokenizer, prompt: str, compiled: bool
+    config: SampleConfig,
+    model: GPT,
+    world: World,
+    tokenizer: Tokenizer,
+    chat: Chat | None,
+    prompt: str,
+    compiled: bool,
 ) -> None:
-    """Print num_samples texts that begin with the prompt, and the speed."""
-    ids = prompt_ids(prompt, model, tokenizer)
+    """Print num_samples texts that begin with the prompt, or answers to it, and the speed."""
+    if chat:
+        ids, prompt = chat_ids([{"role": "user", "content": prompt}], model, chat), ""
+    else:
+        ids = prompt_ids(prompt, model, tokenizer)
     length, count = len(ids) + config.max_new_tokens, config.num_samples
     rows = min(count, rows_that_fit(model, length, distributed.free_memory(world.device)))
     if rows < count:
@@ -181,19 +211,27 @@ def write_all(
     for first in range(0, count, rows):
         if decoder is None or decoder.rows != min(rows, count - first):
             decoder = make_decoder(model, min(rows, count - first), length, compiled)
-        _, tokens, took = write(config, decoder, tokenizer, ids, prompt, first, end=RULER)
+        _, tokens, took = write(config, decoder, tokenizer, chat, ids, prompt, first, end=RULER)
         made, seconds = made + tokens, seconds + took
     print_speed(made, seconds)
 
 
 def write(
-    config: SampleConfig, decoder: Decoder, tokenizer: Tokenizer, ids: list[int], prompt: str, first: int, end: str
+    config: SampleConfig,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    chat: Chat | None,
+    ids: list[int],
+    prompt: str,
+    first: int,
+    end: str,
 ) -> tuple[list[int], int, float]:
     """Print a text for each of the decoder's rows, sample `first` and those after it, that begins with `ids`, shown as
     `prompt`. Returns the first text's ids, the tokens of all, and the seconds. A Ctrl-C ends an interactive one; from
     others it is passed on, when all that they have is printed."""
     show, stops = shading(config.logprobs), [config.stop] if config.stop else []
-    samples = [Sample(TextStream(tokenizer, stops, ids[-16:]), show) for _ in range(decoder.rows)]
+    before, ends = ((), chat.ends) if chat else (ids[-16:], ())
+    samples = [Sample(TextStream(tokenizer, stops, before, ends), show) for _ in range(decoder.rows)]
     how = Sampling(
         config.temperature, config.top_k, config.top_p, config.min_p, config.seed, vocab_size=tokenizer.vocab_size
     )
@@ -223,22 +261,36 @@ def print_speed(tokens: int, seconds: float) -> None:
     print(f"{tokens / seconds:.1f} tok/s ({tokens:,} tokens in {seconds:.1f} s)", file=sys.stderr)
 
 
-def converse(config: SampleConfig, decoder: Decoder, tokenizer: Tokenizer) -> None:
+def converse(config: SampleConfig, decoder: Decoder, tokenizer: Tokenizer, chat: Chat | None) -> None:
     """Continue what the user types, text after text, until the input ends."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (the typed line can be edited, and former ones come back)
-    text: list[int] = []
-    print(
-        "type how a text begins; an empty line lets the last one go on; Ctrl-C stops it, Ctrl-D ends", file=sys.stderr
-    )
+    text: list[int] = []  # what an empty line lets go on
+    messages: list[dict[str, str]] = []  # of a chat
+    if chat:
+        print("ask; an empty line begins a new conversation; Ctrl-C stops an answer, Ctrl-D ends", file=sys.stderr)
+    else:
+        print(
+            "type how a text begins; an empty line lets the last one go on; Ctrl-C stops it, Ctrl-D ends",
+            file=sys.stderr,
+        )
     mark = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     for turn in itertools.count():
         try:
             typed = input(mark)
-            if not typed and not text:
+            if chat:
+                messages = [*messages, {"role": "user", "content": typed}] if typed else []
+                if not typed:
+                    continue
+                ids, shown = chat_ids(messages, decoder.model, chat), ""
+            elif typed or text:
+                ids, shown = prompt_ids(typed, decoder.model, tokenizer) if typed else text, typed
+            else:
                 raise InputError("there is no text yet that could go on: type how one begins")
-            ids = prompt_ids(typed, decoder.model, tokenizer) if typed else text
-            text, tokens, seconds = write(config, decoder, tokenizer, ids, typed, turn, end="\n")
+            text, tokens, seconds = write(config, decoder, tokenizer, chat, ids, shown, turn, end="\n")
+            if chat:
+                answer = itertools.takewhile(lambda token: token not in chat.ends, text[len(ids) :])
+                messages.append({"role": "assistant", "content": tokenizer.decode([*answer])})
             print_speed(tokens, seconds)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)

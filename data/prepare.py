@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nanogpt import InputError, run_script
 from nanogpt.data import summary
-from nanogpt.prepare import earlier, prepare
+from nanogpt.prepare import check_numbers, earlier, prepare
 from nanogpt.sources import KNOWN, Reading, find
 
 
@@ -25,7 +25,11 @@ def main() -> None:
     add = parser.add_argument
     add("--input", nargs="+", required=True, help=f"{KNOWN}; folders, globs; hf:OWNER/NAME[@CONFIG][:SPLIT]")
     add("--out", type=Path, required=True, help="folder to write to, such as data/mine")
-    add("--tokenizer", default="gpt2", help="char, byte, bpe:8192 (trained on the text), gpt2, a tokenizer.json")
+    add(
+        "--tokenizer",
+        default="gpt2",
+        help="char, byte, bpe:8192 (trained on the text), gpt2 or others of tiktoken's, a tokenizer.json, a hub id",
+    )
     add("--text_key", default="text", help="column of rows that holds the text (default: %(default)s)")
     add("--chat", type=truth, default=False, metavar="True|False", help="rows are conversations: messages, or prompt")
     add("--encoding", default="utf-8", help="of text files and JSON lines (default: %(default)s)")
@@ -41,6 +45,7 @@ def main() -> None:
             raise LookupError
     except (LookupError, ValueError) as error:
         raise InputError(f"--encoding={args.encoding} is not known: utf-8, latin-1, cp1252, utf-16 …") from error
+    check_numbers(args.val_share, args.workers, args.docs, args.shard_tokens)
     meta = prepare(
         args.out,
         find(args.input, earlier(args.out)),

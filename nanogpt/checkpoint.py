@@ -1,6 +1,6 @@
 """Checkpoints: folders `out_dir/ckpt/step-NNNNNN` that are whole or not there, read without pickle.
 
-Each holds `model.safetensors`, `optimizer.safetensors`, `state.json`, `tokenizer.json` where the data has one, and
+Each holds `model.safetensors`, `optimizer.safetensors`, `state.json`, the tokenizer where the data has one, and
 `MANIFEST.json` with the SHA-256 of each file, written last. The hashes find damage, not malice; a manifest counts only
 if it is exactly what `save` writes, so that a flipped bit in it is found too. Other files there are not looked at.
 """
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nanogpt.tokenizer import Tokenizer
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+OPTIONAL = ("tokenizer.json", "chat_template.jinja")
 MANIFEST = "MANIFEST.json"
 STEP = r"step-\d{6,}"
 RETRY_S = 60.0  # until a save that failed is tried again
@@ -173,7 +174,7 @@ def set_damaged_aside(out_dir: Path, resumed: Path) -> None:
     damaged, good = paths[: paths.index(resumed)], paths[paths.index(resumed) :]
     while (lowest := best(good)) and lowest != resumed:
         try:
-            _checked(lowest, {*FILES, "tokenizer.json"})
+            _checked(lowest, {*FILES, *OPTIONAL})
             break
         except InputError:
             damaged.append(lowest)
@@ -351,7 +352,7 @@ def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
     from safetensors.torch import load_file
 
     left_out = set() if with_optimizer else {"optimizer.safetensors"}
-    state = _checked(path, {*FILES, "tokenizer.json"} - left_out)
+    state = _checked(path, {*FILES, *OPTIONAL} - left_out)
     try:
         # Clones, because the file's memory is mapped and not aligned as torch aligns its own.
         model, optimizer = (
@@ -368,7 +369,7 @@ def _checked(path: Path, wanted: set[str]) -> dict[str, Any]:
     InputError for a damaged one."""
     try:
         hashes: Any = read_json(path / MANIFEST).get("sha256")
-        named = fits(hashes, dict.fromkeys(FILES, str)) and set(hashes) <= {*FILES, "tokenizer.json"}
+        named = fits(hashes, dict.fromkeys(FILES, str)) and set(hashes) <= {*FILES, *OPTIONAL}
         if not named or (path / MANIFEST).read_text(encoding="utf-8") != _manifest(hashes):
             raise ValueError
     except (OSError, ValueError) as error:

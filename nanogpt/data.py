@@ -328,6 +328,9 @@ def _mixture(dataset: str, shares: dict[str, float], **options: Any) -> Dataset:
     weights = [max(round(share * PARTS / sum(shares.values())), 1) for share in shares.values()]
     mixture = Dataset(first.folder, first.meta)
     mixture.name = dataset
+    known = [one.tokenizer for one in found if one.tokenizer]
+    if known:  # the one with a chat template, if there is one
+        mixture.tokenizer = max(known, key=lambda tokenizer: tokenizer.template is not None)
     for split in options["splits"]:
         setattr(mixture, split, Tokens.mixed([getattr(one, split) for one in found], weights))
     return mixture

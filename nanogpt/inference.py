@@ -6,7 +6,7 @@ keys and values of what it has read. Both draw the same tokens.
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -422,11 +422,17 @@ def pack(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module] = Packe
 class TextStream:
     """The text of a row as its tokens come: only what no later token can change, up to the first of the `stops`.
 
-    before: the ids that the text goes on from, or the last of them.
+    before: the ids that the text goes on from, or the last of them. ends: ids that end the text, and are no part of it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: Sequence[int] = ()):
-        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        before: Sequence[int] = (),
+        ends: Collection[int] = (),
+    ):
+        self.tokenizer, self.stops, self.ends = tokenizer, [stop for stop in stops if stop], ends
         self.stopped = False
         # Some tokenizers write a token differently at the beginning of a text: after whole characters one stays.
         self._anchor: list[int] = []
@@ -438,7 +444,12 @@ class TextStream:
 
     def put(self, token: int) -> str:
         """What can be told now."""
-        return "" if self.stopped else self._up_to_stop(self._settled(token))
+        if self.stopped:
+            return ""
+        if token in self.ends:
+            rest, self.stopped = self.close(), True
+            return rest
+        return self._up_to_stop(self._settled(token))
 
     def close(self) -> str:
         """What was held back, at the end."""

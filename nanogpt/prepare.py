@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +28,10 @@ import numpy as np
 from tqdm import tqdm
 
 from nanogpt import InputError
+from nanogpt.chat import NAMES, Chat, Messages, template_for, turns
 from nanogpt.data import FORMAT, token_dtype, writing
 from nanogpt.sources import BLOCK, PIECE, Part, Reading, Source, border, kind_of, parts
-from nanogpt.tokenizer import Tokenizer, aside
+from nanogpt.tokenizer import TEMPLATE, Tokenizer, aside
 
 SPLITS = ("train", "val")
 SAVE_S = 5  # seconds between two entries of the journal
@@ -62,30 +63,37 @@ class Encoder:
     reading: Reading
     val_share: float
 
+    @cached_property
+    def chat(self) -> Chat:
+        return Chat(self.tokenizer)
+
     def encode(self, chunk: list[Part]) -> Encoded:
         """Raises InputError with the place of what is no document, unless reading.skip_bad."""
         ids: list[list[np.ndarray]] = [[], [], []]
         masks: list[list[np.ndarray]] = [[], [], []]
         counts = nothing()
         goes_on, end = None, self.tokenizer.end_of_text
-        for part, place, raw, record in documents(chunk, self.reading, counts):
+        for part, place, raw, messages in documents(chunk, self.reading, counts):
             in_val = draw(raw) < self.val_share if part.in_val is None else part.in_val
             to = 0 if part.in_val is None and not part.begins else 1 + in_val
             goes_on = None if part.ends else to - 1
-            counts.documents[to] += part.begins
             try:
-                if record is not None:
-                    new, mask = self.tokenizer.encode_conversation(record)
+                if messages:
+                    new, mask = self.chat.encode(messages)
                     ids[to].append(new)
                     masks[to].append(mask)
-                    counts.text_bytes[to] += sum(len(text.encode("utf-8", "replace")) for text in conversation(record))
+                    counts.documents[to] += 1
+                    counts.text_bytes[to] += sum(len(text.encode("utf-8", "replace")) for text in contents(messages))
                     continue
+                counts.documents[to] += part.begins
                 counts.text_bytes[to] += len(raw)
                 if part.kind == "text" or len(raw) <= PIECE:
                     ids[to].append(self.tokenizer.encode_ordinary(raw.decode()))
                 else:
                     ids[to] += [self.tokenizer.encode_ordinary(piece.decode()) for piece in pieces(raw)]
-            except (InputError, ValueError) as error:
+            except ValueError as error:
+                _skip(place, error, self.reading, counts)
+            except InputError as error:
                 raise InputError(f"{place}: {error}") from error
             if part.ends and end is not None:
                 ids[to].append(np.array([end], dtype=np.uint32))
@@ -111,9 +119,9 @@ def characters(reading: Reading, chunk: list[Part]) -> set[str]:
 def sample(reading: Reading, val_share: float, share: float, chunk: list[Part]) -> list[str]:
     """The texts of about a `share` of the training documents of a chunk."""
     texts = []
-    for part, _, raw, record in documents(chunk, reading, nothing()):
+    for part, _, raw, messages in documents(chunk, reading, nothing()):
         if not part.in_val and val_share <= draw(raw) <= val_share + share * (1 - val_share):
-            texts += conversation(record) if record else [raw.decode()]
+            texts += contents(messages) if messages else [raw.decode()]
     return texts
 
 
@@ -124,9 +132,9 @@ def draw(raw: bytes) -> float:
 
 def documents(
     chunk: Iterable[Part], reading: Reading, counts: Encoded
-) -> Iterator[tuple[Part, str, bytes, dict[str, Any] | None]]:
-    """Each document of a chunk that is not empty: its part, its place, its text in UTF-8, and the conversation that it
-    is. Counts in `counts` what was replaced by U+FFFD, and what is bad."""
+) -> Iterator[tuple[Part, str, bytes, Messages | None]]:
+    """Each document of a chunk that is not empty: its part, its place, its text in UTF-8, and the messages that it is
+    of. Counts in `counts` what was replaced by U+FFFD, and what is bad."""
     for part in chunk:
         if part.kind == "bad":
             _count(counts.bad, 1, part.data)
@@ -145,12 +153,9 @@ def documents(
                         row = json.loads(_valid(row, place, 0, reading, counts))
                     found = _row(row, reading)
                 except (ValueError, RecursionError) as error:
-                    if not reading.skip_bad:
-                        told = f"{place}: {str(error) or 'no JSON'}"
-                        raise InputError(f"{told}; correct it, or leave such rows out with --skip_bad=True") from error
-                    _count(counts.bad, 1, f"{place}: {error}")
+                    _skip(place, error, reading, counts)
                     continue
-                if isinstance(found, dict):
+                if isinstance(found, list):
                     yield part, place, json.dumps(found, sort_keys=True).encode(), found
                 elif found:
                     raw = found.encode("utf-8", "surrogatepass")
@@ -158,11 +163,9 @@ def documents(
 
 
 def _row(row: Any, reading: Reading) -> Any:
-    """The text of a row, or with reading.chat its conversation. Raises ValueError where it has none."""
+    """The text of a row, or with reading.chat its messages. Raises ValueError where it has none."""
     if reading.chat:
-        if not isinstance(row, dict):
-            raise ValueError("no object with messages, or with prompt and completion")
-        return {key: row[key] for key in ("messages", "prompt", "completion") if row.get(key) is not None}
+        return turns(row)
     if isinstance(row, dict):
         if reading.text_key not in row:
             there = ", ".join(map(str, row)) or "nothing"
@@ -188,6 +191,14 @@ def _valid(raw: bytes, place: str, offset: int, reading: Reading, counts: Encode
     return raw
 
 
+def _skip(place: str, error: Exception, reading: Reading, counts: Encoded) -> None:
+    """Count a bad row. Raises InputError unless reading.skip_bad."""
+    if not reading.skip_bad:
+        told = f"{place}: {str(error) or 'no JSON'}"
+        raise InputError(f"{told}; correct it, or leave such rows out with --skip_bad=True") from error
+    _count(counts.bad, 1, f"{place}: {error}")
+
+
 def _count(counted: list[Any], n: int, place: str) -> None:
     counted[:] = [counted[0] + n, counted[1] or place]
 
@@ -201,10 +212,9 @@ def pieces(raw: bytes) -> Iterator[bytes]:
     yield raw
 
 
-def conversation(record: dict[str, Any]) -> list[str]:
+def contents(messages: Messages) -> list[str]:
     """The texts of a conversation."""
-    texts = [message["content"] for message in record.get("messages") or [] if isinstance(message, dict)]
-    return [text for text in (*texts, record.get("prompt"), record.get("completion")) if isinstance(text, str)]
+    return [message[name] for message in messages for name in NAMES[1:] if name in message]
 
 
 _encoder: Encoder | None  # of a worker
@@ -394,6 +404,14 @@ class Prepared:
     bad: list[Any] = field(default_factory=lambda: [0, ""])
 
 
+def check_numbers(val_share: float | None, workers: int, most: int | None = None, shard_tokens: int = 1) -> None:
+    """Raises InputError for what no preparation can do, before anything is fetched."""
+    if min(workers, shard_tokens, 1 if most is None else most) < 1:
+        raise InputError("the numbers of workers, of documents and of tokens in a shard count from 1 up")
+    if val_share is not None and not 0 < val_share < 1:
+        raise InputError(f"the share of documents for validation lies between 0 and 1, not at {val_share}")
+
+
 def prepare(
     out: Path,
     sources: list[Source],
@@ -416,8 +434,7 @@ def prepare(
     import filelock
 
     workers = workers or os.cpu_count() or 1
-    if min(workers, shard_tokens, 1 if most is None else most) < 1 or not (val_share is None or 0 < val_share < 1):
-        raise InputError("--workers, --shard_tokens and --docs count from 1 up, and --val_share lies between 0 and 1")
+    check_numbers(val_share, workers, most, shard_tokens)
     is_text = len(sources) == 1 and not sources[0].repo and kind_of(sources[0].name)[0] in ("text", None)
     tail = is_text and val_share is None
     share = val_share if val_share is not None else 0.1 if tail else 0.01
@@ -425,7 +442,9 @@ def prepare(
     settings |= {"shard_tokens": shard_tokens, "train_mb": train_mb}
     made = None if is_made_of_text(tokenizer) else known_tokenizer(tokenizer)
     if made is not None:
-        settings["tokenizer"] += f" {made.vocab_size} {hashlib.sha256(made._inner.to_str().encode()).hexdigest()}"
+        settings["tokenizer"] += (
+            f" {made.vocab_size} {hashlib.sha256((made._inner.to_str() + str(made.template)).encode()).hexdigest()}"
+        )
     folder = out / "preparing"
     with writing(folder), contextlib.ExitStack() as held:
         try:
@@ -456,6 +475,9 @@ def prepare(
                 Tokenizer.load(folder) if goes_on else _tokenizer(tokenizer, work, share, train_mb, workers)
             )
             assert made is not None
+            if reading.chat:
+                made.template = template_for(made)
+                Chat(made)  # which finds out whether it is broken
             made.save(folder)
             _check_disk(out, sources, made, done)
             entry = {"settings": settings, "sources": sources}
@@ -507,7 +529,11 @@ def is_made_of_text(tokenizer: str) -> bool:
 def known_tokenizer(name: str) -> Tokenizer:
     if name == "byte":
         return Tokenizer.bytes()
-    return Tokenizer.gpt2() if name == "gpt2" else Tokenizer.named(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name):
+        from nanogpt.pretrained import read_tokenizer
+
+        return read_tokenizer(name)  # by its id on the hub
+    return Tokenizer.named(name)
 
 
 def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, workers: int) -> Tokenizer:
@@ -657,10 +683,11 @@ def move(out: Path, folder: Path) -> dict[str, Any]:
         names |= {file: file for file in files} if files else {f"{split}-00000.bin": f"{split}.bin"}
     if meta["loss_mask"]:
         names |= {old.replace(".bin", ".mask"): new.replace(".bin", ".mask") for old, new in names.items()}
+        names[TEMPLATE] = TEMPLATE
     names["meta.json"] = "meta.json"
     moved = {new for old, new in names.items() if not (folder / old).exists()}
     for path in out.iterdir():
-        ours = path.name == "meta.json" or re.fullmatch(r"(train|val)(-\d+)?\.(bin|mask)", path.name)
+        ours = path.name in ("meta.json", TEMPLATE) or re.fullmatch(r"(train|val)(-\d+)?\.(bin|mask)", path.name)
         if ours and path.name not in moved:
             path.unlink()
     for old, new in names.items():

@@ -30,6 +30,7 @@ from nanogpt.tokenizer import Tokenizer
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_VOCAB, NANOGPT_PADDED_VOCAB = 50257, 50304
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WRITE_TOKENIZER = "have transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) write one"
 
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")  # of DDP, torch.compile, the headed model
@@ -123,7 +124,7 @@ def read_huggingface(source: str) -> Weights:
 
     Raises InputError where it cannot be had, is damaged or pickled, or computes another function than ours.
     """
-    folder = _folder(source, "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json")
+    folder = _folder(source, "config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER, "vocab.json")
     config = _huggingface_config(source, _read_json(folder / "config.json"))
     stored = _plain_names(source, _read_safetensors(folder))
     config["bias"] = config["arch"] == "gpt2" and any(name.endswith(".bias") for name in stored)
@@ -207,7 +208,7 @@ def _refuse_code(path: Path, size: int) -> None:
 
 def read_tokenizer(source: str) -> Tokenizer:
     """The tokenizer of a local folder or, by its id, of a model on the hub. Raises InputError where there is none."""
-    if tokenizer := Tokenizer.load(_folder(source, "tokenizer.json")):
+    if tokenizer := Tokenizer.load(_folder(source, *TOKENIZER)):
         return tokenizer
     raise InputError(f"{source} has no tokenizer.json: give a folder or hub id that has one, or {WRITE_TOKENIZER}")
 

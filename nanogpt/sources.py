@@ -188,6 +188,27 @@ def _on_hub(name: str) -> Source:
         raise InputError(f"{repo} was not found on the hub ({told}): check its name and the network") from error
 
 
+def hub_files(repo: str, under: str, earlier: Sequence[Source] = ()) -> list[Source]:
+    """The parquet files of a dataset on the hub whose path begins with `under`; `earlier` as in `find`."""
+    from huggingface_hub import HfApi
+
+    if known := [source for source in earlier if source.repo == repo and source.name.startswith(under)]:
+        return known
+    try:
+        for revision in ("main", "refs/convert/parquet"):
+            found: Any = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+            parquet = [file for file in found.siblings if file.rfilename.endswith(".parquet")]
+            files = {file.rfilename: file.lfs for file in parquet if file.rfilename.startswith(under)}
+            if files and not any("partial" in name for name in files):
+                return [
+                    Source(name, getattr(lfs, "size", None) or 0, 0, repo, found.sha, lfs.sha256)
+                    for name, lfs in sorted(files.items())
+                ]
+    except Exception as error:  # the library's network errors have no class in common
+        raise InputError(f"{repo} could not be listed ({error}): check the network, or give --input") from error
+    raise InputError(f"{repo} has no whole set of parquet files under {under!r}: give --input")
+
+
 # ---- reading
 
 
@@ -474,9 +495,7 @@ def download(source: Source, folder: Path) -> Path:
 
     try:
         path = Path(
-            hf_hub_download(
-                source.repo, source.name, repo_type="dataset", revision=source.revision, local_dir=folder / "download"
-            )
+            hf_hub_download(source.repo, source.name, repo_type="dataset", revision=source.revision, local_dir=folder)
         )
     except Exception as error:  # as above
         raise InputError(

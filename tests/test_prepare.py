@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import tokenizers
 
 from nanogpt import InputError
 from nanogpt.data import Tokens, open_dataset
+from nanogpt.sources import Source, hub_files
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared/data"
@@ -130,16 +130,16 @@ def test_openwebtext_goes_on_after_an_interruption_with_any_workers(tmp_path: Pa
     shards[1].write_bytes(whole[:500])
     flags = ["--val-share", SHARE, "--input", *shards]
     output = run("openwebtext", "--out", tmp_path / "out", "--workers", 1, *flags, status=2)
-    assert "1.parquet is no whole parquet file" in output
+    assert "1.parquet cannot be read to its end" in output
     shards[1].write_bytes(whole)
     output = run("openwebtext", "--out", tmp_path / "out", "--workers", 2, *flags)
-    assert "1 of 4 shards were done before" in output
-    assert f"{len(DOCS)} documents" in output
+    assert "1 of 4 inputs were done before" in output
     assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
     data = open_dataset(tmp_path / "out", block_size=64, vocab_size=50_257, verify=True)
     for split, expected in (("val", [t for t in DOCS if in_val(t)]), ("train", [t for t in DOCS if not in_val(t)])):
         assert list(documents(getattr(data, split))) == expected
         assert data.meta["splits"][split]["bytes"] == sum(len(text.encode()) for text in expected)
+        assert data.meta["splits"][split]["documents"] == len(expected)
 
 
 @needs_shared
@@ -153,17 +153,15 @@ def test_openwebtext_takes_a_part_and_refuses_what_it_cannot_use(tmp_path: Path,
     data = open_dataset(tmp_path / "out", block_size=64)
     assert sorted([*documents(data.train), *documents(data.val)]) == sorted(DOCS[:350])
     paths[1].write_text('{"text": "fine"}\n{"texts": 1}\n')
-    script = runpy.run_path(str(ROOT / "data/openwebtext/prepare.py"))
-    with pytest.raises(InputError, match=r"b\.jsonl, line 2: no JSON object"):
-        list(script["documents"](paths[1]))
-    assert "c.jsonl is no file" in run("openwebtext", "--input", tmp_path / "c.jsonl", status=2)
+    assert "b.jsonl, line 2: has no" in run("openwebtext", *flags, status=2)
+    assert "c.jsonl cannot be read" in run("openwebtext", "--input", tmp_path / "c.jsonl", status=2)
     for wrong in (["--val-share", 1], ["--val-share", "nan"], ["--docs", 0], ["--workers", 0]):
-        assert "count from 1 up" in run("openwebtext", "--out", tmp_path / "none", *wrong, status=2)
+        told = "lies between 0 and 1" if "--val-share" in wrong else "count from 1 up"
+        assert told in run("openwebtext", "--out", tmp_path / "none", *wrong, status=2)
     assert not (tmp_path / "none").exists()
 
 
 def test_openwebtext_finds_its_shards(monkeypatch: pytest.MonkeyPatch):
-    hub_shards = runpy.run_path(str(ROOT / "data/openwebtext/prepare.py"))["hub_shards"]
     names = {
         "main": ["README.md", "b/partial-train/0.parquet"],
         "refs/convert/parquet": ["t/1.parquet", "t/0.parquet", "other/0.parquet", ".gitattributes"],
@@ -177,13 +175,14 @@ def test_openwebtext_finds_its_shards(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     commit = "commit of refs/convert/parquet"
     names_in_order = [f"t/{i}.parquet" for i in range(2)]
-    expected = [{"repo": "o/w", "source": n, "revision": commit, "sha256": f"hash of {n}"} for n in names_in_order]
-    assert hub_shards("o/w", "t/") == expected
+    expected = [Source(n, repo="o/w", revision=commit, sha256=f"hash of {n}") for n in names_in_order]
+    assert hub_files("o/w", "t/") == expected
+    assert hub_files("o/w", "x/", [Source("x/0.parquet", repo="o/w")]) == [Source("x/0.parquet", repo="o/w")]
     with pytest.raises(InputError, match=r"o/w has no whole set .* under 'x/'"):
-        hub_shards("o/w", "x/")
+        hub_files("o/w", "x/")
     del names["main"]  # stands for no network
     with pytest.raises(InputError, match=r"could not be listed .*--input"):
-        hub_shards("o/w", "")
+        hub_files("o/w", "")
 
 
 HUB = """
@@ -221,9 +220,9 @@ def test_openwebtext_checks_its_downloads_and_stays_at_one_commit(tmp_path: Path
     path.write_bytes((whole := path.read_bytes())[:-1] + b"?")
     flags = ["--out", tmp_path / "out", "--workers", 1, "--val-share", SHARE]
     assert "t/1.parquet came damaged" in run("openwebtext", *flags, status=2)
-    assert os.listdir(tmp_path / "out/pieces/t") == []
+    assert os.listdir(tmp_path / "out/preparing/t") == []
     path.write_bytes(whole)
     (tmp_path / "hub.json").write_text(json.dumps({"sha": "second", "siblings": files[:1]}))
-    assert "1 of 2 shards were done before" in run("openwebtext", *flags)
+    assert "1 of 2 inputs were done before" in run("openwebtext", *flags)
     data = open_dataset(tmp_path / "out", block_size=64, verify=True)
     assert list(documents(data.train)) == [text for text in DOCS if not in_val(text)]

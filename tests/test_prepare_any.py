@@ -230,8 +230,8 @@ BAD = [
     ),
     ("a.txt", b"text", ["--encoding=klingon"], "--encoding=klingon is not known"),
     ("a.txt", b"text", ["--encoding=rot13"], "--encoding=rot13 is not known"),
-    ("a.txt", b"text", ["--val_share=1"], "--val_share lies between 0 and 1"),
-    ("a.txt", b"text", ["--shard_tokens=0"], "--shard_tokens and --docs count from 1 up"),
+    ("a.txt", b"text", ["--val_share=1"], "lies between 0 and 1, not at 1.0"),
+    ("a.txt", b"text", ["--shard_tokens=0"], "in a shard count from 1 up"),
 ]
 
 
@@ -333,8 +333,8 @@ def test_one_text_is_cut_in_ten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     prepare(tmp_path / "out", find([str(tmp_path / "a.txt.xz")]), "char", reading=Reading(), workers=1)
     data = open_dataset(tmp_path / "out", block_size=8, verify=True)
     assert data.tokenizer is not None
-    assert data.tokenizer.decode([*data.train.tolist(), *data.val.tolist()]) == text
-    assert len(data.tokenizer.decode(data.train.tolist()).encode()) == pytest.approx(0.9 * len(text.encode()), abs=4)
+    assert data.tokenizer.decode([*data.train[:].tolist(), *data.val[:].tolist()]) == text
+    assert len(data.tokenizer.decode(data.train[:].tolist()).encode()) == pytest.approx(0.9 * len(text.encode()), abs=4)
 
 
 # ---- killed

@@ -205,3 +205,105 @@ def test_aside_leaves_the_old_file_when_it_breaks(tmp_path: Path):
         file.writelines(["half", None])
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+# ---- bytes, and pairs of one's own
+
+
+@pytest.fixture(scope="module", params=["gpt2", "words"])
+def own(request: pytest.FixtureRequest) -> Tokenizer:
+    here = Path(__file__)
+    texts = [path.read_text(encoding="utf-8") for path in (here, here.parent / "test_prepare_any.py")]
+    return Tokenizer.train_bpe([*texts, *HARD], 900, request.param)
+
+
+def test_own_pairs_give_any_text_back(own: Tokenizer, tmp_path: Path):
+    """And the same ids by all ways: tiktoken's, the library's, after a save, after a pickle."""
+    own.save(tmp_path)
+    loaded, sent = Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(own))
+    plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert own.vocab_size == 900
+    assert (own._inner.token_to_id(END_OF_TEXT), own.end_of_text) == (897, 897)
+    for text in [*HARD, noise(1), noise(2), Path(__file__).read_text(encoding="utf-8")]:
+        ids = own.encode_ordinary(text)
+        assert own.decode(ids.tolist()) == text
+        assert ids.max(initial=0) < 897  # names of special tokens are text here
+        assert own._fast is not None  # else the next lines would compare it with itself
+        plain.encode_special_tokens = True
+        for other in (
+            plain.encode(text).ids,
+            loaded.encode_ordinary(text).tolist(),
+            sent.encode_ordinary(text).tolist(),
+        ):
+            assert ids.tolist() == other
+    marked = f"x{END_OF_TEXT}<|im_start|>y<|im_end|>"
+    assert [i for i in own.encode(marked) if i > 896] == [897, 898, 899]
+    assert own.decode(own.encode(marked)) == marked
+
+
+def test_own_pairs_are_the_librarys_and_the_texts_alone():
+    """The same texts give the same tokenizer, and it is the one that Hugging Face's own class learns."""
+    texts = [Path(__file__).read_text(encoding="utf-8")] * 2
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator(texts, vocab_size=500, min_frequency=2, show_progress=False)
+    ours, again = Tokenizer.train_bpe(texts, 503), Tokenizer.train_bpe(iter(texts), 503)
+    assert ours._inner.to_str() == again._inner.to_str()
+    for text in HARD[1:]:
+        learned = [theirs.id_to_token(i) for i in theirs.encode(text).ids]
+        assert [ours._inner.id_to_token(i) for i in ours.encode_ordinary(text).tolist()] == learned
+    few = Tokenizer.train_bpe(["abab"], 400)
+    assert few.vocab_size == 256 + 1 + 3  # "ab" is the only pair that comes twice
+    for texts, size, message in (
+        ([""], 300, "the texts are empty"),
+        (["x"], 258, "258 byte pairs cannot be: give 259"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Tokenizer.train_bpe(texts, size)
+
+
+def test_bytes():
+    tokenizer = Tokenizer.bytes()
+    for text in [*HARD, noise(3)]:
+        assert tokenizer.encode_ordinary(text).tolist() == [*text.encode()]
+        assert tokenizer.decode([*text.encode()]) == text
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text) == ("byte", 257, 256)
+    assert tokenizer.encode(f"a{END_OF_TEXT}") == [97, 256]
+
+
+def test_only_what_is_surely_equal_takes_the_fast_path():
+    """A merge that tiktoken would make and the library cannot; tokens that are found in any text; normalizers."""
+    letters = _byte_letters()
+    base = {letter: i for i, letter in enumerate(letters)}
+    bad = Tokenizer._byte_level(
+        base | {"bc": 256, "ab": 257, "abc": 258}, [("b", "c"), ("a", "b"), ("ab", "c")], None, []
+    )
+    assert bad._fast is None
+    assert bad.encode_ordinary("abc").tolist() == [97, 256]  # as the library has it; tiktoken would say 258
+    good = Tokenizer._byte_level(base | {"ab": 256, "abc": 257}, [("a", "b"), ("ab", "c")], None, [])
+    assert good.encode_ordinary("abcab").tolist() == [257, 256]
+    lower = Tokenizer.train_bpe(["abab"], 300)
+    lower._inner.normalizer = tokenizers.normalizers.Lowercase()
+    assert Tokenizer(lower._inner)._fast is None
+    found = Tokenizer.train_bpe(["abab"], 300)
+    found._inner.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
+    found = Tokenizer(found._inner)
+    assert found._fast is not None
+    (a,), (b,) = found.encode("a"), found.encode("b")
+    assert found.encode_ordinary("a<think>b").tolist() == [a, 260, b]
+    for text in HARD:
+        assert found.decode(found.encode_ordinary(text).tolist()) == text
+
+
+def test_named(tmp_path: Path, own: Tokenizer):
+    own.save(tmp_path, "mine.json")
+    (tmp_path / "folder").mkdir()
+    own.save(tmp_path / "folder")
+    for spec in (tmp_path / "mine.json", str(tmp_path / "folder"), tmp_path / "folder/tokenizer.json"):
+        assert Tokenizer.named(spec).same_as(own)
+    for wrong, message in (
+        ("cl100k_bas", "did you mean cl100k_base"),
+        (tmp_path, "has no tokenizer.json: give a folder that has one"),
+        (tmp_path / "nothing.json", "there is no tokenizer '.*nothing.json'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Tokenizer.named(wrong)
