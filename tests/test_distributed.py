@@ -24,7 +24,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "cut": BASE | {"batch_size": 12, "gradient_accumulation_steps": 1, "row_order": "epoch"},
     "muon": BASE
     | {"optimizer": "muon", "arch": "modern", "bias": False, "n_layer": 3, "n_kv_head": 1, "batch_size": 4},
-    "masked": BASE | ALL_OF_IT | {"batch_size": 2, "gradient_accumulation_steps": 4},
+    "masked": BASE | ALL_OF_IT | {"batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 3e-3},
     "stopped": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1},
 }
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model import GPT
 from nanogpt import InputError
-from nanogpt.pretrained import GPT2_VOCAB, NANOGPT_PADDED_VOCAB, read_tokenizer, read_weights
+from nanogpt.pretrained import GPT2_VOCAB, NANOGPT_PADDED_VOCAB, TOKENIZER, read_tokenizer, read_weights
 from nanogpt.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -199,7 +199,7 @@ def test_hub(folder: Path, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
     def snapshot(source: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append(source)
-        assert allow_patterns == ["tokenizer.json"] or {"config.json", "tokenizer.json"} <= set(allow_patterns)
+        assert allow_patterns == [*TOKENIZER] or {"config.json", *TOKENIZER} <= set(allow_patterns)
         assert not any("bin" in pattern or pattern == "*" for pattern in allow_patterns)
         return str(folder)
 
