@@ -522,6 +522,11 @@ def _workers(n: int, encoder: Encoder | None = None) -> Iterator[ProcessPoolExec
         pool.shutdown(cancel_futures=True)
 
 
+def _ahead(workers: int) -> int:
+    """Chunks that may wait: enough that reading goes on while workers start."""
+    return 4 * workers + 24
+
+
 def is_made_of_text(tokenizer: str) -> bool:
     return tokenizer == "char" or tokenizer.startswith("bpe:")
 
@@ -540,7 +545,7 @@ def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, workers
     """A tokenizer made of the text: its characters, or byte pairs by how often they come. Raises InputError."""
     if name == "char":
         with _workers(workers) as pool:
-            found = in_order(pool, partial(characters, work.reading), work.chunks(Position()), 2 * workers + 2)
+            found = in_order(pool, partial(characters, work.reading), work.chunks(Position()), _ahead(workers))
             text = "".join(set().union(*(some for some, _ in found)))
         if not text:
             raise InputError(NO_TEXT)
@@ -552,7 +557,7 @@ def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, workers
     def texts(pool: ProcessPoolExecutor) -> Iterator[str]:
         left = 1e6 * train_mb
         job = partial(sample, work.reading, val_share if work.cut is None else 0.0, share)
-        for some, _ in in_order(pool, job, work.chunks(Position()), 2 * workers + 2):
+        for some, _ in in_order(pool, job, work.chunks(Position()), _ahead(workers)):
             for text in some:
                 yield text
                 left -= len(text)
@@ -606,7 +611,7 @@ def _encode_all(
     ):
         size = tokens = 0
         try:
-            for encoded, position in in_order(pool, _encode, work.chunks(start), 2 * workers + 2):
+            for encoded, position in in_order(pool, _encode, work.chunks(start), _ahead(workers)):
                 done = take(encoded, position, done, writers)
                 if time.monotonic() > saved_at + SAVE_S:
                     save()

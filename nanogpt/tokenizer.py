@@ -1,8 +1,8 @@
 """Text to ids and back: characters, bytes, byte pairs (GPT-2's or one's own), or whatever a `tokenizer.json` describes.
 
 Every tokenizer is a Hugging Face `tokenizers.Tokenizer` inside, so that other programs load what `save` writes.
-Two fast paths for preparing data stand beside it: lookup tables for characters and bytes, and tiktoken wherever it is
-shown to give the same ids.
+Fast paths for preparing data stand beside it: lookup tables for characters and bytes, and tiktoken and gigatoken (where
+it is installed) wherever they are shown to give the same ids.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,6 +35,16 @@ PATTERNS = {
     "words": r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+# GPT-2's pattern as tiktoken writes it, for the same words.
+TIKTOKENS_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# Letters and digits that Unicode 17 added: gigatoken 0.10 knows them, tiktoken 0.14 and tokenizers 0.23 do not.
+UNICODE_17 = (
+    *((0x088F, 0x088F), (0x0C5C, 0x0C5C), (0x0CDC, 0x0CDC), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4)),
+    *((0xA7F1, 0xA7F1), (0x10940, 0x10959), (0x10EC5, 0x10EC7), (0x11DB0, 0x11DDB), (0x11DE0, 0x11DE9)),
+    *((0x16EA0, 0x16EB8), (0x16EBB, 0x16ED3), (0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E)),
+    *((0x18D80, 0x18DF2), (0x1E6C0, 0x1E6DE), (0x1E6E0, 0x1E6E2), (0x1E6E4, 0x1E6E5), (0x1E6E7, 0x1E6ED)),
+    *((0x1E6F0, 0x1E6F4), (0x1E6FE, 0x1E6FF), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x33479)),
+)
 TEMPLATE = "chat_template.jinja"
 MOST_BYTES = 64 * 2**20  # of a tokenizer.json; the largest published ones have half of that
 _UNKNOWN = 2**32 - 1  # marks code points without an id in a lookup table
@@ -282,6 +292,8 @@ class Tokenizer:
         if self.name == "byte":
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
         if self._fast is not None and not any(name in text for name in self._always_found):
+            if self._fastest is not None and not _is_too_new(text):
+                return self._fastest.encode(text)
             try:
                 return self._fast.encode_to_numpy(text, disallowed_special=())
             except BaseException as error:  # a panic, no Exception, where a run of white space is too long for it
@@ -309,6 +321,31 @@ class Tokenizer:
     def _fast(self) -> "tiktoken.Encoding | None":
         """tiktoken's encoder, where it gives the same ids as the tokenizer.json."""
         return _tiktokens(self._inner)
+
+    @cached_property
+    def _fastest(self) -> Any:
+        """gigatoken's encoder, forty times as fast as tiktoken's, where it is installed and the words are GPT-2's."""
+        told = json.loads(self._inner.to_str())
+        if self._fast is None or _pattern(told["pre_tokenizer"] or {}) not in (PATTERNS["gpt2"], TIKTOKENS_GPT2):
+            return None
+        try:
+            import gigatoken
+        except ImportError:
+            return None
+        added = {token["content"] for token in told["added_tokens"]}
+        told["added_tokens"] = []
+        told["model"]["vocab"] = {token: rank for token, rank in told["model"]["vocab"].items() if token not in added}
+        told["pre_tokenizer"] = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        }
+        return gigatoken.Tokenizer.from_json(json.dumps(told))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what cannot be sent to another process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_fastest"}
 
     def _ids(self, text: str) -> list[int]:
         try:
@@ -417,9 +454,29 @@ def _pattern(pre_tokenizer: Mapping[str, Any]) -> str | None:
     return split["pattern"]["Regex"]
 
 
+def _is_too_new(text: str) -> bool:
+    """Whether gigatoken may take other words for a text than tiktoken does."""
+    if text.isascii():
+        return False
+    return bool(_new_points()[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")].any())
+
+
+@cache
+def _new_points() -> np.ndarray:
+    """For each code point, whether it is of UNICODE_17."""
+    found = np.zeros(0x110000, dtype=bool)
+    for first, last in UNICODE_17:
+        found[first : last + 1] = True
+    return found
+
+
 def _without_surrogates(text: str) -> str:
     """Half surrogates (from "\\ud800" in JSON, or bytes that a shell could not decode) as U+FFFD, as tiktoken does."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _byte_letters() -> list[str]:

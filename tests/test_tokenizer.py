@@ -11,7 +11,7 @@ import tiktoken
 import tokenizers
 
 from nanogpt import InputError
-from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, _byte_letters, aside
+from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, _byte_letters, _new_points, aside
 
 CACHE = Path(__file__).parent.parent.parent / "shared/data/tiktoken"
 HARD = [
@@ -74,7 +74,7 @@ def test_byte_letters_are_the_librarys():
     assert "".join(word for word, _ in byte_level.pre_tokenize_str(text)) == "".join(letters[b] for b in text.encode())
 
 
-@pytest.mark.parametrize("text", [*HARD, noise(1), noise(2)], ids=range(len(HARD) + 2))
+@pytest.mark.parametrize("text", [*HARD, *map(noise, range(4))], ids=range(len(HARD) + 4))
 def test_bpe_gives_tiktokens_ids(encoding: tiktoken.Encoding, converted: tuple[Tokenizer, Tokenizer, Path], text: str):
     tokenizer, loaded, _ = converted
     assert loaded.vocab_size == tokenizer.vocab_size == encoding.n_vocab
@@ -205,6 +205,36 @@ def test_aside_leaves_the_old_file_when_it_breaks(tmp_path: Path):
         file.writelines(["half", None])
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def around(points: range) -> list[str]:
+    """Each code point between letters, digits, spaces and signs."""
+    points = [chr(point) for point in points if not 0xD800 <= point < 0xE000]
+    return [f"a{x}b {x}'s 1{x}2 {x}{x} !{x}? \n{x}  {x}\n\n{x}\t{x}'ll{x} é{x}é 中{x}中" for x in points]
+
+
+@pytest.mark.parametrize(
+    "points", [range(0x600), pytest.param(range(0x110000), marks=pytest.mark.slow)], ids=["latin", "all"]
+)
+def test_gigatoken_is_tiktoken_for_every_character(points: range, encoding, converted):
+    pytest.importorskip("gigatoken")
+    tokenizer, loaded, _ = converted
+    assert tokenizer._fastest is not None
+    assert loaded._fastest is not None
+    new = _new_points()
+    for point, text in zip([p for p in points if not 0xD800 <= p < 0xE000], around(points), strict=True):
+        assert new[point] or tokenizer._fastest.encode(text).tolist() == encoding.encode_ordinary(text), hex(point)
+    for text in around(range(0x323B0, 0x323BA)):  # of those that they do not agree upon
+        assert tokenizer.encode_ordinary(text).tolist() == encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", [*HARD, *map(noise, range(4))], ids=range(len(HARD) + 4))
+def test_without_gigatoken_the_ids_are_the_same(text: str, encoding, converted):
+    tokenizer, _, _ = converted
+    plain = pickle.loads(pickle.dumps(tokenizer))
+    assert "_fastest" not in plain.__dict__
+    plain._fastest = None
+    assert plain.encode_ordinary(text).tolist() == encoding.encode_ordinary(text)
 
 
 # ---- bytes, and pairs of one's own

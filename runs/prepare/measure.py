@@ -1,0 +1,259 @@
+"""Text to GPT-2's tokens: data/prepare.py beside nanoGPT's way, and the ids beside those of other libraries.
+
+    pip install -e ".[dev]" psutil
+    python runs/prepare/measure.py --books=books.tar.xz --work=FOLDER --to=runs/prepare/speed.json
+    python runs/prepare/measure.py --books=books.tar.xz --work=FOLDER --identical --to=runs/prepare/identical.json
+    python runs/prepare/measure.py --books=books.tar.xz --work=FOLDER --kills=20 --to=runs/prepare/kills.json
+
+nanoGPT's way: Hugging Face datasets loads the same documents, `map` encodes them with tiktoken in as many processes,
+and the ids go piece by piece to a memory map. It gets the books unpacked, and its seconds are given with and without
+the loading; ours reads the archive as it is. `tiktoken` is the encoding alone, of documents in memory, by as many
+threads as there are workers: no program that encodes with it can be faster. Each side is a process of its own, they
+take turns, and the memory is the most that all processes of a side have held at once (PSS).
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "runs/shakespeare_char_cpu")]
+
+from compare_with_nanogpt import machine  # noqa: E402
+
+from nanogpt.prepare import draw  # noqa: E402
+
+VAL_SHARE = 0.01
+
+
+def ours(books: Path, out: Path, workers: int, *flags: str) -> list[str]:
+    script = [sys.executable, str(ROOT / "data/prepare.py"), f"--input={books}", f"--out={out}", "--tokenizer=gpt2"]
+    return [*script, f"--workers={workers}", f"--val_share={VAL_SHARE}", *flags]
+
+
+def by_datasets(folder: Path, out: Path, workers: int) -> None:
+    import datasets
+    import tiktoken
+
+    began = time.perf_counter()
+    encoding = tiktoken.get_encoding("gpt2")
+    datasets.config.HF_DATASETS_CACHE = out / "cache"
+    files = [str(path) for path in sorted(folder.rglob("*")) if path.is_file()]
+    texts = datasets.load_dataset(
+        "text", data_files=files, sample_by="document", split="train", cache_dir=str(out / "cache")
+    )
+    loaded = time.perf_counter() - began
+    parts = texts.train_test_split(test_size=VAL_SHARE, seed=1)
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        ids = [*encoding.encode_ordinary(row["text"]), encoding.eot_token]
+        return {"ids": ids, "n": len(ids)}
+
+    encoded = parts.map(encode, remove_columns=["text"], num_proc=workers)
+    for name, part in encoded.items():
+        file = np.memmap(out / f"{name}.bin", dtype=np.uint16, mode="w+", shape=(sum(part["n"]),))
+        at, pieces = 0, min(1024, len(part))
+        for k in range(pieces):
+            rows = part.shard(num_shards=pieces, index=k, contiguous=True).with_format("numpy")
+            ids = np.concatenate(rows["ids"][:])
+            file[at : at + len(ids)] = ids
+            at += len(ids)
+        file.flush()
+    print(json.dumps({"loading_s": loaded, "total_s": time.perf_counter() - began}))
+
+
+def by_tiktoken(folder: Path, workers: int) -> None:
+    import tiktoken
+
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*")) if path.is_file()]
+    encoding = tiktoken.get_encoding("gpt2")
+    encoding.encode_ordinary("warm")
+    began = time.perf_counter()
+    count = sum(map(len, encoding.encode_ordinary_batch(texts, num_threads=workers)))
+    print(json.dumps({"total_s": time.perf_counter() - began, "tokens": count}))
+
+
+def timed(command: list[str]) -> tuple[float, float, str]:
+    """Seconds, the most MB that the process and those below it held, and what it printed."""
+    import psutil
+
+    began, most = time.perf_counter(), 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        family = psutil.Process(process.pid)
+        while process.poll() is None:
+            try:
+                held = 0
+                for one in [family, *family.children(recursive=True)]:
+                    held += one.memory_full_info().pss
+                most = max(most, held)
+            except psutil.Error:
+                pass
+            time.sleep(0.1)
+        took = time.perf_counter() - began
+        assert process.stdout is not None
+        told = process.stdout.read()
+    assert process.returncode == 0, (command, told)
+    return took, most / 1e6, told
+
+
+def speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    rounds: list[dict[str, Any]] = []
+    me = [sys.executable, __file__, f"--workers={args.workers}", f"--work={args.work}"]
+    for _ in range(args.rounds):
+        found: dict[str, Any] = {}
+        out = args.work / "ours"
+        shutil.rmtree(out, ignore_errors=True)
+        found["ours_s"], found["ours_mb"], _ = timed(ours(args.books, out, args.workers))
+        out = args.work / "theirs"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        _, found["datasets_mb"], told = timed([*me, "--side=datasets"])
+        parts = json.loads(told.splitlines()[-1])
+        found |= {"datasets_s": parts["total_s"], "datasets_loading_s": parts["loading_s"]}
+        found["tiktoken_s"] = json.loads(timed([*me, "--side=tiktoken"])[2].splitlines()[-1])["total_s"]
+        began = time.perf_counter()
+        subprocess.run(["xz", "-dc", str(args.books)], stdout=subprocess.DEVNULL, check=True)
+        found["unpacking_s"] = time.perf_counter() - began
+        print(found, flush=True)
+        rounds.append(found)
+
+    def ratio(slow: str, fast: str, less: str | None = None) -> float:
+        return statistics.median((one[slow] - (one[less] if less else 0)) / one[fast] for one in rounds)
+
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {
+        "workers": args.workers,
+        "bytes_of_text": size,
+        "datasets_over_ours": ratio("datasets_s", "ours_s"),
+        "datasets_without_loading_over_ours": ratio("datasets_s", "ours_s", "datasets_loading_s"),
+        "ours_over_tiktoken": ratio("ours_s", "tiktoken_s"),
+        "ours_mb": max(one["ours_mb"] for one in rounds),
+        "datasets_mb": max(one["datasets_mb"] for one in rounds),
+        "rounds": rounds,
+    }
+
+
+def identical(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Compare the files with what tiktoken and transformers make of the same documents."""
+    import tiktoken
+    import transformers
+
+    out = args.work / "ours"
+    if not (out / "meta.json").exists():
+        subprocess.run(ours(args.books, out, args.workers), check=True)
+    encoding = tiktoken.get_encoding("gpt2")
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(write_gpt2(encoding, args.work / "gpt2"))
+    transformers.logging.set_verbosity_error()  # about texts longer than a context
+    documents = []
+    with tarfile.open(args.books) as archive:  # in its order, which is that of the documents
+        for member in archive:
+            if member.isfile() and member.name.endswith((".txt", ".md")):
+                raw = archive.extractfile(member).read()  # type: ignore[union-attr]
+                documents.append(raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
+    report: dict[str, Any] = {"documents": len(documents), "bytes": sum(map(len, documents))}
+    for split in ("train", "val"):
+        ids, at = np.fromfile(out / f"{split}.bin", np.uint16), 0
+        for raw in documents:
+            if (draw(raw) < VAL_SHARE) == (split == "val"):
+                text = raw.decode()
+                expected = [*encoding.encode_ordinary(text), encoding.eot_token]
+                assert ids[at : at + len(expected)].tolist() == expected, f"tiktoken differs in {split} from {at}"
+                assert theirs(text)["input_ids"] == expected[:-1], f"transformers differs in {split} from {at}"
+                at += len(expected)
+        assert at == len(ids), (split, at, len(ids))
+        report[f"{split}_tokens_equal_to_tiktoken_and_transformers"] = at
+    return report
+
+
+def write_gpt2(encoding: Any, folder: Path) -> Path:
+    """GPT-2's vocab.json and merges.txt, as transformers reads them, from OpenAI's own files in tiktoken's cache."""
+    folder.mkdir(exist_ok=True)
+    cache = Path(os.environ["TIKTOKEN_CACHE_DIR"])
+    for path in cache.iterdir():
+        name = "vocab.json" if path.read_bytes()[:1] == b"{" else "merges.txt"
+        shutil.copyfile(path, folder / name)
+    return folder
+
+
+def kills(args: argparse.Namespace) -> dict[str, Any]:
+    """Each number of workers, killed so many times at random instants; a preparation that ends is begun again."""
+    small = ["--shard_tokens=3000000"]
+    whole = args.work / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    began = time.perf_counter()
+    subprocess.run(ours(args.books, whole, args.workers, *small), check=True, stderr=subprocess.DEVNULL)
+    took = time.perf_counter() - began
+    expected, report = hashes(whole), {"undisturbed_s": took, "files": len(hashes(whole))}
+    for workers in (1, 2, 4):
+        chance, killed, ended, instants = random.Random(workers), 0, 0, []
+        out = args.work / f"killed{workers}"
+        shutil.rmtree(out, ignore_errors=True)
+        while killed < args.kills:
+            command = ours(args.books, out, workers, *small)
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+                try:
+                    process.wait(instant := chance.uniform(0.1, took))
+                    assert process.returncode == 0
+                    ended += 1
+                    assert hashes(out) == expected, f"{workers} workers: another output"
+                    shutil.rmtree(out)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    killed += 1
+                    instants.append(round(instant, 2))
+        subprocess.run(ours(args.books, out, workers, *small), check=True, stderr=subprocess.DEVNULL)
+        assert hashes(out) == expected, f"{workers} workers: another output"
+        report[f"{workers}_workers"] = {"kills": killed, "outputs_equal": ended + 1, "killed_after_s": instants}
+        print(report, flush=True)
+        shutil.rmtree(out)
+    return report
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--books", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--identical", action="store_true")
+    parser.add_argument("--kills", type=int)
+    parser.add_argument("--side", choices=("datasets", "tiktoken"))
+    parser.add_argument("--to", type=Path)
+    args = parser.parse_args()
+    folder = args.work / "unpacked"
+    if args.side == "datasets":
+        by_datasets(folder, args.work / "theirs", args.workers)
+        return
+    if args.side == "tiktoken":
+        by_tiktoken(folder, args.workers)
+        return
+    if not folder.exists():
+        with tarfile.open(args.books) as archive:
+            archive.extractall(folder, filter="data")
+    report = kills(args) if args.kills else identical(args, folder) if args.identical else speed(args, folder)
+    command = [arg for arg in sys.argv[1:] if not arg.startswith(("--books", "--work"))]
+    about = {"command": " ".join(["python runs/prepare/measure.py --books=books.tar.xz --work=FOLDER", *command])}
+    text = json.dumps(about | {"machine": machine()} | report, indent=1) + "\n"
+    print(text)
+    if args.to:
+        args.to.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
