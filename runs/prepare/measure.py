@@ -4,12 +4,17 @@
     python runs/prepare/measure.py --books=books.tar.xz --work=FOLDER --to=runs/prepare/speed.json
     python runs/prepare/measure.py --books=books.tar.xz --work=FOLDER --identical --to=runs/prepare/identical.json
     python runs/prepare/measure.py --books=books.tar.xz --work=FOLDER --kills=20 --to=runs/prepare/kills.json
+    python runs/prepare/measure.py --books=books.tar.xz --work=FOLDER --rows --to=runs/prepare/rows.json
+
+The last cuts the books into documents of 4,000 characters in parquet files, as web text comes, and times both scripts
+that read such: data/prepare.py and, by datatrove's tasks, data/fineweb/prepare.py.
 
 nanoGPT's way: Hugging Face datasets loads the same documents, `map` encodes them with tiktoken in as many processes,
 and the ids go piece by piece to a memory map. It gets the books unpacked, and its seconds are given with and without
-the loading; ours reads the archive as it is. `tiktoken` is the encoding alone, of documents in memory, by as many
-threads as there are workers: no program that encodes with it can be faster. Each side is a process of its own, they
-take turns, and the memory is the most that all processes of a side have held at once (PSS).
+the loading; ours reads the archive as it is, so that `unpacking` (tar -xJf, to disk) is what theirs needs before.
+`tiktoken` is the encoding alone, of documents in memory, by as many threads as there are workers: no program that
+encodes with it can be faster. Each side is a process of its own, they take turns, and the memory is the most that all
+processes of a side have held at once (PSS), in a first round whose seconds do not count, because looking slows them.
 """
 
 import argparse
@@ -85,14 +90,14 @@ def by_tiktoken(folder: Path, workers: int) -> None:
     print(json.dumps({"total_s": time.perf_counter() - began, "tokens": count}))
 
 
-def timed(command: list[str]) -> tuple[float, float, str]:
-    """Seconds, the most MB that the process and those below it held, and what it printed."""
+def timed(command: list[str], look: bool = False) -> tuple[float, float, str]:
+    """Seconds, and the most MB that the process and those below it held, if looked at; what it printed."""
     import psutil
 
     began, most = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         family = psutil.Process(process.pid)
-        while process.poll() is None:
+        while look and process.poll() is None:
             try:
                 held = 0
                 for one in [family, *family.children(recursive=True)]:
@@ -101,9 +106,10 @@ def timed(command: list[str]) -> tuple[float, float, str]:
             except psutil.Error:
                 pass
             time.sleep(0.1)
-        took = time.perf_counter() - began
         assert process.stdout is not None
         told = process.stdout.read()
+        process.wait()
+        took = time.perf_counter() - began
     assert process.returncode == 0, (command, told)
     return took, most / 1e6, told
 
@@ -111,38 +117,70 @@ def timed(command: list[str]) -> tuple[float, float, str]:
 def speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rounds: list[dict[str, Any]] = []
     me = [sys.executable, __file__, f"--workers={args.workers}", f"--work={args.work}"]
-    for _ in range(args.rounds):
+    for k in range(args.rounds + 1):
         found: dict[str, Any] = {}
         out = args.work / "ours"
         shutil.rmtree(out, ignore_errors=True)
-        found["ours_s"], found["ours_mb"], _ = timed(ours(args.books, out, args.workers))
+        found["ours_s"], found["ours_mb"], _ = timed(ours(args.books, out, args.workers), look=not k)
         out = args.work / "theirs"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        _, found["datasets_mb"], told = timed([*me, "--side=datasets"])
+        _, found["datasets_mb"], told = timed([*me, "--side=datasets"], look=not k)
         parts = json.loads(told.splitlines()[-1])
         found |= {"datasets_s": parts["total_s"], "datasets_loading_s": parts["loading_s"]}
         found["tiktoken_s"] = json.loads(timed([*me, "--side=tiktoken"])[2].splitlines()[-1])["total_s"]
         began = time.perf_counter()
-        subprocess.run(["xz", "-dc", str(args.books)], stdout=subprocess.DEVNULL, check=True)
+        shutil.rmtree(args.work / "again", ignore_errors=True)
+        (args.work / "again").mkdir()
+        subprocess.run(["tar", "-xJf", str(args.books), "-C", str(args.work / "again")], check=True)
         found["unpacking_s"] = time.perf_counter() - began
         print(found, flush=True)
         rounds.append(found)
+    watched, *rounds = rounds
 
-    def ratio(slow: str, fast: str, less: str | None = None) -> float:
-        return statistics.median((one[slow] - (one[less] if less else 0)) / one[fast] for one in rounds)
+    def ratio(slow: str, fast: str, more: float = 0, name: str = "datasets_loading_s") -> float:
+        return statistics.median((one[slow] + more * one[name]) / one[fast] for one in rounds)
 
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {
         "workers": args.workers,
         "bytes_of_text": size,
         "datasets_over_ours": ratio("datasets_s", "ours_s"),
-        "datasets_without_loading_over_ours": ratio("datasets_s", "ours_s", "datasets_loading_s"),
+        "unpacking_and_datasets_over_ours": ratio("datasets_s", "ours_s", 1, "unpacking_s"),
+        "datasets_without_loading_over_ours": ratio("datasets_s", "ours_s", -1),
         "ours_over_tiktoken": ratio("ours_s", "tiktoken_s"),
-        "ours_mb": max(one["ours_mb"] for one in rounds),
-        "datasets_mb": max(one["datasets_mb"] for one in rounds),
-        "rounds": rounds,
+        "ours_mb": watched["ours_mb"],
+        "datasets_mb": watched["datasets_mb"],
+        "rounds": [{name: s for name, s in one.items() if not name.endswith("_mb")} for one in rounds],
     }
+
+
+def rows(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Tokens a second from parquet files."""
+    import pyarrow
+    import pyarrow.parquet
+
+    source = args.work / "parquet"
+    if not source.exists():
+        source.mkdir()
+        text = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*")) if path.is_file())
+        texts = [text[i : i + 4000] for i in range(0, len(text), 4000)]
+        for k in range(4):
+            part = texts[k::4]
+            table = pyarrow.table({"text": part, "id": list(map(str, range(len(part))))})
+            pyarrow.parquet.write_table(table, source / f"{k}.parquet", compression="zstd")
+    script = [sys.executable, str(ROOT / "data/fineweb/prepare.py"), f"--input={source}", "--tasks=4"]
+    speeds: dict[str, list[float]] = {"data/prepare.py": [], "data/fineweb/prepare.py": []}
+    for _ in range(args.rounds):
+        for name, found in speeds.items():
+            out = args.work / "ours"
+            shutil.rmtree(out, ignore_errors=True)
+            by_tasks = [*script, f"--out={out}", f"--workers={args.workers}", f"--val_share={VAL_SHARE}"]
+            command = by_tasks if "fineweb" in name else ours(source, out, args.workers)
+            took, _, _ = timed(command)
+            splits = json.loads((out / "meta.json").read_text())["splits"]
+            found.append(sum(part["tokens"] for part in splits.values()) / took / 1e6)
+    return {"workers": args.workers, "million_tokens_per_s": {n: statistics.median(s) for n, s in speeds.items()}}
 
 
 def identical(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -232,6 +270,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--identical", action="store_true")
+    parser.add_argument("--rows", action="store_true")
     parser.add_argument("--kills", type=int)
     parser.add_argument("--side", choices=("datasets", "tiktoken"))
     parser.add_argument("--to", type=Path)
@@ -246,7 +285,15 @@ def main() -> None:
     if not folder.exists():
         with tarfile.open(args.books) as archive:
             archive.extractall(folder, filter="data")
-    report = kills(args) if args.kills else identical(args, folder) if args.identical else speed(args, folder)
+    report = (
+        kills(args)
+        if args.kills
+        else identical(args, folder)
+        if args.identical
+        else rows(args, folder)
+        if args.rows
+        else speed(args, folder)
+    )
     command = [arg for arg in sys.argv[1:] if not arg.startswith(("--books", "--work"))]
     about = {"command": " ".join(["python runs/prepare/measure.py --books=books.tar.xz --work=FOLDER", *command])}
     text = json.dumps(about | {"machine": machine()} | report, indent=1) + "\n"
