@@ -337,6 +337,73 @@ def test_one_text_is_cut_in_ten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(data.tokenizer.decode(data.train[:].tolist()).encode()) == pytest.approx(0.9 * len(text.encode()), abs=4)
 
 
+# ---- the hub
+
+
+def test_a_stream_goes_on_where_the_network_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the real library over files of ours: at once, and by the same command again when the network stays away."""
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(nanogpt.prepare, "_workers", threads)
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(dataset_info=lambda repo: SimpleNamespace(sha="abc")))
+    texts = [f"{i} {text}" for i in range(3) for text in DOCS]
+    for k in range(2):
+        (tmp_path / f"{k}.jsonl").write_bytes(rows(texts[450 * k : 450 * (k + 1)], "body"))
+    original, asked, read = datasets.load_dataset, [], []
+    breaks_after = [10**9]
+
+    class Stream:
+        def __init__(self) -> None:
+            files = [str(tmp_path / f"{k}.jsonl") for k in range(2)]
+            self.stream = original("json", data_files=files, split="train", streaming=True)
+            self.state_dict, self.load_state_dict = self.stream.state_dict, self.stream.load_state_dict
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            for n, row in enumerate(self.stream):
+                if n == breaks_after[0]:
+                    raise ConnectionError("the network is away")
+                read.append(row["body"])
+                yield row
+
+    def load_dataset(repo: str, config: str | None, split: str, revision: str, streaming: bool) -> Stream:
+        asked.append((repo, config, split, revision, streaming))
+        return Stream()
+
+    def attempt(out: str) -> None:
+        sources = find(["hf:some/texts@en:train"], nanogpt.prepare.earlier(tmp_path / out))
+        reading = Reading(text_key="body")
+        prepare(tmp_path / out, sources, "byte", reading=reading, val_share=0.2, workers=2)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    attempt("whole")
+    assert asked == [("some/texts", "en", "train", "abc", True)]
+    assert read == texts
+
+    breaks_after[0] = 300  # of each connection; what was not complete is read again
+    attempt("flaky")
+    assert files(tmp_path / "flaky") == files(tmp_path / "whole")
+
+    breaks_after[0] = 50  # never as much as is handed over at a time
+    asked.clear()
+    with pytest.raises(InputError, match=r"could not be read on from row 1 .*away.*: run the command again to go on"):
+        attempt("again")
+    assert len(asked) == 5
+    count = iter([200, 50, 50, 50, 50, 10**9])
+
+    class Worse(Stream):
+        def __init__(self) -> None:
+            super().__init__()
+            breaks_after[0] = next(count)
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keys: Worse())
+    with pytest.raises(InputError, match="could not be read on from row 129"):
+        attempt("again")
+    read.clear()
+    attempt("again")
+    assert read == texts[128:]  # what the journal holds is not read again
+    assert files(tmp_path / "again") == files(tmp_path / "whole")
+
+
 # ---- killed
 
 
