@@ -13,6 +13,7 @@ from nanogpt import InputError, run_script
 from nanogpt.data import summary
 from nanogpt.prepare import check_numbers, earlier, prepare
 from nanogpt.sources import KNOWN, Reading, find
+from nanogpt.tokenizer import PATTERNS
 
 
 def truth(text: str) -> bool:
@@ -36,6 +37,7 @@ def main() -> None:
     add("--skip_bad", type=truth, default=False, metavar="True|False", help="count bad rows and files, and go on")
     add("--docs", type=int, help="take only so many documents (default: all)")
     add("--val_share", type=float, help="part for validation (default: 0.01; of a single text 0.1)")
+    add("--pattern", choices=PATTERNS, default="gpt2", help="how bpe:... cuts text into words (default: %(default)s)")
     add("--train_mb", type=float, default=100, help="MB of text that bpe:... is trained on (default: %(default)s)")
     add("--shard_tokens", type=int, default=100_000_000, help="tokens in a file (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
@@ -56,6 +58,7 @@ def main() -> None:
         workers=args.workers,
         most=args.docs,
         train_mb=args.train_mb,
+        pattern=args.pattern,
     )
     print(f"{args.out}\n{summary(meta)}")
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -217,20 +217,29 @@ def contents(messages: Messages) -> list[str]:
     return [message[name] for message in messages for name in NAMES[1:] if name in message]
 
 
-_encoder: Encoder | None  # of a worker
+_make: Callable[[], Encoder]  # of a worker
+_encoder: Encoder | None = None  # of a worker that has encoded something
 
 
-def _start_worker(encoder: Encoder | None) -> None:
+def read_encoder(folder: Path, reading: Reading, val_share: float) -> Encoder:
+    """With the tokenizer that was saved in `folder`."""
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer is not None
+    return Encoder(tokenizer, reading, val_share)
+
+
+def _start_worker(make: Callable[[], Encoder]) -> None:
     """A worker leaves Ctrl-C to its parent, and ends when the parent does, killed or not."""
-    global _encoder
-    _encoder = encoder
+    global _make
+    _make = make
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # type: ignore[union-attr]
 
 
 def _encode(chunk: list[Part]) -> Encoded:
-    assert _encoder is not None
+    global _encoder
+    _encoder = _encoder or _make()
     return _encoder.encode(chunk)
 
 
@@ -301,7 +310,7 @@ class Position(NamedTuple):
 
 
 def in_order(
-    pool: ProcessPoolExecutor, job: Callable[[list[Part]], Any], work: Iterator[tuple[list[Part], Position]], ahead: int
+    pool: Executor, job: Callable[[list[Part]], Any], work: Iterator[tuple[list[Part], Position]], ahead: int
 ) -> Iterator[tuple[Any, Position]]:
     """What `job` makes of each chunk, in their order, no more than `ahead` of them under way. An error in reading is
     raised after all that was read before is done."""
@@ -423,13 +432,14 @@ def prepare(
     workers: int | None = None,
     most: int | None = None,
     train_mb: float = 100,
+    pattern: str = "gpt2",
 ) -> dict[str, Any]:
     """Make a dataset of `sources` in the folder `out`; continue what the same call began before. Returns its meta.
 
-    tokenizer: "char", "byte", "bpe:<ids>" (trained on up to `train_mb` MB of the training documents), or what
-    `Tokenizer.named` knows. val_share: part of the documents for validation, by their hash; None means 0.01, and for a
-    single text the last tenth of it. most: documents to take. Raises InputError for what cannot be read, for a split
-    without tokens, for too little disk.
+    tokenizer: "char", "byte", "bpe:<ids>" (trained on up to `train_mb` MB of the training documents, whose words are
+    cut by a `pattern` of PATTERNS), a hub id, or what `Tokenizer.named` knows. val_share: part of the documents for
+    validation, by their hash; None means 0.01, and for a single text the last tenth of it. most: documents to take.
+    Raises InputError for what cannot be read, for a split without tokens, for too little disk.
     """
     import filelock
 
@@ -439,14 +449,15 @@ def prepare(
     tail = is_text and val_share is None
     share = val_share if val_share is not None else 0.1 if tail else 0.01
     settings = dataclasses.asdict(reading) | {"tokenizer": tokenizer, "share": share, "tail": tail, "most": most}
-    settings |= {"shard_tokens": shard_tokens, "train_mb": train_mb}
-    made = None if is_made_of_text(tokenizer) else known_tokenizer(tokenizer)
-    if made is not None:
-        settings["tokenizer"] += (
-            f" {made.vocab_size} {hashlib.sha256((made._inner.to_str() + str(made.template)).encode()).hexdigest()}"
-        )
+    settings |= {"shard_tokens": shard_tokens, "train_mb": train_mb, "pattern": pattern}
     folder = out / "preparing"
-    with writing(folder), contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
+        pool = held.enter_context(_workers(workers, partial(read_encoder, folder, reading, share)))
+        made = None if is_made_of_text(tokenizer) else known_tokenizer(tokenizer)
+        if made is not None:
+            told = made._inner.to_str() + str(made.template)
+            settings["tokenizer"] += f" {hashlib.sha256(told.encode()).hexdigest()}"
+        held.enter_context(writing(folder))
         try:
             held.enter_context(filelock.FileLock(folder / "lock").acquire(timeout=0))
         except filelock.Timeout as error:
@@ -470,9 +481,9 @@ def prepare(
             cut = None
             if tail:
                 cut = int(0.9 * sum(len(part.data) for part in parts(sources[0], reading) if part.kind == "text"))
-            work = Work(sources, reading, most, folder, cut)
+            work = Work(sources, reading, most, folder, cut, pool, workers)
             made = made or (
-                Tokenizer.load(folder) if goes_on else _tokenizer(tokenizer, work, share, train_mb, workers)
+                Tokenizer.load(folder) if goes_on else _tokenizer(tokenizer, work, share, train_mb, pattern)
             )
             assert made is not None
             if reading.chat:
@@ -481,7 +492,7 @@ def prepare(
             made.save(folder)
             _check_disk(out, sources, made, done)
             entry = {"settings": settings, "sources": sources}
-            done = _encode_all(work, Encoder(made, reading, share), done, entry, shard_tokens, workers)
+            done = _encode_all(work, token_dtype(made.vocab_size), done, entry, shard_tokens)
             describe(folder, made, done)
         meta = move(out, folder)
     shutil.rmtree(folder)
@@ -505,26 +516,28 @@ class Work:
     most: int | None
     folder: Path
     cut: int | None
+    pool: Executor
+    workers: int
 
-    def chunks(self, start: Position) -> Iterator[tuple[list[Part], Position]]:
-        return chunks(self.sources, self.reading, start, self.most, self.folder, self.cut)
+    def each(self, job: Callable[[list[Part]], Any], start: Position) -> Iterator[tuple[Any, Position]]:
+        """What `job` makes of each chunk. As many may wait that reading goes on while workers start."""
+        read = chunks(self.sources, self.reading, start, self.most, self.folder, self.cut)
+        return in_order(self.pool, job, read, 4 * self.workers + 24)
 
 
 @contextlib.contextmanager
-def _workers(n: int, encoder: Encoder | None = None) -> Iterator[ProcessPoolExecutor]:
+def _workers(n: int, make: Callable[[], Encoder]) -> Iterator[Executor]:
+    """n processes, which start at once; `make` is called where there is something to encode."""
     spawn = multiprocessing.get_context("spawn")  # the threads of pyarrow and tqdm do not survive a fork
-    pool = ProcessPoolExecutor(n, spawn, _start_worker, (encoder,))
+    pool = ProcessPoolExecutor(n, spawn, _start_worker, (make,))
     try:
+        for _ in range(n):
+            pool.submit(int)
         yield pool
     except BrokenProcessPool as error:
         raise InputError("a worker was killed, probably for memory: run again with fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _ahead(workers: int) -> int:
-    """Chunks that may wait: enough that reading goes on while workers start."""
-    return 4 * workers + 24
 
 
 def is_made_of_text(tokenizer: str) -> bool:
@@ -541,12 +554,11 @@ def known_tokenizer(name: str) -> Tokenizer:
     return Tokenizer.named(name)
 
 
-def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, workers: int) -> Tokenizer:
+def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, pattern: str) -> Tokenizer:
     """A tokenizer made of the text: its characters, or byte pairs by how often they come. Raises InputError."""
     if name == "char":
-        with _workers(workers) as pool:
-            found = in_order(pool, partial(characters, work.reading), work.chunks(Position()), _ahead(workers))
-            text = "".join(set().union(*(some for some, _ in found)))
+        found = work.each(partial(characters, work.reading), Position())
+        text = "".join(set().union(*(some for some, _ in found)))
         if not text:
             raise InputError(NO_TEXT)
         return Tokenizer.characters(text)
@@ -554,18 +566,17 @@ def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, workers
         raise InputError(f"--tokenizer={name} is no size of a vocabulary: bpe:8192, or any other from 257 up")
     share = min(1.0, 1e6 * train_mb / max(1, _text_bytes(work.sources)))
 
-    def texts(pool: ProcessPoolExecutor) -> Iterator[str]:
+    def texts() -> Iterator[str]:
         left = 1e6 * train_mb
         job = partial(sample, work.reading, val_share if work.cut is None else 0.0, share)
-        for some, _ in in_order(pool, job, work.chunks(Position()), _ahead(workers)):
+        for some, _ in work.each(job, Position()):
             for text in some:
                 yield text
                 left -= len(text)
             if left < 0:
                 return
 
-    with _workers(workers) as pool:
-        return Tokenizer.train_bpe(texts(pool), int(name[4:]))
+    return Tokenizer.train_bpe(texts(), int(name[4:]), pattern)
 
 
 def _text_bytes(sources: list[Source]) -> int:
@@ -587,11 +598,8 @@ def _check_disk(out: Path, sources: list[Source], tokenizer: Tokenizer, done: "P
         )
 
 
-def _encode_all(
-    work: Work, encoder: Encoder, done: "Prepared", entry: dict[str, Any], shard_tokens: int, workers: int
-) -> "Prepared":
+def _encode_all(work: Work, dtype: np.dtype, done: "Prepared", entry: dict[str, Any], shard_tokens: int) -> "Prepared":
     """Read, encode and write from where `done` stands to the end, keeping a journal of `entry` and what is done."""
-    dtype = token_dtype(encoder.tokenizer.vocab_size)
     writers = [
         Writer(work.folder, split, dtype, shard_tokens, work.reading.chat, done.splits[split]) for split in SPLITS
     ]
@@ -605,13 +613,10 @@ def _encode_all(
     save()
     start, saved_at, began = Position(*done.position), time.monotonic(), time.monotonic()
     total = sum(source.size for source in work.sources)
-    with (
-        _workers(workers, encoder) as pool,
-        tqdm(total=total or None, initial=start.read, unit="B", unit_scale=True, disable=None) as bar,
-    ):
+    with tqdm(total=total or None, initial=start.read, unit="B", unit_scale=True, disable=None) as bar:
         size = tokens = 0
         try:
-            for encoded, position in in_order(pool, _encode, work.chunks(start), _ahead(workers)):
+            for encoded, position in work.each(_encode, start):
                 done = take(encoded, position, done, writers)
                 if time.monotonic() > saved_at + SAVE_S:
                     save()

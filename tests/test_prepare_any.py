@@ -28,7 +28,7 @@ from nanogpt import InputError
 from nanogpt.data import open_dataset
 from nanogpt.prepare import Encoded, Position, chunks, documents, draw, nothing, prepare
 from nanogpt.sources import PIECE, Reading, border, find
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import PATTERNS, Tokenizer
 
 ROOT = Path(__file__).parent.parent
 TIKTOKEN = ROOT.parent / "shared/data/tiktoken"
@@ -177,7 +177,10 @@ def test_ids_of_pieces_are_the_wholes(monkeypatch: pytest.MonkeyPatch):
         r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     o200k = tiktoken.Encoding("o200k", pat_str=newer, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={})
-    encodings = [gpt2, o200k]
+    words = tiktoken.Encoding(
+        "words", pat_str=PATTERNS["words"], mergeable_ranks=gpt2._mergeable_ranks, special_tokens={}
+    )
+    encodings = [gpt2, o200k, words]
     cuts = 0
     for _ in range(3000):
         text = "".join(noise.choices(letters, k=12)).encode()
@@ -254,8 +257,8 @@ def test_bad_input_gets_a_line(
 
 
 @contextlib.contextmanager
-def threads(n: int, encoder: Any = None) -> Iterator[ThreadPoolExecutor]:
-    nanogpt.prepare._encoder = encoder
+def threads(n: int, make: Any) -> Iterator[ThreadPoolExecutor]:
+    nanogpt.prepare._make, nanogpt.prepare._encoder = make, None
     with ThreadPoolExecutor(n) as pool:
         yield pool
 
