@@ -17,7 +17,9 @@ from nanogpt.tokenizer import PATTERNS
 
 
 def truth(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return text == "True"
 
 
 def main() -> None:

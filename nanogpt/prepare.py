@@ -562,8 +562,8 @@ def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, pattern
         if not text:
             raise InputError(NO_TEXT)
         return Tokenizer.characters(text)
-    if not name[4:].isdigit() or int(name[4:]) < 257:
-        raise InputError(f"--tokenizer={name} is no size of a vocabulary: bpe:8192, or any other from 257 up")
+    if not name[4:].isdigit():
+        raise InputError(f"--tokenizer={name} is no size of a vocabulary: give one such as bpe:8192")
     share = min(1.0, 1e6 * train_mb / max(1, _text_bytes(work.sources)))
 
     def texts() -> Iterator[str]:
