@@ -138,6 +138,13 @@ def documents(
     for part in chunk:
         if part.kind == "bad":
             _count(counts.bad, 1, part.data)
+        elif part.kind == "text" and reading.chat:
+            _skip(
+                part.name,
+                ValueError("is a text, where conversations come in rows: .jsonl or .parquet"),
+                reading,
+                counts,
+            )
         elif part.kind == "text":
             raw = _valid(part.data, part.name, part.first, reading, counts)
             if raw or not part.begins:

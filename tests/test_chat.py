@@ -199,6 +199,9 @@ def test_a_model_learns_to_answer(run: Run, monkeypatch: pytest.MonkeyPatch, cap
     sources = find(["talk.jsonl"])
     with pytest.raises(InputError, match=r"line 181: has neither messages nor completion, .* --skip_bad=True"):
         prepare(Path("talk"), sources, "byte", reading=Reading(chat=True), workers=1)
+    Path("talk.txt").write_text("Hello")
+    with pytest.raises(InputError, match=r"talk\.txt: is a text, where conversations come in rows"):
+        prepare(Path("talk"), find(["talk.txt"]), "byte", reading=Reading(chat=True), workers=1)
     meta = prepare(Path("talk"), sources, "byte", reading=Reading(chat=True, skip_bad=True), val_share=0.4, workers=1)
     assert meta["bad"][0] == 1
     tokens = data.open_dataset("talk", block_size=8, verify=True).train
