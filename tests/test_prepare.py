@@ -116,6 +116,7 @@ def documents(tokens: Tokens) -> Iterator[str]:
 
 
 @needs_shared
+@pytest.mark.slow
 def test_openwebtext_goes_on_after_an_interruption_with_any_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", ENV["TIKTOKEN_CACHE_DIR"])
     pa = pytest.importorskip("pyarrow")

@@ -516,7 +516,8 @@ def test_recipes_are_valid(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tracking, "find_spec", lambda _: True)  # train_gpt2.py logs to wandb
     config, given = parse(train.TrainConfig, [str(CONFIGS[name])])
     config.check()
-    assert given["dataset"] in {"openwebtext", "fineweb", "shakespeare", "shakespeare_char", "shakespeare_qwen3"}
+    known = {"openwebtext", "fineweb", "shakespeare", "shakespeare_char", "shakespeare_qwen3", "chat"}
+    assert given["dataset"] in known
 
 
 def test_recipes_mean_what_nanogpt_means():
