@@ -69,7 +69,8 @@ class TrainConfig:
     grad_clip: float = key(1.0, "highest norm of the gradient; 0 = no clipping", least=0)
     skip_spikes: float = key(0.0, "skip updates whose norm is so many deviations above the median; 0 = none", least=0)
     decay_lr: bool = key(True, "warm up, then follow schedule; False: learning_rate throughout")
-    schedule: Literal["cosine", "trapezoid", "constant"] = key("cosine", "trapezoid: falls in the second half alone")
+    schedule: Literal["cosine", "trapezoid", "constant"] = key("cosine", "trapezoid: falls at the end alone")
+    decay_iters: int | None = key(None, "trapezoid: updates of its fall; None: half of those after warmup", least=0)
     warmup_iters: int = key(2000, "updates until learning_rate is reached", least=0)
     lr_decay_iters: int | None = key(None, "update at which min_lr is reached; None: max_iters", least=0)
     min_lr: float | None = key(None, "the last learning rate; None: learning_rate / 10", least=0)
@@ -132,9 +133,8 @@ class TrainConfig:
             return self.learning_rate
         end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         floor = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        return optim.scheduled(
-            self.schedule, step, peak=self.learning_rate, floor=floor, warmup=self.warmup_iters, end=end
-        )
+        bounds = {"peak": self.learning_rate, "floor": floor}
+        return optim.scheduled(self.schedule, step, **bounds, warmup=self.warmup_iters, end=end, fall=self.decay_iters)
 
 
 def main() -> int:

@@ -140,27 +140,36 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def cosine(progress: float) -> float:
-    """From 1 to 0 in half a cosine wave (Loshchilov and Hutter 2017)."""
-    return (1 + math.cos(math.pi * progress)) / 2
-
-
-def trapezoid(progress: float) -> float:
-    """1 for the first half, then to 0 in a line (Hu et al. 2024, Hägele et al. 2024)."""
-    return min(1.0, 2 * (1 - progress))
-
-
-# What is left of the way from the highest to the lowest learning rate, by how much of the decay is behind us.
-SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "trapezoid": trapezoid, "constant": lambda _: 1.0}
-
-
-def scheduled(name: str, step: int, *, peak: float, floor: float, warmup: int, end: int) -> float:
+def scheduled(
+    name: str, step: int, *, peak: float, floor: float, warmup: int, end: int, fall: int | None = None
+) -> float:
     """Learning rate of the update after `step` updates: up in a line for `warmup` updates, then by `SCHEDULES[name]`
-    from `peak` towards `floor`, which all but "constant" reach at `end` and hold."""
+    from `peak` towards `floor`, which all but "constant" reach at `end` and hold.
+
+    fall: updates that a trapezoid's last stretch takes; None: half of those after the warm-up.
+    """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    progress = 1.0 if step >= end else (step - warmup) / (end - warmup)
-    return floor + (peak - floor) * SCHEDULES[name](progress)
+    left = 0.0 if step >= end else (end - step) / (end - warmup)  # of the way from warm-up to end
+    return floor + (peak - floor) * SCHEDULES[name](left, 0.5 if fall is None else fall / max(end - warmup, 1))
+
+
+def cosine(left: float, fall: float) -> float:
+    """From 1 to 0 in half a cosine wave (Loshchilov and Hutter 2017)."""
+    return (1 - math.cos(math.pi * left)) / 2
+
+
+def trapezoid(left: float, fall: float) -> float:
+    """1, and over the last stretch of length `fall` to 0 in a line (Hu et al. 2024, Hägele et al. 2024)."""
+    return min(1.0, left / fall) if fall else 1.0 * (left > 0)
+
+
+# What is left of the way from the highest to the lowest learning rate, by how much of the schedule is left.
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "cosine": cosine,
+    "trapezoid": trapezoid,
+    "constant": lambda left, fall: 1.0,
+}
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:

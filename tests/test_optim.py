@@ -143,6 +143,10 @@ def test_schedules_by_hand():
         ({"max_iters": 20, "warmup_iters": 10}, {15: 6e-5 + 5.4e-4 / 2, 20: 6e-5}),
         ({"max_iters": 20, "warmup_iters": 0, "lr_decay_iters": 40, "min_lr": 0.0}, {20: 3e-4, 39: 924.8e-9, 40: 0.0}),
         ({"max_iters": 20, "warmup_iters": 0, "schedule": "trapezoid", "min_lr": 0.0}, {10: 6e-4, 15: 3e-4}),
+        (
+            {"max_iters": 20, "warmup_iters": 2, "schedule": "trapezoid", "decay_iters": 4, "min_lr": 0.0},
+            {0: 2e-4, 16: 6e-4, 17: 4.5e-4, 19: 1.5e-4, 20: 0.0},
+        ),
         ({"max_iters": 20, "warmup_iters": 0, "schedule": "constant"}, {19: 6e-4, 20: 6e-4}),
         ({"decay_lr": False}, {0: 6e-4, 1000: 6e-4, 10**7: 6e-4}),
     ],
