@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from configurator import Config, build
 from model import GPT, GPTConfig
 from nanogpt import InputError, checkpoint, data, distributed, optim
 from nanogpt.checkpoint import Checkpoint
@@ -31,6 +32,26 @@ def check_shape(given: dict[str, Any], there: dict[str, Any], where: str) -> Non
     if faults:
         told = (f"{k}={given[k]}: {where} has {k}={there[k]}, which cannot change; leave it out" for k in faults)
         raise InputError("\n".join(told))
+
+
+def resume_settings(config: Config, given: dict[str, Any], resumed: Checkpoint) -> Config:
+    """The run's own settings, and over them what files and flags give again; prints the differences. Raises InputError
+    where those saved are not this program's, or the sizes not those of the weights."""
+    source = str(resumed.path / "state.json")
+    try:
+        shape = build(GPTConfig, resumed.state["model"], source)
+        if shape.n_layer > len(resumed.model):
+            raise ValueError(f"n_layer={shape.n_layer}, but there are {len(resumed.model)} tensors")
+        GPT.from_tensors(shape, resumed.model)  # which takes neither memory nor time
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{source}: no model of these sizes ({' '.join(str(error).split())[:200]})") from error
+    resumed.state["model"] = asdict(shape)
+    about_this_start = ("out_dir", "resume", "eval_only", "dry_run", "verify_data")
+    saved = resumed.state["config"] | {name: getattr(config, name) for name in about_this_start}
+    changed = {name: value for name, value in given.items() if saved.get(name) != value and name != "init_from"}
+    check_shape(changed, asdict(shape), f"the run in {resumed.path.parent.parent}")
+    say(f"resuming {resumed.path}", *(f"  {name}: {saved.get(name)} -> {value}" for name, value in changed.items()))
+    return build(type(config), saved | changed, source)
 
 
 def open_data_and_model(

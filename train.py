@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 import torch
 
-from configurator import build, key, parse
-from model import GPT, GPTConfig
+from configurator import key, parse
+from model import GPTConfig
 from nanogpt import InputError, RunStopped, checkpoint, data, distributed, optim, run_script
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, processes, say
 from nanogpt.inference import evaluate, sample_text
 from nanogpt.tracking import REMEDY, Log, Stopwatch, Tracker, missing_extras, report, told_losses, why_stopped
-from start import SHAPE_KEYS, check_shape, compile_model, open_data_and_model, pick_micro_batch, training_bytes
+from start import SHAPE_KEYS, compile_model, open_data_and_model, pick_micro_batch, resume_settings, training_bytes
 
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 
@@ -41,6 +41,7 @@ class TrainConfig:
     mask_documents: bool = key(False, "documents do not see one another; each has positions of its own")
     batch_size: int = key(12, "rows per micro-batch and process", least=1)
     gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", least=1)
+    batch_growth_tokens: int = key(0, "tokens over which rows per step grow from batch_size; 0 = full at once", least=0)
     block_size: int = key(1024, "tokens per row: the context length", least=1)
 
     arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
@@ -78,8 +79,10 @@ class TrainConfig:
     eval_interval: int = key(2000, "updates between evaluations; 0 = at the end", group="Evaluation and logs", least=0)
     eval_iters: int = key(200, "batches per evaluation and split, at most the split once; 0 = all of it", least=0)
     eval_train: bool = key(True, "evaluate the train split too, not val alone")
+    patience: int = key(0, "stop after so many evaluations in a row without a new best; 0 = never", least=0)
     sample_chars: int = key(200, "characters of a sample printed at each evaluation; 0 = none", least=0)
     log_interval: int = key(10, "updates between log lines", least=1)
+    log_layers: bool = key(False, "log norms of each layer's gradients and updates too, and clipped updates")
     tensorboard: bool = key(False, "log to out_dir/tensorboard too")
     wandb_log: bool = key(False, "log to wandb too")
     wandb_project: str = key("owt", "wandb's project")
@@ -113,6 +116,11 @@ class TrainConfig:
                 f"batch_size × gradient_accumulation_steps = {self.rows_per_step} rows per step do not divide by "
                 f"{processes()} processes: change one of the three"
             )
+        if self.batch_growth_tokens and self.batch_size % processes():
+            found.append(
+                f"batch_growth_tokens: the first steps have batch_size={self.batch_size} rows, which do not divide by "
+                f"{processes()} processes: change batch_size"
+            )
         if found:
             raise InputError("\n".join(found))
 
@@ -120,10 +128,24 @@ class TrainConfig:
     def rows_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 
+    def rows_at(self, samples: int) -> int:
+        """Rows of the step that begins after so many: in a line up to rows_per_step, by multiples of batch_size."""
+        if (tokens := samples * self.block_size) >= self.batch_growth_tokens:
+            return self.rows_per_step
+        grown = self.rows_per_step * tokens // self.batch_growth_tokens
+        return max(grown // self.batch_size, 1) * self.batch_size
+
+    def rows_in(self, steps: int) -> int:
+        """Rows of so many steps from the first."""
+        samples = 0
+        while steps and samples * self.block_size < self.batch_growth_tokens:
+            samples, steps = samples + self.rows_at(samples), steps - 1
+        return samples + steps * self.rows_per_step
+
     @property
     def micro_batches(self) -> list[int]:
         """Rows that a process can take at a time, the most first: numbers that divide its share of a step."""
-        share = self.rows_per_step // processes()
+        share = (self.batch_size if self.batch_growth_tokens else self.rows_per_step) // processes()
         most = share if self.micro_batch_size == "auto" else self.micro_batch_size or self.batch_size
         return [n for n in range(min(most, share), 0, -1) if share % n == 0]
 
@@ -185,11 +207,11 @@ def train(
         raise InputError(f"mask_documents=True: {dataset.name} has no token that ends a document; leave it out")
 
     # --- What it will cost, and the folder it goes to
-    rows_per_rank, micro_batch = config.rows_per_step // world.size, pick_micro_batch(config, raw_model, world)
-    micro_steps = rows_per_rank // micro_batch
+    micro_batch = pick_micro_batch(config, raw_model, world)
     if config.micro_batch_size == "auto":  # a resumed run keeps to it, whatever is free by then
         config = replace(config, micro_batch_size=micro_batch)
-    remedy = memory_remedy(micro_batch, rows_per_rank, shape.block_size, distributed.free_memory(world.device))
+    most_rows, free = config.rows_per_step // world.size, distributed.free_memory(world.device)
+    remedy = memory_remedy(micro_batch, most_rows, shape.block_size, free)
     held.enter_context(explained_faults(remedy))
     memory = training_bytes(raw_model, config, micro_batch, shape.block_size, world)
     report(config, raw_model, micro_batch, memory, dataset.name, len(dataset.train), world, remedy)
@@ -221,7 +243,9 @@ def train(
     optimizer = optim.Optimizer(raw_model, config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     guard = optim.Guard(world.device, OVERFLOWS if scaler.is_enabled() else 1, config.skip_spikes)
+    layers = optim.LayerNorms(raw_model, config.grad_clip) if config.log_layers else None
     samples, best_val_loss, clock = 0, math.inf, Stopwatch()
+    since_best = 0  # evaluations without a new best
     evaluated = False  # whether the evaluation due at this step is behind us
     if resumed:
         state = resumed.state
@@ -233,7 +257,7 @@ def train(
             say(f"processes: {state['processes']} -> {world.size}; each step takes the same rows as before")
         samples, clock = state["samples"], Stopwatch(state["time_s"])
         best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
-        evaluated = state["val_loss"] is not None
+        since_best, evaluated = state.get("since_best", 0), state["val_loss"] is not None
         resumed.model.clear()  # what the model and the optimizer have copied need not stay
         resumed.optimizer.clear()
 
@@ -247,15 +271,13 @@ def train(
     gc.freeze()  # what is here stays: the garbage collector need not look through it while a GPU waits
     held.callback(gc.unfreeze)
     signals = catch_signals()
-    log = Log(config, raw_model, world, tracker, clock, guard, step, samples)
+    log = Log(config, raw_model, world, tracker, clock, guard, step, samples, list(layers.parts) if layers else [])
     first_step, last_step = step, step + 10 if config.dry_run else config.max_iters
     val_loss = None
     if resumed and step >= last_step:
         say(f"step {step} of max_iters={config.max_iters}: nothing is left to do; to go on, give a larger --max_iters")
 
     while True:
-        at_end = step >= last_step or log.stop != 0
-
         # --- Evaluate at step 0, at each eval_interval and at the end
         due = step == config.max_iters or (config.eval_interval > 0 and step % config.eval_interval == 0)
         if due and writes and not evaluated and not log.stop:
@@ -269,7 +291,10 @@ def train(
                     text = sample_text(raw_model, tokenizer, config.sample_chars, config.seed)
                 say("    " + text.replace("\n", "\n    ").strip())
             log.save_due |= step > 0 and (config.always_save_checkpoint or val_loss < best_val_loss)
+            since_best = 0 if val_loss < best_val_loss else since_best + 1
             best_val_loss = min(best_val_loss, val_loss)
+        in_vain = 0 < config.patience <= since_best
+        at_end = step >= last_step or log.stop != 0 or in_vain
 
         # --- Save what is worth keeping
         if writes and (log.save_due or at_end) and (step > first_step or not resumed or val_loss is not None):
@@ -283,6 +308,7 @@ def train(
                     "time_s": clock.seconds,
                     "val_loss": val_loss,  # None: not evaluated at this step
                     "best_val_loss": best_val_loss if math.isfinite(best_val_loss) else None,
+                    "since_best": since_best,
                     "scaler": scaler.state_dict(),
                     "guard": guard.state(),
                     "processes": world.size,
@@ -300,7 +326,9 @@ def train(
         clock.start()
         factor = config.learning_rate_at(step) / config.learning_rate
         loss_sum = torch.zeros((), device=world.device)
-        first_row = samples + world.rank * rows_per_rank
+        step_rows = config.rows_at(samples)
+        rows_per_rank = step_rows // world.size
+        micro_steps, first_row = rows_per_rank // micro_batch, samples + world.rank * rows_per_rank
         with explained_faults(remedy, before_update=step == first_step):
             share: float | torch.Tensor = 1 / micro_steps  # of a micro-batch in this process's part of the mean loss
             if rows.masked:  # all tokens that count weigh the same, in whichever micro-batch they are
@@ -327,39 +355,24 @@ def train(
             scaler.unscale_(optimizer)  # type: ignore[arg-type]
             grad_norm = optim.gradient_norm(raw_model.parameters())
             skip = guard.check(status[0], grad_norm)
+            if layers:
+                layers.before_update(grad_norm, whole=(step + 1) % config.log_interval == 0)
             optimizer.step(factor, optim.shrink_to(config.grad_clip, grad_norm), skip)
             scaler.update()
             raw_model.zero_grad(set_to_none=True)
-        step, samples = step + 1, samples + config.rows_per_step
-        log.put(step, torch.stack([status[0], grad_norm, guard.bad_in_a_row, guard.skipped, *status[1:]]))
+        step, samples = step + 1, samples + step_rows
+        told = [status[0], grad_norm, guard.bad_in_a_row, guard.skipped, *status[1:]]
+        log.put(step, samples, torch.stack(told + (layers.after_update() if layers else [])))
         log.read()
 
     log.read(everything=True)
     if writer:
         writer.finish()
+    if in_vain and not log.stop:
+        say(f"step {step}: no better for {since_best} evaluations (patience={config.patience}); the best is kept")
     if log.stop and writes:
         say(f"stopped at step {step} by a signal; saved: go on with --resume=True")
     return log.stop
-
-
-def resume_settings(config: TrainConfig, given: dict[str, Any], resumed: Checkpoint) -> TrainConfig:
-    """The run's own settings, and over them what files and flags give again; prints the differences. Raises InputError
-    where those saved are not this program's, or the sizes not those of the weights."""
-    source = str(resumed.path / "state.json")
-    try:
-        shape = build(GPTConfig, resumed.state["model"], source)
-        if shape.n_layer > len(resumed.model):
-            raise ValueError(f"n_layer={shape.n_layer}, but there are {len(resumed.model)} tensors")
-        GPT.from_tensors(shape, resumed.model)  # which takes neither memory nor time
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{source}: no model of these sizes ({' '.join(str(error).split())[:200]})") from error
-    resumed.state["model"] = asdict(shape)
-    about_this_start = ("out_dir", "resume", "eval_only", "dry_run", "verify_data")
-    saved = resumed.state["config"] | {name: getattr(config, name) for name in about_this_start}
-    changed = {name: value for name, value in given.items() if saved.get(name) != value and name != "init_from"}
-    check_shape(changed, asdict(shape), f"the run in {config.out_dir}")
-    say(f"resuming {resumed.path}", *(f"  {name}: {saved.get(name)} -> {value}" for name, value in changed.items()))
-    return build(TrainConfig, saved | changed, source)
 
 
 if __name__ == "__main__":

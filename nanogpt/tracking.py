@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,11 +112,14 @@ class Tracker:
 
     def log(self, line: dict[str, Any]) -> None:
         """Write one line; numbers that are not finite become null. What a full disk does not take waits in memory."""
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        finite = {key: _finite(value) for key, value in line.items()}
         self._waiting += (json.dumps(finite) + "\n").encode()
         with self._faults_told():
             self._write()
-        numbers = {key: value for key, value in finite.items() if value is not None and key != "step"}
+        numbers = {key: value for key, value in finite.items() if isinstance(value, int | float) and key != "step"}
+        for key, parts in finite.items():
+            if isinstance(parts, dict):
+                numbers |= {f"{key}/{part}": value for part, value in parts.items() if value is not None}
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, line["step"])
@@ -188,27 +191,30 @@ class Log:
         guard: Any,  # nanogpt/optim.py's Guard: how many broken steps in a row end the run, and the spikes so far
         step: int,
         samples: int,
+        layers: Sequence[str] = (),  # names of those whose norms are logged
     ):
         self.config, self.model, self.world, self.tracker = config, model, world, tracker
         self.clock, self.patience, self.late = clock, guard.patience, Late(clock)
-        self.first_step, self.first_samples = step, samples
+        self.first_step, self.layers, self.clipped = step, layers, 0.0
+        self.samples = {step: samples}  # rows read by each step that is still of use
         self.last_line = (step, clock.seconds)
         self.warm_s = clock.seconds  # when the first step, which warms up, was done
         self.stop, self.save_due, self.skipped = 0, False, guard.skipped.item()
 
-    def put(self, step: int, values: Tensor) -> None:
-        """values (7,): loss, gradient norm, broken steps in a row, spikes skipped so far, SIGINT seen, SIGTERM seen, a
-        save is due."""
+    def put(self, step: int, samples: int, values: Tensor) -> None:
+        """values: loss, gradient norm, broken steps in a row, spikes skipped so far, SIGINT seen, SIGTERM seen, a save
+        is due; then what LayerNorms tells, if anything. samples: rows read by now."""
+        self.samples[step] = samples
         self.late.put(step, values)
 
     def read(self, everything: bool = False) -> None:
         """Deal with the steps that are due. Raises RunStopped for one that broke the run."""
-        for step, (loss, grad_norm, broken, skipped, sigint, sigterm, due), seconds in self.late.take(everything):
+        for step, values, seconds in self.late.take(everything):
+            loss, grad_norm, broken, skipped, sigint, sigterm, due, *layers = values
             if broken >= self.patience:
-                last = self.first_samples + (step - self.first_step) * self.config.rows_per_step
                 self._protect(
                     step,
-                    f"step {step}, rows {last - self.config.rows_per_step:,} to {last - 1:,}: loss {loss:.4g}, "
+                    f"step {step}, rows {self.samples[step - 1]:,} to {self.samples[step] - 1:,}: loss {loss:.4g}, "
                     f"gradient norm {grad_norm:.4g}: not finite. No update was made from it, and no checkpoint was "
                     "touched",
                 )
@@ -221,7 +227,7 @@ class Log:
                 self.warm_s = seconds
                 say(f"first step done {time.perf_counter() - BEGUN:.1f} s after the start")
             if step % self.config.log_interval == 0:
-                self._line(step, loss, grad_norm, seconds)
+                self._line(step, loss, grad_norm, seconds, layers)
             if step == self.first_step + 10:
                 self._tell_finish(step, (seconds - self.warm_s) / 9)
 
@@ -239,10 +245,12 @@ class Log:
             why = "the losses of the evaluation are not finite. Nothing was saved, and no checkpoint was touched"
             self._protect(step, f"step {step}: {why}")
 
-    def _line(self, step: int, loss: float, grad_norm: float, seconds: float) -> None:
+    def _line(self, step: int, loss: float, grad_norm: float, seconds: float, layers: list[float]) -> None:
         (before, then), self.last_line = self.last_line, (step, seconds)
-        step_s = max(seconds - then, 1e-9) / (step - before)
-        tokens_per_s = self.config.rows_per_step * self.model.config.block_size / step_s
+        passed_s = max(seconds - then, 1e-9)
+        step_s = passed_s / (step - before)
+        tokens_per_s = (self._tokens(step) - self._tokens(before)) / passed_s
+        self.samples = {known: samples for known, samples in self.samples.items() if known >= step}
         peak = self.world.peak_flops()
         mfu = self.model.flops_per_token() * tokens_per_s / (peak * self.world.size) if peak else None
         line = {
@@ -257,6 +265,11 @@ class Log:
         }
         if self.config.skip_spikes:
             line["skipped"] = int(self.skipped)
+        if layers:
+            clipped, n = layers[0], len(self.layers)
+            line["clipped"], self.clipped = int(clipped - self.clipped), clipped  # of the updates since the last line
+            line["layer_grad_norms"] = dict(zip(self.layers, layers[1 : 1 + n], strict=True))
+            line["layer_update_norms"] = dict(zip(self.layers, layers[1 + n :], strict=True))
         if self.tracker:
             self.tracker.log(line)
         say(
@@ -277,8 +290,14 @@ class Log:
         say(f"finishes in about {duration(left)}, {end:%a %H:%M}, evaluations not counted")
 
     def _tokens(self, step: int) -> int:
-        rows = self.first_samples + (step - self.first_step) * self.config.rows_per_step
-        return rows * self.model.config.block_size
+        return self.samples[step] * self.model.config.block_size
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def told_losses(losses: dict[str, float], val_bpb: float | None) -> str:
@@ -314,14 +333,15 @@ def report(
     InputError, saying `remedy`, where a CPU's memory will not do: there the system would kill the process without a
     word."""
     parameters, T, rows = model.count_parameters(), model.config.block_size, config.rows_per_step
-    tokens, on_cpu = config.max_iters * rows * T, world.device.type == "cpu"
+    tokens, on_cpu = config.rows_in(config.max_iters) * T, world.device.type == "cpu"
     dtype = str(world.dtype).removeprefix("torch.")
     say(f"{world.size} process(es) on {describe(world.device)}, {dtype}", f"model       {parameters:,} parameters")
     if config.eval_only:
         return
     free = free_memory(world.device)
     say(
-        f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {micro_batch}",
+        f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {micro_batch}"
+        + (f", from {config.rows_at(0)} rows on" if config.rows_at(0) < rows else ""),
         f"run         {config.max_iters:,} steps = {tokens:,} tokens = {tokens / train_tokens:.3g} epochs of {dataset} "
         f"= {tokens / parameters:.3g} tokens per parameter",
         f"memory      about {size(memory)} per process" + (f", {size(free)} are free" if free else ""),

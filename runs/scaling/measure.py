@@ -8,7 +8,7 @@
 FOLDER: the books as characters, `python data/prepare.py --input books.tar.xz --tokenizer=char --out=FOLDER`. Each run
 is one of train.py on one thread, two at a time; its settings and its loss become a line of runs.jsonl beside this
 file. What stands there is not run again, so that the script, killed, goes on where it was. Losses do not depend on what
-else the machine does. Validation: the whole split, and a part of it where rates alone are compared.
+else the machine does. Validation: a fifth of the split, 64 pieces of 4,096 tokens.
 """
 
 import argparse
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from nanogpt import scaling  # noqa: E402
 
 T = 128  # tokens in a row
-FIXED = {"block_size": T, "eval_interval": 0, "eval_train": False, "sample_chars": 0}
+FIXED = {"block_size": T, "eval_interval": 0, "eval_iters": 0, "eval_train": False, "sample_chars": 0}
 FIXED |= {"device": "cpu", "dtype": "float32", "compile": False, "log_interval": 20, "resume": "auto"}
 POINT = ("stage", "n_embd", "tokens", "rate", "unique")
 M = 10**6
@@ -42,8 +42,8 @@ def rates() -> list[dict[str, Any]]:
 
 
 def ladder() -> list[dict[str, Any]]:
-    widths, tokens = (32, 48, 64, 96, 128), (M // 2, 1 * M, 2 * M, 4 * M)
-    longer = [(width, 8 * M) for width in widths] + [(width, 16 * M) for width in (32, 48, 64)]
+    widths, tokens = (32, 64, 96, 128, 192), (M // 4, M // 2, 1 * M, 2 * M)
+    longer = [(width, 4 * M) for width in (32, 64, 96, 128)] + [(width, 8 * M) for width in (32, 64)]
     pairs = sorted([*itertools.product(widths, tokens), *longer], key=lambda pair: work(*pair))
     return [point("ladder", *pair) for pair in pairs]
 
@@ -75,13 +75,12 @@ def settings(point: dict[str, Any]) -> dict[str, Any]:
     keys = scaling.recipe(point["n_embd"], point["tokens"], T)
     for name in ("learning_rate", "muon_lr"):
         keys[name] *= point["rate"]
-    return keys | FIXED | {"eval_iters": 32 if point["stage"] == "rates" else 0}
+    return keys | FIXED
 
 
 def run(point: dict[str, Any], data: Path, work: Path, lock: threading.Lock) -> None:
     keys = settings(point)
-    if point["unique"]:
-        data = first_tokens(data, point["unique"], work, lock)
+    data = part_of(data, point["unique"], work, lock)
     name = "-".join(str(value) for value in point.values())
     flags = [f"--{key}={value}" for key, value in keys.items()]
     command = [sys.executable, ROOT / "train.py", *flags, f"--dataset={data}", f"--out_dir={work / name}"]
@@ -100,17 +99,20 @@ def run(point: dict[str, Any], data: Path, work: Path, lock: threading.Lock) -> 
         print(json.dumps(found), flush=True)
 
 
-def first_tokens(data: Path, count: int, work: Path, lock: threading.Lock) -> Path:
-    """A dataset that is the first `count` tokens of another, with its validation split."""
-    folder = work / f"first-{count}"
+def part_of(data: Path, unique: int | None, work: Path, lock: threading.Lock) -> Path:
+    """A dataset with the first `unique` tokens of another (None: all), and 64 pieces of its validation split."""
+    folder = work / f"first-{unique}"
     with lock:
         if not folder.exists():
             from nanogpt.data import open_dataset
 
             whole, partial = open_dataset(data, block_size=T), folder.with_suffix(".part")
             partial.mkdir(exist_ok=True)
-            whole.train[0:count].tofile(partial / "train.bin")
-            whole.val[0 : len(whole.val)].tofile(partial / "val.bin")
+            whole.train[0 : unique or len(whole.train)].tofile(partial / "train.bin")
+            with (partial / "val.bin").open("wb") as file:
+                for k in range(64):
+                    first = k * (len(whole.val) // 64)
+                    whole.val[first : first + 4096].tofile(file)
             (partial / "tokenizer.json").write_bytes((data / "tokenizer.json").read_bytes())
             partial.rename(folder)
     return folder
