@@ -2,7 +2,8 @@
 
     python compare.py out-a out-b out-c --out=compare.png
 
-Runs that differ in their seed alone are repeats: they become one row and one curve, mean ± standard error.
+Runs that differ in their seed alone are repeats: they become one row and one curve, mean ± standard error. Below stand
+the norms of the layers' gradients and updates, of runs that have logged them (--log_layers=True).
 """
 
 import argparse
@@ -18,6 +19,7 @@ from nanogpt import InputError, run_script
 
 AXES = {"step": "steps", "tokens": "tokens", "time_s": "seconds"}
 MOST_SETTINGS = 5  # that a label names
+NORMS = {"layer_grad_norms": "norm of a layer's gradient", "layer_update_norms": "norm of a layer's update"}
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 # What a run is called, shows and keeps does not change what it learns.
 UNCOUNTED = {
@@ -32,6 +34,7 @@ class Run:
     path: Path
     settings: dict[str, Any] | None  # None where no checkpoint tells them
     evals: dict[str, np.ndarray]  # step tokens time_s train_loss val_loss val_bpb, one value an evaluation
+    layered: list[dict[str, Any]]  # its lines that tell the norms of layers
 
 
 @dataclass
@@ -47,10 +50,13 @@ def read_run(path: Path) -> Run:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{file}: {(error.strerror or 'unreadable').lower()}; give the out_dir of a run") from None
+    layered = []
     evals: dict[str, list[float]] = {name: [] for name in (*AXES, "train_loss", "val_loss", "val_bpb")}
     for number, line in enumerate(lines, 1):
         try:
             record = {"train_loss": None, "val_bpb": None} | json.loads(line)  # which not every run tells
+            if set(NORMS) <= record.keys():
+                layered.append(record)
             if "val_loss" in record:
                 values = [np.nan if record[name] is None else float(record[name]) for name in evals]
                 for column, value in zip(evals.values(), values, strict=True):
@@ -61,7 +67,7 @@ def read_run(path: Path) -> Run:
             raise InputError(f"{file}:{number}: damaged line; remove it or restore the file") from None
     if not evals["step"]:
         raise InputError(f"{file}: no evaluation yet; wait for the run's first one")
-    return Run(path, _settings(path), {name: np.array(column) for name, column in evals.items()})
+    return Run(path, _settings(path), {name: np.array(column) for name, column in evals.items()}, layered)
 
 
 def _settings(path: Path) -> dict[str, Any] | None:
@@ -164,14 +170,19 @@ def _amount(x: float, axis: str) -> str:
 
 
 def draw(groups: Sequence[Group], out: Path) -> None:
-    """Three panels, one an axis: validation loss (bold) and training loss (thin) of every group."""
+    """Three panels, one an axis: validation loss (bold) and training loss (thin) of every group. Below them a row for
+    each run that has logged its layers."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter
     except ImportError:
         raise InputError("no picture without matplotlib; install it with: pip install -e .[plots]") from None
-    legend_rows = -(-len(groups) // 3)
-    figure = Figure(figsize=(13, 4.4 + 0.25 * legend_rows), layout="constrained")
+    legend_rows, layered = -(-len(groups) // 3), [run for group in groups for run in group.runs if run.layered]
+    heights = [4.4 + 0.25 * legend_rows, *[3.6] * len(layered)]
+    whole = Figure(figsize=(13, sum(heights)), layout="constrained")
+    figure, *rows = whole.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for run, row in zip(layered, rows, strict=True):
+        draw_layers(run, row)
     panels = figure.subplots(1, 3, sharey=True)
     seen = []
     for panel, (axis, unit) in zip(panels, AXES.items(), strict=True):
@@ -196,9 +207,34 @@ def draw(groups: Sequence[Group], out: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(groups)), frameon=False)
     try:
-        figure.savefig(out, dpi=120)
+        whole.savefig(out, dpi=120)
     except (OSError, ValueError) as error:
         raise InputError(f"--out={out}: {error}; give a writable path that ends in .png, .svg or .pdf") from None
+
+
+def draw_layers(run: Run, figure: Any) -> None:
+    """Two panels, of gradients and of updates: a line a layer, from the first (dark) to the last (light), and marks on
+    the axis at the steps since which updates were clipped."""
+    from matplotlib import colormaps
+
+    panels, steps = figure.subplots(1, 2), [line["step"] for line in run.layered]
+    clipped = [line["step"] for line in run.layered if line.get("clipped")]
+    for panel, (what, label) in zip(panels, NORMS.items(), strict=True):
+        layers = list(run.layered[-1][what])
+        for number, layer in enumerate(layers):
+            norms = [np.nan if (x := line[what].get(layer)) is None else x for line in run.layered]
+            color = colormaps["viridis"](0.9 * number / max(len(layers) - 1, 1))
+            panel.plot(steps, norms, color=color, linewidth=1, label=layer)
+        panel.plot(
+            clipped, [0.02] * len(clipped), "|", color="C3", transform=panel.get_xaxis_transform(), label="clipped"
+        )
+        panel.set(xlabel="steps", ylabel=label, yscale="log")
+        panel.grid(color="0.9")
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(run.path.resolve().name, fontsize="medium")
+    panels[1].legend(
+        loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small", ncols=-(-len(layers) // 14)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from compare import common_grid, curve, group_repeats, interpolate, main, read_run, table
+from compare import NORMS, common_grid, curve, draw_layers, group_repeats, interpolate, main, read_run, table
 from nanogpt import InputError
 
 
@@ -150,6 +150,25 @@ def test_a_picture_is_drawn_even_of_one_evaluation_and_of_nan(make_run, tmp_path
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match=r"--out=.*\.png, \.svg or \.pdf"):
         main([*runs, f"--out={tmp_path / 'x.docx'}"])
+
+
+def test_layers_are_read_and_drawn(make_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    norms = {"clipped": 2} | {what: {"tokens": 0.5, "norm": None} for what in NORMS}
+    tail = "".join(json.dumps({"step": step} | norms) + "\n" for step in (3, 6))
+    path = make_run("a", [4.0, 3.0], tail=tail)
+    run = read_run(path)
+    assert [line["step"] for line in run.layered] == [3, 6]
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    draw_layers(run, figure)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert lines["tokens"] == [[3, 0.5], [6, 0.5]]
+    assert [x for x, _ in lines["clipped"]] == [3, 6]
+    plain = str(make_run("b", [4.0]))
+    main([str(path), plain, f"--out={tmp_path / 'x.png'}"])
+    main([plain, f"--out={tmp_path / 'y.png'}"])
+    taller, lower = (int.from_bytes((tmp_path / name).read_bytes()[20:24], "big") for name in ("x.png", "y.png"))
+    assert taller > 1.5 * lower
 
 
 def test_without_matplotlib_the_table_still_prints(make_run, monkeypatch, capsys):

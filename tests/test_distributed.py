@@ -23,7 +23,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulated": BASE | {"batch_size": 4, "gradient_accumulation_steps": 4},
     "cut": BASE | {"batch_size": 12, "gradient_accumulation_steps": 1, "row_order": "epoch"},
     "muon": BASE
-    | {"optimizer": "muon", "arch": "modern", "bias": False, "n_layer": 3, "n_kv_head": 1, "batch_size": 4},
+    | {"optimizer": "muon", "arch": "modern", "bias": False, "n_layer": 3, "n_kv_head": 1, "batch_size": 4}
+    | {"gradient_accumulation_steps": 3, "batch_growth_tokens": 3000},
     "masked": BASE | ALL_OF_IT | {"batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 3e-3},
     "stopped": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1},
 }

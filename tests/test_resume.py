@@ -15,7 +15,7 @@ from nanogpt import checkpoint
 from nanogpt.data import Rows
 
 SignalAt = Callable[[int, int], None]
-ALL_OF_IT = {"dropout": 0.2, "gradient_accumulation_steps": 2, "n_layer": 2}
+ALL_OF_IT = {"dropout": 0.2, "gradient_accumulation_steps": 2, "n_layer": 2, "batch_growth_tokens": 800}
 GPT2: dict[str, Any] = {}
 MODERN = {"arch": "modern", "bias": False, "n_kv_head": 1, "tied": False, "optimizer": "muon", "schedule": "trapezoid"}
 

@@ -72,6 +72,71 @@ def test_the_first_update_is_torch_s_own(run: Run, letters: Path):
         torch.testing.assert_close(saved[name], p.detach(), rtol=0, atol=2e-5)
 
 
+def test_rows_per_step_grow_in_a_line(run: Run, monkeypatch: pytest.MonkeyPatch):
+    """By hand: 12 rows of 16 tokens over the first 640 tokens, which are 40 rows, by multiples of 2."""
+    read, original = [], Rows.__getitem__
+
+    def spy(self: Rows, rows: slice) -> Any:
+        read.append((rows.start, rows.stop))
+        return original(self, rows)
+
+    monkeypatch.setattr(Rows, "__getitem__", spy)
+    keys = {"batch_size": 2, "gradient_accumulation_steps": 6, "batch_growth_tokens": 640, "eval_iters": 6}
+    run(out_dir="out", max_iters=20, **keys)
+    ends, samples = [], 0
+    for _ in range(20):
+        samples += 12 if samples >= 40 else max(12 * samples // 40 // 2, 1) * 2
+        ends.append(samples)
+    assert ends[:12] == [2, 4, 6, 8, 10, 12, 14, 18, 22, 28, 36, 46]
+    assert metrics("out", "step", "tokens", "loss")[-1][:2] == (20, 16 * ends[-1])
+    assert [tokens for (tokens, _) in metrics("out", "tokens", "lr")] == [16 * end for end in ends]
+    assert [last for _, last in read if last in ends] == ends  # the rows follow one another, none left out
+    assert [first for first, _ in read] == [0, *(last for _, last in read[:-1])]
+    config = TrainConfig(block_size=16, **keys)
+    assert [config.rows_in(steps) for steps in (0, 1, 12, 20)] == [0, 2, 46, ends[-1]]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="batch_size=2 rows, which do not divide by 3 processes"):
+        config.check()
+
+
+def test_patience(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """The run ends at the second evaluation in a row that is not better, the best is kept, a resume counts on."""
+    told = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.25, 1.1, 0.5, 0.6, 0.7, 0.8])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(told))
+    keys = {"eval_interval": 2, "eval_train": False}
+    assert run(out_dir="out", patience=2, **keys) == 0
+    assert "step 10: no better for 2 evaluations (patience=2); the best is kept" in capsys.readouterr().out
+    assert [loss for (loss,) in metrics("out", "val_loss")] == [3.0, 2.0, 2.5, 1.0, 1.5, 1.25]
+    assert checkpoint.find("out").name == "step-000006"
+    assert run(out_dir="out", resume=True, **keys) == 0
+    assert "step 10: no better for 2 evaluations (patience=2)" in capsys.readouterr().out
+    assert run(out_dir="out", resume=True, patience=3, **keys) == 0  # one more in vain
+    assert "step 12: no better for 3 evaluations" in capsys.readouterr().out
+    run(out_dir="out", resume=True, patience=4, **keys)
+    assert "no better" not in capsys.readouterr().out
+    assert steps("out")[-1] == 20
+
+
+def test_norms_of_layers(run: Run):
+    """Against the whole norm, and the weights before and after the update."""
+    run(out_dir="out", max_iters=4, log_interval=2, eval_interval=1, n_layer=2, log_layers=True, grad_clip=0.5)
+    last = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-2])
+    layers = ["tokens", "positions", "blocks.0", "blocks.1", "norm"]
+    assert list(last["layer_grad_norms"]) == list(last["layer_update_norms"]) == layers
+    assert math.hypot(*last["layer_grad_norms"].values()) == pytest.approx(last["grad_norm"], rel=1e-5)
+    before, after = (checkpoint.load(Path(f"out/ckpt/step-00000{k}")).model for k in (3, 4))
+    for layer in layers:
+        moved = [(after[name] - before[name]).norm() for name in after if name.startswith(layer + ".")]
+        assert last["layer_update_norms"][layer] == pytest.approx(math.hypot(*moved), rel=1e-4)
+    run(out_dir="each", max_iters=4, n_layer=2, log_layers=True, grad_clip=0.5)
+    clipped = [norm > 0.5 for (norm,) in metrics("each", "grad_norm")]
+    assert [bool(count) for (count,) in metrics("each", "clipped")] == clipped
+    assert [count for (count,) in metrics("out", "clipped")] == [sum(clipped[:2]), sum(clipped[2:])]
+    assert metrics("each", "loss")[1::2] == metrics("out", "loss")  # looking changes nothing
+    run(out_dir="plain", max_iters=4, n_layer=2, grad_clip=0.5)
+    assert metrics("plain", "loss") == metrics("each", "loss")
+
+
 def test_each_target_that_counts_weighs_the_same(run: Run, one_and_two: Path):
     """Loss masks: the first step's loss and gradient, and the evaluations, written out; in two splits of the rows."""
     path, keys = one_and_two / "one", {"max_iters": 1, "grad_clip": 0.0, "seed": 7, "eval_iters": 0}

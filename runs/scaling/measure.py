@@ -36,13 +36,13 @@ M = 10**6
 
 
 def rates() -> list[dict[str, Any]]:
-    """Multiples of the rule's rate at several widths and lengths."""
-    points = [(64, 1 * M), (32, 1 * M), (128, M // 2), (32, 4 * M)]
-    return [point("rates", width, tokens, rate=rate) for rate in (1.0, 0.5, 2.0) for width, tokens in points]
+    """Muon's rate, by octaves, at several widths and lengths."""
+    points = {(64, 1 * M): 0.011, (32, 1 * M): 0.0156, (128, M // 2): 0.009, (32, 4 * M): 0.0118}
+    return [point("rates", *pair, rate=octave * rate) for octave in (1, 0.5, 2) for pair, rate in points.items()]
 
 
 def ladder() -> list[dict[str, Any]]:
-    widths, tokens = (32, 64, 96, 128, 192), (M // 4, M // 2, 1 * M, 2 * M)
+    widths, tokens = (32, 64, 96, 128, 160), (M // 4, M // 2, 1 * M, 2 * M)
     longer = [(width, 4 * M) for width in (32, 64, 96, 128)] + [(width, 8 * M) for width in (32, 64)]
     pairs = sorted([*itertools.product(widths, tokens), *longer], key=lambda pair: work(*pair))
     return [point("ladder", *pair) for pair in pairs]
@@ -50,19 +50,20 @@ def ladder() -> list[dict[str, Any]]:
 
 def repeats() -> list[dict[str, Any]]:
     """The text's first so many characters again and again."""
-    few = [(64, M // 4), (128, M // 4), (64, M), (128, M)]
+    often = [(width, tokens, M // 4) for width, tokens in ((64, M), (64, 2 * M), (64, 4 * M), (128, M), (128, 2 * M))]
     points = [
-        point("repeats", width, tokens, unique=unique) for width, unique in few for tokens in (2 * M, 4 * M, 8 * M)
+        point("repeats", width, tokens, unique=unique)
+        for width, tokens, unique in [*often, (64, 4 * M, M), (128, 2 * M, M)]
     ]
     return sorted(points, key=lambda found: work(found["n_embd"], found["tokens"]))
 
 
 def heldout() -> list[dict[str, Any]]:
-    return [point("heldout", 192, 6 * M)]
+    return [point("heldout", 192, 2 * M)]
 
 
-def point(stage: str, width: int, tokens: int, rate: float = 1.0, unique: int | None = None) -> dict[str, Any]:
-    """A run's place in the ladder; rate: of the rule's. unique: tokens of the text that it knows (None: all)."""
+def point(stage: str, width: int, tokens: int, rate: float | None = None, unique: int | None = None) -> dict[str, Any]:
+    """A run's place in the ladder; rate: None: the rule's. unique: tokens of the text that it knows (None: all)."""
     return {"stage": stage, "n_embd": width, "tokens": tokens, "rate": rate, "unique": unique}
 
 
@@ -73,8 +74,8 @@ def work(width: int, tokens: int) -> float:
 def settings(point: dict[str, Any]) -> dict[str, Any]:
     """train.py's keys for a point of the ladder."""
     keys = scaling.recipe(point["n_embd"], point["tokens"], T)
-    for name in ("learning_rate", "muon_lr"):
-        keys[name] *= point["rate"]
+    if point["rate"]:
+        keys |= {"muon_lr": point["rate"], "learning_rate": scaling.OTHERS * point["rate"]}
     return keys | FIXED
 
 
