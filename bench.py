@@ -19,7 +19,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,16 +31,14 @@ from torch import Tensor, nn
 
 from configurator import key, parse
 from model import GPT, GPTConfig
-from nanogpt import InputError, data, distributed, optim, run_script
+from nanogpt import InputError, data, distributed, run_script
 from nanogpt.distributed import World, explained_faults, free_memory, memory_remedy, say, size
 from nanogpt.pretrained import GPT2_VOCAB
-from nanogpt.tracking import Late, Stopwatch
-from start import SHAPE_KEYS, compile_model, compiles, load_weights, open_data_and_model, pick_micro_batch
+from start import SHAPE_KEYS, Steps, compiles, load_weights, open_data_and_model, our_steps
 from train import TrainConfig
 
 TURN = 5  # steps of one side, beside a reference, before it is the other's turn
 TRACED = 3  # steps in a trace
-Steps = Iterator[list[float]]  # next() makes one training step, and gives the losses that were read during it
 Line = dict[str, Any]  # of the table: what was measured of a side
 COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {  # of the table: head, width, how a line's value is told
     "parameters": ("parameters", 12, "{:,}".format),
@@ -390,42 +388,6 @@ def open_tokens(config: BenchConfig, shape: GPTConfig) -> data.Tokens:
         return data.open_dataset(config.dataset, block_size=shape.block_size, vocab_size=shape.vocab_size).train
     ids = np.random.default_rng(config.seed).integers(shape.vocab_size, size=1_000_000 + shape.block_size)
     return data.Tokens.of(ids.astype(data.token_dtype(shape.vocab_size)))
-
-
-def our_steps(config: TrainConfig, raw_model: GPT, tokens: data.Tokens, world: World) -> Steps:
-    """train.py's steps in one process, without its log; tests/test_bench.py holds the two together."""
-    rows = data.Rows(tokens, config.block_size, raw_model.config.vocab_size, config.seed, config.row_order)
-    raw_model.to(world.device)
-    raw_model.activation_checkpointing, raw_model.loss_chunk = config.activation_checkpointing, config.loss_chunk
-    micro_batch = pick_micro_batch(config, raw_model, world)
-    micro_steps = config.rows_per_step // micro_batch
-    model = compile_model(config, raw_model, world, rows, micro_batch)
-    optimizer = optim.Optimizer(raw_model, config, world)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    guard, late = optim.Guard(world.device, patience=1 << 30), Late(Stopwatch())
-    for step in itertools.count():
-        loss_sum = torch.zeros((), device=world.device)
-        if rows.masked:
-            counted = max(rows.counted(slice(step * config.rows_per_step, (step + 1) * config.rows_per_step)), 1)
-        for micro_step in range(micro_steps):
-            first_row = step * config.rows_per_step + micro_step * micro_batch
-            x, y = world.put(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
-            if config.dropout:
-                torch.manual_seed(data.mix(config.seed, step, micro_step, world.rank))
-            with world.autocast():
-                loss = model(x, y)[1]
-            share = (y >= 0).sum() / counted if rows.masked else 1 / micro_steps
-            scaler.scale(loss * share).backward()
-            loss_sum += loss.detach() * share
-        scaler.unscale_(optimizer)  # type: ignore[arg-type]
-        grad_norm = optim.gradient_norm(raw_model.parameters())
-        skip = guard.check(loss_sum, grad_norm)
-        factor = config.learning_rate_at(step) / config.learning_rate
-        optimizer.step(factor, optim.shrink_to(config.grad_clip, grad_norm), skip)
-        scaler.update()
-        raw_model.zero_grad(set_to_none=True)
-        late.put(step, torch.stack([loss_sum, grad_norm, guard.bad_in_a_row]))
-        yield [values[0] for _, values, _ in late.take()]
 
 
 def load_reference(checkout: Path) -> Any:

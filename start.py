@@ -1,6 +1,8 @@
 """What a run starts from: a dataset, a model that fits it, and how much of a step fits into memory at a time."""
 
+import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ from nanogpt.checkpoint import Checkpoint
 from nanogpt.distributed import World, say
 from nanogpt.pretrained import GPT2_VOCAB, read_weights
 from nanogpt.tokenizer import Tokenizer
+from nanogpt.tracking import Late, Stopwatch
 
 SHAPE_KEYS = (
     *("arch", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner"),
     *("rope_theta", "norm_eps", "tied", "bias", "block_size"),
 )
+
+Steps = Iterator[list[float]]  # next() makes one training step, and gives the losses that were read during it
 
 # FLOPs of a micro-batch below which a GPU's step is replayed as a CUDA graph: 10 ms at half of an H100's speed, about
 # what the host needs to hand over the kernels one by one. A guess: not measured yet.
@@ -180,3 +185,40 @@ def _trial(model: GPT, world: World, x: torch.Tensor) -> bool:
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return works
+
+
+def our_steps(config: Any, raw_model: GPT, tokens: data.Tokens, world: World) -> Steps:
+    """train.py's steps in one process, without its log; bench.py times them, the dial tries sizes by them;
+    tests/test_bench.py holds the two together."""
+    rows = data.Rows(tokens, config.block_size, raw_model.config.vocab_size, config.seed, config.row_order)
+    raw_model.to(world.device)
+    raw_model.activation_checkpointing, raw_model.loss_chunk = config.activation_checkpointing, config.loss_chunk
+    micro_batch = pick_micro_batch(config, raw_model, world)
+    micro_steps = config.rows_per_step // micro_batch
+    model = compile_model(config, raw_model, world, rows, micro_batch)
+    optimizer = optim.Optimizer(raw_model, config, world)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+    guard, late = optim.Guard(world.device, patience=1 << 30), Late(Stopwatch())
+    for step in itertools.count():
+        loss_sum = torch.zeros((), device=world.device)
+        if rows.masked:
+            counted = max(rows.counted(slice(step * config.rows_per_step, (step + 1) * config.rows_per_step)), 1)
+        for micro_step in range(micro_steps):
+            first_row = step * config.rows_per_step + micro_step * micro_batch
+            x, y = world.put(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
+            if config.dropout:
+                torch.manual_seed(data.mix(config.seed, step, micro_step, world.rank))
+            with world.autocast():
+                loss = model(x, y)[1]
+            share = (y >= 0).sum() / counted if rows.masked else 1 / micro_steps
+            scaler.scale(loss * share).backward()
+            loss_sum += loss.detach() * share
+        scaler.unscale_(optimizer)  # type: ignore[arg-type]
+        grad_norm = optim.gradient_norm(raw_model.parameters())
+        skip = guard.check(loss_sum, grad_norm)
+        factor = config.learning_rate_at(step) / config.learning_rate
+        optimizer.step(factor, optim.shrink_to(config.grad_clip, grad_norm), skip)
+        scaler.update()
+        raw_model.zero_grad(set_to_none=True)
+        late.put(step, torch.stack([loss_sum, grad_norm, guard.bad_in_a_row]))
+        yield [values[0] for _, values, _ in late.take()]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+import dial
 from configurator import key, parse
 from model import GPTConfig
 from nanogpt import InputError, RunStopped, checkpoint, data, distributed, optim, run_script
@@ -64,6 +65,7 @@ class TrainConfig:
     muon_lr: float | None = key(None, "Muon's highest learning rate; None: learning_rate", above=0)
     muon_momentum: float = key(0.95, "Muon's memory of gradients", least=0, below=1)
     max_iters: int = key(600_000, "updates in all", least=0)
+    minutes: float | None = key(None, "the best model in so many minutes: sizes, rates and max_iters by law", above=0)
     weight_decay: float = key(0.1, "of matrices and embeddings", least=0)
     beta1: float = key(0.9, "AdamW's memory of gradients", least=0, below=1)
     beta2: float = key(0.95, "AdamW's memory of squared gradients", least=0, below=1)
@@ -125,6 +127,11 @@ class TrainConfig:
             raise InputError("\n".join(found))
 
     @property
+    def last_step(self) -> float:
+        """The step at which the run ends: open until the fall of the learning rate begins, if minutes are given."""
+        return math.inf if self.minutes and self.schedule == "constant" else self.max_iters
+
+    @property
     def rows_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 
@@ -181,7 +188,13 @@ def run(config: TrainConfig, given: dict[str, Any], held: contextlib.ExitStack) 
         raise InputError("\n".join(missing))
     with explained_faults("too little memory for this model: use a smaller one"):
         world = distributed.start(config.device, config.dtype, config.backend)
-        status = train(config, given, resumed, world, lock, held)
+        timer = None
+        if config.minutes:
+            if not resumed:
+                config, told = dial.choose(config, given, world)
+                given = {name: value for name, value in given.items() if name not in dial.CHOSEN}
+            timer = dial.Timer(config, resumed.state["dial"] if resumed else told)
+        status = train(config, given, resumed, world, timer, lock, held)
     world.close()
     return status
 
@@ -191,6 +204,7 @@ def train(
     given: dict[str, Any],
     resumed: Checkpoint | None,
     world: World,
+    timer: dial.Timer | None,  # of a run that was given minutes
     lock: checkpoint.Lock,  # of out_dir
     held: contextlib.ExitStack,  # what is to be closed at the end, whatever comes
 ) -> int:
@@ -272,14 +286,14 @@ def train(
     held.callback(gc.unfreeze)
     signals = catch_signals()
     log = Log(config, raw_model, world, tracker, clock, guard, step, samples, list(layers.parts) if layers else [])
-    first_step, last_step = step, step + 10 if config.dry_run else config.max_iters
+    first_step = step
     val_loss = None
-    if resumed and step >= last_step:
+    if resumed and step >= config.last_step:
         say(f"step {step} of max_iters={config.max_iters}: nothing is left to do; to go on, give a larger --max_iters")
 
     while True:
         # --- Evaluate at step 0, at each eval_interval and at the end
-        due = step == config.max_iters or (config.eval_interval > 0 and step % config.eval_interval == 0)
+        due = step == config.last_step or (config.eval_interval > 0 and step % config.eval_interval == 0)
         if due and writes and not evaluated and not log.stop:
             log.read(everything=True)  # which waits for the device, so the clock stops when training does
             clock.stop()
@@ -294,7 +308,7 @@ def train(
             since_best = 0 if val_loss < best_val_loss else since_best + 1
             best_val_loss = min(best_val_loss, val_loss)
         in_vain = 0 < config.patience <= since_best
-        at_end = step >= last_step or log.stop != 0 or in_vain
+        at_end = step >= (first_step + 10 if config.dry_run else config.last_step) or log.stop != 0 or in_vain
 
         # --- Save what is worth keeping
         if writes and (log.save_due or at_end) and (step > first_step or not resumed or val_loss is not None):
@@ -313,6 +327,7 @@ def train(
                     "guard": guard.state(),
                     "processes": world.size,
                     "wandb_id": tracker.wandb_id,
+                    "dial": timer.state() if timer else None,
                     "model": asdict(shape),
                     "config": asdict(config),
                 }
@@ -350,7 +365,8 @@ def train(
             # What the ranks must agree on: the loss, signals seen, time to save. All act on the sum, a step late.
             asked, signals["SIGUSR1"] = signals["SIGUSR1"], False
             save = asked or (writer is not None and writer.overdue())
-            flags = torch.tensor([signals["SIGINT"], signals["SIGTERM"], save], dtype=torch.float32)
+            fall = timer.fall(config.eval_interval) if timer and config.last_step == math.inf and world.is_main else 0
+            flags = torch.tensor([signals["SIGINT"], signals["SIGTERM"], save, fall], dtype=torch.float32)
             status = world.sum(torch.cat([loss_sum[None] / world.size, *world.put(flags)]))
             scaler.unscale_(optimizer)  # type: ignore[arg-type]
             grad_norm = optim.gradient_norm(raw_model.parameters())
@@ -364,12 +380,17 @@ def train(
         told = [status[0], grad_norm, guard.bad_in_a_row, guard.skipped, *status[1:]]
         log.put(step, samples, torch.stack(told + (layers.after_update() if layers else [])))
         log.read()
+        if log.fall and config.last_step == math.inf:  # from here on the schedule is one of steps, exact on resume
+            config = replace(config, schedule="trapezoid", max_iters=step + log.fall, decay_iters=log.fall)
+            log.config = config
 
     log.read(everything=True)
     if writer:
         writer.finish()
     if in_vain and not log.stop:
         say(f"step {step}: no better for {since_best} evaluations (patience={config.patience}); the best is kept")
+    if timer and val_loss is not None and not log.stop:
+        say(timer.report(val_loss))
     if log.stop and writes:
         say(f"stopped at step {step} by a signal; saved: go on with --resume=True")
     return log.stop

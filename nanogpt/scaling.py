@@ -3,7 +3,12 @@
 The constants come from the runs in runs/scaling; scaling_laws.ipynb shows the fit.
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 OTHERS = 3.3  # times Muon's rate: that of embeddings and gains
 RECIPE = {"arch": "modern", "optimizer": "muon", "muon_momentum": 0.9, "beta2": 0.98, "grad_clip": 1.0}
@@ -27,14 +32,59 @@ def recipe(n_embd: int, tokens: float, block_size: int) -> dict[str, Any]:
     """train.py's keys for a run of a given width and length: sizes, rows per step, steps, rates."""
     rows = max(4, round(2048 * (tokens / 1e6) ** 0.5 / block_size / 4) * 4)
     muon_lr = 0.0103 * (64 / n_embd) ** 0.8
-    return (
-        shape(n_embd)
-        | {
-            "batch_size": rows,
-            "gradient_accumulation_steps": 1,
-            "max_iters": round(tokens / rows / block_size),
-            "learning_rate": OTHERS * muon_lr,
-            "muon_lr": muon_lr,
-        }
-        | RECIPE
-    )
+    sizes = shape(n_embd) | {"batch_size": rows, "gradient_accumulation_steps": 1}
+    rates = {"learning_rate": OTHERS * muon_lr, "muon_lr": muon_lr}
+    return RECIPE | sizes | rates | {"max_iters": max(round(tokens / rows / block_size), 1)}
+
+
+@dataclass(frozen=True)
+class Law:
+    """loss(N, D) = E + A / N^alpha + B / D^beta in nats per token (Hoffmann et al. 2022, arXiv:2203.15556): N weights
+    in the blocks, D tokens. A text of U tokens, read again, counts as fewer: U + U R (1 - exp(-(D/U - 1) / R)) tokens
+    (Muennighoff et al. 2023, arXiv:2305.16264)."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+    R: float = 15.0
+
+    def loss(self, N: float, D: float, unique: float | None = None) -> float:
+        """unique: U, the text's own tokens; None: D never exceeds them."""
+        D = D if unique is None else effective(D, unique, self.R)
+        return self.E + self.A / N**self.alpha + self.B / D**self.beta
+
+    def best(self, flops: float) -> tuple[float, float]:
+        """N and D of the lowest loss that 6 N D = `flops` can buy."""
+        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        N = G * (flops / 6) ** (self.beta / (self.alpha + self.beta))
+        return N, flops / 6 / N
+
+
+def effective(D: float, unique: float, R: float) -> float:
+    """Tokens seen once that are worth as much as D of a text of `unique`."""
+    return D if unique >= D else unique * (1 + R * (1 - math.exp(-(D / unique - 1) / R)))
+
+
+def fit(points: Sequence[tuple[float, float, float]], R: float = Law.R) -> Law:
+    """The law nearest to points (N, D, loss), by the least squares of its relative errors. With the exponents given,
+    the rest is linear; so a grid of exponents is searched, ever more finely."""
+    N, D, loss = np.array(points, float).T
+    middle, width = np.array([0.5, 0.5]), 0.45
+    while width > 1e-4:
+        alpha, beta = (
+            grid.ravel() for grid in np.meshgrid(*(np.linspace(x - width, x + width, 11).clip(0.02) for x in middle))
+        )
+        terms = [np.ones((len(alpha), len(N))), (N / N[0]) ** -alpha[:, None], (D / D[0]) ** -beta[:, None]]
+        columns = np.stack(terms, -1) / loss[:, None]  # (exponents, points, 3)
+        gram = columns.mT @ columns + 1e-12 * np.eye(3)
+        found = np.linalg.solve(gram, columns.sum(1)[..., None])  # (exponents, 3, 1)
+        best = ((columns @ found - 1) ** 2).sum((1, 2)).argmin()
+        middle, width = np.array([alpha[best], beta[best]]), width / 2
+    E, A, B = found[best, :, 0].tolist()
+    alpha, beta = middle.tolist()
+    return Law(E, A * N[0].item() ** alpha, B * D[0].item() ** beta, alpha, beta, R)
+
+
+LAW = Law(E=1.0116, A=20.588, B=24.396, alpha=0.3946, beta=0.2975)

@@ -178,7 +178,8 @@ def missing_extras(config: Any) -> list[str]:
 class Log:
     """Prints and records the steps, each read from the device one step late, and knows what the ranks agreed on.
 
-    `stop`: the exit status that a signal asked for, else 0. `save_due`: a checkpoint is wanted.
+    `stop`: the exit status that a signal asked for, else 0. `save_due`: a checkpoint is wanted. `fall`: updates that
+    the learning rate shall take to fall from now on (0: not yet).
     """
 
     def __init__(
@@ -199,18 +200,19 @@ class Log:
         self.samples = {step: samples}  # rows read by each step that is still of use
         self.last_line = (step, clock.seconds)
         self.warm_s = clock.seconds  # when the first step, which warms up, was done
-        self.stop, self.save_due, self.skipped = 0, False, guard.skipped.item()
+        self.stop, self.save_due, self.fall, self.skipped = 0, False, 0, guard.skipped.item()
 
     def put(self, step: int, samples: int, values: Tensor) -> None:
         """values: loss, gradient norm, broken steps in a row, spikes skipped so far, SIGINT seen, SIGTERM seen, a save
-        is due; then what LayerNorms tells, if anything. samples: rows read by now."""
+        is due, updates of the fall that is to begin (0: none); then what LayerNorms tells, if anything. samples: rows
+        read by now."""
         self.samples[step] = samples
         self.late.put(step, values)
 
     def read(self, everything: bool = False) -> None:
         """Deal with the steps that are due. Raises RunStopped for one that broke the run."""
         for step, values, seconds in self.late.take(everything):
-            loss, grad_norm, broken, skipped, sigint, sigterm, due, *layers = values
+            loss, grad_norm, broken, skipped, sigint, sigterm, due, fall, *layers = values
             if broken >= self.patience:
                 self._protect(
                     step,
@@ -223,6 +225,7 @@ class Log:
                 self.skipped = skipped
             self.stop = 143 if sigterm else 130 if sigint else self.stop
             self.save_due |= bool(due)
+            self.fall = int(fall)
             if step == self.first_step + 1:
                 self.warm_s = seconds
                 say(f"first step done {time.perf_counter() - BEGUN:.1f} s after the start")

@@ -1,0 +1,239 @@
+"""The dial: `train.py --minutes=M` makes the best model that this machine can make of this data in M minutes.
+
+It tries the machine and the text for a few seconds, asks the law of nanogpt/scaling.py for the width and the length of
+the run, and sees to it that the learning rate has fallen to its end when the time is up.
+"""
+
+import math
+import os
+import statistics
+import time
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import GPT, GPTConfig
+from nanogpt import InputError, data, scaling
+from nanogpt.distributed import World, free_memory, say
+from nanogpt.inference import evaluate
+from nanogpt.pretrained import GPT2_VOCAB
+from nanogpt.tracking import BEGUN, duration
+from start import SHAPE_KEYS, Steps, our_steps, training_bytes
+
+PILOT = 64  # width of the model that is trained to see how hard the text is
+PILOT_SHARE, PILOT_S = 0.04, (1.5, 20.0)  # of the time, and the least and the most of it in seconds
+TRY_S = 0.6  # how long a width's speed is measured
+TRIES = 5  # widths at most
+FALL = 0.4  # share of the time in which the learning rate falls
+EVALUATION_SHARE = 0.015  # of the time: what an evaluation may take
+LONG_MIN = 5.0  # minutes from which a run is evaluated on its way, and shorter at a time
+END_S = 0.5  # for the last save and Python's end
+IMPORT_S = 2.0  # what passes before the program's first line, where the system does not tell
+BEYOND = 0.85  # exponent by which a token's seconds grow with its FLOPs beyond the widths that were tried
+PILOT_WINDOWS = 512
+# Keys that the dial sets.
+CHOSEN: tuple[str, ...] = (
+    "arch",
+    "n_layer",
+    "n_head",
+    "n_kv_head",
+    "head_dim",
+    "n_embd",
+    "n_inner",
+    "tied",
+    "bias",
+    "dropout",
+)
+CHOSEN += ("batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "muon_lr", "muon_momentum")
+CHOSEN += ("beta2", "grad_clip", "schedule", "warmup_iters", "max_iters", "lr_decay_iters", "min_lr", "decay_iters")
+CHOSEN += ("eval_interval", "eval_iters", "eval_train", "sample_chars")
+WIDTHS = [*range(32, 256, 16), *range(256, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
+
+
+class Timer:
+    """Keeps a run to its minutes, over resumes too.
+
+    told: "expected_loss"; "evaluation_s", what an evaluation takes; "spent_s", the time spent by earlier processes.
+    """
+
+    def __init__(self, config: Any, told: dict[str, float]):
+        self.minutes, self.told = config.minutes, told
+        self.end = time.perf_counter() + 60 * self.minutes - told["spent_s"] - process_age()
+        self.last: float | None = None  # when the last update began
+        self.steps_s: deque[float] = deque(maxlen=100)
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps; `told` of the process that goes on."""
+        return self.told | {"spent_s": 60 * self.minutes - (self.end - time.perf_counter())}
+
+    def fall(self, eval_interval: int) -> int:
+        """How many updates the fall of the learning rate is to have if it is time to begin it, else 0. To be asked
+        before each update."""
+        now = time.perf_counter()
+        if self.last is not None:
+            self.steps_s.append(now - self.last)
+        self.last = now
+        left = self.end - now - self.told["evaluation_s"] - END_S
+        if left > FALL * 60 * self.minutes or len(self.steps_s) < 5:
+            return 0
+        usual = 3 * statistics.median(self.steps_s)  # longer are those with an evaluation or a save between
+        step_s = statistics.mean(s for s in self.steps_s if s <= usual)
+        if eval_interval:
+            step_s += self.told["evaluation_s"] / eval_interval
+        return max(round(left / step_s), 1)
+
+    def report(self, val_loss: float) -> str:
+        """What became of the expectation."""
+        expected, took = self.told["expected_loss"], self.state()["spent_s"]
+        return (
+            f"minutes={self.minutes:g}: took {duration(took)}; expected a validation loss of {expected:.4f}, reached "
+            f"{val_loss:.4f} ({val_loss / expected - 1:+.1%})"
+        )
+
+
+class Trial:
+    """A run of any width on this text and this machine, tried for a few steps. config: train.py's."""
+
+    def __init__(self, config: Any, world: World):
+        self.config, self.world, self.alone = config, world, World(0, 1, world.device, world.dtype)
+        self.dataset = data.open_dataset(config.dataset, block_size=config.block_size)
+        self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
+        self.unique = len(self.dataset.train)
+
+    def settings(self, width: int, tokens: float) -> Any:
+        """Of a run of this width and length, its rows shared by the processes."""
+        keys = scaling.recipe(width, tokens, self.config.block_size)
+        share = -(-keys["batch_size"] // self.world.size)
+        keys |= {"batch_size": share, "gradient_accumulation_steps": self.world.size}
+        return replace(self.config, **keys, n_kv_head=0, head_dim=0, tied=True, bias=False, dropout=0.0)
+
+    def model(self, config: Any) -> GPT:
+        return GPT(GPTConfig(vocab_size=self.vocab_size, **{name: getattr(config, name) for name in SHAPE_KEYS}))
+
+    def steps(self, config: Any, model: GPT) -> Steps:
+        """One process's steps of a run."""
+        torch.manual_seed(config.seed)
+        model.end_of_text = self.dataset.end_of_text if config.mask_documents else None
+        return our_steps(replace(config, gradient_accumulation_steps=1), model, self.dataset.train, self.alone)
+
+    def flops(self, width: int) -> float:
+        """Of a token, about: the blocks' weights and the output layer's."""
+        return 6 * (scaling.weights(scaling.shape(width)) + width * self.vocab_size)
+
+    def fits(self, config: Any) -> bool:
+        """Whether memory will do for a run with these settings, by the estimate."""
+        with torch.device("meta"):
+            model = self.model(config)
+        needed = training_bytes(model, config, config.batch_size, config.block_size, self.world)
+        free = free_memory(self.world.device)
+        return free is None or needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < 0.7 * free
+
+    def token_s(self, config: Any) -> float:
+        """Seconds a token, over all processes, the mean of what each has found."""
+        steps, count = self.steps(config, self.model(config)), 0
+        for _ in range(2):
+            next(steps)
+        self.alone.synchronize()
+        began = time.perf_counter()
+        while count < 2 or time.perf_counter() - began < TRY_S:
+            next(steps)
+            count += 1
+        self.alone.synchronize()
+        took_s = torch.tensor((time.perf_counter() - began) / count, device=self.world.device)
+        return self.world.sum(took_s).item() / self.world.size / (config.rows_per_step * config.block_size)
+
+    def hardness(self, seconds: float, token_s: float) -> float:
+        """How many times the law's loss a small model reaches on this text in so many seconds."""
+        one = replace(self.settings(PILOT, seconds / token_s / self.world.size), gradient_accumulation_steps=1)
+        torch.manual_seed(one.seed)
+        model = self.model(one)
+        steps = self.steps(one, model)
+        for _ in range(one.max_iters):
+            next(steps)
+        T, rows = one.block_size, one.batch_size
+        windows = data.EvalWindows(self.dataset.val, T, -(-PILOT_WINDOWS // rows), rows, self.vocab_size)
+        with torch.no_grad():
+            loss = evaluate(model, windows, rows, self.alone)
+        tokens = one.max_iters * one.rows_per_step * T
+        return loss / scaling.LAW.loss(scaling.weights(scaling.shape(PILOT)), tokens, self.unique)
+
+
+def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[str, float]]:
+    """The settings of the best run of `config.minutes`, and what a `Timer` is to be told.
+
+    config: train.py's; its data, context, precision and logging stay. Raises InputError where minutes cannot be had:
+    weights that are there already, too little time.
+    """
+    if config.init_from != "scratch":
+        raise InputError(f"minutes: sizes a new model; leave out --init_from={config.init_from}, or give --max_iters")
+    if ignored := [name for name in CHOSEN if name in given]:
+        say(f"minutes={config.minutes:g} chooses {', '.join(ignored)} itself; what is given does not count")
+    whole_s, trial, widths = 60 * config.minutes, Trial(config, world), WIDTHS
+    evaluations = 4 if config.minutes >= LONG_MIN else 1
+    speeds = {PILOT: trial.token_s(trial.settings(PILOT, 1e6))}  # seconds a token, by width
+    hardness = trial.hardness(min(max(PILOT_SHARE * whole_s, PILOT_S[0]), PILOT_S[1]), speeds[PILOT])
+    while True:  # until the best width, by the speeds that are known, is one of these
+        left_s = whole_s - process_age() - END_S - EVALUATION_SHARE * whole_s
+        if left_s < whole_s / 2:
+            raise InputError(
+                f"minutes={config.minutes:g}: {process_age():.0f} s had passed before the first step; give at least "
+                f"{process_age() / 20:.1f}"
+            )
+        losses = {}
+        for width in widths:
+            tokens = left_s / speed(trial, speeds, width)
+            losses[width] = scaling.LAW.loss(scaling.weights(scaling.shape(width)), tokens, trial.unique)
+        best = min(losses, key=lambda width: losses[width])
+        tokens = left_s / speed(trial, speeds, best)
+        chosen = trial.settings(best, tokens)
+        if best in speeds or len(speeds) > TRIES:
+            break
+        if trial.fits(chosen):
+            speeds[best] = trial.token_s(chosen)
+        else:
+            widths = [width for width in widths if width < best]
+    rows_s = speed(trial, speeds, best) * config.block_size
+    evaluation_s = EVALUATION_SHARE * whole_s / evaluations
+    batches = round(3 * evaluation_s / rows_s / chosen.batch_size)  # forward alone takes a third of a step
+    many = batches * chosen.batch_size * config.block_size >= len(trial.dataset.val)
+    chosen = replace(
+        chosen,
+        schedule="constant",  # until the fall begins
+        eval_interval=chosen.max_iters // evaluations if evaluations > 1 else 0,
+        eval_iters=0 if many else max(batches, 1),
+        eval_train=False,
+        sample_chars=0,
+    )
+    expected = losses[best] * hardness
+    bpb = trial.dataset.val.bits_per_byte(expected)
+    say(
+        f"tried    {len(speeds)} widths, {1 / speeds[PILOT]:,.0f} to {1 / speed(trial, speeds, best):,.0f} tokens/s; "
+        f"the text's loss is {hardness:.3f} of the law's",
+        f"chosen   {best} wide, {chosen.n_layer} layers; about {chosen.max_iters:,} steps of {chosen.rows_per_step} "
+        f"rows, {tokens:,.0f} tokens = {tokens / trial.unique:.3g} epochs; Muon's rate {chosen.muon_lr:.2e}",
+        f"expected a validation loss of {expected:.4f}" + (f", {bpb:.4f} bits per byte" if bpb else ""),
+    )
+    return chosen, {"expected_loss": expected, "evaluation_s": evaluation_s, "spent_s": 0.0}
+
+
+def speed(trial: Trial, speeds: dict[int, float], width: int) -> float:
+    """Seconds a token at a width: on a line between those known, by logarithms of FLOPs and seconds; beyond them
+    larger ones are taken for a little more efficient."""
+    known = sorted(speeds)
+    flops, seconds = (np.log([find(w) for w in known]) for find in (trial.flops, speeds.__getitem__))
+    x = math.log(trial.flops(width))
+    beyond = max(x - flops[-1], 0) + min(x - flops[0], 0)
+    return math.exp(np.interp(x, flops, seconds) + BEYOND * beyond)
+
+
+def process_age() -> float:
+    """Seconds since this process began."""
+    try:
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - began
+    except (OSError, ValueError, IndexError):  # not Linux
+        return time.perf_counter() - BEGUN + IMPORT_S
