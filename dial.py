@@ -95,6 +95,16 @@ class Timer:
         )
 
 
+def without_chosen(given: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """What files and flags give, without the keys that the dial has set in the run that `state` is of. Raises
+    InputError where minutes are given to a run that goes on by steps."""
+    if not state.get("dial"):
+        if given.get("minutes"):
+            raise InputError("minutes: this run goes on by steps; leave --minutes out, or begin another --out_dir")
+        return given
+    return {name: value for name, value in given.items() if name not in CHOSEN}
+
+
 class Trial:
     """A run of any width on this text and this machine, tried for a few steps. config: train.py's."""
 

@@ -182,6 +182,7 @@ def run(config: TrainConfig, given: dict[str, Any], held: contextlib.ExitStack) 
         raise RunStopped(f"{why}: --resume=auto does not repeat it; {REMEDY}")
     resumed = checkpoint.to_resume(Path(config.out_dir), config.init_from == "resume" or config.resume)
     if resumed:
+        given = dial.without_chosen(given, resumed.state)
         config = resume_settings(config, given, resumed)
     config.check()
     if missing := missing_extras(config):
@@ -189,11 +190,13 @@ def run(config: TrainConfig, given: dict[str, Any], held: contextlib.ExitStack) 
     with explained_faults("too little memory for this model: use a smaller one"):
         world = distributed.start(config.device, config.dtype, config.backend)
         timer = None
-        if config.minutes:
-            if not resumed:
+        if config.minutes and not config.eval_only:
+            if resumed:
+                told = resumed.state["dial"]
+            else:
                 config, told = dial.choose(config, given, world)
-                given = {name: value for name, value in given.items() if name not in dial.CHOSEN}
-            timer = dial.Timer(config, resumed.state["dial"] if resumed else told)
+                given = dial.without_chosen(given, {"dial": told})
+            timer = dial.Timer(config, told)
         status = train(config, given, resumed, world, timer, lock, held)
     world.close()
     return status

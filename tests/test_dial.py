@@ -1,0 +1,152 @@
+"""The dial: its choice against trying every width, its clock against one that the test turns, its resume to the bit."""
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run, assert_same_checkpoint, metrics, steps
+
+import dial
+from nanogpt import InputError, checkpoint, scaling
+from nanogpt.distributed import World
+from train import TrainConfig
+
+WORLD = World(0, 1, torch.device("cpu"), torch.float32)
+TOLD = {"expected_loss": 1.5, "evaluation_s": 2.0, "spent_s": 0.0}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds since the process began, which stand still unless the test moves them."""
+    now = [10.0]
+    monkeypatch.setattr(dial.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(dial, "process_age", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(("minutes", "per_flop"), [(1.0, 1e-11), (10.0, 1e-11), (60.0, 1e-12), (2.0, 1e-13)])
+def test_the_choice_is_the_best_of_all_widths(
+    letters: Path, monkeypatch: pytest.MonkeyPatch, clock: list[float], minutes: float, per_flop: float
+):
+    """On a machine whose seconds a token are 1e-6 and so much a FLOP, of a text 1.1 times as hard as the law's."""
+
+    def token_s(trial: dial.Trial, config: TrainConfig) -> float:
+        clock[0] += 1
+        return 1e-6 + per_flop * trial.flops(config.n_embd)
+
+    monkeypatch.setattr(dial.Trial, "token_s", token_s)
+    monkeypatch.setattr(dial.Trial, "hardness", lambda *_: 1.1)
+    config = TrainConfig(dataset=str(letters), minutes=minutes, block_size=16, arch="gpt2", device="cpu")
+    chosen, told = dial.choose(config, {}, WORLD)
+    trial, left_s = dial.Trial(config, WORLD), 60 * minutes * (1 - dial.EVALUATION_SHARE) - clock[0] - dial.END_S
+    losses = {}
+    for width in dial.WIDTHS:
+        tokens = left_s / (1e-6 + per_flop * trial.flops(width))
+        losses[width] = scaling.LAW.loss(scaling.weights(scaling.shape(width)), tokens, 20_000)
+    assert losses[chosen.n_embd] == pytest.approx(min(losses.values()), rel=1e-3)
+    assert told["expected_loss"] == pytest.approx(1.1 * min(losses.values()), rel=2e-3)
+    assert told["evaluation_s"] <= dial.EVALUATION_SHARE * 60 * minutes
+    tokens = chosen.max_iters * chosen.rows_per_step * 16
+    assert tokens * (1e-6 + per_flop * trial.flops(chosen.n_embd)) == pytest.approx(left_s, rel=0.05)
+    assert (chosen.arch, chosen.optimizer, chosen.block_size, chosen.last_step) == ("modern", "muon", 16, math.inf)
+
+
+@pytest.mark.parametrize("step_s", [0.01, 0.5])
+@pytest.mark.parametrize("interval", [0, 10])
+def test_the_fall_ends_with_the_minutes(clock: list[float], step_s: float, interval: int):
+    """Whatever came before: a pause of 10 s for a checkpoint, and a process that had been there for 30 s."""
+    timer = dial.Timer(TrainConfig(minutes=2.0), TOLD | {"spent_s": 30.0})
+    clock[0] += 10
+    asked = 0
+    while not (fall := timer.fall(interval)):
+        asked += 1
+        clock[0] += step_s + (10 if asked == 40 else 0)
+        if interval and asked % interval == 0:
+            clock[0] += TOLD["evaluation_s"]
+    left = 120 - 30 - clock[0]
+    pause = TOLD["evaluation_s"] if interval else 0.0
+    assert left - TOLD["evaluation_s"] - dial.END_S == pytest.approx(
+        dial.FALL * 120 - pause / 2, abs=step_s + pause / 2
+    )
+    passed = fall * step_s + (fall // interval if interval else 0) * pause + TOLD["evaluation_s"] + dial.END_S
+    assert passed == pytest.approx(left, abs=step_s + pause)
+    assert timer.state()["spent_s"] == pytest.approx(120 - left)
+
+
+@pytest.fixture
+def arranged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of minutes whose sizes are tiny, and whose fall of 8 updates begins at step 9 or the next."""
+
+    def choose(config: TrainConfig, *_: Any) -> tuple[TrainConfig, dict[str, float]]:
+        return dial.replace(config, schedule="constant", warmup_iters=2, max_iters=1000, eval_interval=0), TOLD
+
+    monkeypatch.setattr(dial, "choose", choose)
+    calls: dict[int, int] = {}
+
+    def fall(timer: dial.Timer, eval_interval: int) -> int:
+        calls[id(timer)] = calls.get(id(timer), 0) + 1
+        return 8 if calls[id(timer)] >= 8 else 0
+
+    monkeypatch.setattr(dial.Timer, "fall", fall)
+
+
+def test_a_run_of_minutes(run: Run, arranged: None, capsys: pytest.CaptureFixture[str]):
+    assert run(out_dir="out", minutes=1, min_lr=0.0, lr_decay_iters=...) == 0
+    told = capsys.readouterr().out
+    assert "expected a validation loss of 1.5000, reached" in told
+    rates = dict(metrics("out", "step", "lr"))
+    (last,) = steps("out")
+    assert rates[3] == rates[last - 8] == 1e-2  # of the update that led to the step
+    assert [rates[last - k] for k in range(8)] == pytest.approx([1e-2 * (k + 1) / 8 for k in range(8)])
+    state = checkpoint.load(Path(f"out/ckpt/step-{last:06d}")).state
+    assert (state["config"]["max_iters"], state["config"]["decay_iters"]) == (last, 8)
+    assert state["dial"]["expected_loss"] == 1.5
+
+
+@pytest.mark.parametrize("stop_after", [5, 13])
+def test_from_the_fall_on_a_resume_is_exact(
+    run: Run, arranged: None, signal_at: Callable[[int, int], None], stop_after: int
+):
+    """Before it, the clock decides: here a stop delays the fall by as many steps as the new process waits."""
+    keys = {"minutes": 1, "min_lr": 0.0, "lr_decay_iters": ...}
+    run(out_dir="whole", **keys)
+    signal_at(stop_after, signal.SIGTERM)
+    assert run(out_dir="parts", **keys) == 143
+    stopped = steps("parts")[-1]
+    assert run(out_dir="parts", resume="auto", **keys) == 0  # the command as it was
+    if stop_after == 13:
+        assert metrics("parts") == metrics("whole")
+        assert_same_checkpoint("whole", "parts", steps("whole")[-1])
+    else:
+        assert steps("parts")[-1] == steps("whole")[-1] + stopped
+        state = json.loads(Path(f"parts/ckpt/step-{steps('parts')[-1]:06d}/state.json").read_text())
+        assert state["dial"]["spent_s"] > 0
+
+
+def test_what_the_dial_cannot_have(run: Run, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(InputError, match="minutes: sizes a new model; leave out --init_from=gpt2, or give --max_iters"):
+        run(minutes=1, init_from="gpt2")
+    with pytest.raises(InputError, match=r"minutes=0.0001: .* had passed before the first step; give at least"):
+        run(minutes=1e-4)
+    assert "minutes=0.0001 chooses n_layer, n_head, n_embd" in capsys.readouterr().out
+    assert not Path("out").exists()
+    run(out_dir="steps", max_iters=2)
+    with pytest.raises(InputError, match="minutes: this run goes on by steps; leave --minutes out"):
+        run(out_dir="steps", resume=True, minutes=1)
+
+
+@pytest.mark.slow
+def test_a_real_run_of_minutes(run: Run, capsys: pytest.CaptureFixture[str]):
+    """From the command line's keys to the end: four random letters, whose loss nobody can bring below their entropy."""
+    assert run(out_dir="out", minutes=(dial.process_age() + 40) / 60) == 0
+    told = capsys.readouterr().out
+    assert "expected a validation loss of" in told
+    assert metrics("out", "val_loss")[-1][0] < 1.3
+    lines = [line for line in told.splitlines() if line.startswith("minutes=")]
+    assert "reached" in lines[-1]
+    assert checkpoint.load(Path("out/ckpt") / f"step-{steps('out')[-1]:06d}").state["config"]["optimizer"] == "muon"
