@@ -87,4 +87,40 @@ def fit(points: Sequence[tuple[float, float, float]], R: float = Law.R) -> Law:
     return Law(E, A * N[0].item() ** alpha, B * D[0].item() ** beta, alpha, beta, R)
 
 
+def ngram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int, order: int = 6, discount: float = 0.75) -> float:
+    """Mean loss, in nats, of an n-gram model that has counted the rows `train` on the rows `val`; ids (rows, T).
+
+    Each order takes `discount` from its counts and leaves it to the next lower one (absolute discounting, Ney et al.
+    1994). Takes a second for 250,000 tokens.
+    """
+    odds = np.full((len(val), val.shape[1] - order + 1), 1 / vocab_size)
+    for n in range(1, order + 1):
+        grams, firsts, counts = np.unique(_hashed(train, n), return_index=True, return_counts=True)
+        contexts = _hashed(train[:, : train.shape[1] - 1], n - 1)  # what stands before each gram's last token
+        known, totals = np.unique(contexts, return_counts=True)
+        kinds = np.bincount(np.searchsorted(known, contexts.ravel()[firsts]), minlength=len(known))
+        before = _hashed(val[:, : val.shape[1] - 1], n - 1)[:, order - n :]
+        total, kind = (_looked_up(known, numbers, before) for numbers in (totals, kinds))
+        count = _looked_up(grams, counts, _hashed(val, n)[:, order - n :])
+        mixed = (np.maximum(count - discount, 0) + discount * kind * odds) / np.maximum(total, 1)
+        odds = np.where(total > 0, mixed, odds)
+    return float(-np.log(odds).mean())
+
+
+def _hashed(ids: np.ndarray, n: int) -> np.ndarray:
+    """A number for each n ids in a row: uint64, (rows, T - n + 1); those of n = 0 are one longer, and all 0."""
+    width = ids.shape[1] - n + 1
+    found = np.zeros((len(ids), width), np.uint64)
+    for k in range(n):
+        found = (found ^ (ids[:, k : k + width].astype(np.uint64) + np.uint64(k + 1))) * np.uint64(0x9E3779B97F4A7C15)
+        found ^= found >> np.uint64(29)
+    return found
+
+
+def _looked_up(known: np.ndarray, numbers: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The number of each key, 0 for those not known; `known` is sorted."""
+    at = np.searchsorted(known, keys).clip(max=len(known) - 1)
+    return np.where(known[at] == keys, numbers[at], 0).astype(float)
+
+
 LAW = Law(E=1.0116, A=20.588, B=24.396, alpha=0.3946, beta=0.2975)

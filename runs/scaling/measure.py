@@ -3,6 +3,9 @@
     python runs/scaling/measure.py --data=FOLDER --stage=rates    # which rate is best at which width and length
     python runs/scaling/measure.py --data=FOLDER --stage=ladder   # sizes × token counts, each token seen once
     python runs/scaling/measure.py --data=FOLDER --stage=repeats  # little text, read many times
+    python runs/scaling/measure.py --data=FOLDER --stage=texts    # other texts than the books, by the same recipe
+    python runs/scaling/measure.py --data=FOLDER --stage=contexts # shorter and longer rows
+    python runs/scaling/measure.py --data=FOLDER --stage=falls    # a shorter fall of the rate
     python runs/scaling/measure.py --data=FOLDER --stage=heldout  # a larger run than any, predicted before it began
 
 FOLDER: the books as characters, `python data/prepare.py --input books.tar.xz --tokenizer=char --out=FOLDER`. Each run
@@ -19,19 +22,29 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = Path(__file__).with_name("runs.jsonl")
+RUNS, PREDICTION = (Path(__file__).with_name(name) for name in ("runs.jsonl", "prediction.json"))
 sys.path.insert(0, str(ROOT))
 
 from nanogpt import scaling  # noqa: E402
 
-T = 128  # tokens in a row
-FIXED = {"block_size": T, "eval_interval": 0, "eval_iters": 0, "eval_train": False, "sample_chars": 0}
+FIXED = {"eval_interval": 0, "eval_iters": 0, "eval_train": False, "sample_chars": 0}
 FIXED |= {"device": "cpu", "dtype": "float32", "compile": False, "log_interval": 20, "resume": "auto"}
-POINT = ("stage", "n_embd", "tokens", "rate", "unique")
+T = 128  # tokens in a row, where nothing else is said
+POINT = {
+    "n_embd": 0,
+    "tokens": 0,
+    "rate": None,  # Muon's; None: the rule's
+    "unique": None,  # tokens of the text that may be read; None: all
+    "text": "books_char",
+    "block_size": T,
+    "fall": None,  # share of the updates in which the rate falls; None: half
+}
 M = 10**6
 
 
@@ -49,22 +62,33 @@ def ladder() -> list[dict[str, Any]]:
 
 
 def repeats() -> list[dict[str, Any]]:
-    """The text's first so many characters again and again."""
+    """A part of the text again and again."""
     often = [(width, tokens, M // 4) for width, tokens in ((64, M), (64, 2 * M), (64, 4 * M), (128, M), (128, 2 * M))]
-    points = [
-        point("repeats", width, tokens, unique=unique)
-        for width, tokens, unique in [*often, (64, 4 * M, M), (128, 2 * M, M)]
-    ]
+    often += [(64, 4 * M, M), (128, 2 * M, M)]
+    points = [point("repeats", width, tokens, unique=unique) for width, tokens, unique in often]
     return sorted(points, key=lambda found: work(found["n_embd"], found["tokens"]))
+
+
+def texts() -> list[dict[str, Any]]:
+    return [point("texts", 96, M), *(point("texts", 64, M // part) for part in (1, 2, 4, 8, 16))]
+
+
+def contexts() -> list[dict[str, Any]]:
+    return [point("contexts", 64, tokens, block_size=T) for tokens in (M // 4, M) for T in (32, 64, 256)]
+
+
+def falls() -> list[dict[str, Any]]:
+    """The rate falls in a smaller share of the run than half."""
+    return [point("falls", 64, M, fall=share) for share in (0.4, 0.3, 0.2)]
 
 
 def heldout() -> list[dict[str, Any]]:
     return [point("heldout", 192, 2 * M)]
 
 
-def point(stage: str, width: int, tokens: int, rate: float | None = None, unique: int | None = None) -> dict[str, Any]:
-    """A run's place in the ladder; rate: None: the rule's. unique: tokens of the text that it knows (None: all)."""
-    return {"stage": stage, "n_embd": width, "tokens": tokens, "rate": rate, "unique": unique}
+def point(stage: str, width: int, tokens: int, **more: Any) -> dict[str, Any]:
+    """A run's place in the ladder, and what is unusual about it (see POINT)."""
+    return {"stage": stage} | POINT | {"n_embd": width, "tokens": tokens} | more
 
 
 def work(width: int, tokens: int) -> float:
@@ -73,16 +97,18 @@ def work(width: int, tokens: int) -> float:
 
 def settings(point: dict[str, Any]) -> dict[str, Any]:
     """train.py's keys for a point of the ladder."""
-    keys = scaling.recipe(point["n_embd"], point["tokens"], T)
+    keys = scaling.recipe(point["n_embd"], point["tokens"], point["block_size"]) | {"block_size": point["block_size"]}
     if point["rate"]:
         keys |= {"muon_lr": point["rate"], "learning_rate": scaling.OTHERS * point["rate"]}
+    if point["fall"]:
+        keys["decay_iters"] = round(point["fall"] * keys["max_iters"])
     return keys | FIXED
 
 
 def run(point: dict[str, Any], data: Path, work: Path, lock: threading.Lock) -> None:
     keys = settings(point)
     data = part_of(data, point["unique"], work, lock)
-    name = "-".join(str(value) for value in point.values())
+    name = "-".join(str(value) for value in point.values() if value)
     flags = [f"--{key}={value}" for key, value in keys.items()]
     command = [sys.executable, ROOT / "train.py", *flags, f"--dataset={data}", f"--out_dir={work / name}"]
     log = work / f"{name}.txt"
@@ -100,36 +126,61 @@ def run(point: dict[str, Any], data: Path, work: Path, lock: threading.Lock) -> 
         print(json.dumps(found), flush=True)
 
 
+def predict(points: list[dict[str, Any]], there: list[dict[str, Any]]) -> None:
+    """Write down what the ladder's law says of the runs to come; what is written stays."""
+    law = scaling.fit([(f["weights"], f["tokens_run"], f["val_loss"]) for f in there if f["stage"] == "ladder"])
+    (found,) = points
+    keys, size = settings(found), scaling.weights(scaling.shape(found["n_embd"]))
+    tokens = keys["max_iters"] * keys["batch_size"] * T
+    told = {"weights": size, "tokens": tokens, "val_loss": law.loss(size, tokens), "law": asdict(law)}
+    if not PREDICTION.exists():
+        PREDICTION.write_text(json.dumps(told | {"on": f"{datetime.now():%Y-%m-%d %H:%M}"}, indent=1) + "\n")
+    print(PREDICTION.read_text())
+
+
 def part_of(data: Path, unique: int | None, work: Path, lock: threading.Lock) -> Path:
-    """A dataset with the first `unique` tokens of another (None: all), and 64 pieces of its validation split."""
-    folder = work / f"first-{unique}"
+    """A dataset with about `unique` tokens of another (None: all) and a part of its validation split, both in pieces of
+    4,096 tokens from all over it."""
+    folder = work / f"{data.name}-{unique}"
     with lock:
         if not folder.exists():
             from nanogpt.data import open_dataset
 
             whole, partial = open_dataset(data, block_size=T), folder.with_suffix(".part")
             partial.mkdir(exist_ok=True)
-            whole.train[0 : unique or len(whole.train)].tofile(partial / "train.bin")
-            with (partial / "val.bin").open("wb") as file:
-                for k in range(64):
-                    first = k * (len(whole.val) // 64)
-                    whole.val[first : first + 4096].tofile(file)
+            if unique:
+                write_pieces(whole.train, unique // 4096, partial / "train.bin")
+            else:
+                whole.train[0 : len(whole.train)].tofile(partial / "train.bin")
+            write_pieces(whole.val, 64, partial / "val.bin")
             (partial / "tokenizer.json").write_bytes((data / "tokenizer.json").read_bytes())
             partial.rename(folder)
     return folder
 
 
+def write_pieces(tokens: Any, count: int, path: Path) -> None:
+    every = len(tokens) // count
+    with path.open("wb") as file:
+        for k in range(count):
+            tokens[k * every : k * every + min(every, 4096)].tofile(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--stage", choices=("rates", "ladder", "repeats", "heldout"), required=True)
+    parser.add_argument(
+        "--stage", choices=("rates", "ladder", "repeats", "texts", "contexts", "falls", "heldout"), required=True
+    )
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nanogpt-ladder")
     parser.add_argument("--at_a_time", type=int, default=2)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     there = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
-    done = [{key: found[key] for key in POINT} for found in there]
-    left = [found for found in globals()[options.stage]() if found not in done]
+    done = [{key: found.get(key, usual) for key, usual in POINT.items()} for found in there]
+    points = [found | {"text": options.data.name} for found in globals()[options.stage]()]
+    if options.stage == "heldout":
+        predict(points, there)
+    left = [found for found in points if {key: found[key] for key in POINT} not in done]
     print(f"{options.stage}: {len(left)} runs to do", flush=True)
     lock = threading.Lock()
     with ThreadPoolExecutor(options.at_a_time) as pool:
