@@ -9,7 +9,7 @@ PAGE = ROOT / "docs/architecture.md"
 
 
 def imports() -> dict[str, set[str]]:
-    """Which modules of ours each of ours needs to be imported: "train" -> {"model", "nanogpt.data", …}. What is imported
+    """Which modules of ours each of ours imports: "train" -> {"model", "nanogpt.data", …}. What is imported
     inside a function, or for type checkers alone, is left out."""
     files = {path.stem: path for path in ROOT.glob("*.py")}
     files |= {f"nanogpt.{path.stem}": path for path in ROOT.glob("nanogpt/*.py") if path.stem != "__init__"}
