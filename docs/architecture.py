@@ -1,7 +1,6 @@
 """The picture in architecture.md, drawn from the imports: python docs/architecture.py writes it anew."""
 
 import ast
-import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,9 +51,8 @@ def picture() -> str:
 
 def page() -> str:
     """The page with the picture as it is now."""
-    return re.sub(
-        r"(?<=```mermaid\n).*?(?=\n```)", lambda _: picture(), PAGE.read_text(encoding="utf-8"), flags=re.DOTALL
-    )
+    before, fence, rest = PAGE.read_text(encoding="utf-8").partition("```mermaid\n")
+    return before + fence + picture() + "\n```" + rest.partition("```")[2]
 
 
 if __name__ == "__main__":
