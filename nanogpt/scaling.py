@@ -123,4 +123,4 @@ def _looked_up(known: np.ndarray, numbers: np.ndarray, keys: np.ndarray) -> np.n
     return np.where(known[at] == keys, numbers[at], 0).astype(float)
 
 
-LAW = Law(E=1.0116, A=20.588, B=24.396, alpha=0.3946, beta=0.2975)
+LAW = Law(E=0.95368, A=12.1774, B=33.3436, alpha=0.32501, beta=0.32288)
