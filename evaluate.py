@@ -90,15 +90,10 @@ def main() -> None:
 
 def check(config: EvaluateConfig, given: dict[str, Any]) -> None:
     """Raises InputError for keys that have no say in what is asked for, and for what is not there."""
-    faults = [
-        f"{name}: tasks bring their own texts; leave it out" for name in OF_LOSS if config.tasks and name in given
-    ]
-    faults += [f"{name}: is for --tasks alone; leave it out" for name in OF_TASKS if not config.tasks and name in given]
-    faults += [
-        f"{name}: text={config.text} is evaluated instead; leave it out"
-        for name in ("dataset", "split")
-        if config.text and name in given
-    ]
+    useless = dict.fromkeys(OF_LOSS, "tasks bring their own texts") if config.tasks else {}
+    useless |= {} if config.tasks else dict.fromkeys(OF_TASKS, "is for --tasks alone")
+    useless |= dict.fromkeys(("dataset", "split"), f"text={config.text} takes its place") if config.text else {}
+    faults = [f"{name}: {why}; leave it out" for name, why in useless.items() if name in given]
     if config.tasks and find_spec("lm_eval") is None:
         faults.append(f"tasks={config.tasks}: lm_eval is not installed; run `pip install -e .[eval]`")
     if config.include_path and not Path(config.include_path).is_dir():
@@ -153,9 +148,9 @@ def split_loss(model: GPT, tokens: Tokens, stride: int, world: World) -> tuple[f
     if stride > T:
         raise InputError(f"stride={stride}: tokens between windows would not count; give block_size={T} or less")
     stride = stride or T
-    shares, stretches = [], []  # of each source: a token's weight; nats and tokens that count, (2, stretches)
+    parts = []  # of each source: a token's weight; nats and tokens that count in each stretch, (2, stretches)
     for source in tokens.sources:
-        targets = source.tokens - 1  # target t is token t + 1
+        targets = source.tokens - 1
         sums = np.zeros((2, -(-targets // T)))
         batches = data.SlidingWindows(tokens, source, T, stride, vocab_size, rows_to_score(model, T))
         for starts, x, y in tqdm(batches, unit="batch", disable=None):
@@ -164,17 +159,15 @@ def split_loss(model: GPT, tokens: Tokens, stride: int, world: World) -> tuple[f
                 logprobs, _ = score(model, *world.put(x, y))
             np.add.at(sums[0], where, -logprobs.cpu().double().numpy())
             np.add.at(sums[1], where, 1)
-        shares.append(source.weight / targets)
-        stretches.append(sums)
-    weight = sum(share * sums[1].sum() for share, sums in zip(shares, stretches, strict=True))
+        parts.append((source.weight / targets, sums))
+    nats, weight = sum(share * sums.sum(1) for share, sums in parts)
     if not weight:
         raise InputError("the loss mask leaves no token to evaluate on: give another split")
-    loss = sum(share * sums[0].sum() for share, sums in zip(shares, stretches, strict=True)) / weight
-    variance = 0.0  # of a ratio of sums, to first order: that of what each stretch has above the mean
-    for share, sums in zip(shares, stretches, strict=True):
+    loss, variance = nats / weight, 0.0
+    for share, sums in parts:  # of a ratio of sums, to first order: that of what each stretch has above the mean
         above, n = share * (sums[0] - loss * sums[1]), sums.shape[1]
         variance += n * above.var(ddof=1) if n > 1 else math.nan
-    return float(loss), math.sqrt(variance) / float(weight), int(sum(sums[1].sum() for sums in stretches))
+    return float(loss), math.sqrt(variance) / float(weight), int(sum(sums[1].sum() for _, sums in parts))
 
 
 def told_loss(name: str, tokens: Tokens, loss: float, error: float, counted: int) -> dict[str, Any]:
@@ -188,10 +181,10 @@ def told_loss(name: str, tokens: Tokens, loss: float, error: float, counted: int
     results: dict[str, Any] = {"on": name, "tokens": counted}
     print(f"{name}: {counted:,} tokens")
     for what, (value, deviation, unit) in figures.items():
-        known = deviation is not None and math.isfinite(deviation)
-        results |= {what: value, f"{what}_stderr": deviation if known else None}
+        spread = "" if deviation is None or math.isnan(deviation) else f" ± {deviation:.4f}"
+        results |= {what: value, f"{what}_stderr": deviation if spread else None}
         if value is not None:
-            print(f"{what.replace('_', ' '):<15}{value:.4f}{f' ± {deviation:.4f}' if known else ''}{unit}")
+            print(f"{what.replace('_', ' '):<15}{value:.4f}{spread}{unit}")
     return results
 
 
