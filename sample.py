@@ -320,15 +320,15 @@ def read_prompt(start: str) -> str:
         raise InputError(f"start={start}: cannot be read as UTF-8 text ({error}); give another file") from error
 
 
-def load(config: Any) -> tuple[GPT, Tokenizer]:
-    """The model and its tokenizer that `config` names by its init_from, out_dir and checkpoint; says what had to be
-    assumed. Raises InputError where either is missing."""
+def load(config: Any, doing: str = "sampling from") -> tuple[GPT, Tokenizer]:
+    """The model and its tokenizer that `config` names by its init_from, out_dir and checkpoint; says which one, and
+    what had to be assumed. Raises InputError where either is missing."""
     from_run = config.init_from == "resume"
     folder: Path | None
     source = Path(config.out_dir if from_run else config.init_from)
     if checkpoint.is_ours(source) or (from_run and not (source / "ckpt.pt").exists()):
         folder = checkpoint.find(source, config.checkpoint)
-        print(f"sampling from {folder}", file=sys.stderr)
+        print(f"{doing} {folder}", file=sys.stderr)
         model = GPT.from_checkpoint(folder)
     else:
         weights = read_weights(source if from_run else config.init_from)

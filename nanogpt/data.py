@@ -539,6 +539,31 @@ class EvalWindows:
         return self._windows.read(self._starts[windows])
 
 
+class SlidingWindows:
+    """All of a source in windows that advance by `stride` tokens (1 to block_size), in batches of so many rows:
+    iterating gives where in the source they start, (B,), and `x, y` as `Rows` has them, (B, block_size) and at the end
+    one shorter row. In y only the last `stride` targets of a window count, of the first all, so that each token after
+    the source's first is a target once; the others are −1. `len()` counts the batches."""
+
+    def __init__(self, tokens: Tokens, source: Source, block_size: int, stride: int, vocab_size: int, rows: int):
+        self._of = partial(_Windows, tokens, vocab_size=vocab_size)
+        self.source, self.block_size, self.stride = source, block_size, stride
+        starts = np.arange(0, max(source.tokens - 1 - block_size, 0) + stride, stride)
+        self._batches = [starts[:-1][first : first + rows] for first in range(0, len(starts) - 1, rows)] + [starts[-1:]]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> "Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]":
+        """Raises InputError where the split holds an id outside of the vocabulary."""
+        for starts in self._batches:
+            length = min(self.block_size, self.source.tokens - 1 - int(starts[0]))
+            x, y = self._of(block_size=length).read(self.source.first + starts)
+            for row in y[int(starts[0] == 0) :]:
+                row[: self.block_size - self.stride] = -1
+            yield starts, x, y
+
+
 # ---- writing
 
 

@@ -175,16 +175,30 @@ def generate(model: Any, idx: Tensor, max_new_tokens: int, how: Sampling = PLAIN
 
 
 @torch.inference_mode()
+def score(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """How sure the model is of the ids y (B, T) that follow each of x (B, T), −1 where nobody asks: for those asked
+    for, row by row, the log-probabilities in nats, (asked,), and whether each is the likeliest id there, (asked,)."""
+    with _in_eval_mode(model):
+        asked = y >= 0  # only for these are there logits, of which each is as large as the vocabulary
+        logits, ids = model.logits(model.norm(model.features(x)[asked])).float(), y[asked]
+        return logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0], logits.argmax(-1) == ids
+
+
+def rows_to_score(model: Any, length: int) -> int:
+    """How many rows of `length` ids `score` takes in one pass, its logits being a gigabyte or less."""
+    return max(1, min(MOST_TOKENS, 2**28 // model.config.vocab_size) // length)
+
+
 def logprobs(model: Any, ids: Sequence[int]) -> Tensor:
     """The log-probability in nats of each id after the first, given those before it in its window; (len(ids) - 1,)."""
     block, device, found, at = model.config.block_size, next(model.parameters()).device, [], 1
-    with _in_eval_mode(model):
-        while at < len(ids):  # one window at a time: all ids that are predicted in it
-            start = window_start(at, block)
-            row = torch.tensor([ids[start : start + block + 1]], device=device)
-            logits = model.logits(model.norm(model.features(row[:, :-1])))[0, at - 1 - start :]
-            found.append(logits.float().log_softmax(-1).gather(-1, row[0, at - start :, None])[:, 0])
-            at += len(logits)
+    while at < len(ids):  # one window at a time: all ids that are predicted in it
+        start = window_start(at, block)
+        row = torch.tensor([ids[start : start + block + 1]], device=device)
+        x, y = row[:, :-1], row[:, 1:].clone()
+        y[:, : at - 1 - start] = -1
+        found.append(score(model, x, y)[0])
+        at += len(found[-1])
     return torch.cat(found) if found else torch.zeros(0, device=device)
 
 
