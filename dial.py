@@ -24,7 +24,7 @@ from nanogpt.pretrained import GPT2_VOCAB
 from nanogpt.tracking import BEGUN, duration
 from start import SHAPE_KEYS, Steps, our_steps, training_bytes
 
-PILOT = 64  # width of the model that is trained to see how hard the text is
+PILOT = scaling.PILOT_WIDTH  # of the model that is trained to see how hard the text is
 PILOT_SHARE, PILOT_S = 0.04, (1.5, 20.0)  # of the time, and the least and the most of it in seconds
 TRY_S = 0.6  # how long a width's speed is measured
 TRIES = 5  # widths at most
@@ -157,7 +157,7 @@ class Trial:
         return self.world.sum(took_s).item() / self.world.size / (config.rows_per_step * config.block_size)
 
     def hardness(self, seconds: float, token_s: float) -> float:
-        """How many times the law's loss a small model reaches on this text in so many seconds."""
+        """How many times the books' loss a small model has on this text after so many seconds."""
         one = replace(self.settings(PILOT, seconds / token_s / self.world.size), gradient_accumulation_steps=1)
         torch.manual_seed(one.seed)
         model = self.model(one)
@@ -168,8 +168,8 @@ class Trial:
         windows = data.EvalWindows(self.dataset.val, T, -(-PILOT_WINDOWS // rows), rows, self.vocab_size)
         with torch.no_grad():
             loss = evaluate(model, windows, rows, self.alone)
-        tokens = one.max_iters * one.rows_per_step * T
-        return loss / scaling.LAW.loss(scaling.weights(scaling.shape(PILOT)), tokens, self.unique)
+        tokens = scaling.effective(one.max_iters * rows * T, self.unique, scaling.LAW.R)
+        return loss / scaling.pilot_loss(tokens)
 
 
 def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[str, float]]:
