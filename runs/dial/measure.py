@@ -1,0 +1,104 @@
+"""The dial against a grid made by hand: the loss, the time and the expectation of `train.py --minutes=M`.
+
+    python runs/dial/measure.py --texts FOLDER [FOLDER ...] --minutes 1 3 10 --to=runs/dial/results.json
+
+For each text and time first the dial, a process of its own from start to finish; then runs of the same minutes at given widths and multiples of
+the rule's rate. Those try nothing but the speed of their one width, so they train a little longer than the dial. The losses are those
+of the whole validation split, by evaluate.py. Wants a machine with nothing else to do. Killed, it goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "config/train_shakespeare_char_cpu.py"
+WIDTHS = {1.0: (32, 48, 64, 96, 128), 3.0: (48, 64, 96, 128, 160), 10.0: (64, 96, 128, 160, 192)}
+RATES = (0.6, 1.0, 1.7)  # of the rule's
+# train.py with a dial that has one width and one rate to choose from, and takes any text for the books.
+BY_HAND = """
+import sys
+import dial, train
+from nanogpt import run_script, scaling
+width, rate = int(sys.argv.pop(1)), float(sys.argv.pop(1))
+rule = scaling.recipe
+def recipe(*of):
+    keys = rule(*of)
+    return keys | {name: rate * keys[name] for name in ("learning_rate", "muon_lr")}
+scaling.recipe, dial.WIDTHS, dial.PILOT = recipe, [width], width
+dial.Trial.hardness = lambda *_: 1.0
+run_script(train.main)
+"""
+
+
+def run(text: Path, minutes: float, out: Path, by_hand: tuple[int, float] | None = None) -> dict[str, Any]:
+    """One process of train.py; its seconds, what it expected, and the loss of its last checkpoint."""
+    script = ["-c", BY_HAND, *map(str, by_hand)] if by_hand else [ROOT / "train.py"]
+    flags = [f"--minutes={minutes}", f"--dataset={text}", f"--out_dir={out}", "--device=cpu", "--log_interval=50"]
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *script, RECIPE, *flags], cwd=ROOT, capture_output=True, text=True)
+    took_s = time.perf_counter() - began
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = out.with_suffix(".json")
+    command = [sys.executable, ROOT / "evaluate.py", f"--out_dir={out}", "--checkpoint=latest", f"--json={results}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    state = json.loads(max((out / "ckpt").glob("step-*/state.json")).read_text())
+    config = state["config"]
+    found = {"took_s": round(took_s, 2), "loss": json.loads(results.read_text())["loss"], "n_embd": config["n_embd"]}
+    found |= {"muon_lr": config["muon_lr"], "steps": config["max_iters"], "rows": state["samples"]}
+    found |= {"told": state["val_loss"]} | ({} if by_hand else {"expected": state["dial"]["expected_loss"]})
+    print(text.name, minutes, by_hand or "dial", found, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, nargs="+", required=True)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 3.0, 10.0])
+    parser.add_argument("--to", type=Path, default=ROOT / "runs/dial/results.json")
+    options = parser.parse_args()
+    results: dict[str, Any] = json.loads(options.to.read_text()) if options.to.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for minutes in options.minutes:
+            for text in options.texts:
+                cell = results.setdefault(f"{text.name}, {minutes:g} min", {"dial": None, "grid": []})
+
+                def keep(cell: dict[str, Any] = cell) -> None:
+                    summarise(cell, minutes)
+                    options.to.write_text(json.dumps(results, indent=1) + "\n")
+
+                def by_hand(width: int, rate: float, cell: dict[str, Any] = cell, text: Path = text) -> None:
+                    if not any((one["n_embd"], one["rate"]) == (width, rate) for one in cell["grid"]):
+                        out = Path(folder) / f"{text.name}-{minutes:g}-{width}-{rate}"
+                        cell["grid"].append(run(text.resolve(), minutes, out, (width, rate)) | {"rate": rate})
+
+                if not cell["dial"]:
+                    cell["dial"] = run(text.resolve(), minutes, Path(folder) / f"{text.name}-{minutes:g}")
+                    keep()
+                for width in WIDTHS.get(minutes, WIDTHS[10.0]):
+                    by_hand(width, 1.0)
+                    keep()
+                best = min(cell["grid"], key=lambda one: one["loss"])["n_embd"]
+                for rate in RATES:
+                    by_hand(best, rate)
+                    keep()
+
+
+def summarise(cell: dict[str, Any], minutes: float) -> None:
+    """Put the ratios that matter beside what was measured."""
+    dial = cell["dial"]
+    cell["time"] = dial["took_s"] / 60 / minutes
+    cell["expected_over_came"] = dial["expected"] / dial["loss"]
+    if cell["grid"]:
+        cell["loss_over_best_of_grid"] = dial["loss"] / min(one["loss"] for one in cell["grid"])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONPATH", str(ROOT))
+    main()
