@@ -2,25 +2,28 @@
 
     python runs/dial/measure.py --texts FOLDER [FOLDER ...] --minutes 1 3 10 --to=runs/dial/results.json
 
-For each text and time first the dial, a process of its own from start to finish; then runs of the same minutes at given widths and multiples of
-the rule's rate. Those try nothing but the speed of their one width, so they train a little longer than the dial. The losses are those
-of the whole validation split, by evaluate.py. Wants a machine with nothing else to do. Killed, it goes on where it was.
+For each text and time first the dial, a process of its own from start to finish; then runs of the same minutes at given
+widths, and at the best of them at other rates than the rule's. These try nothing but the speed of their one width, so
+they train a little longer than the dial. The losses are those of the whole validation split, by evaluate.py. Wants a
+machine with nothing else to do. Killed, it goes on where it was.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "config/train_shakespeare_char_cpu.py"
 WIDTHS = {1.0: (32, 48, 64, 96, 128), 3.0: (48, 64, 96, 128, 160), 10.0: (64, 96, 128, 160, 192)}
-RATES = (0.6, 1.0, 1.7)  # of the rule's
+RATES = (0.6, 1.7)  # of the rule's
 # train.py with a dial that has one width and one rate to choose from, and takes any text for the books.
 BY_HAND = """
 import sys
@@ -57,6 +60,23 @@ def run(text: Path, minutes: float, out: Path, by_hand: tuple[int, float] | None
     return found
 
 
+def fill(cell: dict[str, Any], text: Path, minutes: float, folder: Path) -> Iterator[None]:
+    """Do what a cell of the results lacks, a run at a time."""
+    if not cell["dial"]:
+        cell["dial"] = run(text, minutes, folder / f"{text.name}-{minutes:g}")
+        yield
+    grid = cell["grid"]
+    for rate in (1.0, *RATES):
+        widths = (
+            WIDTHS.get(minutes, WIDTHS[10.0]) if rate == 1.0 else [min(grid, key=lambda one: one["loss"])["n_embd"]]
+        )
+        for width in widths:
+            if not any((one["n_embd"], one["rate"]) == (width, rate) for one in grid):
+                out = folder / f"{text.name}-{minutes:g}-{width}-{rate}"
+                grid.append(run(text, minutes, out, (width, rate)) | {"rate": rate})
+                yield
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
@@ -65,29 +85,11 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, Any] = json.loads(options.to.read_text()) if options.to.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        for minutes in options.minutes:
-            for text in options.texts:
-                cell = results.setdefault(f"{text.name}, {minutes:g} min", {"dial": None, "grid": []})
-
-                def keep(cell: dict[str, Any] = cell) -> None:
-                    summarise(cell, minutes)
-                    options.to.write_text(json.dumps(results, indent=1) + "\n")
-
-                def by_hand(width: int, rate: float, cell: dict[str, Any] = cell, text: Path = text) -> None:
-                    if not any((one["n_embd"], one["rate"]) == (width, rate) for one in cell["grid"]):
-                        out = Path(folder) / f"{text.name}-{minutes:g}-{width}-{rate}"
-                        cell["grid"].append(run(text.resolve(), minutes, out, (width, rate)) | {"rate": rate})
-
-                if not cell["dial"]:
-                    cell["dial"] = run(text.resolve(), minutes, Path(folder) / f"{text.name}-{minutes:g}")
-                    keep()
-                for width in WIDTHS.get(minutes, WIDTHS[10.0]):
-                    by_hand(width, 1.0)
-                    keep()
-                best = min(cell["grid"], key=lambda one: one["loss"])["n_embd"]
-                for rate in RATES:
-                    by_hand(best, rate)
-                    keep()
+        for minutes, text in itertools.product(options.minutes, options.texts):
+            cell = results.setdefault(f"{text.name}, {minutes:g} min", {"dial": None, "grid": []})
+            for _ in fill(cell, text.resolve(), minutes, Path(folder)):
+                summarise(cell, minutes)
+                options.to.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def summarise(cell: dict[str, Any], minutes: float) -> None:
