@@ -25,7 +25,7 @@ from nanogpt.tracking import BEGUN, duration
 from start import SHAPE_KEYS, Steps, our_steps, training_bytes
 
 PILOT = scaling.PILOT_WIDTH  # of the model that is trained to see how hard the text is
-PILOT_SHARE, PILOT_S = 0.04, (1.5, 20.0)  # of the time, and the least and the most of it in seconds
+PILOT_SHARE, PILOT_S = 0.05, (1.5, 20.0)  # of the time, and the least and the most of it in seconds
 TRY_S = 0.6  # how long a width's speed is measured
 TRIES = 5  # widths at most
 FALL = 0.4  # share of the time in which the learning rate falls

@@ -90,7 +90,8 @@ def fit(points: Sequence[tuple[float, float, float]], R: float = Law.R) -> Law:
 LAW = Law(E=0.95368, A=12.1774, B=33.3436, alpha=0.32501, beta=0.32288)
 # What a model of this width reaches on the books after so many tokens; on another text it shows how hard that one is.
 PILOT_WIDTH = 64
-PILOT_LOSSES = {250_000: 1.8274, 500_000: 1.7233, 1_000_000: 1.6244, 2_000_000: 1.5447, 4_000_000: 1.4826}
+PILOT_LOSSES = {62_500: 2.1549, 125_000: 1.9347, 250_000: 1.8274, 500_000: 1.7233}
+PILOT_LOSSES |= {1_000_000: 1.6244, 2_000_000: 1.5447, 4_000_000: 1.4826}
 
 
 def pilot_loss(tokens: float) -> float:
