@@ -5,10 +5,11 @@ Loss, perplexity and bits per byte of a whole split, or with --text=FILE of a te
 given. Windows of block_size tokens stand side by side, so a token sees what its window shows of its past; with
 --stride=N they advance by N, only the last N tokens of each count, and each token sees block_size - N or more.
 
-Behind each figure stands its standard error. The loss is a mean over stretches of block_size tokens, weighted by the
-tokens of each that count, which are taken for independent draws; where neighbours are alike, as in one long book, the
-error is larger than told. Bits per byte follow by scaling, perplexity to first order. In a mixture the sources weigh
-by their shares. The last batch aside, nothing depends on how many windows are read at a time.
+Behind each figure stands its standard error. A split is cut into 64 stretches of whole windows (or a window each, where
+it has fewer), and the loss is the mean over these, weighted by the tokens of each that count; its error follows from
+how far the stretches are apart, as if each were drawn by itself. (Single windows of one text are not: neighbours are
+alike, and an error from them is too small by half on tiny Shakespeare.) Bits per byte follow by scaling, perplexity to
+first order. In a mixture the sources weigh by their shares.
 
 --tasks=hellaswag,lambada_openai: the tasks of EleutherAI's lm-evaluation-harness instead (pip install -e ".[eval]").
 """
@@ -37,6 +38,7 @@ from nanogpt.tokenizer import Tokenizer
 from sample import load
 
 OF_TASKS, OF_LOSS = ("limit", "num_fewshot", "include_path"), ("dataset", "split", "text", "stride")
+STRETCHES = 64  # of a split, at most: enough to know the error to 9%, and each as long as can be
 MEMORY = "too little memory: try --dtype=bfloat16, or a machine with more"
 
 
@@ -151,10 +153,11 @@ def split_loss(model: GPT, tokens: Tokens, stride: int, world: World) -> tuple[f
     parts = []  # of each source: a token's weight; nats and tokens that count in each stretch, (2, stretches)
     for source in tokens.sources:
         targets = source.tokens - 1
-        sums = np.zeros((2, -(-targets // T)))
+        stretch = T * -(-targets // (T * STRETCHES))  # tokens
+        sums = np.zeros((2, -(-targets // stretch)))
         batches = data.SlidingWindows(tokens, source, T, stride, vocab_size, rows_to_score(model, T))
         for starts, x, y in tqdm(batches, unit="batch", disable=None):
-            where = (starts[:, None] + np.arange(x.shape[1]))[y.numpy() >= 0] // T
+            where = (starts[:, None] + np.arange(x.shape[1]))[y.numpy() >= 0] // stretch
             with world.autocast():
                 logprobs, _ = score(model, *world.put(x, y))
             np.add.at(sums[0], where, -logprobs.cpu().double().numpy())
