@@ -35,23 +35,11 @@ END_S = 0.5  # for the last save and Python's end
 IMPORT_S = 2.0  # what passes before the program's first line, where the system does not tell
 BEYOND = 0.85  # exponent by which a token's seconds grow with its FLOPs beyond the widths that were tried
 PILOT_WINDOWS = 512
-# Keys that the dial sets.
-CHOSEN: tuple[str, ...] = (
-    "arch",
-    "n_layer",
-    "n_head",
-    "n_kv_head",
-    "head_dim",
-    "n_embd",
-    "n_inner",
-    "tied",
-    "bias",
-    "dropout",
-)
-CHOSEN += ("batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "muon_lr", "muon_momentum")
-CHOSEN += ("beta2", "grad_clip", "schedule", "warmup_iters", "max_iters", "lr_decay_iters", "min_lr", "decay_iters")
-CHOSEN += ("eval_interval", "eval_iters", "eval_train", "sample_chars")
 WIDTHS = [*range(32, 256, 16), *range(256, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
+# Keys that the dial sets besides those of `scaling.recipe`.
+USUAL = {"n_kv_head": 0, "head_dim": 0, "tied": True, "bias": False, "dropout": 0.0, "batch_growth_tokens": 0}
+USUAL |= {"decay_lr": True, "lr_decay_iters": None, "decay_iters": None, "eval_train": False, "sample_chars": 0}
+CHOSEN = {*scaling.recipe(64, 1e6, 64), *USUAL, "eval_interval", "eval_iters"}
 
 
 class Timer:
@@ -119,7 +107,7 @@ class Trial:
         keys = scaling.recipe(width, tokens, self.config.block_size)
         share = -(-keys["batch_size"] // self.world.size)
         keys |= {"batch_size": share, "gradient_accumulation_steps": self.world.size}
-        return replace(self.config, **keys, n_kv_head=0, head_dim=0, tied=True, bias=False, dropout=0.0)
+        return replace(self.config, **USUAL | keys)
 
     def model(self, config: Any) -> GPT:
         return GPT(GPTConfig(vocab_size=self.vocab_size, **{name: getattr(config, name) for name in SHAPE_KEYS}))
@@ -180,7 +168,7 @@ def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[
     """
     if config.init_from != "scratch":
         raise InputError(f"minutes: sizes a new model; leave out --init_from={config.init_from}, or give --max_iters")
-    if ignored := [name for name in CHOSEN if name in given]:
+    if ignored := [name for name in given if name in CHOSEN]:
         say(f"minutes={config.minutes:g} chooses {', '.join(ignored)} itself; what is given does not count")
     whole_s, trial, widths = 60 * config.minutes, Trial(config, world), WIDTHS
     evaluations = 4 if config.minutes >= LONG_MIN else 1
@@ -215,8 +203,6 @@ def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[
         schedule="constant",  # until the fall begins
         eval_interval=chosen.max_iters // evaluations if evaluations > 1 else 0,
         eval_iters=0 if many else max(batches, 1),
-        eval_train=False,
-        sample_chars=0,
     )
     expected = losses[best] * hardness
     bpb = trial.dataset.val.bits_per_byte(expected)

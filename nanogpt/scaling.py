@@ -12,7 +12,7 @@ import numpy as np
 
 OTHERS = 3.3  # times Muon's rate: that of embeddings and gains
 RECIPE = {"arch": "modern", "optimizer": "muon", "muon_momentum": 0.9, "beta2": 0.98, "grad_clip": 1.0}
-RECIPE |= {"schedule": "trapezoid", "warmup_iters": 10, "min_lr": 0.0}
+RECIPE |= {"schedule": "trapezoid", "warmup_iters": 10, "min_lr": 0.0, "weight_decay": 0.1, "beta1": 0.9}
 
 
 def shape(n_embd: int) -> dict[str, int]:
