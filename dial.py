@@ -37,7 +37,14 @@ BEYOND = 0.85  # exponent by which a token's seconds grow with its FLOPs beyond 
 PILOT_WINDOWS = 512
 WIDTHS = [*range(32, 256, 16), *range(256, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
 # Keys that the dial sets besides those of `scaling.recipe`.
-USUAL = {"n_kv_head": 0, "head_dim": 0, "tied": True, "bias": False, "dropout": 0.0, "batch_growth_tokens": 0}
+USUAL: dict[str, Any] = {
+    "n_kv_head": 0,
+    "head_dim": 0,
+    "tied": True,
+    "bias": False,
+    "dropout": 0.0,
+    "batch_growth_tokens": 0,
+}
 USUAL |= {"decay_lr": True, "lr_decay_iters": None, "decay_iters": None, "eval_train": False, "sample_chars": 0}
 CHOSEN = {*scaling.recipe(64, 1e6, 64), *USUAL, "eval_interval", "eval_iters"}
 

@@ -65,7 +65,7 @@ def test_the_fall_ends_with_the_minutes(clock: list[float], step_s: float, inter
     asked = 0
     while not (fall := timer.fall(interval)):
         asked += 1
-        clock[0] += step_s + (10 if asked == 40 else 0)
+        clock[0] += step_s + (10 if asked == 20 else 0)
         if interval and asked % interval == 0:
             clock[0] += TOLD["evaluation_s"]
     left = 120 - 30 - clock[0]
