@@ -1,6 +1,7 @@
 """The law of losses against arithmetic, and the family of shapes against the model."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,11 @@ LAW = Law(E=1.2, A=40.0, B=90.0, alpha=0.45, beta=0.35)
 def test_the_law_by_hand():
     assert LAW.loss(10_000, 1e6) == pytest.approx(1.2 + 40 / 10_000**0.45 + 90 / 1e6**0.35)
     assert LAW.loss(10_000, 1e6, unique=1e6) == LAW.loss(10_000, 1e6)
-    assert LAW.loss(10_000, 4e6) < LAW.loss(10_000, 4e6, unique=1e6) < LAW.loss(10_000, 1e6)
+    again = LAW.loss(10_000, 4e6, unique=1e6)
+    assert LAW.loss(10_000, 4e6) < again < LAW.loss(10_000, 1e6)
+    by_heart = replace(LAW, K=0.01)
+    assert by_heart.loss(10_000, 4e6, unique=1e6) == pytest.approx(again + 0.01 * (0.01 * 3) ** 1.5)
+    assert by_heart.loss(10_000, 1e6, unique=1e6) == LAW.loss(10_000, 1e6)
 
 
 def test_tokens_seen_again_are_worth_less():
