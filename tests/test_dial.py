@@ -50,8 +50,8 @@ def test_the_choice_is_the_best_of_all_widths(
     for width in dial.WIDTHS:
         tokens = left_s / (1e-6 + per_flop * trial.flops(width))
         losses[width] = scaling.LAW.loss(scaling.weights(scaling.shape(width)), tokens)
-    assert losses[chosen.n_embd] == pytest.approx(min(losses.values()), rel=1e-3)
-    assert told["expected_loss"] == pytest.approx(1.1 * min(losses.values()), rel=2e-3)
+    assert losses[chosen.n_embd] == pytest.approx(min(losses.values()), rel=3e-3)
+    assert told["expected_loss"] == pytest.approx(1.1 * min(losses.values()), rel=3e-3)
     assert told["evaluation_s"] <= dial.EVALUATION_SHARE * 60 * minutes
     tokens = chosen.max_iters * chosen.rows_per_step * 16
     assert tokens * (1e-6 + per_flop * trial.flops(chosen.n_embd)) == pytest.approx(left_s, rel=0.05)
