@@ -1,59 +1,82 @@
-"""The picture in architecture.md, drawn from the imports: python docs/architecture.py writes it anew."""
+"""Draw the picture in docs/architecture.md from the imports: python docs/architecture.py
+
+Nodes are the root's files, the toolbox's, and the data scripts as one. An arrow is an import, dashed where it waits for
+a call or serves types alone. Only the arrows from which all others follow are drawn (the transitive reduction).
+"""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/architecture.md"
+PAGE = ROOT / "docs" / "architecture.md"
+BEGIN, END = "```mermaid\n", "```\n"
+YELLOW, BLUE = "fill:#fef3c7,stroke:#d97706,color:#111", "fill:#dbeafe,stroke:#60a5fa,color:#111"
+Graph = dict[str, dict[str, bool]]  # file -> the files it imports, and whether at its top, whenever it is read
 
 
-def imports() -> dict[str, set[str]]:
-    """Which modules of ours each of ours imports: "train" -> {"model", "nanogpt.data", …}. What is imported
-    inside a function, or for type checkers alone, is left out."""
-    files = {path.stem: path for path in ROOT.glob("*.py")}
-    files |= {f"nanogpt.{path.stem}": path for path in ROOT.glob("nanogpt/*.py") if path.stem != "__init__"}
-    found: dict[str, set[str]] = {name: set() for name in files}
-    for name, path in files.items():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Import):
-                found[name] |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                found[name] |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        found[name] &= files.keys() - {name}
-    return found
+def files() -> dict[str, list[Path]]:
+    """Each node's files. `nanogpt/__init__.py`, the errors, is left out: all import it, and it imports nobody."""
+    toolbox = [path for path in (ROOT / "nanogpt").glob("*.py") if path.name != "__init__.py"]
+    nodes = {str(path.relative_to(ROOT)): [path] for path in sorted([*ROOT.glob("*.py"), *toolbox])}
+    return nodes | {"data/": sorted((ROOT / "data").rglob("*.py"))}
 
 
-def reach(arrows: dict[str, set[str]], start: str) -> set[str]:
-    """All that `start` needs, directly or not."""
-    seen: set[str] = set()
-    left = [*arrows[start]]
-    while left:
-        if (name := left.pop()) not in seen:
-            seen.add(name)
-            left += arrows[name]
-    return seen
+def imported(node: ast.AST) -> list[str]:
+    """Full names that an import statement may mean: of `from a import b`, both a.b and a."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: imports here are absolute"
+        return [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
+    return []
 
 
-def picture() -> str:
-    """Mermaid's text. An arrow that only repeats a longer way is not drawn."""
-    arrows = imports()
-    rooms = {"root": [n for n in arrows if "." not in n], "nanogpt": [n for n in arrows if "." in n]}
-    lines = ["flowchart TD"]
-    for room, names in rooms.items():
-        lines.append(f"  subgraph {room}")
-        lines += [f'    {name.replace(".", "_")}["{name.rpartition(".")[2]}.py"]' for name in sorted(names)]
-        lines.append("  end")
-    for name in sorted(arrows):
-        farther = set().union(*(reach(arrows, other) for other in arrows[name]))
-        lines += [f"  {name} --> {other}".replace(".", "_") for other in sorted(arrows[name] - farther)]
-    return "\n".join(lines)
+def read() -> Graph:
+    """Who imports whom."""
+    nodes = files()
+    graph: Graph = {node: {} for node in nodes}
+    for node, paths in nodes.items():
+        for path in paths:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for statement in ast.walk(tree):
+                for name in imported(statement):
+                    target = name.replace(".", "/") + ".py"
+                    if target in nodes:
+                        graph[node][target] = graph[node].get(target, False) or statement in tree.body
+    return graph
 
 
-def page() -> str:
-    """The page with the picture as it is now."""
-    before, fence, rest = PAGE.read_text(encoding="utf-8").partition("```mermaid\n")
-    return before + fence + picture() + "\n```" + rest.partition("```")[2]
+def reached(graph: Graph, first: str) -> set[str]:
+    """All that `first` leads to, itself included."""
+    return {first}.union(*(reached(graph, node) for node in graph[first]))
+
+
+def draw(graph: Graph) -> str:
+    """Mermaid's text for a graph without circles; graphlib.CycleError for one with them."""
+    TopologicalSorter(graph).prepare()
+    toolbox = ",".join(key(node) for node in sorted(graph) if node.startswith("nanogpt/"))
+    lines = ["flowchart TD", *(f'  {key(node)}["{label(node)}"]' for node in sorted(graph))]
+    for node in sorted(graph):
+        for target, at_top in sorted(graph[node].items()):
+            if not any(target in reached(graph, other) for other in graph[node].keys() - {target}):
+                lines.append(f"  {key(node)} {'-->' if at_top else '-.->'} {key(target)}")
+    lines += [f"  class {toolbox} toolbox", f"  classDef toolbox {BLUE}", f"  classDef default {YELLOW}"]
+    return "\n".join(lines) + "\n"
+
+
+def key(node: str) -> str:
+    return node.removesuffix(".py").replace("/", "_").strip("_") + "_"  # `end` and such are mermaid's own words
+
+
+def label(node: str) -> str:
+    return "data/**/*.py" if node == "data/" else node.removeprefix("nanogpt/")
+
+
+def main() -> None:
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(before + BEGIN + draw(read()) + END + rest.partition(END)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    main()
