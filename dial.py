@@ -152,7 +152,7 @@ class Trial:
         return self.world.sum(took_s).item() / self.world.size / (config.rows_per_step * config.block_size)
 
     def hardness(self, seconds: float, token_s: float) -> float:
-        """How many times the books' loss a small model has on this text after so many seconds."""
+        """How many times the law's loss this text's is, by a small model trained on it for so many seconds."""
         one = replace(self.settings(PILOT, seconds / token_s / self.world.size), gradient_accumulation_steps=1)
         torch.manual_seed(one.seed)
         model = self.model(one)
@@ -163,8 +163,7 @@ class Trial:
         windows = data.EvalWindows(self.dataset.val, T, -(-PILOT_WINDOWS // rows), rows, self.vocab_size)
         with torch.no_grad():
             loss = evaluate(model, windows, rows, self.alone)
-        tokens = scaling.effective(one.max_iters * rows * T, self.unique, scaling.LAW.R)
-        return loss / scaling.pilot_loss(tokens)
+        return scaling.hardness(loss, scaling.effective(one.max_iters * rows * T, self.unique, scaling.LAW.R), T)
 
 
 def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[str, float]]:
