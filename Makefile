@@ -16,7 +16,7 @@ demo: $(VENV)/demo
 	$(PY) compare.py out-demo --out=out-demo/loss.png
 
 test: lint
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -n 2
 
 test-all: lint
 	$(PY) -m pytest
