@@ -108,9 +108,7 @@ def summarise(cell: dict[str, Any], minutes: float) -> None:
     if cell["grid"]:
         cell["loss_over_best_of_grid"] = dials[0]["loss"] / min(one["loss"] for one in cell["grid"])
     if best:
-        ratios = [
-            dial["loss"] / one["loss"] for dial, one in zip(dials[1:], best, strict=False)
-        ]  # one pair may be half done
+        ratios = [dial["loss"] / one["loss"] for dial, one in zip(dials[1:], best, strict=False)]  # the last may lack
         cell["loss_over_best_again"] = ratios
         cell["median_loss_over_best_again"] = statistics.median(ratios)
 
