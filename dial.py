@@ -28,9 +28,12 @@ PILOT = scaling.PILOT_WIDTH  # of the model that is trained to see how hard the 
 PILOT_SHARE, PILOT_S = 0.05, (1.5, 20.0)  # of the time, and the least and the most of it in seconds
 TRY_S = 0.6  # how long a width's speed is measured
 TRIES = 5  # widths at most
-FALL = 0.3  # share of the time in which the learning rate falls: half would gain 0.3% (runs/scaling), but foresee less
+# Share of the time in which the learning rate falls, and the loss over that of half of it, which the law knows
+# (runs/scaling, `falls`). Once it falls the steps are counted, whatever the machine's moods, and these weigh more in a
+# short run.
+FALL, SHORT_FALL = (0.3, 1.003), (0.2, 1.008)
 EVALUATION_SHARE = 0.015  # of the time: what an evaluation may take
-LONG_MIN = 5.0  # minutes from which a run is evaluated on its way, and shorter at a time
+LONG_MIN = 5.0  # minutes from which a run is evaluated on its way, shorter at a time, and its rate falls for longer
 END_S = 0.5  # for the last save and Python's end
 IMPORT_S = 2.0  # what passes before the program's first line, where the system does not tell
 BEYOND = 0.85  # exponent by which a token's seconds grow with its FLOPs beyond the widths that were tried
@@ -47,6 +50,11 @@ USUAL: dict[str, Any] = {
 }
 USUAL |= {"decay_lr": True, "lr_decay_iters": None, "decay_iters": None, "eval_train": False, "sample_chars": 0}
 CHOSEN = {*scaling.recipe(64, 1e6, 64), *USUAL, "eval_interval", "eval_iters"}
+
+
+def fall_share(minutes: float) -> tuple[float, float]:
+    """`FALL` or `SHORT_FALL`, whichever a run of so many minutes has."""
+    return FALL if minutes >= LONG_MIN else SHORT_FALL
 
 
 class Timer:
@@ -73,7 +81,7 @@ class Timer:
             self.steps_s.append(now - self.last)
         self.last = now
         left = self.end - now - self.told["evaluation_s"] - END_S
-        if left > FALL * 60 * self.minutes or len(self.steps_s) < 5:
+        if left > fall_share(self.minutes)[0] * 60 * self.minutes or len(self.steps_s) < 5:
             return 0
         usual = 3 * statistics.median(self.steps_s)  # longer are those with an evaluation or a save between
         step_s = statistics.mean(s for s in self.steps_s if s <= usual)
@@ -210,7 +218,7 @@ def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[
         eval_interval=chosen.max_iters // evaluations if evaluations > 1 else 0,
         eval_iters=0 if many else max(batches, 1),
     )
-    expected = losses[best] * hardness
+    expected = losses[best] * hardness * fall_share(config.minutes)[1]
     bpb = trial.dataset.val.bits_per_byte(expected)
     say(
         f"tried    {len(speeds)} widths, {1 / speeds[PILOT]:,.0f} to {1 / speed(trial, speeds, best):,.0f} tokens/s; "

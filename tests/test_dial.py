@@ -52,7 +52,7 @@ def test_the_choice_is_the_best_of_all_widths(
         tokens = left_s / (1e-6 + per_flop * trial.flops(width))
         losses[width] = scaling.LAW.loss(scaling.weights(scaling.shape(width)), tokens)
     assert losses[chosen.n_embd] == pytest.approx(min(losses.values()), rel=3e-3)
-    assert told["expected_loss"] == pytest.approx(1.1 * min(losses.values()), rel=3e-3)
+    assert told["expected_loss"] == pytest.approx(1.1 * dial.fall_share(minutes)[1] * min(losses.values()), rel=3e-3)
     assert told["evaluation_s"] <= dial.EVALUATION_SHARE * 60 * minutes
     tokens = chosen.max_iters * chosen.rows_per_step * 16
     assert tokens * (1e-6 + per_flop * trial.flops(chosen.n_embd)) == pytest.approx(left_s, rel=0.05)
@@ -74,7 +74,7 @@ def test_the_fall_ends_with_the_minutes(clock: list[float], step_s: float, inter
     left = 120 - 30 - clock[0]
     pause = TOLD["evaluation_s"] if interval else 0.0
     assert left - TOLD["evaluation_s"] - dial.END_S == pytest.approx(
-        dial.FALL * 120 - pause / 2, abs=step_s + pause / 2
+        dial.SHORT_FALL[0] * 120 - pause / 2, abs=step_s + pause / 2
     )
     passed = fall * step_s + (fall // interval if interval else 0) * pause + TOLD["evaluation_s"] + dial.END_S
     assert passed == pytest.approx(left, abs=step_s + pause)

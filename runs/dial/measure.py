@@ -6,7 +6,7 @@ For each text and time first the dial, a process of its own from start to finish
 widths, and at the best of them at other rates than the rule's. These try nothing but the speed of their one width, so
 they train a little longer than the dial. The best of a grid is partly luck, and a machine has its moods: with --rounds
 the dial and the best by hand take turns again, and the median of their ratios counts. The losses are those of the whole
-validation split, by evaluate.py. Wants a machine with nothing else to do. Killed, it goes on where it was.
+validation split, by evaluate.py. Wants a machine with nothing else to do. Killed, it goes on with the runs that lack.
 """
 
 import argparse
@@ -23,9 +23,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "runs/shakespeare_char_cpu"))
+
+from compare_with_nanogpt import machine  # noqa: E402
+
 RECIPE = ROOT / "config/train_shakespeare_char_cpu.py"
-WIDTHS = {1.0: (32, 48, 64, 96, 128), 3.0: (64, 96, 128, 160), 10.0: (96, 128, 192)}
-RATES = (0.6, 1.7)  # of the rule's
+WIDTHS = {1.0: (64, 96, 128), 3.0: (96, 128, 160), 10.0: (128, 192, 256)}
 # train.py with a dial that has one width and one rate to choose from, and takes any text for the books.
 BY_HAND = """
 import sys
@@ -62,13 +65,13 @@ def run(text: Path, minutes: float, out: Path, by_hand: tuple[int, float] | None
     return found
 
 
-def fill(cell: dict[str, Any], text: Path, minutes: float, rounds: int, folder: Path) -> Iterator[None]:
+def fill(cell: dict[str, Any], text: Path, minutes: float, options: Any, folder: Path) -> Iterator[None]:
     """Do what a cell of the results lacks, a run at a time."""
     if not cell["dial"]:
         cell["dial"] = run(text, minutes, folder / f"{text.name}-{minutes:g}")
         yield
     grid = cell["grid"]
-    for rate in (1.0, *RATES):
+    for rate in (1.0, *options.rates):
         widths = (
             WIDTHS.get(minutes, WIDTHS[10.0]) if rate == 1.0 else [min(grid, key=lambda one: one["loss"])["n_embd"]]
         )
@@ -78,7 +81,7 @@ def fill(cell: dict[str, Any], text: Path, minutes: float, rounds: int, folder: 
                 grid.append(run(text, minutes, out, (width, rate)) | {"rate": rate})
                 yield
     best, again = min(grid, key=lambda one: one["loss"]), cell["again"]
-    while len(again) < 2 * rounds:
+    while len(again) < 2 * options.rounds:
         by_hand = (best["n_embd"], best["rate"]) if len(again) % 2 else None
         again.append(run(text, minutes, folder / f"{text.name}-{minutes:g}-again{len(again)}", by_hand))
         yield
@@ -88,14 +91,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 3.0, 10.0])
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.6, 1.7], help="of the rule's, at the best width")
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--to", type=Path, default=ROOT / "runs/dial/results.json")
     options = parser.parse_args()
     results: dict[str, Any] = json.loads(options.to.read_text()) if options.to.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for minutes, text in itertools.product(options.minutes, options.texts):
-            cell = results.setdefault(f"{text.name}, {minutes:g} min", {"dial": None, "grid": [], "again": []})
-            for _ in fill(cell, text.resolve(), minutes, options.rounds, Path(folder)):
+            empty = {"machine": machine(), "dial": None, "grid": [], "again": []}
+            cell = results.setdefault(f"{text.name}, {minutes:g} min", empty)
+            for _ in fill(cell, text.resolve(), minutes, options, Path(folder)):
                 summarise(cell, minutes)
                 options.to.write_text(json.dumps(results, indent=1) + "\n")
 
