@@ -70,27 +70,29 @@ def fill(cell: dict[str, Any], text: Path, minutes: float, options: Any, folder:
     if not cell["dial"]:
         cell["dial"] = run(text, minutes, folder / f"{text.name}-{minutes:g}")
         yield
-    grid = cell["grid"]
+    grid, again = cell["grid"], cell["again"]
+    usual = WIDTHS.get(minutes, WIDTHS[10.0]) if options.widths is None else options.widths
     for rate in (1.0, *options.rates):
-        widths = (
-            WIDTHS.get(minutes, WIDTHS[10.0]) if rate == 1.0 else [min(grid, key=lambda one: one["loss"])["n_embd"]]
-        )
-        for width in widths:
+        for width in usual if rate == 1.0 else [best(grid)["n_embd"]]:
             if not any((one["n_embd"], one["rate"]) == (width, rate) for one in grid):
                 out = folder / f"{text.name}-{minutes:g}-{width}-{rate}"
                 grid.append(run(text, minutes, out, (width, rate)) | {"rate": rate})
                 yield
-    best, again = min(grid, key=lambda one: one["loss"]), cell["again"]
     while len(again) < 2 * options.rounds:
-        by_hand = (best["n_embd"], best["rate"]) if len(again) % 2 else None
+        by_hand = (best(grid)["n_embd"], best(grid)["rate"]) if len(again) % 2 else None
         again.append(run(text, minutes, folder / f"{text.name}-{minutes:g}-again{len(again)}", by_hand))
         yield
+
+
+def best(grid: list[dict[str, Any]]) -> dict[str, Any]:
+    return min(grid, key=lambda one: one["loss"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 3.0, 10.0])
+    parser.add_argument("--widths", type=int, nargs="*", help="by hand; none: the dial alone")
     parser.add_argument("--rates", type=float, nargs="*", default=[0.6, 1.7], help="of the rule's, at the best width")
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--to", type=Path, default=ROOT / "runs/dial/results.json")
@@ -107,13 +109,15 @@ def main() -> None:
 
 def summarise(cell: dict[str, Any], minutes: float) -> None:
     """Put the ratios that matter beside what was measured."""
-    dials, best = [cell["dial"], *cell["again"][::2]], cell["again"][1::2]
+    dials, by_hand = [cell["dial"], *cell["again"][::2]], cell["again"][1::2]
     cell["time"] = [one["took_s"] / 60 / minutes for one in dials]
     cell["expected_over_came"] = [one["expected"] / one["loss"] for one in dials]
     if cell["grid"]:
-        cell["loss_over_best_of_grid"] = dials[0]["loss"] / min(one["loss"] for one in cell["grid"])
-    if best:
-        ratios = [dial["loss"] / one["loss"] for dial, one in zip(dials[1:], best, strict=False)]  # the last may lack
+        cell["loss_over_best_of_grid"] = dials[0]["loss"] / best(cell["grid"])["loss"]
+    if by_hand:
+        ratios = [
+            dial["loss"] / one["loss"] for dial, one in zip(dials[1:], by_hand, strict=False)
+        ]  # the last may lack
         cell["loss_over_best_again"] = ratios
         cell["median_loss_over_best_again"] = statistics.median(ratios)
 
