@@ -31,7 +31,7 @@ TRIES = 5  # widths at most
 # Share of the time in which the learning rate falls, and the loss over that of half of it, which the law knows
 # (runs/scaling, `falls`). Once it falls the steps are counted, whatever the machine's moods, and these weigh more in a
 # short run.
-FALL, SHORT_FALL = (0.3, 1.003), (0.2, 1.008)
+FALL, SHORT_FALL = (0.3, 1.004), (0.2, 1.009)
 EVALUATION_SHARE = 0.015  # of the time: what an evaluation may take
 LONG_MIN = 5.0  # minutes from which a run is evaluated on its way, shorter at a time, and its rate falls for longer
 END_S = 0.5  # for the last save and Python's end

@@ -3,7 +3,8 @@
 Loss, perplexity and bits per byte of a whole split, or with --text=FILE of a text, for a run of train.py or with
 --init_from for GPT-2, a Hugging Face folder or nanoGPT's ckpt.pt: every token counts once, the first alone being
 given. Windows of block_size tokens stand side by side, so a token sees what its window shows of its past; with
---stride=N they advance by N, only the last N tokens of each count, and each token sees block_size - N or more.
+--stride=N they advance by N, only the last N tokens of each count, and each token beyond the first window sees at least
+block_size - N.
 
 Behind each figure stands its standard error. A split is cut into 64 stretches of whole windows (or a window each, where
 it has fewer), and the loss is the mean over these, weighted by the tokens of each that count; its error follows from

@@ -134,7 +134,7 @@ def compile_model(config: Any, model: GPT, world: World, rows: data.Rows, micro_
 
 def training_bytes(model: GPT, config: Any, B: int, T: int, world: World) -> float:
     """Memory of a training step in bytes, estimated: weights, gradients, the optimizer's state, and what backward
-    reads of B rows of T positions."""
+    reads of B rows of T positions or, where that is more, the room of the update."""
     c, a = model.config, 4 if world.dtype == torch.float32 else 2  # bytes of a number that a matrix product reads
     if c.arch == "gpt2":
         block: float = c.n_embd * (25 * a + 2 * 4)  # per position, as measured; the residual stream is float32
@@ -142,8 +142,9 @@ def training_bytes(model: GPT, config: Any, B: int, T: int, world: World) -> flo
         heads = (c.n_head + c.n_kv_head) * c.head_dim
         block = 4 / 3 * (18 * c.n_embd + (8 + 2 * a) * heads + 4 * a * c.n_inner)
     blocks = c.n_layer * block if not model.activation_checkpointing else c.n_layer * 4 * c.n_embd + block
-    logits = c.vocab_size * (a + 4 + 4) * min(B * T, model.loss_chunk or B * T)
-    return 4 * (2 * model.count_parameters() + optim.state_size(model, config)) + B * T * blocks + logits
+    logits = 12 * c.vocab_size * min(B * T, model.loss_chunk or B * T)  # log-probabilities and two gradients of them
+    stays = 4 * (2 * model.count_parameters() + optim.state_size(model, config))
+    return stays + max(B * T * blocks + logits, 1.1 * optim.update_room(model, config, a))
 
 
 def pick_micro_batch(config: Any, model: GPT, world: World) -> int:

@@ -1,6 +1,7 @@
 """AdamW and Muon over named parameters, learning-rate schedules, and the guard that keeps a broken gradient away."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -126,6 +127,20 @@ def state_size(model: Any, config: Any) -> int:
     hidden = model.hidden_matrices() if config.optimizer == "muon" else {}
     by_muon = sum(p.numel() for name, p in model.named_parameters() if name in hidden)
     return 2 * model.count_parameters() - by_muon
+
+
+def update_room(model: Any, config: Any, a: int) -> int:
+    """Bytes that an update takes while it lasts, `a` of them for a number in Muon's products: each shape's gradients,
+    averages and two copies with their squares, while the shape before leaves its last update behind."""
+    maps = Counter[tuple[int, int]]()
+    for name, rows in (model.hidden_matrices() if config.optimizer == "muon" else {}).items():
+        columns = model.get_parameter(name).shape[1]
+        maps.update((min(r, columns), max(r, columns)) for r in rows)
+    most = before = 0
+    for (r, s), count in maps.items():
+        most = max(most, before + count * (8 * r * s + 2 * a * (r * s + r * r)))
+        before = 4 * count * r * s
+    return most
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,9 +4,11 @@ Bytes kept for backward are counted by torch's hooks on what autograd saves, eac
 Writes results.json beside itself. Half a minute on one core.
 """
 
+import itertools
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +65,21 @@ def attention() -> dict[str, Any]:
     }
 
 
+def loss_peak(dtype: torch.dtype) -> float:
+    """The most bytes at a time that the loss takes, forward and backward, a token and id of the vocabulary."""
+    N, V, channels = 512, 4096, 4
+    x, weight = torch.randn(N, channels, requires_grad=True), torch.randn(V, channels)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, weight), torch.zeros(N).long())
+        found.backward()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    events = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in events)) / N / V
+
+
 def loss() -> dict[str, Any]:
     """The output layer of 124M: bytes of logits, and what remaking them costs."""
     c, tokens = GPT2, 64 * 1024
@@ -73,7 +90,8 @@ def loss() -> dict[str, Any]:
         kept[small.loss_chunk] = kept_bytes(small, lambda: small(x, y)[1])  # type: ignore[arg-type, return-value]
     flops = GPT(c).flops_per_token()
     return {
-        "bytes_bfloat16_64_rows": {"whole": 10 * c.vocab_size * tokens, "chunks_of_4096": 10 * c.vocab_size * 4096},
+        "peak_bytes_bfloat16_a_token_and_id": loss_peak(torch.bfloat16),
+        "bytes_64_rows": {"whole": 12 * c.vocab_size * tokens, "chunks_of_4096": 12 * c.vocab_size * 4096},
         "logits_alone_bfloat16": 2 * c.vocab_size * tokens,
         "kept_512_tokens": kept,
         "output_layer_share_of_flops": 6 * c.vocab_size * c.n_embd / flops,
