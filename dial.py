@@ -146,7 +146,7 @@ class Trial:
         return free is None or needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < 0.7 * free
 
     def token_s(self, config: Any) -> float:
-        """Seconds a token, over all processes, the mean of what each has found."""
+        """Seconds a token, over all processes, if all are as fast as this one."""
         steps, count = self.steps(config, self.model(config)), 0
         for _ in range(2):
             next(steps)
@@ -156,8 +156,11 @@ class Trial:
             next(steps)
             count += 1
         self.alone.synchronize()
-        took_s = torch.tensor((time.perf_counter() - began) / count, device=self.world.device)
-        return self.world.sum(took_s).item() / self.world.size / (config.rows_per_step * config.block_size)
+        return (time.perf_counter() - began) / count / (config.rows_per_step * config.block_size)
+
+    def agreed(self, value: float) -> float:
+        """The mean of what each process has found: all must choose the same."""
+        return self.world.sum(torch.tensor(float(value), device=self.world.device)).item() / self.world.size
 
     def hardness(self, seconds: float, token_s: float) -> float:
         """How many times the law's loss this text's is, by a small model trained on it for so many seconds."""
@@ -178,7 +181,7 @@ def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[
     """The settings of the best run of `config.minutes`, and what a `Timer` is to be told.
 
     config: train.py's; its data, context, precision and logging stay. Raises InputError where minutes cannot be had:
-    weights that are there already, too little time.
+    weights that are there already, too little time or memory.
     """
     if config.init_from != "scratch":
         raise InputError(f"minutes: sizes a new model; leave out --init_from={config.init_from}, or give --max_iters")
@@ -186,10 +189,10 @@ def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[
         say(f"minutes={config.minutes:g} chooses {', '.join(ignored)} itself; what is given does not count")
     whole_s, trial, widths = 60 * config.minutes, Trial(config, world), WIDTHS
     evaluations = 4 if config.minutes >= LONG_MIN else 1
-    speeds = {PILOT: trial.token_s(trial.settings(PILOT, 1e6))}  # seconds a token, by width
-    hardness = trial.hardness(min(max(PILOT_SHARE * whole_s, PILOT_S[0]), PILOT_S[1]), speeds[PILOT])
+    speeds = {PILOT: trial.agreed(trial.token_s(trial.settings(PILOT, 1e6)))}  # seconds a token, by width
+    hardness = trial.agreed(trial.hardness(min(max(PILOT_SHARE * whole_s, PILOT_S[0]), PILOT_S[1]), speeds[PILOT]))
     while True:  # until the best width, by the speeds that are known, is one of these
-        left_s = whole_s - process_age() - END_S - EVALUATION_SHARE * whole_s
+        left_s = trial.agreed(whole_s - process_age() - END_S - EVALUATION_SHARE * whole_s)
         if left_s < whole_s / 2:
             raise InputError(
                 f"minutes={config.minutes:g}: {process_age():.0f} s had passed before the first step; give at least "
@@ -202,12 +205,16 @@ def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[
         best = min(losses, key=lambda width: losses[width])
         tokens = left_s / speed(trial, speeds, best)
         chosen = trial.settings(best, tokens)
-        if best in speeds or len(speeds) > TRIES:
+        if best in speeds:
             break
-        if trial.fits(chosen):
-            speeds[best] = trial.token_s(chosen)
-        else:
-            widths = [width for width in widths if width < best]
+        if trial.agreed(trial.fits(chosen)) == 1:
+            if len(speeds) > TRIES:
+                break
+            speeds[best] = trial.agreed(trial.token_s(chosen))
+        elif not (widths := [width for width in widths if width < best]):
+            raise InputError(
+                f"minutes: too little memory for {WIDTHS[0]} channels; give less than --block_size={config.block_size}"
+            )
     rows_s = speed(trial, speeds, best) * config.block_size
     evaluation_s = EVALUATION_SHARE * whole_s / evaluations
     batches = round(3 * evaluation_s / rows_s / chosen.batch_size)  # forward alone takes a third of a step

@@ -3,8 +3,10 @@
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,34 @@ def test_the_choice_is_the_best_of_all_widths(
     tokens = chosen.max_iters * chosen.rows_per_step * 16
     assert tokens * (1e-6 + per_flop * trial.flops(chosen.n_embd)) == pytest.approx(left_s, rel=0.05)
     assert (chosen.arch, chosen.optimizer, chosen.block_size, chosen.last_step) == ("modern", "muon", 16, math.inf)
+
+
+def test_processes_choose_the_same(letters: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two, each a thread, that differ in speed, age, free memory and in what their pilot told them."""
+    meeting, given, mine = threading.Barrier(2, timeout=30), {}, threading.local()
+
+    class One(World):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            given[self.rank] = values
+            meeting.wait()
+            total = given[0] + given[1]
+            meeting.wait()
+            return total
+
+    def choose(rank: int) -> tuple[TrainConfig, dict[str, float]]:
+        mine.rank = rank
+        return dial.choose(config, {}, One(rank, 2, torch.device("cpu"), torch.float32))
+
+    flops = dial.Trial.flops
+    monkeypatch.setattr(dial.Trial, "token_s", lambda trial, at: (1 + mine.rank) * 1e-11 * flops(trial, at.n_embd))
+    monkeypatch.setattr(dial.Trial, "hardness", lambda *_: 1 + 0.1 * mine.rank)
+    monkeypatch.setattr(dial.Trial, "fits", lambda _, at: mine.rank == 0 or at.n_embd < 96)
+    monkeypatch.setattr(dial, "process_age", lambda: 1 + 9 * mine.rank)
+    config = TrainConfig(dataset=str(letters), minutes=1.0, block_size=16, device="cpu")
+    with ThreadPoolExecutor(2) as pool:
+        (first, told), second = pool.map(choose, range(2))
+    assert (first, told) == second
+    assert first.n_embd < 96
 
 
 @pytest.mark.parametrize("step_s", [0.01, 0.5])
