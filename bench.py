@@ -291,7 +291,7 @@ def serve(pipe: Connection, config: BenchConfig, given: dict[str, Any], facts: A
         world = distributed.start(config.device, config.dtype) if ours else reference_world(config)
         distributed.seed(config.seed, config.deterministic)
         free = free_memory(world.device)
-        remedy = memory_remedy(config.micro_batches[0], config.rows_per_step, config.block_size, free)
+        remedy = memory_remedy(config.micro_batches(1)[0], config.rows_per_step, config.block_size, free)
         with explained_faults(remedy):
             if ours:
                 model = open_model(config, given)

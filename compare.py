@@ -25,7 +25,7 @@ FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 UNCOUNTED = {
     *("seed", "out_dir", "resume", "dry_run", "eval_only", "eval_interval", "log_interval", "sample_chars"),
     *("wandb_log", "wandb_project", "wandb_run_name", "tensorboard"),
-    *("always_save_checkpoint", "checkpoint_minutes", "keep_every"),
+    *("always_save_checkpoint", "checkpoint_minutes", "keep_every", "log_layers", "verify_data"),
 }
 
 

@@ -7,6 +7,7 @@ the run, and sees to it that the learning rate has fallen to its end when the ti
 import math
 import os
 import statistics
+import sys
 import time
 from collections import deque
 from dataclasses import replace
@@ -28,12 +29,11 @@ PILOT = scaling.PILOT_WIDTH  # of the model that is trained to see how hard the 
 PILOT_SHARE, PILOT_S = 0.05, (1.5, 20.0)  # of the time, and the least and the most of it in seconds
 TRY_S = 0.6  # how long a width's speed is measured
 TRIES = 5  # widths at most
-# Share of the time in which the learning rate falls, and the loss over that of half of it, which the law knows
-# (runs/scaling, `falls`). Once it falls the steps are counted, whatever the machine's moods, and these weigh more in a
-# short run.
-FALL, SHORT_FALL = (0.3, 1.004), (0.2, 1.009)
+# Share of the time in which the learning rate falls, and its loss over that of half, which the law knows (runs/scaling,
+# `falls`). From there on steps count, not the clock: a machine that gets a quarter slower meanwhile ends 5% late.
+FALL, FALL_COSTS = 0.2, 1.009
 EVALUATION_SHARE = 0.015  # of the time: what an evaluation may take
-LONG_MIN = 5.0  # minutes from which a run is evaluated on its way, shorter at a time, and its rate falls for longer
+LONG_MIN = 5.0  # minutes from which a run is evaluated on its way, and shorter at a time
 END_S = 0.5  # for the last save and Python's end
 IMPORT_S = 2.0  # what passes before the program's first line, where the system does not tell
 BEYOND = 0.85  # exponent by which a token's seconds grow with its FLOPs beyond the widths that were tried
@@ -50,11 +50,6 @@ USUAL: dict[str, Any] = {
 }
 USUAL |= {"decay_lr": True, "lr_decay_iters": None, "decay_iters": None, "eval_train": False, "sample_chars": 0}
 CHOSEN = {*scaling.recipe(64, 1e6, 64), *USUAL, "eval_interval", "eval_iters"}
-
-
-def fall_share(minutes: float) -> tuple[float, float]:
-    """`FALL` or `SHORT_FALL`, whichever a run of so many minutes has."""
-    return FALL if minutes >= LONG_MIN else SHORT_FALL
 
 
 class Timer:
@@ -81,7 +76,7 @@ class Timer:
             self.steps_s.append(now - self.last)
         self.last = now
         left = self.end - now - self.told["evaluation_s"] - END_S
-        if left > fall_share(self.minutes)[0] * 60 * self.minutes or len(self.steps_s) < 5:
+        if left > FALL * 60 * self.minutes or len(self.steps_s) < 5:
             return 0
         usual = 3 * statistics.median(self.steps_s)  # longer are those with an evaluation or a save between
         step_s = statistics.mean(s for s in self.steps_s if s <= usual)
@@ -98,14 +93,27 @@ class Timer:
         )
 
 
-def without_chosen(given: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """What files and flags give, without the keys that the dial has set in the run that `state` is of. Raises
-    InputError where minutes are given to a run that goes on by steps."""
+def without_chosen(given: dict[str, Any]) -> dict[str, Any]:
+    """What files and flags give, without the keys that the dial sets, which it tells."""
+    if ignored := [name for name in given if name in CHOSEN]:
+        say(f"minutes: the dial chooses {', '.join(ignored)} itself; what is given does not count")
+    return {name: value for name, value in given.items() if name not in CHOSEN}
+
+
+def to_resume(given: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """What files and flags give to a run that goes on from `state`. Raises InputError where minutes can change nothing:
+    in a run that goes on by steps, and once the learning rate falls."""
+    minutes = given.get("minutes")
     if not state.get("dial"):
-        if given.get("minutes"):
+        if minutes:
             raise InputError("minutes: this run goes on by steps; leave --minutes out, or begin another --out_dir")
         return given
-    return {name: value for name, value in given.items() if name not in CHOSEN}
+    if minutes not in (None, state["config"]["minutes"]) and state["config"]["schedule"] != "constant":
+        raise InputError(
+            f"minutes={minutes:g}: the learning rate falls already, as {state['config']['minutes']:g} minutes had it; "
+            "leave --minutes out"
+        )
+    return without_chosen(given)
 
 
 class Trial:
@@ -117,11 +125,10 @@ class Trial:
         self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
         self.unique = len(self.dataset.train)
 
-    def settings(self, width: int, tokens: float) -> Any:
-        """Of a run of this width and length, its rows shared by the processes."""
+    def settings(self, width: int, tokens: float, processes: int) -> Any:
+        """Of a run of this width and length, its rows shared by so many processes."""
         keys = scaling.recipe(width, tokens, self.config.block_size)
-        share = -(-keys["batch_size"] // self.world.size)
-        keys |= {"batch_size": share, "gradient_accumulation_steps": self.world.size}
+        keys |= {"batch_size": -(-keys["batch_size"] // processes), "gradient_accumulation_steps": processes}
         return replace(self.config, **USUAL | keys)
 
     def model(self, config: Any) -> GPT:
@@ -129,6 +136,8 @@ class Trial:
 
     def steps(self, config: Any, model: GPT) -> Steps:
         """One process's steps of a run."""
+        if "torch._dynamo" in sys.modules:  # what other widths were compiled to counts against a limit
+            torch._dynamo.reset()
         torch.manual_seed(config.seed)
         model.end_of_text = self.dataset.end_of_text if config.mask_documents else None
         return our_steps(replace(config, gradient_accumulation_steps=1), model, self.dataset.train, self.alone)
@@ -137,13 +146,15 @@ class Trial:
         """Of a token, about: the blocks' weights and the output layer's."""
         return 6 * (scaling.weights(scaling.shape(width)) + width * self.vocab_size)
 
-    def fits(self, config: Any) -> bool:
-        """Whether memory will do for a run with these settings, by the estimate."""
+    def fits(self, config: Any, rows: int) -> bool:
+        """Whether memory will do for so many rows at a time, by the estimate."""
         with torch.device("meta"):
             model = self.model(config)
-        needed = training_bytes(model, config, config.batch_size, config.block_size, self.world)
+        model.activation_checkpointing, model.loss_chunk = config.activation_checkpointing, config.loss_chunk
+        needed = training_bytes(model, config, rows, config.block_size, self.world)
         free = free_memory(self.world.device)
-        return free is None or needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < 0.7 * free
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.world.device.type == "cpu" else 1
+        return free is None or needed * neighbours < 0.7 * free
 
     def token_s(self, config: Any) -> float:
         """Seconds a token, over all processes, if all are as fast as this one."""
@@ -164,7 +175,7 @@ class Trial:
 
     def hardness(self, seconds: float, token_s: float) -> float:
         """How many times the law's loss this text's is, by a small model trained on it for so many seconds."""
-        one = replace(self.settings(PILOT, seconds / token_s / self.world.size), gradient_accumulation_steps=1)
+        one = self.settings(PILOT, seconds / token_s / self.world.size, processes=1)
         torch.manual_seed(one.seed)
         model = self.model(one)
         steps = self.steps(one, model)
@@ -177,7 +188,7 @@ class Trial:
         return scaling.hardness(loss, scaling.effective(one.max_iters * rows * T, self.unique, scaling.LAW.R), T)
 
 
-def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[str, float]]:
+def choose(config: Any, world: World) -> tuple[Any, dict[str, float]]:
     """The settings of the best run of `config.minutes`, and what a `Timer` is to be told.
 
     config: train.py's; its data, context, precision and logging stay. Raises InputError where minutes cannot be had:
@@ -185,11 +196,11 @@ def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[
     """
     if config.init_from != "scratch":
         raise InputError(f"minutes: sizes a new model; leave out --init_from={config.init_from}, or give --max_iters")
-    if ignored := [name for name in given if name in CHOSEN]:
-        say(f"minutes={config.minutes:g} chooses {', '.join(ignored)} itself; what is given does not count")
+    if config.patience:
+        raise InputError("patience: minutes end a run by the clock, its rate at its lowest; leave one of the two out")
     whole_s, trial, widths = 60 * config.minutes, Trial(config, world), WIDTHS
     evaluations = 4 if config.minutes >= LONG_MIN else 1
-    speeds = {PILOT: trial.agreed(trial.token_s(trial.settings(PILOT, 1e6)))}  # seconds a token, by width
+    speeds = {PILOT: trial.agreed(trial.token_s(trial.settings(PILOT, 1e6, world.size)))}  # seconds a token, by width
     hardness = trial.agreed(trial.hardness(min(max(PILOT_SHARE * whole_s, PILOT_S[0]), PILOT_S[1]), speeds[PILOT]))
     while True:  # until the best width, by the speeds that are known, is one of these
         left_s = trial.agreed(whole_s - process_age() - END_S - EVALUATION_SHARE * whole_s)
@@ -204,16 +215,17 @@ def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[
             losses[width] = scaling.LAW.loss(scaling.weights(scaling.shape(width)), tokens, trial.unique)
         best = min(losses, key=lambda width: losses[width])
         tokens = left_s / speed(trial, speeds, best)
-        chosen = trial.settings(best, tokens)
-        if best in speeds:
-            break
-        if trial.agreed(trial.fits(chosen)) == 1:
-            if len(speeds) > TRIES:
+        chosen = trial.settings(best, tokens, world.size)
+        sizes = chosen.micro_batches(world.size)
+        if rows := next((rows for rows in sizes if trial.agreed(trial.fits(chosen, rows)) == 1), 0):
+            chosen = replace(chosen, micro_batch_size=rows)
+            if best in speeds or len(speeds) > TRIES:
                 break
             speeds[best] = trial.agreed(trial.token_s(chosen))
         elif not (widths := [width for width in widths if width < best]):
             raise InputError(
-                f"minutes: too little memory for {WIDTHS[0]} channels; give less than --block_size={config.block_size}"
+                f"minutes: too little memory for a row and {WIDTHS[0]} channels; give less than "
+                f"--block_size={config.block_size}"
             )
     rows_s = speed(trial, speeds, best) * config.block_size
     evaluation_s = EVALUATION_SHARE * whole_s / evaluations
@@ -225,7 +237,7 @@ def choose(config: Any, given: dict[str, Any], world: World) -> tuple[Any, dict[
         eval_interval=chosen.max_iters // evaluations if evaluations > 1 else 0,
         eval_iters=0 if many else max(batches, 1),
     )
-    expected = losses[best] * hardness * fall_share(config.minutes)[1]
+    expected = min(losses[best] * hardness * FALL_COSTS, math.log(trial.vocab_size))  # a short pilot may see little
     bpb = trial.dataset.val.bits_per_byte(expected)
     say(
         f"tried    {len(speeds)} widths, {1 / speeds[PILOT]:,.0f} to {1 / speed(trial, speeds, best):,.0f} tokens/s; "

@@ -101,6 +101,8 @@ def check(config: EvaluateConfig, given: dict[str, Any]) -> None:
         faults.append(f"tasks={config.tasks}: lm_eval is not installed; run `pip install -e .[eval]`")
     if config.include_path and not Path(config.include_path).is_dir():
         faults.append(f"include_path={config.include_path}: is no folder; give one that holds tasks as YAML files")
+    if config.json and not Path(config.json).absolute().parent.is_dir():
+        faults.append(f"json={config.json}: its folder is not there; make it, or give another file")
     if faults:
         raise InputError("\n".join(faults))
 

@@ -151,7 +151,7 @@ def pick_micro_batch(config: Any, model: GPT, world: World) -> int:
     """Rows that a process takes at a time. micro_batch_size=auto tries forward and backward with room left for the
     optimizer's state, the most rows first; on a CPU, whose system kills what takes too much, it goes by the estimate.
     """
-    sizes = config.micro_batches
+    sizes = config.micro_batches(world.size)
     if config.micro_batch_size != "auto" or config.eval_only:
         return sizes[0]
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine's memory

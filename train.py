@@ -123,6 +123,11 @@ class TrainConfig:
                 f"batch_growth_tokens: the first steps have batch_size={self.batch_size} rows, which do not divide by "
                 f"{processes()} processes: change batch_size"
             )
+        if self.batch_growth_tokens and self.gradient_accumulation_steps == 1:
+            found.append(
+                "batch_growth_tokens: rows grow from batch_size to batch_size × gradient_accumulation_steps, the same "
+                "here: give more gradient_accumulation_steps"
+            )
         if found:
             raise InputError("\n".join(found))
 
@@ -149,10 +154,9 @@ class TrainConfig:
             samples, steps = samples + self.rows_at(samples), steps - 1
         return samples + steps * self.rows_per_step
 
-    @property
-    def micro_batches(self) -> list[int]:
-        """Rows that a process can take at a time, the most first: numbers that divide its share of a step."""
-        share = (self.batch_size if self.batch_growth_tokens else self.rows_per_step) // processes()
+    def micro_batches(self, processes: int) -> list[int]:
+        """Rows that one of so many can take at a time, the most first: numbers that divide its share of a step."""
+        share = (self.batch_size if self.batch_growth_tokens else self.rows_per_step) // processes
         most = share if self.micro_batch_size == "auto" else self.micro_batch_size or self.batch_size
         return [n for n in range(min(most, share), 0, -1) if share % n == 0]
 
@@ -182,20 +186,23 @@ def run(config: TrainConfig, given: dict[str, Any], held: contextlib.ExitStack) 
         raise RunStopped(f"{why}: --resume=auto does not repeat it; {REMEDY}")
     resumed = checkpoint.to_resume(Path(config.out_dir), config.init_from == "resume" or config.resume)
     if resumed:
-        given = dial.without_chosen(given, resumed.state)
+        given = dial.to_resume(given, resumed.state)
         config = resume_settings(config, given, resumed)
-    config.check()
+    by_clock = config.minutes is not None and not config.eval_only
+    if resumed or not by_clock:  # what the dial chooses is checked below
+        config.check()
     if missing := missing_extras(config):
         raise InputError("\n".join(missing))
     with explained_faults("too little memory for this model: use a smaller one"):
         world = distributed.start(config.device, config.dtype, config.backend)
         timer = None
-        if config.minutes and not config.eval_only:
+        if by_clock:
             if resumed:
                 told = resumed.state["dial"]
             else:
-                config, told = dial.choose(config, given, world)
-                given = dial.without_chosen(given, {"dial": told})
+                given = dial.without_chosen(given)
+                config, told = dial.choose(config, world)
+                config.check()
             timer = dial.Timer(config, told)
         status = train(config, given, resumed, world, timer, lock, held)
     world.close()
@@ -292,7 +299,8 @@ def train(
     first_step = step
     val_loss = None
     if resumed and step >= config.last_step:
-        say(f"step {step} of max_iters={config.max_iters}: nothing is left to do; to go on, give a larger --max_iters")
+        more = "begin another --out_dir with more --minutes" if timer else "give a larger --max_iters"
+        say(f"step {step} of max_iters={config.max_iters}: nothing is left to do; to go on, {more}")
 
     while True:
         # --- Evaluate at step 0, at each eval_interval and at the end
@@ -393,7 +401,7 @@ def train(
     if in_vain and not log.stop:
         say(f"step {step}: no better for {since_best} evaluations (patience={config.patience}); the best is kept")
     if timer and val_loss is not None and not log.stop:
-        say(timer.report(val_loss))
+        say(timer.report(best_val_loss))
     if log.stop and writes:
         say(f"stopped at step {step} by a signal; saved: go on with --resume=True")
     return log.stop

@@ -113,6 +113,9 @@ def hardness(loss: float, tokens: float, block_size: int) -> float:
     125,000 tokens, 1.2 times after 250,000. Fitted, by eye, to three texts (scaling_laws.ipynb).
     """
     known = np.log([*PILOT_LOSSES]), [*PILOT_LOSSES.values()]
-    apart = loss / float(np.interp(math.log(tokens), *known)) - 1
+    books, longest = float(np.interp(math.log(tokens), *known)), max(PILOT_LOSSES)
+    if tokens > longest:
+        books *= LAW.loss(N := weights(shape(PILOT_WIDTH)), tokens) / LAW.loss(N, longest)
+    apart = loss / books - 1
     context = float(np.interp(math.log(block_size), np.log([*CONTEXTS]), [*CONTEXTS.values()]))
     return (1 + apart * (1 + 0.55 * (125_000 / max(tokens, 62_500)) ** 1.4)) * context

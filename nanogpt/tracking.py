@@ -278,7 +278,7 @@ class Log:
         say(
             f"step {step:6d} | loss {loss:.4f} | lr {line['lr']:.2e} | norm {grad_norm:.2f} | {tokens_per_s:,.0f} tok/s"
             + (f" | mfu {mfu:.1%}" if mfu else "")
-            + f" | {duration((self.config.max_iters - step) * step_s)} left"
+            + (f" | {duration((self.config.last_step - step) * step_s)} left" if self._ends else "")
         )
 
     def _protect(self, step: int, why: str) -> None:
@@ -287,7 +287,14 @@ class Log:
             self.tracker.log({"step": step, "stopped": why})
         raise RunStopped(f"{why}: {REMEDY}")
 
+    @property
+    def _ends(self) -> bool:
+        """Whether it is known at which step."""
+        return math.isfinite(self.config.last_step)
+
     def _tell_finish(self, step: int, step_s: float) -> None:
+        if not self._ends:
+            return
         left = (self.config.max_iters - step) * step_s
         end = datetime.now() + timedelta(seconds=left)
         say(f"finishes in about {duration(left)}, {end:%a %H:%M}, evaluations not counted")
@@ -354,7 +361,7 @@ def report(
     if config.decay_lr and config.warmup_iters > end:
         say(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end} updates")
     guess = model.flops_per_token() * tokens / (CPU_FLOPS * torch.get_num_threads() * world.size)
-    if on_cpu and guess > 30 * 60:
+    if on_cpu and guess > 30 * 60 and not config.minutes:
         told = "config/train_shakespeare_char_cpu.py is made for a CPU, a few minutes in all"
         say(f"warning: on this CPU that may take {duration(guess)}; {told}")
     if on_cpu and free and memory * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > free:

@@ -46,15 +46,17 @@ def test_the_choice_is_the_best_of_all_widths(
     monkeypatch.setattr(dial.Trial, "hardness", lambda *_: 1.1)
     endless = property(lambda _: 10**12, lambda *_: None)  # or these few letters would be learned by heart
     monkeypatch.setattr(dial.Trial, "unique", endless, raising=False)
+    letters_of_books = property(lambda _: 83, lambda *_: None)  # or no loss above ln 4 would be expected
+    monkeypatch.setattr(dial.Trial, "vocab_size", letters_of_books, raising=False)
     config = TrainConfig(dataset=str(letters), minutes=minutes, block_size=16, arch="gpt2", device="cpu")
-    chosen, told = dial.choose(config, {}, WORLD)
+    chosen, told = dial.choose(config, WORLD)
     trial, left_s = dial.Trial(config, WORLD), 60 * minutes * (1 - dial.EVALUATION_SHARE) - clock[0] - dial.END_S
     losses = {}
     for width in dial.WIDTHS:
         tokens = left_s / (1e-6 + per_flop * trial.flops(width))
         losses[width] = scaling.LAW.loss(scaling.weights(scaling.shape(width)), tokens)
     assert losses[chosen.n_embd] == pytest.approx(min(losses.values()), rel=3e-3)
-    assert told["expected_loss"] == pytest.approx(1.1 * dial.fall_share(minutes)[1] * min(losses.values()), rel=3e-3)
+    assert told["expected_loss"] == pytest.approx(1.1 * dial.FALL_COSTS * min(losses.values()), rel=3e-3)
     assert told["evaluation_s"] <= dial.EVALUATION_SHARE * 60 * minutes
     tokens = chosen.max_iters * chosen.rows_per_step * 16
     assert tokens * (1e-6 + per_flop * trial.flops(chosen.n_embd)) == pytest.approx(left_s, rel=0.05)
@@ -75,18 +77,36 @@ def test_processes_choose_the_same(letters: Path, monkeypatch: pytest.MonkeyPatc
 
     def choose(rank: int) -> tuple[TrainConfig, dict[str, float]]:
         mine.rank = rank
-        return dial.choose(config, {}, One(rank, 2, torch.device("cpu"), torch.float32))
+        return dial.choose(config, One(rank, 2, torch.device("cpu"), torch.float32))
 
     flops = dial.Trial.flops
     monkeypatch.setattr(dial.Trial, "token_s", lambda trial, at: (1 + mine.rank) * 1e-11 * flops(trial, at.n_embd))
     monkeypatch.setattr(dial.Trial, "hardness", lambda *_: 1 + 0.1 * mine.rank)
-    monkeypatch.setattr(dial.Trial, "fits", lambda _, at: mine.rank == 0 or at.n_embd < 96)
+    monkeypatch.setattr(dial.Trial, "fits", lambda _, at, rows: rows <= 8 and (mine.rank == 0 or at.n_embd < 96))
     monkeypatch.setattr(dial, "process_age", lambda: 1 + 9 * mine.rank)
     config = TrainConfig(dataset=str(letters), minutes=1.0, block_size=16, device="cpu")
     with ThreadPoolExecutor(2) as pool:
         (first, told), second = pool.map(choose, range(2))
     assert (first, told) == second
     assert first.n_embd < 96
+    assert first.micro_batch_size in range(5, 9)
+
+
+def test_a_process_of_four_tries_its_share_within_its_memory(letters: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(dial, "TRY_S", 0.0)
+    trial = dial.Trial(
+        TrainConfig(dataset=str(letters), minutes=1.0, block_size=16), World(0, 4, WORLD.device, WORLD.dtype)
+    )
+    one = trial.settings(32, 1e3, 4)
+    assert (one.batch_size, one.rows_per_step, one.micro_batches(4)) == (1, 4, [1])
+    assert trial.token_s(one) > 0
+
+    trial.vocab_size = 50_000
+    monkeypatch.setattr(dial, "free_memory", lambda _: 2e8)
+    assert not trial.fits(one, 256)  # 12 bytes of 50,000 logits for each of 4,096 tokens
+    assert trial.fits(one, 4)
+    assert trial.fits(dial.replace(one, loss_chunk=64), 256)
 
 
 @pytest.mark.parametrize("step_s", [0.01, 0.5])
@@ -104,7 +124,7 @@ def test_the_fall_ends_with_the_minutes(clock: list[float], step_s: float, inter
     left = 120 - 30 - clock[0]
     pause = TOLD["evaluation_s"] if interval else 0.0
     assert left - TOLD["evaluation_s"] - dial.END_S == pytest.approx(
-        dial.SHORT_FALL[0] * 120 - pause / 2, abs=step_s + pause / 2
+        dial.FALL * 120 - pause / 2, abs=step_s + pause / 2
     )
     passed = fall * step_s + (fall // interval if interval else 0) * pause + TOLD["evaluation_s"] + dial.END_S
     assert passed == pytest.approx(left, abs=step_s + pause)
@@ -153,6 +173,8 @@ def test_from_the_fall_on_a_resume_is_exact(
     stopped = steps("parts")[-1]
     assert run(out_dir="parts", resume="auto", **keys) == 0  # the command as it was
     if stop_after == 13:
+        with pytest.raises(InputError, match="minutes=2: the learning rate falls already, as 1 minutes had it"):
+            run(out_dir="parts", **keys | {"minutes": 2}, resume=True)
         assert metrics("parts") == metrics("whole")
         assert_same_checkpoint("whole", "parts", steps("whole")[-1])
     else:
@@ -166,8 +188,10 @@ def test_what_the_dial_cannot_have(run: Run, capsys: pytest.CaptureFixture[str])
         run(minutes=1, init_from="gpt2")
     with pytest.raises(InputError, match=r"minutes=0.0001: .* had passed before the first step; give at least"):
         run(minutes=1e-4)
-    assert "minutes=0.0001 chooses n_layer, n_head, n_embd" in capsys.readouterr().out
+    assert "minutes: the dial chooses n_layer, n_head, n_embd" in capsys.readouterr().out
     assert not Path("out").exists()
+    with pytest.raises(InputError, match="patience: minutes end a run by the clock"):
+        run(minutes=1, patience=1)
     run(out_dir="steps", max_iters=2)
     with pytest.raises(InputError, match="minutes: this run goes on by steps; leave --minutes out"):
         run(out_dir="steps", resume=True, minutes=1)

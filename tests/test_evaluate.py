@@ -202,6 +202,10 @@ def test_bad_input(run: Run, tell: Tell, letters: Path, monkeypatch: pytest.Monk
     told = fault("--tasks=hellaswag", "--stride=4", "--text=it.txt", "--include_path=no").splitlines()
     assert told[:2] == [f"{name}: tasks bring their own texts; leave it out" for name in ("text", "stride")]
     assert told[2] == "include_path=no: is no folder; give one that holds tasks as YAML files"
+    assert (
+        fault("--json=nowhere/it.json")
+        == "json=nowhere/it.json: its folder is not there; make it, or give another file"
+    )
     assert fault("--limit=3") == "limit: is for --tasks alone; leave it out"
     assert fault("--text=it.txt", "--split=val") == "split: text=it.txt takes its place; leave it out"
 
@@ -225,7 +229,7 @@ def test_bad_input(run: Run, tell: Tell, letters: Path, monkeypatch: pytest.Monk
     Path("it.txt").write_bytes(b"abcx")
     assert "has no id for 'x'" in fault("--out_dir=out", "--text=it.txt")
     Path("it.txt").write_bytes(b"abcd")
-    assert "json=no/it: cannot be written" in fault("--out_dir=out", "--text=it.txt", "--json=no/it")
+    assert "json=.: cannot be written" in fault("--out_dir=out", "--text=it.txt", "--json=.")
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     assert fault("--tasks=hellaswag") == "tasks=hellaswag: lm_eval is not installed; run `pip install -e .[eval]`"
     tell("--out_dir=out", "--text=it.txt")  # a text of fewer bytes than a window

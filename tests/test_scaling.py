@@ -68,3 +68,11 @@ def test_every_width_is_a_model(width: int):
     if width == 768:
         assert (shape.n_layer, shape.n_head) == (12, 12)
     assert config.max_iters * config.rows_per_step * 64 == pytest.approx(1e6, rel=0.01)
+
+
+@pytest.mark.parametrize("tokens", [1e6, 4e6, 16e6, 1e9])
+def test_the_books_are_as_hard_as_the_law_says(tokens: float):
+    """However long the pilot: beyond the runs the law goes on."""
+    law = scaling.LAW.loss(scaling.weights(scaling.shape(scaling.PILOT_WIDTH)), tokens)
+    assert scaling.hardness(law, tokens, 128) == pytest.approx(1, abs=3e-3)
+    assert scaling.hardness(1.1 * law, tokens, 128) == pytest.approx(1.1, abs=0.02)

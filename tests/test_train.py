@@ -94,6 +94,8 @@ def test_rows_per_step_grow_in_a_line(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert [first for first, _ in read] == [0, *(last for _, last in read[:-1])]
     config = TrainConfig(block_size=16, **keys)
     assert [config.rows_in(steps) for steps in (0, 1, 12, 20)] == [0, 2, 46, ends[-1]]
+    with pytest.raises(InputError, match="batch_growth_tokens: rows grow from batch_size to"):
+        TrainConfig(gradient_accumulation_steps=1, batch_growth_tokens=640).check()
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="batch_size=2 rows, which do not divide by 3 processes"):
         config.check()
