@@ -125,13 +125,26 @@ class Asked(TemplateLM):
                 yield i, text + stream.close()
 
 
+class Tasks(TaskManager):
+    """The harness's tasks; one that cannot be loaded is an InputError."""
+
+    def load(self, task_list: Any) -> Any:
+        try:
+            return super().load(task_list)
+        except Exception as error:  # a task is a program with data of its own: it may raise anything
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            remedy = "connect to the network" if isinstance(error, OSError) else "mend the task, or leave it out"
+            what = "their data cannot be had" if isinstance(error, OSError) else "cannot be loaded"
+            raise InputError(f"tasks={','.join(task_list)}: {what} ({told}): {remedy}") from error
+
+
 def run_tasks(asked: TemplateLM, names: Sequence[str], folder: str | None, **options: Any) -> dict[str, Any]:
     """The harness's results of its tasks, and of those that a folder holds as YAML files; * in a name stands for
-    anything. options are those of its `simple_evaluate`. Raises InputError for a name without a task, and where the
-    tasks' data cannot be had."""
-    manager = TaskManager(include_path=folder, include_defaults=False)
+    anything. options are those of its `simple_evaluate`. Raises InputError for a name without a task, and for a task
+    that cannot be loaded."""
+    manager = Tasks(include_path=folder, include_defaults=False)
     if not set(names) <= {*manager.all_subtasks}:  # to read all that the harness brings along takes it seconds
-        manager = TaskManager(include_path=folder)
+        manager = Tasks(include_path=folder)
     faults = []
     for name in (name for name in names if not manager.match_tasks([name])):
         close = difflib.get_close_matches(name, manager.all_tasks, n=1)
@@ -140,12 +153,6 @@ def run_tasks(asked: TemplateLM, names: Sequence[str], folder: str | None, **opt
     if faults:
         raise InputError("\n".join(faults))
     tasks = manager.match_tasks([*names])
-    try:
-        found = evaluator.simple_evaluate(asked, tasks=tasks, task_manager=manager, bootstrap_iters=1000, **options)
-    except OSError as error:  # of many kinds
-        told = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"tasks={','.join(tasks)}: their data cannot be had ({told}): connect to the network"
-        ) from error
+    found = evaluator.simple_evaluate(asked, tasks=tasks, task_manager=manager, bootstrap_iters=1000, **options)
     assert found is not None  # as it is in all processes but the first
     return found

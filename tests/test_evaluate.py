@@ -331,8 +331,6 @@ def test_tasks_as_the_harness_scores_the_exported_folder(
 def test_tasks_as_a_user_asks_for_them(tell: Tell, monkeypatch: pytest.MonkeyPatch):
     """A long continuation, more to write than the context holds, and a task that wants Hugging Face's `evaluate`."""
     pytest.importorskip("lm_eval", reason="lm_eval (the extra eval) is not installed")
-    from lm_eval.tasks import TaskManager
-
     from nanogpt import harness
 
     model, _ = exported(monkeypatch, **SMALL)
@@ -340,8 +338,8 @@ def test_tasks_as_a_user_asks_for_them(tell: Tell, monkeypatch: pytest.MonkeyPat
     code = "def same(doc, results):\n    import evaluate\n\n    return {'exact_match': hasattr(evaluate, 'combine')}\n"
     Path("tasks/own.py").write_text(code)
     lengthy = {"task": "mini_own", "num_fewshot": 1, "generation_kwargs": {"until": [], "max_gen_toks": 40}}
-    own = json.dumps(settings | lengthy)[:-1] + ", process_results: !function own.same}"
-    Path("tasks/mini_own.yaml").write_text(own)
+    own_text = json.dumps(settings | lengthy)[:-1] + ", process_results: !function own.same}"
+    Path("tasks/mini_own.yaml").write_text(own_text)
 
     def call(*flags: str) -> subprocess.CompletedProcess[str]:
         command = [
@@ -367,9 +365,13 @@ def test_tasks_as_a_user_asks_for_them(tell: Tell, monkeypatch: pytest.MonkeyPat
     assert "error: tasks=lambada_openai: their data cannot be had" in offline.stderr.splitlines()[-1]
     assert "Traceback" not in offline.stderr
 
-    monkeypatch.setattr(harness, "TaskManager", lambda include_path, **_: TaskManager(None, include_path, False))
+    own = harness.Tasks
+    monkeypatch.setattr(harness, "Tasks", lambda include_path, **_: own(None, include_path, False))
     with pytest.raises(InputError, match=r"tasks=mini_choise: there is no such task; did you mean mini_choice\?"):
         tell("--tasks=mini_own,mini_choise", "--include_path=tasks")
+    Path("tasks/mini_own.yaml").write_text(own_text.replace("same", "other"))
+    with pytest.raises(InputError, match=r"tasks=mini_own: cannot be loaded \(AttributeError.*\): mend the task"):
+        tell("--tasks=mini_own", "--include_path=tasks")
 
     asked, ids = harness.Asked(model, WORDS, CPU), WORDS.encode(TEXT)[:80]
     for context in ([5], [5, 6, 7]):
