@@ -22,6 +22,8 @@ from nanogpt.tokenizer import Tokenizer
 
 ROOT = Path(train.__file__).resolve().parent
 LETTERS = "abcd"
+# A shell gives what it runs in the background SIGINT ignored, and so would each program that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # a tiny model gains nothing by more, and on a busy machine threads wait for each other
 # A run of two seconds at most; each test says in what it differs.
 TINY: dict[str, Any] = {
