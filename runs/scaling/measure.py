@@ -6,7 +6,8 @@
     python runs/scaling/measure.py --data=FOLDER --stage=texts    # other texts than the books, by the same recipe
     python runs/scaling/measure.py --data=FOLDER --stage=contexts # shorter and longer rows
     python runs/scaling/measure.py --data=FOLDER --stage=falls    # a shorter fall of the rate
-    python runs/scaling/measure.py --data=FOLDER --stage=heldout  # a larger run than any, predicted before it began
+    python runs/scaling/measure.py --data=FOLDER --stage=seeds    # what luck does to a point of the ladder
+    python runs/scaling/measure.py --data=FOLDER --stage=heldout  # larger runs than any, predicted before they began
 
 FOLDER: the books as characters, `python data/prepare.py --input books.tar.xz --tokenizer=char --out=FOLDER`. Each run
 is one of train.py on one thread, two at a time; its settings and its loss become a line of runs.jsonl beside this
@@ -44,6 +45,7 @@ POINT = {
     "text": "books_char",
     "block_size": T,
     "fall": None,  # share of the updates in which the rate falls; None: half
+    "seed": None,  # None: train.py's own
 }
 M = 10**6
 
@@ -51,6 +53,7 @@ M = 10**6
 def rates() -> list[dict[str, Any]]:
     """Muon's rate, by octaves, at several widths and lengths."""
     points = {(64, 1 * M): 0.011, (32, 1 * M): 0.0156, (128, M // 2): 0.009, (32, 4 * M): 0.0118}
+    points |= {(64, 4 * M): 0.0103, (128, 2 * M): 0.0059, (192, M): 0.0043}
     return [point("rates", *pair, rate=octave * rate) for octave in (1, 0.5, 2) for pair, rate in points.items()]
 
 
@@ -65,12 +68,16 @@ def repeats() -> list[dict[str, Any]]:
     """A part of the text again and again."""
     often = [(width, tokens, M // 4) for width, tokens in ((64, M), (64, 2 * M), (64, 4 * M), (128, M), (128, 2 * M))]
     often += [(64, 4 * M, M), (128, 2 * M, M)]
+    little, less = 1 << 16, 1 << 14
+    often += [(width, epochs * little, little) for width in (32, 64, 128) for epochs in (4, 16)]
+    often += [(width, epochs * less, less) for width in (32, 64) for epochs in (8, 32)]
+    often += [(32, 64 * little, little), (32, 4 * M, M // 4), (96, 4 * M, M), (64, 12 * M, M)]
     points = [point("repeats", width, tokens, unique=unique) for width, tokens, unique in often]
     return sorted(points, key=lambda found: work(found["n_embd"], found["tokens"]))
 
 
 def texts() -> list[dict[str, Any]]:
-    return [point("texts", 96, M), *(point("texts", 64, M // part) for part in (1, 2, 4, 8, 16))]
+    return [point("texts", 96, M), *(point("texts", 64, M // part) for part in (1, 2, 4, 8, 16, 32, 64))]
 
 
 def contexts() -> list[dict[str, Any]]:
@@ -82,8 +89,13 @@ def falls() -> list[dict[str, Any]]:
     return [point("falls", 64, M, fall=share) for share in (0.4, 0.3, 0.2)]
 
 
+def seeds() -> list[dict[str, Any]]:
+    pairs = [(32, M // 4), (64, M // 4), (64, M // 2), (96, M // 4), (64, M)]
+    return [point("seeds", *pair, seed=seed) for seed in (1, 2, 3) for pair in pairs]
+
+
 def heldout() -> list[dict[str, Any]]:
-    return [point("heldout", 192, 2 * M)]
+    return [point("heldout", 192, 2 * M), point("heldout", 192, 4 * M)]
 
 
 def point(stage: str, width: int, tokens: int, **more: Any) -> dict[str, Any]:
@@ -102,6 +114,8 @@ def settings(point: dict[str, Any]) -> dict[str, Any]:
         keys |= {"muon_lr": point["rate"], "learning_rate": scaling.OTHERS * point["rate"]}
     if point["fall"]:
         keys["decay_iters"] = round(point["fall"] * keys["max_iters"])
+    if point["seed"]:
+        keys["seed"] = point["seed"]
     return keys | FIXED
 
 
@@ -129,12 +143,12 @@ def run(point: dict[str, Any], data: Path, work: Path, lock: threading.Lock) -> 
 def predict(points: list[dict[str, Any]], there: list[dict[str, Any]]) -> None:
     """Write down what the ladder's law says of the runs to come; what is written stays."""
     law = scaling.fit([(f["weights"], f["tokens_run"], f["val_loss"]) for f in there if f["stage"] == "ladder"])
-    (found,) = points
-    keys, size = settings(found), scaling.weights(scaling.shape(found["n_embd"]))
-    tokens = keys["max_iters"] * keys["batch_size"] * T
-    told = {"weights": size, "tokens": tokens, "val_loss": law.loss(size, tokens), "law": asdict(law)}
-    if not PREDICTION.exists():
-        PREDICTION.write_text(json.dumps(told | {"on": f"{datetime.now():%Y-%m-%d %H:%M}"}, indent=1) + "\n")
+    told = json.loads(PREDICTION.read_text()) if PREDICTION.exists() else []
+    for found in points[len(told) :]:
+        keys, size = settings(found), scaling.weights(scaling.shape(found["n_embd"]))
+        tokens, on = keys["max_iters"] * keys["batch_size"] * T, f"{datetime.now():%Y-%m-%d %H:%M}"
+        told.append({"weights": size, "tokens": tokens, "val_loss": law.loss(size, tokens), "law": asdict(law), "on": on})
+    PREDICTION.write_text(json.dumps(told, indent=1) + "\n")
     print(PREDICTION.read_text())
 
 
@@ -169,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument(
-        "--stage", choices=("rates", "ladder", "repeats", "texts", "contexts", "falls", "heldout"), required=True
+        "--stage", choices=("rates", "ladder", "repeats", "texts", "contexts", "falls", "seeds", "heldout"), required=True
     )
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nanogpt-ladder")
     parser.add_argument("--at_a_time", type=int, default=2)
