@@ -136,9 +136,10 @@ def training_bytes(model: GPT, config: Any, B: int, T: int, world: World) -> flo
     """Memory of a training step in bytes, estimated: weights, gradients, the optimizer's state, and what backward
     reads of B rows of T positions or, where that is more, the room of the update."""
     c, a = model.config, 4 if world.dtype == torch.float32 else 2  # bytes of a number that a matrix product reads
+    # A third more than a block keeps of a position for backward, for what comes and goes.
     if c.arch == "gpt2":
-        block: float = c.n_embd * (25 * a + 2 * 4)  # per position, as measured; the residual stream is float32
-    else:  # a third more than is saved for backward, for what comes and goes
+        block = 4 / 3 * ((8 + 6 * a) * c.n_embd + 2 * a * c.n_inner)
+    else:
         heads = (c.n_head + c.n_kv_head) * c.head_dim
         block = 4 / 3 * (18 * c.n_embd + (8 + 2 * a) * heads + 4 * a * c.n_inner)
     blocks = c.n_layer * block if not model.activation_checkpointing else c.n_layer * 4 * c.n_embd + block

@@ -130,22 +130,23 @@ def state_size(model: Any, config: Any) -> int:
 
 
 def update_room(model: Any, config: Any, a: int) -> int:
-    """Bytes that an update takes while it lasts, `a` of them for a number in Muon's products: each shape's gradients,
-    averages and two copies with their squares, while the shape before leaves its last update behind."""
+    """Bytes that an update takes while it lasts, `a` of them for a number in Muon's products: each shape's gradients
+    and averages, and beside them first two copies more of the gradients, shrunk and guarded, then Newton–Schulz's two
+    with their squares; the shape before leaves its last update behind meanwhile."""
     maps = Counter[tuple[int, int]]()
     for name, rows in (model.hidden_matrices() if config.optimizer == "muon" else {}).items():
         columns = model.get_parameter(name).shape[1]
         maps.update((min(r, columns), max(r, columns)) for r in rows)
     most = before = 0
     for (r, s), count in maps.items():
-        most = max(most, before + count * (8 * r * s + 2 * a * (r * s + r * r)))
+        most = max(most, before + count * (8 * r * s + max(8 * r * s, 2 * a * (r * s + r * r))))
         before = 4 * count * r * s
     return most
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """U Vᵀ, about, for each U S Vᵀ of (maps, rows, columns), rows ≤ columns: Newton–Schulz, whose singular values end
-    between 0.7 and 1.2; its products run in `dtype`."""
+    """U Vᵀ, about, for each U S Vᵀ of (maps, rows, columns), rows ≤ columns: Newton–Schulz, most of whose singular
+    values end between 0.7 and 1.2 (the smallest of a square matrix below); its products run in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(torch.float32 if dtype == torch.float16 else dtype)  # float16 lacks the range
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)

@@ -200,7 +200,8 @@ def memory() -> dict[str, Any]:
         kept[str(model.activation_checkpointing)] = kept_bytes(model, lambda: model.features(x))
     c, flops = GPT2, GPT(GPT2).flops_per_token()
     blocks = c.n_layer * (2 * GPT(c).block_weights() + 2 * 2 * 1024 * c.n_embd)
-    per_position = {a: c.n_embd * (25 * a + 8) for a in (4, 2)}
+    per_position = {a: c.n_embd * (14 * a + 8) + 4 * c.n_head + 16 for a in (4, 2)}
+    assert abs(kept["False"] / (2 * 1024 * per_position[4]) - 1) < 1e-3, "as counted"
     return {
         "kept_two_layers": kept,
         "per_layer_and_position": per_position,
