@@ -3,10 +3,12 @@
 `python tests/test_notebooks.py transformer_sizing.ipynb` runs one and writes its outputs into it.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -15,6 +17,12 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
 LIMIT_S, LIMIT_BYTES = 180, 400_000
+
+
+def hash_of_code(notebook: Any) -> str:
+    """Of all code cells; `run_again` leaves it in the metadata, so that outputs older than their code are seen."""
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -27,6 +35,8 @@ def test_a_notebook_is_committed_as_run_from_top_to_bottom(path: Path) -> None:
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert not [cell["id"] for cell in notebook["cells"] if cell["metadata"]]  # when it ran is nobody's business
     assert path.stat().st_size < LIMIT_BYTES
+    found = hash_of_code(notebook)
+    assert notebook["metadata"].get("code_sha256", found) == found, f"python tests/test_notebooks.py {path.name}"
 
 
 @pytest.mark.slow
@@ -45,6 +55,7 @@ def run_again(path: Path) -> None:
         cell.metadata.clear()
     NotebookClient(notebook, kernel_name="python3", record_timing=False, coalesce_streams=True).execute(cwd=ROOT)
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    notebook.metadata["code_sha256"] = hash_of_code(notebook)
     nbformat.write(notebook, path)
 
 
