@@ -1,7 +1,8 @@
 """Draw the picture in docs/architecture.md from the imports: python docs/architecture.py
 
 Nodes are the root's files, the toolbox's, and the data scripts as one. An arrow is an import, dashed where it waits for
-a call or serves types alone. Only the arrows from which all others follow are drawn (the transitive reduction).
+a call or serves types alone. Only the arrows from which all others follow are drawn (the transitive reduction), a solid
+one from solid ones: what is imported at the top stays told as such.
 """
 
 import ast
@@ -52,6 +53,13 @@ def reached(graph: Graph, first: str) -> set[str]:
     return {first}.union(*(reached(graph, node) for node in graph[first]))
 
 
+def follows(graph: Graph, node: str, target: str) -> bool:
+    """Whether the arrow from node to target follows from others: for an import at the top, from such imports alone."""
+    at_top = graph[node][target]
+    seen = {a: {b: top for b, top in targets.items() if top or not at_top} for a, targets in graph.items()}
+    return any(target in reached(seen, other) for other in seen[node].keys() - {target})
+
+
 def draw(graph: Graph) -> str:
     """Mermaid's text for a graph without circles; graphlib.CycleError for one with them."""
     TopologicalSorter(graph).prepare()
@@ -59,7 +67,7 @@ def draw(graph: Graph) -> str:
     lines = ["flowchart TD", *(f'  {key(node)}["{label(node)}"]' for node in sorted(graph))]
     for node in sorted(graph):
         for target, at_top in sorted(graph[node].items()):
-            if not any(target in reached(graph, other) for other in graph[node].keys() - {target}):
+            if not follows(graph, node, target):
                 lines.append(f"  {key(node)} {'-->' if at_top else '-.->'} {key(target)}")
     lines += [f"  class {toolbox} toolbox", f"  classDef toolbox {BLUE}", f"  classDef default {YELLOW}"]
     return "\n".join(lines) + "\n"

@@ -6,8 +6,8 @@
 For each size, batch and context every side in turn writes a few tokens, drawn with temperature 0.8 from the 200
 likeliest, and this several times over; the weights are random. `limit` is the time in which the bytes that ours reads
 for a token, its weights and the keys and values kept so far, come from memory at the speed at which this machine sums a
-large tensor, measured in the same turns. int8 is FBGEMM's (weights and activations in 8 bits, one scale a row), a patch
-that stays here: docs/optimizations.md says why.
+large tensor, measured in the same turns; `read_gb_per_s` is that speed. int8 is FBGEMM's (weights and activations in 8
+bits, one scale a row), a patch that stays here: docs/optimizations.md says why.
 
     python runs/decode/measure.py --loss=OUT_DIR --to=runs/decode/loss.json
 
@@ -30,7 +30,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -165,14 +165,17 @@ def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict
 
         found[name] = Side(lambda context: theirs(model, rows, context, device), write)
 
-    exact = contextlib.nullcontext()
-    if world.device.type == "cpu" and inference.can_pack():
+    exact, half = contextlib.nullcontext(), partial(inference.rounded_linear, dtype=world.dtype)
+    can_pack = world.device.type == "cpu" and inference.can_pack()
+    if can_pack and world.dtype == torch.float32:  # as sample.py does
         add("ours", inference.pack, exact)
+    else:
+        add("ours", partial(inference.pack, layer=half), world.autocast())
+    if can_pack:
+        if world.dtype != torch.float32:  # a CPU with bfloat16 of its own
+            add("packed float16", inference.pack, exact)
         add("ours float32", lambda model: None, exact)
         add("int8", partial(inference.pack, layer=Int8Linear), exact)
-    else:
-        half = partial(inference.rounded_linear, dtype=world.dtype)
-        add("ours", partial(inference.pack, layer=half), world.autocast())
     add_theirs("transformers bfloat16", torch.bfloat16)
     if world.device.type == "cpu":
         add_theirs("transformers float32", torch.float32)
@@ -193,6 +196,7 @@ def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict
 
 def losses(out_dir: str, world: Any) -> dict[str, float]:
     """The validation loss of a run's model, at most 200 windows, with its matrices in each format."""
+    world = replace(world, dtype=torch.float32)  # where a format wants mixed precision, it says so below
     found = checkpoint.load(checkpoint.find(out_dir), with_optimizer=False)
     config = found.state["config"]
     dataset = data.open_dataset(config["dataset"], block_size=config["block_size"])
@@ -245,12 +249,13 @@ def speeds(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
             programs, weight_bytes = chosen(args, size, rows, world)
             for context in map(int, args.contexts.split(",")):
                 n_layer, _, n_embd = SIZES[size]
-                kept = 2 * n_layer * n_embd * rows * context * (4 if world.dtype == torch.float32 else 2)
+                number = 4 if world.dtype == torch.float32 else 2  # bytes of one in ours' keys and values
+                read = weight_bytes + 2 * n_layer * n_embd * rows * context * number
                 times: dict[str, list[float]] = {name: [] for name in programs} | {"limit": []}
                 for _ in range(args.rounds):
-                    times["limit"].append((weight_bytes + kept) / large.nbytes * seconds(large.sum, 5, world))
+                    times["limit"].append(read / large.nbytes * seconds(large.sum, 5, world))
                     for name, program in programs.items():
-                        count = max(1, args.tokens // (1 if name in ("ours", "int8") else 5))
+                        count = max(1, args.tokens // (1 if name in ("ours", "packed float16", "int8") else 5))
                         times[name].append(seconds(program.make(context), count, world))
                 ratios = {
                     name: statistics.median(a / b for a, b in zip(found, times["ours"], strict=True))
@@ -260,6 +265,7 @@ def speeds(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
                 results.append(
                     {"size": size, "batch": rows, "context": context, "tokens_per_s": rate}
                     | {"ours_is_faster_by": {name: round(ratio, 3) for name, ratio in ratios.items()}}
+                    | {"read_gb_per_s": [round(read / found / 1e9, 1) for found in times["limit"]]}
                     | {"seconds": times}
                 )
                 told = ", ".join(f"{name} {rate[name]} ({ratios[name]:.2f})" for name in times)
@@ -285,7 +291,12 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     about = {"command": " ".join(["python", "runs/decode/measure.py", *sys.argv[1:]]), "commit": commit.stdout.strip()}
     about |= {"machine": f"{distributed.describe(world.device)}, {platform.machine()}", "cores": os.cpu_count()}
-    about |= {"torch": torch.__version__, "transformers": version("transformers"), "threads": torch.get_num_threads()}
+    about |= {
+        "dtype": str(world.dtype),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "threads": torch.get_num_threads(),
+    }
     print(json.dumps(found, indent=1) if args.loss else "")
     if args.to:
         Path(args.to).write_text(json.dumps(about | found, indent=1) + "\n")
