@@ -2,8 +2,10 @@
 
 import dataclasses
 import graphlib
+import json
 import re
 import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -58,11 +60,33 @@ def test_keys_of_nanogpt_are_all_there():
     assert (len(TRAIN_KEYS.split()), len(SAMPLE_KEYS.split())) == (33, 11)
 
 
+def prose(page: Path) -> str:
+    """A page's Markdown, or a notebook's, without blocks of code."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        text = "\n\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings: small letters, hyphens for spaces, no other punctuation."""
+    headings = re.findall(r"^#+ +(.+?) *$", prose(page), flags=re.MULTILINE)
+    shown = [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading) for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in shown}
+
+
 def test_links_lead_somewhere():
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("runs/*/*.md")]
-    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())]
+    pages = [page for kind in ("*.md", "*.ipynb", "docs/*.md", "runs/*/*.md") for page in ROOT.glob(kind)]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if ":" not in link]
     assert len(links) > 50
-    assert not [(str(page), link) for page, link in links if not (page.parent / link).exists()]
+    assert {".md", ".ipynb"} == {page.suffix for page, _ in links}
+    broken = []
+    for page, link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append((str(page.relative_to(ROOT)), link))
+    assert not broken
 
 
 def test_index_names_each_document():
