@@ -9,8 +9,9 @@ block_size - N.
 Behind each figure stands its standard error. A split is cut into 64 stretches of whole windows (or a window each, where
 it has fewer), and the loss is the mean over these, weighted by the tokens of each that count; its error follows from
 how far the stretches are apart, as if each were drawn by itself. (Single windows of one text are not: neighbours are
-alike, and an error from them is too small by half on tiny Shakespeare.) Bits per byte follow by scaling, perplexity to
-first order. In a mixture the sources weigh by their shares.
+alike, and an error from them is too small by half on tiny Shakespeare.) Bits per byte follow by scaling, the first
+token, which nothing predicts, taken at the mean of the others; perplexity to first order. In a mixture the sources
+weigh by their shares.
 
 --tasks=hellaswag,lambada_openai: the tasks of EleutherAI's lm-evaluation-harness instead (pip install -e ".[eval]").
 """
@@ -18,9 +19,10 @@ first order. In a mixture the sources weigh by their shares.
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -33,12 +35,12 @@ from model import GPT
 from nanogpt import InputError, checkpoint, data, distributed, run_script
 from nanogpt.data import Shard, Tokens
 from nanogpt.distributed import World
-from nanogpt.files import read_json
 from nanogpt.inference import rows_to_score, score
 from nanogpt.tokenizer import Tokenizer
-from sample import load
+from sample import opened
 
-OF_TASKS, OF_LOSS = ("limit", "num_fewshot", "include_path"), ("dataset", "split", "text", "stride")
+OF_TASKS = ("limit", "num_fewshot", "include_path", "unsafe_code")
+OF_LOSS = ("dataset", "split", "text", "stride")
 STRETCHES = 64  # of a split, at most: enough to know the error to 9%, and each as long as can be
 MEMORY = "too little memory: try --dtype=bfloat16, or a machine with more"
 
@@ -62,6 +64,7 @@ class EvaluateConfig:
     limit: int | None = key(None, "examples of each task; None: all", least=1)
     num_fewshot: int | None = key(None, "solved examples before each; None: as the task says", least=0)
     include_path: str | None = key(None, "folder of YAML files with tasks of your own")
+    unsafe_code: bool = key(False, "let tasks run the code that the model writes")
 
     json: str | None = key(None, "a file to write the results to, too", group="Machine")
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -71,13 +74,9 @@ class EvaluateConfig:
 def main() -> None:
     config, given = parse(EvaluateConfig, description="Tell how good a model is.")
     check(config, given)
-    source = Path(config.out_dir if config.init_from == "resume" else config.init_from)
-    # By its path from here on, because a run that goes on may have a better one in a moment.
-    found = checkpoint.find(source, config.checkpoint) if checkpoint.is_ours(source) else None
-    run = read_json(found / "state.json")["config"] if found else {}
     with distributed.explained_faults(MEMORY):
         world = distributed.start(config.device, config.dtype)
-        model, tokenizer = load(replace(config, checkpoint=str(found or config.checkpoint)), "evaluating")
+        model, tokenizer, source, run = opened(config, "evaluating")
         model.to(world.device).eval()
         if config.tasks:
             results = tell_tasks(config, model, tokenizer, world)
@@ -85,6 +84,7 @@ def main() -> None:
             tokens, name = read_text(config, tokenizer) if config.text else open_split(config, run, model, tokenizer)
             results = told_loss(name, tokens, *split_loss(model, tokens, config.stride, world))
     if config.json:
+        results = {"model": source} | results
         try:
             Path(config.json).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
         except OSError as error:
@@ -96,13 +96,24 @@ def check(config: EvaluateConfig, given: dict[str, Any]) -> None:
     useless = dict.fromkeys(OF_LOSS, "tasks bring their own texts") if config.tasks else {}
     useless |= {} if config.tasks else dict.fromkeys(OF_TASKS, "is for --tasks alone")
     useless |= dict.fromkeys(("dataset", "split"), f"text={config.text} takes its place") if config.text else {}
+    if config.init_from != "resume":
+        of_run = ("out_dir",) if checkpoint.is_ours(Path(config.init_from)) else ("out_dir", "checkpoint")
+        useless |= dict.fromkeys(of_run, f"init_from={config.init_from} takes its place")
     faults = [f"{name}: {why}; leave it out" for name, why in useless.items() if name in given]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        faults.append("evaluation runs in one process: start it by `python evaluate.py`, without torchrun")
+    if config.tasks is not None and not task_names(config):
+        faults.append("tasks: names none; give --tasks=hellaswag, or leave it out")
+    if config.text == "":
+        faults.append("text: names no file; give --text=FILE, or leave it out")
     if config.tasks and find_spec("lm_eval") is None:
         faults.append(f"tasks={config.tasks}: lm_eval is not installed; run `pip install -e .[eval]`")
     if config.include_path and not Path(config.include_path).is_dir():
         faults.append(f"include_path={config.include_path}: is no folder; give one that holds tasks as YAML files")
     if config.json and not Path(config.json).absolute().parent.is_dir():
         faults.append(f"json={config.json}: its folder is not there; make it, or give another file")
+    if config.json and Path(config.json).is_dir():
+        faults.append(f"json={config.json}: is a folder; give a file")
     if faults:
         raise InputError("\n".join(faults))
 
@@ -151,7 +162,7 @@ def split_loss(model: GPT, tokens: Tokens, stride: int, world: World) -> tuple[f
     """
     T, vocab_size = model.config.block_size, model.config.vocab_size
     if stride > T:
-        raise InputError(f"stride={stride}: tokens between windows would not count; give block_size={T} or less")
+        raise InputError(f"stride={stride}: tokens between windows would not count; give --stride={T} or less")
     stride = stride or T
     parts = []  # of each source: a token's weight; nats and tokens that count in each stretch, (2, stretches)
     for source in tokens.sources:
@@ -199,18 +210,24 @@ def told_loss(name: str, tokens: Tokens, loss: float, error: float, counted: int
 
 def tell_tasks(config: EvaluateConfig, model: GPT, tokenizer: Tokenizer, world: World) -> dict[str, Any]:
     """Prints the harness's table of its tasks, and returns its results by names. Raises InputError for unknown ones."""
+    if config.unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # without which the metric that runs the code refuses to
     with others_first():
         from lm_eval.utils import make_table
 
         from nanogpt import harness
 
-        names = [name.strip() for name in (config.tasks or "").split(",")]
-        options = {"limit": config.limit, "num_fewshot": config.num_fewshot}
-        found = harness.run_tasks(harness.Asked(model, tokenizer, world), names, config.include_path, **options)
+        asked, options = harness.Asked(model, tokenizer, world), {"limit": config.limit}
+        options |= {"num_fewshot": config.num_fewshot, "confirm_run_unsafe_code": config.unsafe_code}
+        found = harness.run_tasks(asked, task_names(config), config.include_path, **options)
         print(make_table(found))
         if found.get("groups"):
             print(make_table(found, "groups"))
     return {name: found.get(name) for name in ("results", "groups", "versions", "n-shot", "n-samples")}
+
+
+def task_names(config: EvaluateConfig) -> list[str]:
+    return [name.strip() for name in (config.tasks or "").split(",") if name.strip()]
 
 
 @contextlib.contextmanager

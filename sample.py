@@ -23,6 +23,7 @@ from model import GPT
 from nanogpt import InputError, checkpoint, data, distributed, run_script
 from nanogpt.chat import Chat
 from nanogpt.distributed import World
+from nanogpt.files import read_json
 from nanogpt.inference import (
     Decoder,
     Sampling,
@@ -321,29 +322,39 @@ def read_prompt(start: str) -> str:
 
 
 def load(config: Any, doing: str = "sampling from") -> tuple[GPT, Tokenizer]:
-    """The model and its tokenizer that `config` names by its init_from, out_dir and checkpoint; says which one, and
-    what had to be assumed. Raises InputError where either is missing."""
+    """What `opened` gives, without where it comes from."""
+    return opened(config, doing)[:2]
+
+
+def opened(config: Any, doing: str) -> tuple[GPT, Tokenizer, str, dict[str, Any]]:
+    """The model and its tokenizer that `config` names by its init_from, out_dir and checkpoint, where it lies, and the
+    settings of the run that made it, as far as they are known; says which one, and what had to be assumed. Raises
+    InputError where a part is missing."""
     from_run = config.init_from == "resume"
+    source = named = Path(config.out_dir if from_run else config.init_from)
     folder: Path | None
-    source = Path(config.out_dir if from_run else config.init_from)
     if checkpoint.is_ours(source) or (from_run and not (source / "ckpt.pt").exists()):
-        folder = checkpoint.find(source, config.checkpoint)
-        print(f"{doing} {folder}", file=sys.stderr)
-        model = GPT.from_checkpoint(folder)
+        # By its path from here on, because a run that goes on may have a better one in a moment.
+        source = folder = checkpoint.find(source, config.checkpoint)
+        print(f"{doing} {source}", file=sys.stderr)
+        model = GPT.from_checkpoint(folder)  # which checks all files
+        run = read_json(folder / "state.json")["config"]
     else:
+        print(f"{doing} {source}", file=sys.stderr)
         weights = read_weights(source if from_run else config.init_from)
-        print(*weights.notes, sep="\n", file=sys.stderr)
-        model = GPT.from_pretrained(weights, dropout=0.0)
+        for note in weights.notes:
+            print(note, file=sys.stderr)
+        model, run = GPT.from_pretrained(weights, dropout=0.0), weights.train_config
         folder = weights.tokenizer_folder
-        if folder is None and not weights.gpt2_encoding and weights.train_config.get("dataset"):
-            folder = data.resolve(weights.train_config["dataset"])  # nanoGPT keeps characters beside the data
+        if folder is None and not weights.gpt2_encoding and run.get("dataset"):
+            folder = data.resolve(run["dataset"])  # nanoGPT keeps characters beside the data
     tokenizer = Tokenizer.load(folder) if folder else None
     if tokenizer is None and model.config.vocab_size != GPT2_VOCAB:
         raise InputError(
-            f"{source} has no tokenizer, and {model.config.vocab_size} ids are not GPT-2's: put the tokenizer.json of "
+            f"{named} has no tokenizer, and {model.config.vocab_size} ids are not GPT-2's: put the tokenizer.json of "
             "its data beside it"
         )
-    return model, tokenizer or Tokenizer.gpt2()
+    return model, tokenizer or Tokenizer.gpt2(), str(source), run
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@ how it goes on. Tasks, prompts and metrics are the harness's; scores and texts a
 """
 
 import difflib
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,9 @@ MOST_ROWS = 32  # texts that are written at once: all wait for the longest
 
 class Asked(TemplateLM):
     """The harness's view of a model that lies on its device. Its base class encodes pairs of context and continuation;
-    texts that are longer than the model's context lose their beginning, as in the harness's own backend `hf`."""
+    texts that are longer than the model's context lose their beginning, as in the harness's own backend `hf`. What
+    ends a text, and stands before an empty one, is <|endoftext|> alone: other names for it in a folder's
+    tokenizer_config.json, such as instruct models have, are not read; chat templates are not applied."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, world: World):
         super().__init__()
@@ -37,6 +41,11 @@ class Asked(TemplateLM):
         """What stands before an empty context; of a tokenizer without an end of text the first id: of characters a
         newline, in most texts."""
         return self.words.end_of_text or 0
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The same for the base class, which asks nothing of a first token that is equal to it; -1: none can be."""
+        return -1 if self.words.end_of_text is None else self.words.end_of_text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         return self.words.encode(string)
@@ -79,6 +88,8 @@ class Asked(TemplateLM):
     def _windows(self, context: list[int], continuation: list[int]) -> Iterable[tuple[list[int], list[int]]]:
         """What is read, and what of the continuation is asked for at its end: mostly all; of more ids than the model
         reads at once a window after the other, each of them asked for once."""
+        if context in ([], [-1]):  # of white space alone, which the base class moves on; of a text's beginning
+            context = [self.eot_token_id]
         if len(continuation) > self.block_size:
             return get_rolling_token_windows(continuation, context[-1], self.block_size, context_len=1)
         return [((context + continuation)[-self.block_size - 1 : -1], continuation)]
@@ -98,11 +109,12 @@ class Asked(TemplateLM):
         """The numbers of contexts that share their settings, and how these go on."""
         wanted = normalize_gen_kwargs(settings)
         stops, most = handle_stop_sequences(wanted["until"], eos=None), wanted["max_gen_toks"]
-        filters = {name: wanted[name] for name in ("temperature", "top_k", "top_p", "min_p") if name in wanted}
-        filters = filters if wanted["do_sample"] else {"temperature": 0.0}
-        how = Sampling(**filters, vocab_size=self.words.vocab_size)
-        ends = {end for end in [self.words.end_of_text] if end is not None}
-        silent = {*self.words.special_tokens.values()} - ends  # other special tokens are no text
+        filters = {name: wanted[name] for name in ("top_k", "top_p", "min_p") if (wanted.get(name) or 0) > 0}
+        temperature = wanted.get("temperature", 1.0) if wanted["do_sample"] else 0.0
+        how = Sampling(temperature, **filters, vocab_size=self.words.vocab_size)
+        special = self.words.special_tokens
+        ends = {i for name, i in special.items() if name in stops or i == self.words.end_of_text}
+        silent = {*special.values()} - ends  # other special tokens are no text
         # Room for what is to come; where that alone exceeds the model's context, the decoder's windows move on.
         kept = self.block_size - most if most < self.block_size else self.block_size
         ids = {i: (self.tok_encode(text) or [self.eot_token_id])[-kept:] for i, text in contexts.items()}
@@ -125,34 +137,40 @@ class Asked(TemplateLM):
                 yield i, text + stream.close()
 
 
-class Tasks(TaskManager):
-    """The harness's tasks; one that cannot be loaded is an InputError."""
-
-    def load(self, task_list: Any) -> Any:
-        try:
-            return super().load(task_list)
-        except Exception as error:  # a task is a program with data of its own: it may raise anything
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            remedy = "connect to the network" if isinstance(error, OSError) else "mend the task, or leave it out"
-            what = "their data cannot be had" if isinstance(error, OSError) else "cannot be loaded"
-            raise InputError(f"tasks={','.join(task_list)}: {what} ({told}): {remedy}") from error
-
-
 def run_tasks(asked: TemplateLM, names: Sequence[str], folder: str | None, **options: Any) -> dict[str, Any]:
     """The harness's results of its tasks, and of those that a folder holds as YAML files; * in a name stands for
     anything. options are those of its `simple_evaluate`. Raises InputError for a name without a task, and for a task
-    that cannot be loaded."""
-    manager = Tasks(include_path=folder, include_defaults=False)
-    if not set(names) <= {*manager.all_subtasks}:  # to read all that the harness brings along takes it seconds
-        manager = Tasks(include_path=folder)
-    faults = []
-    for name in (name for name in names if not manager.match_tasks([name])):
-        close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-        hint = f"did you mean {close[0]}?" if close else "`lm_eval ls tasks` lists them"
-        faults.append(f"tasks={name}: there is no such task; {hint}")
-    if faults:
-        raise InputError("\n".join(faults))
-    tasks = manager.match_tasks([*names])
-    found = evaluator.simple_evaluate(asked, tasks=tasks, task_manager=manager, bootstrap_iters=1000, **options)
+    that fails."""
+    try:
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if not set(names) <= {*manager.all_subtasks}:  # to read all that the harness brings along takes it seconds
+            manager = TaskManager(include_path=folder)
+        faults = []
+        for name in (name for name in names if not manager.match_tasks([name])):
+            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`lm_eval ls tasks` lists them"
+            faults.append(f"tasks={name}: there is no such task; {hint}")
+        if faults:
+            raise InputError("\n".join(faults))
+        tasks = manager.match_tasks([*names])
+        found = evaluator.simple_evaluate(asked, tasks=tasks, task_manager=manager, bootstrap_iters=1000, **options)
+    except Exception as error:  # a task is a program with data of its own: it may raise anything
+        if isinstance(error, InputError) or distributed.is_out_of_memory(error):
+            raise
+        raise InputError(f"tasks={','.join(names)}: {_explained(error)}") from error
     assert found is not None  # as it is in all processes but the first
     return found
+
+
+def _explained(error: Exception) -> str:
+    """What went wrong in a task, where, and what to do."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    told = f"{type(error).__name__}: {error}"[:200].strip()
+    told = " ".join(f"{told}, {Path(place.filename).name}:{place.lineno}".split())
+    if "confirm_run_unsafe_code" in str(error):
+        return "runs the code that the model writes: allow it by --unsafe_code=True, or leave it out"
+    if type(error) is FileNotFoundError:  # the class itself, of which what the network lacks are subclasses
+        return f"a file is missing ({told}): put it there, or mend the task"
+    if isinstance(error, OSError):
+        return f"their data cannot be had ({told}): connect to the network"
+    return f"cannot be evaluated ({told}): mend the task, ask it with other flags, or leave it out"

@@ -177,11 +177,18 @@ def generate(model: Any, idx: Tensor, max_new_tokens: int, how: Sampling = PLAIN
 @torch.inference_mode()
 def score(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """How sure the model is of the ids y (B, T) that follow each of x (B, T), −1 where nobody asks: for those asked
-    for, row by row, the log-probabilities in nats, (asked,), and whether each is the likeliest id there, (asked,)."""
+    for, row by row, the log-probabilities in nats, (asked,), and whether each is the likeliest id there, (asked,).
+    Raises InputError for logits that are no numbers, as `draw` does."""
     with _in_eval_mode(model):
         asked = y >= 0  # only for these are there logits, of which each is as large as the vocabulary
         logits, ids = model.logits(model.norm(model.features(x)[asked])).float(), y[asked]
-        return logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0], logits.argmax(-1) == ids
+        logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        if not logprobs.isfinite().all():  # a NaN anywhere in a row of logits is in its sum, too
+            raise InputError(
+                "what the model gives is no number: its weights are broken, or too large for the number format; "
+                "try --dtype=float32"
+            )
+        return logprobs, logits.argmax(-1) == ids
 
 
 def rows_to_score(model: Any, length: int) -> int:

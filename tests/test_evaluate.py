@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, Run, Source, environment
+from conftest import ROOT, Run, Source, environment, save_as_nanogpt
 from test_export import MODERN, SMALL, greedy, train_nothing
 
 import evaluate
@@ -206,12 +207,21 @@ def test_bad_input(run: Run, tell: Tell, letters: Path, monkeypatch: pytest.Monk
         fault("--json=nowhere/it.json")
         == "json=nowhere/it.json: its folder is not there; make it, or give another file"
     )
+    assert fault("--json=.") == "json=.: is a folder; give a file"
     assert fault("--limit=3") == "limit: is for --tasks alone; leave it out"
+    assert fault("--tasks= ,") == "tasks: names none; give --tasks=hellaswag, or leave it out"
+    assert fault("--text=") == "text: names no file; give --text=FILE, or leave it out"
+    assert fault("--init_from=gpt2", "--checkpoint=latest", "--out_dir=out").splitlines() == [
+        f"{name}: init_from=gpt2 takes its place; leave it out" for name in ("out_dir", "checkpoint")
+    ]
+    with monkeypatch.context() as torchrun:
+        torchrun.setenv("WORLD_SIZE", "2")
+        assert fault("--out_dir=nowhere").startswith("evaluation runs in one process")
     assert fault("--text=it.txt", "--split=val") == "split: text=it.txt takes its place; leave it out"
 
     run(out_dir="out", max_iters=0)
     assert fault("--out_dir=out", "--stride=17") == (
-        "stride=17: tokens between windows would not count; give block_size=16 or less"
+        "stride=17: tokens between windows would not count; give --stride=16 or less"
     )
     other = Path("other")
     write_dataset(other, {"train": [np.arange(4)], "val": [np.arange(4)]}, Tokenizer.characters("abce"))
@@ -229,10 +239,45 @@ def test_bad_input(run: Run, tell: Tell, letters: Path, monkeypatch: pytest.Monk
     Path("it.txt").write_bytes(b"abcx")
     assert "has no id for 'x'" in fault("--out_dir=out", "--text=it.txt")
     Path("it.txt").write_bytes(b"abcd")
-    assert "json=.: cannot be written" in fault("--out_dir=out", "--text=it.txt", "--json=.")
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     assert fault("--tasks=hellaswag") == "tasks=hellaswag: lm_eval is not installed; run `pip install -e .[eval]`"
-    tell("--out_dir=out", "--text=it.txt")  # a text of fewer bytes than a window
+    told = tell("--init_from=out", "--checkpoint=step-000000", "--text=it.txt")  # a text of fewer bytes than a window
+    assert told["model"] == "out/ckpt/step-000000"
+    Path("out/ckpt/step-000000/state.json").write_text("{")
+    assert "the SHA-256 of state.json is not the manifest's" in fault("--out_dir=out")
+    Path("out/ckpt/step-000000/state.json").unlink()
+    assert "is damaged" in fault("--out_dir=out")
+
+
+def test_of_what_others_trained(
+    tell: Tell, letters: Path, foreign: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """nanoGPT's ckpt.pt names its dataset; of an exported folder it is told where it lies, and no more."""
+    save_as_nanogpt(foreign, Path("ckpt.pt"), config={"dataset": str(letters)})
+    told = tell("--init_from=ckpt.pt")
+    assert (told["on"], told["tokens"], told["model"]) == ("val of letters", 1_999, "ckpt.pt")
+    exported(monkeypatch, **SMALL)
+    Path("it.txt").write_text(TEXT[:200])
+    capsys.readouterr()
+    assert tell("--init_from=theirs", "--text=it.txt")["model"] == "theirs"
+    assert capsys.readouterr().err.splitlines() == ["evaluating theirs"]
+
+
+def test_number_formats(source: Source):
+    """bfloat16 is autocast's, and what is no number is no result."""
+    model, ids = tiny(), source.draw(16 * 4 + 1)
+    rows = torch.tensor(ids.astype(np.int64))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(rows[:-1].view(4, 16), rows[1:].view(4, 16))[0]
+    assert logits is not None
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[1:]).item()
+    half = World(0, 1, torch.device("cpu"), torch.bfloat16)
+    assert evaluate.split_loss(model, split(ids), 0, half)[0] == pytest.approx(expected, abs=1e-6)
+    assert evaluate.split_loss(model, split(ids), 0, CPU)[0] != pytest.approx(expected, abs=1e-5)
+    with torch.no_grad():
+        model.norm.weight[0] = math.inf
+    with pytest.raises(InputError, match="what the model gives is no number: its weights are broken"):
+        evaluate.split_loss(model, split(ids), 0, CPU)
 
 
 # ---- tasks
@@ -279,6 +324,132 @@ def write_tasks(stops: list[str]) -> dict[str, Any]:
     for name, own in settings.items():
         (folder / f"{name}.yaml").write_text(json.dumps(own))  # which is YAML, too
     return settings
+
+
+def asking(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
+    """Requests as the harness makes them."""
+    instance = pytest.importorskip("lm_eval.api.instance", reason="lm_eval (the extra eval) is not installed")
+    return [instance.Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
+
+
+def test_scores_by_hand():
+    """Of contexts that are nothing, or white space alone; of a continuation that takes two windows."""
+    requests = asking("loglikelihood", ("", "\na"), (" ", "a"), ("a", "\n"))
+    from nanogpt import harness
+
+    model, letters = tiny(T=4), Tokenizer.characters("\n ab")  # which have no end of text: ids from 0 on, in order
+    asked = harness.Asked(model, letters, CPU)
+    expected = [inference.logprobs(model, ids).sum().item() for ids in ([0, 0, 2], [0, 1, 2], [2, 0])]
+    assert [total for total, _ in asked.loglikelihood(requests, True)] == pytest.approx(expected, abs=1e-6)
+    assert asked.loglikelihood_rolling(asking("loglikelihood_rolling", ("\na",)), True) == pytest.approx(expected[:1])
+    assert harness.Asked(model, WORDS, CPU).tok_encode(f"a{END_OF_TEXT}")[1:] == [WORDS.end_of_text]
+
+    for wrong in (None, 2, 7):  # the place of the one id that is not the likeliest
+        ids = [1]
+        for at in range(8):
+            best = greedy(model, ids[4 * (at // 4) :], 1)[-1]
+            ids.append((best + 1) % 4 if at == wrong else best)
+        ((_, is_greedy),) = asked._loglikelihood_tokens([(("", ""), ids[:1], ids[1:])], True)
+        assert is_greedy is (wrong is None)
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan  # of which the likeliest id would be the first
+    with pytest.raises(InputError, match="what the model gives is no number"):
+        asked.loglikelihood(requests, True)
+
+
+def test_texts_by_a_script(monkeypatch: pytest.MonkeyPatch):
+    """What becomes of the ids that a decoder gives, and how it is asked for them."""
+    plain, drawn = {"until": ["zz"], "max_gen_toks": 9}, {"do_sample": True, "max_gen_toks": 9}
+    ended = {"until": ["<|im_end|>"], "max_gen_toks": 9}
+    narrow = drawn | {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1}
+    wide = drawn | {"temperature": 0.5, "top_k": -1, "top_p": None}
+    kinds = [plain, narrow, ended, plain, wide, drawn, ended]
+    requests = asking("generate_until", *((f"{i}", settings) for i, settings in enumerate(kinds)))
+    from nanogpt import harness
+
+    calls = []
+
+    class Script:
+        def __init__(self, *_: Any):
+            pass
+
+        def write(self, texts: Any, most: int, how: Any, samples: list[int]) -> Any:
+            calls.append(([WORDS.decode(text) for text in texts], samples, how))
+            for text in ("a", "<|im_start|>", "b", "<|im_end|>", "c", END_OF_TEXT, "d"):
+                yield [inference.Token(WORDS.encode(f"{i}" if text == "a" else text)[0]) for i in samples]
+
+    monkeypatch.setattr(harness, "Decoder", Script)
+    texts = harness.Asked(tiny(), WORDS, CPU).generate_until(requests, True)
+    assert texts == ["0bc", "1bc", "2b", "3bc", "4bc", "5bc", "6b"]
+    how = inference.Sampling(0.5, vocab_size=300)
+    likeliest = replace(how, temperature=0.0)
+    assert [*zip(*calls, strict=True)] == [
+        (["0", "3"], ["1"], ["2", "6"], ["4"], ["5"]),
+        ([0, 3], [1], [2, 6], [4], [5]),
+        (likeliest, replace(how, top_k=7, top_p=0.9, min_p=0.1), likeliest, how, replace(how, temperature=1.0)),
+    ]
+
+
+def test_flags_and_tables_of_tasks(tell: Tell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """What evaluate.py asks the harness for, and that it prints groups, too."""
+    pytest.importorskip("lm_eval", reason="lm_eval (the extra eval) is not installed")
+    from nanogpt import harness
+
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    train_nothing(Path("out"), WORDS)
+    told: dict[str, Any] = {name: {"one": {"alias": name, "acc,none": 0.25}} for name in ("results", "groups")}
+    told |= {"versions": {"one": 1}, "n-shot": {"one": 2}, "higher_is_better": {"one": {"acc": True}}}
+    calls = []
+    monkeypatch.setattr(harness, "run_tasks", lambda *args, **options: calls.append((args[1:], options)) or told)
+    result = tell("--tasks=one, two,", "--num_fewshot=2", "--limit=3", "--unsafe_code=True", "--include_path=.")
+    options = {"num_fewshot": 2, "limit": 3, "confirm_run_unsafe_code": True}
+    assert calls == [((["one", "two"], "."), options)]
+    assert result["results"] == told["results"]
+    assert result["model"] == "out/ckpt/step-001234"
+    printed = capsys.readouterr().out
+    assert "|results|" in printed
+    assert "|groups|" in printed
+
+
+def test_tasks_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever a task raises is one line; what the model lacks is told as elsewhere."""
+    pytest.importorskip("lm_eval", reason="lm_eval (the extra eval) is not installed")
+    from nanogpt import harness
+
+    monkeypatch.chdir(tmp_path)
+    settings = write_tasks(stops=[])["mini_choice"]
+    Path("tasks/own.py").write_text("def broken(doc, results):\n    return {'acc': doc['no such']}\n")
+    asked = harness.Asked(tiny(vocab_size=300), WORDS, CPU)
+
+    def fault(added: str, kind: type[Exception] = InputError, **options: Any) -> str:
+        Path("tasks/mini_own.yaml").write_text(json.dumps(settings | {"task": "mini_own"})[:-1] + f"{added}}}")
+        with pytest.raises(kind) as error:
+            harness.run_tasks(asked, ["mini_own"], "tasks", **{"num_fewshot": 0, "limit": 2} | options)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    start = "tasks=mini_own: "
+    assert fault(", unsafe_code: true") == (
+        f"{start}runs the code that the model writes: allow it by --unsafe_code=True, or leave it out"
+    )
+    broken = ", unsafe_code: true, process_results: !function own.broken"
+    assert fault(broken, confirm_run_unsafe_code=True) == (
+        f"{start}cannot be evaluated (KeyError: 'no such', own.py:2): mend the task, ask it with other flags, or leave "
+        "it out"
+    )
+    assert fault("", num_fewshot=50).startswith(f"{start}cannot be evaluated (")
+    missing = ", dataset_kwargs: {data_files: {test: nowhere.jsonl}}"
+    assert fault(missing).startswith(f"{start}a file is missing (FileNotFoundError: ")
+
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as full:
+        full.setattr(harness, "score", no_memory)
+        assert fault("", MemoryError) == ""
+    with torch.no_grad():
+        asked.model.norm.weight[0] = math.nan
+    assert fault("").startswith("what the model gives is no number")
 
 
 @pytest.mark.slow
@@ -365,12 +536,12 @@ def test_tasks_as_a_user_asks_for_them(tell: Tell, monkeypatch: pytest.MonkeyPat
     assert "error: tasks=lambada_openai: their data cannot be had" in offline.stderr.splitlines()[-1]
     assert "Traceback" not in offline.stderr
 
-    own = harness.Tasks
-    monkeypatch.setattr(harness, "Tasks", lambda include_path, **_: own(None, include_path, False))
+    own = harness.TaskManager
+    monkeypatch.setattr(harness, "TaskManager", lambda include_path, **_: own(None, include_path, False))
     with pytest.raises(InputError, match=r"tasks=mini_choise: there is no such task; did you mean mini_choice\?"):
         tell("--tasks=mini_own,mini_choise", "--include_path=tasks")
     Path("tasks/mini_own.yaml").write_text(own_text.replace("same", "other"))
-    with pytest.raises(InputError, match=r"tasks=mini_own: cannot be loaded \(AttributeError.*\): mend the task"):
+    with pytest.raises(InputError, match=r"tasks=mini_own: cannot be evaluated \(AttributeError.*\): mend the task"):
         tell("--tasks=mini_own", "--include_path=tasks")
 
     asked, ids = harness.Asked(model, WORDS, CPU), WORDS.encode(TEXT)[:80]
