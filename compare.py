@@ -29,6 +29,9 @@ UNCOUNTED = {
 }
 
 
+CLOCKED = {"max_iters", "decay_iters", "eval_iters"}  # by the clock, in a run that was given minutes
+
+
 @dataclass
 class Run:
     path: Path
@@ -85,12 +88,13 @@ def group_repeats(runs: Sequence[Run]) -> list[Group]:
     """Repeats together, each group labelled with the settings that tell it from the others; with its folder where there
     are none, or so many that nobody would read them."""
     groups: dict[str, list[Run]] = {}
+    uncounted = UNCOUNTED | (CLOCKED if all((run.settings or {}).get("minutes") for run in runs) else set())
     for run in runs:
-        counted = {name: value for name, value in (run.settings or {}).items() if name not in UNCOUNTED}
+        counted = {name: value for name, value in (run.settings or {}).items() if name not in uncounted}
         same = json.dumps(counted, sort_keys=True) if run.settings is not None else f"folder {run.path}"
         groups.setdefault(same, []).append(run)
     known = [members[0].settings for members in groups.values() if members[0].settings is not None]
-    names = dict.fromkeys(name for settings in known for name in settings if name not in UNCOUNTED)
+    names = dict.fromkeys(name for settings in known for name in settings if name not in uncounted)
     differing = [name for name in names if len({json.dumps(s.get(name, "unset")) for s in known}) > 1]
     labelled = []
     if len(differing) > MOST_SETTINGS:
@@ -135,9 +139,11 @@ def table(groups: Sequence[Group]) -> str:
     blocks = []
     for axis, unit in AXES.items():
         grid = common_grid(groups, axis)
-        rows = [[f"validation loss at equal {unit}", *(_amount(x, axis) for x in grid)]]
-        for group in groups:
-            mean, error = mean_and_error(np.stack([interpolate(run, axis, grid) for run in group.runs]))
+        losses = [np.stack([interpolate(run, axis, grid) for run in group.runs]) for group in groups]
+        seen = np.isfinite(np.concatenate(losses)).any(axis=0)  # by any: a short run may be evaluated at its end alone
+        rows = [[f"validation loss at equal {unit}", *(_amount(x, axis) for x in grid[seen])]]
+        for group, found in zip(groups, losses, strict=True):
+            mean, error = mean_and_error(found[:, seen])
             rows.append([group.label, *(_loss(*pair) for pair in zip(mean.tolist(), error.tolist(), strict=True))])
         blocks.append(rows)
     rows = [["best validation loss", "loss", "at step", "bits per byte"]]

@@ -23,12 +23,15 @@ from nanogpt.distributed import World, free_memory, say
 from nanogpt.inference import evaluate
 from nanogpt.pretrained import GPT2_VOCAB
 from nanogpt.tracking import BEGUN, duration
-from start import SHAPE_KEYS, Steps, our_steps, training_bytes
+from start import SHAPE_KEYS, Steps, document_end, our_steps, training_bytes
 
 PILOT = scaling.PILOT_WIDTH  # of the model that is trained to see how hard the text is
 PILOT_SHARE, PILOT_S = 0.05, (1.5, 20.0)  # of the time, and the least and the most of it in seconds
 TRY_S = 0.6  # how long a width's speed is measured
 TRIES = 5  # widths at most
+LEAST_STEPS = 60  # without so many a width is not tried: a few of its steps would take the time of all
+ENOUGH = 0.75  # share of the time: where a little text wants less, the run goes by steps and ends early
+MOST_WEIGHTS = 4  # in the blocks for a token of the text: the law has not been tried far beyond (scaling_laws.ipynb)
 # Share of the time in which the learning rate falls, and its loss over that of half, which the law knows (runs/scaling,
 # `falls`). From there on steps count, not the clock: a machine that gets a quarter slower meanwhile ends 5% late.
 FALL, FALL_COSTS = 0.2, 1.009
@@ -49,22 +52,25 @@ USUAL: dict[str, Any] = {
     "batch_growth_tokens": 0,
 }
 USUAL |= {"decay_lr": True, "lr_decay_iters": None, "decay_iters": None, "eval_train": False, "sample_chars": 0}
+PATIENCE = "patience: minutes end a run by the clock, its rate at its lowest; leave one of the two out"
 CHOSEN = {*scaling.recipe(64, 1e6, 64), *USUAL, "eval_interval", "eval_iters"}
 
 
 class Timer:
     """Keeps a run to its minutes, over resumes too.
 
-    told: "expected_loss"; "evaluation_s", what an evaluation takes; "spent_s", the time spent by earlier processes.
+    told: "asked", the minutes for which the run was chosen; "minutes", how many of them it wants; "expected_loss", None
+    where it is unknown; "evaluation_s", what an evaluation takes; "spent_s", the time spent by earlier processes.
     """
 
-    def __init__(self, config: Any, told: dict[str, float]):
-        self.minutes, self.told = config.minutes, told
+    def __init__(self, config: Any, told: dict[str, Any]):
+        self.told, self.asked = told, config.minutes
+        self.minutes = told["minutes"] if self.asked == told["asked"] else self.asked
         self.end = time.perf_counter() + 60 * self.minutes - told["spent_s"] - process_age()
         self.last: float | None = None  # when the last update began
         self.steps_s: deque[float] = deque(maxlen=100)
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; `told` of the process that goes on."""
         return self.told | {"spent_s": 60 * self.minutes - (self.end - time.perf_counter())}
 
@@ -86,23 +92,27 @@ class Timer:
 
     def report(self, val_loss: float) -> str:
         """What became of the expectation."""
-        expected, took = self.told["expected_loss"], self.state()["spent_s"]
-        return (
-            f"minutes={self.minutes:g}: took {duration(took)}; expected a validation loss of {expected:.4f}, reached "
-            f"{val_loss:.4f} ({val_loss / expected - 1:+.1%})"
-        )
+        told = f"minutes={self.asked:g}: took {duration(self.state()['spent_s'])}; "
+        if self.asked != self.told["asked"]:
+            return f"{told}reached a validation loss of {val_loss:.4f}, sized for {self.told['asked']:g} minutes"
+        expected = self.told["expected_loss"]
+        if expected is None:
+            return f"{told}reached a validation loss of {val_loss:.4f}"
+        off = f"{val_loss / expected - 1:+.1%}"
+        return f"{told}expected a validation loss of {expected:.4f}, reached {val_loss:.4f} ({off})"
 
 
-def without_chosen(given: dict[str, Any]) -> dict[str, Any]:
+def without_chosen(given: dict[str, Any], chosen: set[str] = CHOSEN) -> dict[str, Any]:
     """What files and flags give, without the keys that the dial sets, which it tells."""
-    if ignored := [name for name in given if name in CHOSEN]:
+    if ignored := [name for name in given if name in chosen]:
         say(f"minutes: the dial chooses {', '.join(ignored)} itself; what is given does not count")
-    return {name: value for name, value in given.items() if name not in CHOSEN}
+    return {name: value for name, value in given.items() if name not in chosen}
 
 
 def to_resume(given: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     """What files and flags give to a run that goes on from `state`. Raises InputError where minutes can change nothing:
-    in a run that goes on by steps, and once the learning rate falls."""
+    in a run that goes on by steps, and once its steps are settled. The rates may change: a run that broke wants lower
+    ones."""
     minutes = given.get("minutes")
     if not state.get("dial"):
         if minutes:
@@ -110,10 +120,12 @@ def to_resume(given: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         return given
     if minutes not in (None, state["config"]["minutes"]) and state["config"]["schedule"] != "constant":
         raise InputError(
-            f"minutes={minutes:g}: the learning rate falls already, as {state['config']['minutes']:g} minutes had it; "
+            f"minutes={minutes:g}: the steps are settled already, as {state['config']['minutes']:g} minutes had it; "
             "leave --minutes out"
         )
-    return without_chosen(given)
+    if given.get("patience"):
+        raise InputError(PATIENCE)
+    return without_chosen(given, CHOSEN - {"learning_rate", "muon_lr"})
 
 
 class Trial:
@@ -124,6 +136,7 @@ class Trial:
         self.dataset = data.open_dataset(config.dataset, block_size=config.block_size)
         self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
         self.unique = len(self.dataset.train)
+        self.end_of_text = document_end(config, self.dataset)
 
     def settings(self, width: int, tokens: float, processes: int) -> Any:
         """Of a run of this width and length, its rows shared by so many processes."""
@@ -139,7 +152,7 @@ class Trial:
         if "torch._dynamo" in sys.modules:  # what other widths were compiled to counts against a limit
             torch._dynamo.reset()
         torch.manual_seed(config.seed)
-        model.end_of_text = self.dataset.end_of_text if config.mask_documents else None
+        model.end_of_text = self.end_of_text
         return our_steps(replace(config, gradient_accumulation_steps=1), model, self.dataset.train, self.alone)
 
     def flops(self, width: int) -> float:
@@ -158,16 +171,30 @@ class Trial:
 
     def token_s(self, config: Any) -> float:
         """Seconds a token, over all processes, if all are as fast as this one."""
-        steps, count = self.steps(config, self.model(config)), 0
-        for _ in range(2):
-            next(steps)
-        self.alone.synchronize()
-        began = time.perf_counter()
-        while count < 2 or time.perf_counter() - began < TRY_S:
-            next(steps)
-            count += 1
-        self.alone.synchronize()
-        return (time.perf_counter() - began) / count / (config.rows_per_step * config.block_size)
+        steps = self.steps(config, self.model(config))
+
+        def step_s(count: int) -> float:
+            began = time.perf_counter()
+            for _ in range(count):
+                next(steps)
+            self.alone.synchronize()
+            return (time.perf_counter() - began) / count
+
+        step_s(1)  # which warms up
+        count = max(round(TRY_S / 8 / step_s(1)), 1)  # at a time, so that a GPU seldom waits for the host
+        began, seconds = time.perf_counter(), [step_s(count)]
+        while time.perf_counter() - began < TRY_S:
+            seconds.append(step_s(count))
+        return statistics.median(seconds) / (config.rows_per_step * config.block_size)
+
+    def plan(self, width: int, tokens: float) -> tuple[float, float]:
+        """The law's loss of a width that could read so many tokens, and how many of them it is to read."""
+        size = scaling.weights(scaling.shape(width))
+        best = scaling.LAW.length(size, tokens, self.unique)
+        best = tokens if best > ENOUGH * tokens else best
+        if width > WIDTHS[0] and self.settings(width, tokens, self.world.size).max_iters < LEAST_STEPS:
+            return math.inf, best
+        return scaling.LAW.loss(size, best, self.unique), best
 
     def agreed(self, value: float) -> float:
         """The mean of what each process has found: all must choose the same."""
@@ -175,7 +202,9 @@ class Trial:
 
     def hardness(self, seconds: float, token_s: float) -> float:
         """How many times the law's loss this text's is, by a small model trained on it for so many seconds."""
-        one = self.settings(PILOT, seconds / token_s / self.world.size, processes=1)
+        size = scaling.weights(scaling.shape(PILOT))
+        tokens = scaling.LAW.length(size, seconds / token_s / self.world.size, self.unique)
+        one = self.settings(PILOT, tokens, processes=1)
         torch.manual_seed(one.seed)
         model = self.model(one)
         steps = self.steps(one, model)
@@ -185,10 +214,10 @@ class Trial:
         windows = data.EvalWindows(self.dataset.val, T, -(-PILOT_WINDOWS // rows), rows, self.vocab_size)
         with torch.no_grad():
             loss = evaluate(model, windows, rows, self.alone)
-        return scaling.hardness(loss, scaling.effective(one.max_iters * rows * T, self.unique, scaling.LAW.R), T)
+        return scaling.hardness(loss, one.max_iters * rows * T, self.unique, T)
 
 
-def choose(config: Any, world: World) -> tuple[Any, dict[str, float]]:
+def choose(config: Any, world: World) -> tuple[Any, dict[str, Any]]:
     """The settings of the best run of `config.minutes`, and what a `Timer` is to be told.
 
     config: train.py's; its data, context, precision and logging stay. Raises InputError where minutes cannot be had:
@@ -197,9 +226,10 @@ def choose(config: Any, world: World) -> tuple[Any, dict[str, float]]:
     if config.init_from != "scratch":
         raise InputError(f"minutes: sizes a new model; leave out --init_from={config.init_from}, or give --max_iters")
     if config.patience:
-        raise InputError("patience: minutes end a run by the clock, its rate at its lowest; leave one of the two out")
-    whole_s, trial, widths = 60 * config.minutes, Trial(config, world), WIDTHS
-    evaluations = 4 if config.minutes >= LONG_MIN else 1
+        raise InputError(PATIENCE)
+    whole_s, trial = 60 * config.minutes, Trial(config, world)
+    widths = [width for width in WIDTHS if scaling.weights(scaling.shape(width)) < MOST_WEIGHTS * trial.unique]
+    widths = widths or WIDTHS[:1]
     speeds = {PILOT: trial.agreed(trial.token_s(trial.settings(PILOT, 1e6, world.size)))}  # seconds a token, by width
     hardness = trial.agreed(trial.hardness(min(max(PILOT_SHARE * whole_s, PILOT_S[0]), PILOT_S[1]), speeds[PILOT]))
     while True:  # until the best width, by the speeds that are known, is one of these
@@ -209,12 +239,9 @@ def choose(config: Any, world: World) -> tuple[Any, dict[str, float]]:
                 f"minutes={config.minutes:g}: {process_age():.0f} s had passed before the first step; give at least "
                 f"{process_age() / 20:.1f}"
             )
-        losses = {}
-        for width in widths:
-            tokens = left_s / speed(trial, speeds, width)
-            losses[width] = scaling.LAW.loss(scaling.weights(scaling.shape(width)), tokens, trial.unique)
-        best = min(losses, key=lambda width: losses[width])
-        tokens = left_s / speed(trial, speeds, best)
+        plans = {width: trial.plan(width, left_s / speed(trial, speeds, width)) for width in widths}
+        best = min(plans, key=lambda width: plans[width][0])
+        loss, tokens = plans[best]
         chosen = trial.settings(best, tokens, world.size)
         sizes = chosen.micro_batches(world.size)
         if rows := next((rows for rows in sizes if trial.agreed(trial.fits(chosen, rows)) == 1), 0):
@@ -227,26 +254,36 @@ def choose(config: Any, world: World) -> tuple[Any, dict[str, float]]:
                 f"minutes: too little memory for a row and {WIDTHS[0]} channels; give less than "
                 f"--block_size={config.block_size}"
             )
-    rows_s = speed(trial, speeds, best) * config.block_size
+    token_s, minutes = speed(trial, speeds, best), config.minutes
+    if by_heart := tokens * token_s < ENOUGH * left_s:
+        minutes *= 1 - (left_s - tokens * token_s) / whole_s
+        say(
+            f"minutes={config.minutes:g}: about {duration(60 * minutes)} will do: read longer, this text of "
+            f"{trial.unique:,} tokens would be learned by heart"
+        )
+    evaluations = 4 if minutes >= LONG_MIN else 1
     evaluation_s = EVALUATION_SHARE * whole_s / evaluations
-    batches = round(3 * evaluation_s / rows_s / chosen.batch_size)  # forward alone takes a third of a step
+    batches = round(3 * evaluation_s / token_s / config.block_size / chosen.batch_size)  # forward is a third of a step
     many = batches * chosen.batch_size * config.block_size >= len(trial.dataset.val)
     chosen = replace(
         chosen,
-        schedule="constant",  # until the fall begins
+        schedule="trapezoid" if by_heart else "constant",  # until the fall begins
+        decay_iters=round(FALL * chosen.max_iters) if by_heart else None,
         eval_interval=chosen.max_iters // evaluations if evaluations > 1 else 0,
         eval_iters=0 if many else max(batches, 1),
     )
-    expected = min(losses[best] * hardness * FALL_COSTS, math.log(trial.vocab_size))  # a short pilot may see little
-    bpb = trial.dataset.val.bits_per_byte(expected)
+    expected = None if math.isnan(hardness) else loss * hardness * FALL_COSTS
+    bpb = expected and trial.dataset.val.bits_per_byte(expected)
     say(
-        f"tried    {len(speeds)} widths, {1 / speeds[PILOT]:,.0f} to {1 / speed(trial, speeds, best):,.0f} tokens/s; "
-        f"the text's loss is {hardness:.3f} of the law's",
+        f"tried    {len(speeds)} widths, {1 / speeds[PILOT]:,.0f} to {1 / token_s:,.0f} tokens/s"
+        + (f"; the text's loss is {hardness:.3f} of the law's" if expected else ""),
         f"chosen   {best} wide, {chosen.n_layer} layers; about {chosen.max_iters:,} steps of {chosen.rows_per_step} "
         f"rows, {tokens:,.0f} tokens = {tokens / trial.unique:.3g} epochs; Muon's rate {chosen.muon_lr:.2e}",
-        f"expected a validation loss of {expected:.4f}" + (f", {bpb:.4f} bits per byte" if bpb else ""),
+        (f"expected a validation loss of {expected:.4f}" if expected else "expected cannot be told so early")
+        + (f", {bpb:.4f} bits per byte" if bpb else ""),
     )
-    return chosen, {"expected_loss": expected, "evaluation_s": evaluation_s, "spent_s": 0.0}
+    told = {"asked": config.minutes, "minutes": minutes, "expected_loss": expected, "evaluation_s": evaluation_s}
+    return chosen, told | {"spent_s": 0.0}
 
 
 def speed(trial: Trial, speeds: dict[int, float], width: int) -> float:

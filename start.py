@@ -95,6 +95,13 @@ def open_data_and_model(
     return dataset, model, tokenizer
 
 
+def document_end(config: Any, dataset: data.Dataset) -> int | None:
+    """The token that ends a document, if documents are to be kept apart. Raises InputError where there is none."""
+    if config.mask_documents and dataset.end_of_text is None:
+        raise InputError(f"mask_documents=True: {dataset.name} has no token that ends a document; leave it out")
+    return dataset.end_of_text if config.mask_documents else None
+
+
 def load_weights(config: Any, given: dict[str, Any]) -> tuple[GPT, Tokenizer | None]:
     """The model that `init_from` names, its context cut to a given block_size, and its tokenizer where it has one."""
     block_size = config.block_size if "block_size" in given else None

@@ -20,7 +20,15 @@ from nanogpt.checkpoint import Checkpoint
 from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, processes, say
 from nanogpt.inference import evaluate, sample_text
 from nanogpt.tracking import REMEDY, Log, Stopwatch, Tracker, missing_extras, report, told_losses, why_stopped
-from start import SHAPE_KEYS, compile_model, open_data_and_model, pick_micro_batch, resume_settings, training_bytes
+from start import (
+    SHAPE_KEYS,
+    compile_model,
+    document_end,
+    open_data_and_model,
+    pick_micro_batch,
+    resume_settings,
+    training_bytes,
+)
 
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 
@@ -128,6 +136,10 @@ class TrainConfig:
                 "batch_growth_tokens: rows grow from batch_size to batch_size × gradient_accumulation_steps, the same "
                 "here: give more gradient_accumulation_steps"
             )
+        if self.patience and not self.eval_interval:
+            found.append("patience: eval_interval=0 evaluates at the end alone, too late to stop: give --eval_interval")
+        if self.decay_iters is not None and self.schedule != "trapezoid":
+            found.append(f"decay_iters: says how long a trapezoid falls, not schedule={self.schedule}: leave it out")
         if found:
             raise InputError("\n".join(found))
 
@@ -226,9 +238,7 @@ def train(
     config = replace(config, **{name: getattr(shape, name) for name in SHAPE_KEYS})
     raw_model.to(world.device)
     raw_model.activation_checkpointing, raw_model.loss_chunk = config.activation_checkpointing, config.loss_chunk
-    raw_model.end_of_text = dataset.end_of_text if config.mask_documents else None
-    if config.mask_documents and dataset.end_of_text is None:
-        raise InputError(f"mask_documents=True: {dataset.name} has no token that ends a document; leave it out")
+    raw_model.end_of_text = document_end(config, dataset)
 
     # --- What it will cost, and the folder it goes to
     micro_batch = pick_micro_batch(config, raw_model, world)
@@ -270,6 +280,7 @@ def train(
     layers = optim.LayerNorms(raw_model, config.grad_clip) if config.log_layers else None
     samples, best_val_loss, clock = 0, math.inf, Stopwatch()
     since_best = 0  # evaluations without a new best
+    clipped = 0  # updates since the last line in the log
     evaluated = False  # whether the evaluation due at this step is behind us
     if resumed:
         state = resumed.state
@@ -282,6 +293,7 @@ def train(
         samples, clock = state["samples"], Stopwatch(state["time_s"])
         best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
         since_best, evaluated = state.get("since_best", 0), state["val_loss"] is not None
+        clipped = state.get("clipped", 0)
         resumed.model.clear()  # what the model and the optimizer have copied need not stay
         resumed.optimizer.clear()
 
@@ -295,7 +307,8 @@ def train(
     gc.freeze()  # what is here stays: the garbage collector need not look through it while a GPU waits
     held.callback(gc.unfreeze)
     signals = catch_signals()
-    log = Log(config, raw_model, world, tracker, clock, guard, step, samples, list(layers.parts) if layers else [])
+    names, end = list(layers.parts) if layers else [], timer.end if timer and config.last_step == math.inf else None
+    log = Log(config, raw_model, world, tracker, clock, guard, step, samples, names, clipped, end)
     first_step = step
     val_loss = None
     if resumed and step >= config.last_step:
@@ -334,6 +347,7 @@ def train(
                     "val_loss": val_loss,  # None: not evaluated at this step
                     "best_val_loss": best_val_loss if math.isfinite(best_val_loss) else None,
                     "since_best": since_best,
+                    "clipped": log.clipped,
                     "scaler": scaler.state_dict(),
                     "guard": guard.state(),
                     "processes": world.size,
@@ -393,7 +407,7 @@ def train(
         log.read()
         if log.fall and config.last_step == math.inf:  # from here on the schedule is one of steps, exact on resume
             config = replace(config, schedule="trapezoid", max_iters=step + log.fall, decay_iters=log.fall)
-            log.config = config
+            log.config, log.save_due = config, True  # or a run that is killed would begin its fall elsewhere
 
     log.read(everything=True)
     if writer:

@@ -199,7 +199,7 @@ def shrink_to(limit: float, norm: Tensor) -> Tensor:
 
 
 class LayerNorms:
-    """How large each layer's gradient and update are, and how many updates were clipped; kept on the device.
+    """How large each layer's gradient and update are, and which updates were clipped; kept on the device.
 
     `parts`: the parameters of each layer, by its name: "tokens", "blocks.0" and so on, "norm".
     """
@@ -213,20 +213,19 @@ class LayerNorms:
         self.limit = limit or math.inf
         self.found: list[Tensor] = []
         self.old: dict[str, Any] = {}
-        self.clipped = torch.zeros((), device=next(model.parameters()).device)
 
     @torch.no_grad()
     def before_update(self, grad_norm: Tensor, whole: bool) -> None:
-        """Count the update if it is clipped; `whole`: measure its layers too, which takes a copy of the weights."""
-        self.clipped = self.clipped + (grad_norm > self.limit)
+        """See whether the update is clipped; `whole`: measure its layers too, which takes a copy of the weights."""
+        self.clipped = ((grad_norm > self.limit) & grad_norm.isfinite()).float()
         if whole:
             self.found = [gradient_norm(part) for part in self.parts.values()]
             self.old = {name: torch._foreach_mul(part, 1.0) for name, part in self.parts.items()}
 
     @torch.no_grad()
     def after_update(self) -> list[Tensor]:
-        """Scalars: the updates clipped so far; then, where they were measured, a gradient's and an update's norm a
-        layer, in the order of `parts`."""
+        """Scalars: 1 if the update was clipped, else 0; then, where they were measured, a gradient's and an update's
+        norm a layer, in the order of `parts`."""
         changes = [torch._foreach_sub(part, self.old.pop(name)) for name, part in self.parts.items() if self.old]
         found, self.found = self.found, []
         return [self.clipped, *found, *map(nn.utils.get_total_norm, changes)]

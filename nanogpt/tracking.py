@@ -193,10 +193,13 @@ class Log:
         step: int,
         samples: int,
         layers: Sequence[str] = (),  # names of those whose norms are logged
+        clipped: int = 0,  # updates clipped since the last line, by an earlier process
+        end: float | None = None,  # time.perf_counter() at which a run ends that goes by the clock
     ):
         self.config, self.model, self.world, self.tracker = config, model, world, tracker
         self.clock, self.patience, self.late = clock, guard.patience, Late(clock)
-        self.first_step, self.layers, self.clipped = step, layers, 0.0
+        self.first_step, self.layers, self.clipped, self.end = step, layers, clipped, end
+        self.all_rows = config.rows_in(config.max_iters)
         self.samples = {step: samples}  # rows read by each step that is still of use
         self.last_line = (step, clock.seconds)
         self.warm_s = clock.seconds  # when the first step, which warms up, was done
@@ -226,6 +229,7 @@ class Log:
             self.stop = 143 if sigterm else 130 if sigint else self.stop
             self.save_due |= bool(due)
             self.fall = int(fall)
+            self.clipped += int(layers[0]) if layers else 0
             if step == self.first_step + 1:
                 self.warm_s = seconds
                 say(f"first step done {time.perf_counter() - BEGUN:.1f} s after the start")
@@ -233,6 +237,7 @@ class Log:
                 self._line(step, loss, grad_norm, seconds, layers)
             if step == self.first_step + 10:
                 self._tell_finish(step, (seconds - self.warm_s) / 9)
+            self.samples = {known: samples for known, samples in self.samples.items() if known >= self.last_line[0]}
 
     def evaluation(self, step: int, losses: dict[str, float], val_bpb: float | None) -> None:
         """Record an evaluation: mean loss in nats by split, "train" and "val", and val's in bits per byte of text where
@@ -251,9 +256,7 @@ class Log:
     def _line(self, step: int, loss: float, grad_norm: float, seconds: float, layers: list[float]) -> None:
         (before, then), self.last_line = self.last_line, (step, seconds)
         passed_s = max(seconds - then, 1e-9)
-        step_s = passed_s / (step - before)
         tokens_per_s = (self._tokens(step) - self._tokens(before)) / passed_s
-        self.samples = {known: samples for known, samples in self.samples.items() if known >= step}
         peak = self.world.peak_flops()
         mfu = self.model.flops_per_token() * tokens_per_s / (peak * self.world.size) if peak else None
         line = {
@@ -269,8 +272,8 @@ class Log:
         if self.config.skip_spikes:
             line["skipped"] = int(self.skipped)
         if layers:
-            clipped, n = layers[0], len(self.layers)
-            line["clipped"], self.clipped = int(clipped - self.clipped), clipped  # of the updates since the last line
+            n = len(self.layers)
+            line["clipped"], self.clipped = self.clipped, 0  # of the updates since the last line
             line["layer_grad_norms"] = dict(zip(self.layers, layers[1 : 1 + n], strict=True))
             line["layer_update_norms"] = dict(zip(self.layers, layers[1 + n :], strict=True))
         if self.tracker:
@@ -278,7 +281,7 @@ class Log:
         say(
             f"step {step:6d} | loss {loss:.4f} | lr {line['lr']:.2e} | norm {grad_norm:.2f} | {tokens_per_s:,.0f} tok/s"
             + (f" | mfu {mfu:.1%}" if mfu else "")
-            + (f" | {duration((self.config.last_step - step) * step_s)} left" if self._ends else "")
+            + f" | {duration(self._left_s(step, tokens_per_s))} left"
         )
 
     def _protect(self, step: int, why: str) -> None:
@@ -287,17 +290,17 @@ class Log:
             self.tracker.log({"step": step, "stopped": why})
         raise RunStopped(f"{why}: {REMEDY}")
 
-    @property
-    def _ends(self) -> bool:
-        """Whether it is known at which step."""
-        return math.isfinite(self.config.last_step)
+    def _left_s(self, step: int, tokens_per_s: float) -> float:
+        """Seconds to the run's end."""
+        if self.end is not None:
+            return max(self.end - time.perf_counter(), 0.0)
+        return (self.all_rows * self.model.config.block_size - self._tokens(step)) / tokens_per_s
 
     def _tell_finish(self, step: int, step_s: float) -> None:
-        if not self._ends:
-            return
-        left = (self.config.max_iters - step) * step_s
+        left = self._left_s(step, (self._tokens(step) - self._tokens(step - 1)) / max(step_s, 1e-9))
         end = datetime.now() + timedelta(seconds=left)
-        say(f"finishes in about {duration(left)}, {end:%a %H:%M}, evaluations not counted")
+        aside = ", evaluations not counted" if self.end is None else ""
+        say(f"finishes in about {duration(left)}, {end:%a %H:%M}{aside}")
 
     def _tokens(self, step: int) -> int:
         return self.samples[step] * self.model.config.block_size

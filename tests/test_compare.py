@@ -55,6 +55,12 @@ def test_seeds_are_repeats_and_the_other_differences_the_legend(make_run):
     ]
     assert [run.path.name for run in groups[0].runs] == ["a", "c"]
     assert [group.label for group in group_repeats([runs[0], runs[2]])] == ["a (2 runs)"]
+    timed = [
+        {"minutes": 1.0, "max_iters": 400 + k, "decay_iters": 80 + k, "eval_iters": k, "seed": k} for k in range(2)
+    ]
+    pair = [read_run(make_run(f"timed{k}", [4.0], base | timed[k])) for k in range(2)]
+    assert [group.label for group in group_repeats(pair)] == ["timed0 (2 runs)"]  # the clock's doing is no setting
+    assert "max_iters=401" in group_repeats([*pair[1:], runs[0]])[0].label
     other = read_run(make_run("other", [4.0], base | dict.fromkeys("uvwxyz", 1)))
     assert [group.label for group in group_repeats([runs[0], other])] == ["a", "other"]  # too many to be read
 

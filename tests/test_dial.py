@@ -20,7 +20,7 @@ from nanogpt.distributed import World
 from train import TrainConfig
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
-TOLD = {"expected_loss": 1.5, "evaluation_s": 2.0, "spent_s": 0.0}
+TOLD = {"asked": 1.0, "minutes": 1.0, "expected_loss": 1.5, "evaluation_s": 2.0, "spent_s": 0.0}
 
 
 @pytest.fixture
@@ -61,6 +61,32 @@ def test_the_choice_is_the_best_of_all_widths(
     tokens = chosen.max_iters * chosen.rows_per_step * 16
     assert tokens * (1e-6 + per_flop * trial.flops(chosen.n_embd)) == pytest.approx(left_s, rel=0.05)
     assert (chosen.arch, chosen.optimizer, chosen.block_size, chosen.last_step) == ("modern", "muon", 16, math.inf)
+
+
+def test_little_text_is_not_learned_by_heart(letters: Path, monkeypatch: pytest.MonkeyPatch, clock: list[float]):
+    """More minutes never make it worse; what is more than enough ends early, by steps that are settled."""
+    monkeypatch.setattr(dial.Trial, "token_s", lambda trial, at: 1e-11 * trial.flops(at.n_embd))
+    monkeypatch.setattr(dial.Trial, "hardness", lambda *_: 1.1)
+    for unique in (5_000, 50_000, 300_000, 10**6):
+        monkeypatch.setattr(dial.Trial, "unique", property(lambda _, n=unique: n, lambda *_: None), raising=False)
+        before = math.inf
+        for minutes in (1, 3, 10, 60, 600):
+            clock[0] = 10.0
+            config = TrainConfig(dataset=str(letters), minutes=minutes, block_size=16, device="cpu")
+            chosen, told = dial.choose(config, WORLD)
+            assert told["expected_loss"] < 1.003 * before
+            before = told["expected_loss"]
+            size = scaling.weights(scaling.shape(chosen.n_embd))
+            assert size < 4 * unique or chosen.n_embd == 32
+            if chosen.schedule == "trapezoid":
+                assert told["minutes"] < minutes
+                assert chosen.last_step == chosen.max_iters
+                assert chosen.decay_iters == pytest.approx(dial.FALL * chosen.max_iters, abs=1)
+                epochs = chosen.max_iters * chosen.rows_per_step * 16 / unique
+                assert 1 < epochs < 20
+            else:
+                assert (told["minutes"], chosen.last_step) == (minutes, math.inf)
+        assert chosen.schedule == "trapezoid"  # 600 minutes are too many for each of these texts
 
 
 def test_processes_choose_the_same(letters: Path, monkeypatch: pytest.MonkeyPatch):
@@ -113,7 +139,7 @@ def test_a_process_of_four_tries_its_share_within_its_memory(letters: Path, monk
 @pytest.mark.parametrize("interval", [0, 10])
 def test_the_fall_ends_with_the_minutes(clock: list[float], step_s: float, interval: int):
     """Whatever came before: a pause of 10 s for a checkpoint, and a process that had been there for 30 s."""
-    timer = dial.Timer(TrainConfig(minutes=2.0), TOLD | {"spent_s": 30.0})
+    timer = dial.Timer(TrainConfig(minutes=2.0), TOLD | {"asked": 2.0, "minutes": 2.0, "spent_s": 30.0})
     clock[0] += 10
     asked = 0
     while not (fall := timer.fall(interval)):
@@ -153,12 +179,14 @@ def test_a_run_of_minutes(run: Run, arranged: None, capsys: pytest.CaptureFixtur
     told = capsys.readouterr().out
     assert "expected a validation loss of 1.5000, reached" in told
     rates = dict(metrics("out", "step", "lr"))
-    (last,) = steps("out")
+    began, last = steps("out")  # where the fall begins is saved at once, whatever comes
+    assert began == last - 8
     assert rates[3] == rates[last - 8] == 1e-2  # of the update that led to the step
     assert [rates[last - k] for k in range(8)] == pytest.approx([1e-2 * (k + 1) / 8 for k in range(8)])
-    state = checkpoint.load(Path(f"out/ckpt/step-{last:06d}")).state
-    assert (state["config"]["max_iters"], state["config"]["decay_iters"]) == (last, 8)
-    assert state["dial"]["expected_loss"] == 1.5
+    for step in (began, last):
+        state = checkpoint.load(Path(f"out/ckpt/step-{step:06d}")).state
+        assert (state["config"]["max_iters"], state["config"]["decay_iters"]) == (last, 8)
+        assert state["dial"]["expected_loss"] == 1.5
 
 
 @pytest.mark.parametrize("stop_after", [5, 13])
@@ -173,7 +201,7 @@ def test_from_the_fall_on_a_resume_is_exact(
     stopped = steps("parts")[-1]
     assert run(out_dir="parts", resume="auto", **keys) == 0  # the command as it was
     if stop_after == 13:
-        with pytest.raises(InputError, match="minutes=2: the learning rate falls already, as 1 minutes had it"):
+        with pytest.raises(InputError, match="minutes=2: the steps are settled already, as 1 minutes had it"):
             run(out_dir="parts", **keys | {"minutes": 2}, resume=True)
         assert metrics("parts") == metrics("whole")
         assert_same_checkpoint("whole", "parts", steps("whole")[-1])
@@ -206,6 +234,5 @@ def test_a_real_run_of_minutes(run: Run, monkeypatch: pytest.MonkeyPatch, capsys
     told = capsys.readouterr().out
     assert "expected a validation loss of" in told
     assert metrics("out", "val_loss")[-1][0] < 1.3
-    lines = [line for line in told.splitlines() if line.startswith("minutes=")]
-    assert "reached" in lines[-1]
+    assert any(line.startswith("minutes=") and "reached" in line for line in told.splitlines())
     assert checkpoint.load(Path("out/ckpt") / f"step-{steps('out')[-1]:06d}").state["config"]["optimizer"] == "muon"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from model import GPT, GPTConfig
 from nanogpt import InputError, RunStopped, checkpoint, data, distributed, tracking
 from nanogpt.data import Rows
 from nanogpt.distributed import World
+from nanogpt.optim import Guard
 from nanogpt.tokenizer import Tokenizer
+from nanogpt.tracking import Log, duration
 from start import compile_model, open_data_and_model, pick_micro_batch, training_bytes
 from train import TrainConfig
 
@@ -101,6 +104,32 @@ def test_rows_per_step_grow_in_a_line(run: Run, monkeypatch: pytest.MonkeyPatch)
         config.check()
 
 
+def test_time_left_goes_by_rows_where_these_grow(capsys: pytest.CaptureFixture[str]):
+    """20 steps of 2 to 12 rows, each row a second."""
+    config = TrainConfig(
+        max_iters=20, batch_size=2, gradient_accumulation_steps=6, batch_growth_tokens=640, block_size=16
+    )
+    model = SimpleNamespace(config=SimpleNamespace(block_size=16), flops_per_token=lambda: 1)
+    world, clock = World(0, 1, torch.device("cpu"), torch.float32), SimpleNamespace(seconds=0.0)
+    log, samples = Log(config, model, world, None, clock, Guard(torch.device("cpu"), 1), 0, 0), 0
+    for step in range(1, 13):
+        samples += config.rows_at(samples)
+        clock.seconds = float(samples)
+        log.put(step, samples, torch.zeros(8))
+        log.read()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [config.rows_in(step) for step in (10, 20)]
+    assert f"| {duration(rows[1] - rows[0])} left" in next(line for line in lines if line.startswith("step     10"))
+    assert "finishes in about" in lines[-1]
+
+
+def test_keys_that_could_do_nothing():
+    with pytest.raises(InputError, match="patience: eval_interval=0 evaluates at the end alone"):
+        TrainConfig(patience=3, eval_interval=0).check()
+    with pytest.raises(InputError, match="decay_iters: says how long a trapezoid falls, not schedule=cosine"):
+        TrainConfig(decay_iters=3).check()
+
+
 def test_patience(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """The run ends at the second evaluation in a row that is not better, the best is kept, a resume counts on."""
     told = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.25, 1.1, 0.5, 0.6, 0.7, 0.8])
@@ -137,6 +166,10 @@ def test_norms_of_layers(run: Run):
     assert metrics("each", "loss")[1::2] == metrics("out", "loss")  # looking changes nothing
     run(out_dir="plain", max_iters=4, n_layer=2, grad_clip=0.5)
     assert metrics("plain", "loss") == metrics("each", "loss")
+    keys = {"max_iters": 4, "n_layer": 2, "log_layers": True, "grad_clip": 0.5, "log_interval": 4, "eval_interval": 3}
+    run(out_dir="parts", **keys | {"max_iters": 3})
+    run(out_dir="parts", resume=True, **keys)
+    assert metrics("parts", "clipped") == [(sum(clipped),)]  # what came before the stop is counted too
 
 
 def test_each_target_that_counts_weighs_the_same(run: Run, one_and_two: Path):

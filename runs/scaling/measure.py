@@ -146,8 +146,9 @@ def predict(points: list[dict[str, Any]], there: list[dict[str, Any]]) -> None:
     told = json.loads(PREDICTION.read_text()) if PREDICTION.exists() else []
     for found in points[len(told) :]:
         keys, size = settings(found), scaling.weights(scaling.shape(found["n_embd"]))
-        tokens, on = keys["max_iters"] * keys["batch_size"] * T, f"{datetime.now():%Y-%m-%d %H:%M}"
-        told.append({"weights": size, "tokens": tokens, "val_loss": law.loss(size, tokens), "law": asdict(law), "on": on})
+        tokens = keys["max_iters"] * keys["batch_size"] * T
+        one = {"weights": size, "tokens": tokens, "val_loss": law.loss(size, tokens), "law": asdict(law)}
+        told.append(one | {"on": f"{datetime.now():%Y-%m-%d %H:%M}"})
     PREDICTION.write_text(json.dumps(told, indent=1) + "\n")
     print(PREDICTION.read_text())
 
@@ -182,9 +183,8 @@ def write_pieces(tokens: Any, count: int, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument(
-        "--stage", choices=("rates", "ladder", "repeats", "texts", "contexts", "falls", "seeds", "heldout"), required=True
-    )
+    stages = ("rates", "ladder", "repeats", "texts", "contexts", "falls", "seeds", "heldout")
+    parser.add_argument("--stage", choices=stages, required=True)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nanogpt-ladder")
     parser.add_argument("--at_a_time", type=int, default=2)
     options = parser.parse_args()
