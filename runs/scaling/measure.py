@@ -53,7 +53,7 @@ M = 10**6
 def rates() -> list[dict[str, Any]]:
     """Muon's rate, by octaves, at several widths and lengths."""
     points = {(64, 1 * M): 0.011, (32, 1 * M): 0.0156, (128, M // 2): 0.009, (32, 4 * M): 0.0118}
-    points |= {(64, 4 * M): 0.0103, (128, 2 * M): 0.0059, (192, M): 0.0043}
+    points |= {(64, 4 * M): 0.0103, (96, 2 * M): 0.0074}
     return [point("rates", *pair, rate=octave * rate) for octave in (1, 0.5, 2) for pair, rate in points.items()]
 
 

@@ -1,0 +1,79 @@
+"""bfloat16 against float32 on a CPU that has instructions for it: products, and whole steps, in turn.
+
+    python runs/cpu_step/bfloat16.py
+
+Prediction: by AVX-512's dot products (avx512_bf16, without AMX) a bfloat16 product is up to twice as fast, a small step
+as fast as in float32. Outcome (bfloat16.json): both are slower, at any size, so `--dtype=auto` asks for AMX.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "runs/shakespeare_char_cpu"))
+
+from compare_with_nanogpt import machine  # noqa: E402
+
+from model import GPT, GPTConfig  # noqa: E402
+
+ROUNDS = 7
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def product(dtype: torch.dtype, rows: int, inner: int, columns: int) -> Callable[[], object]:
+    x, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+    return lambda: torch.nn.functional.linear(x, weight)
+
+
+def step(dtype: torch.dtype, n_embd: int) -> Callable[[], object]:
+    """Forward and backward of 16 rows of 128."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=4, n_head=n_embd // 32, n_embd=n_embd, vocab_size=65, block_size=128, bias=False))
+    idx = torch.randint(65, (16, 128))
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def speed(make: Callable[..., Callable[[], object]], *sizes: int) -> float:
+    """bfloat16's speed over float32's, the median of a few rounds."""
+    works = [make(dtype, *sizes) for dtype in DTYPES]
+    ratios = []
+    for _ in range(1 + ROUNDS):
+        seconds = []
+        for work in works:
+            began, count = time.perf_counter(), 0
+            while time.perf_counter() - began < 0.3:
+                work()
+                count += 1
+            seconds.append((time.perf_counter() - began) / count)
+        ratios.append(seconds[0] / seconds[1])
+    return round(statistics.median(ratios[1:]), 2)
+
+
+def main() -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    found = machine() | {"capability": capability, "amx": amx, "avx512_bf16": avx, "threads": torch.get_num_threads()}
+    products = ((2048, 64, 64), (2048, 128, 512), (2048, 768, 768), (1024, 768, 3072))
+    found["products, bfloat16 over float32"] = {str(sizes): speed(product, *sizes) for sizes in products}
+    found["steps, bfloat16 over float32"] = {n_embd: speed(step, n_embd) for n_embd in (64, 128, 256, 768)}
+    text = json.dumps(found, indent=1)
+    Path(__file__).with_suffix(".json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
