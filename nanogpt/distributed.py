@@ -195,7 +195,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU has units for products of bfloat16 matrices. Emulated, they are far slower than float32; by
-    AVX-512's dot products alone they took 1.6 times as long on an Intel Xeon (runs/cpu_step)."""
+    AVX-512's dot products alone they took 1.9 times as long on an Intel Xeon (runs/cpu_step)."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_amx_tile_supported()
     if platform.machine() in ("aarch64", "arm64"):
