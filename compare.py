@@ -27,9 +27,7 @@ UNCOUNTED = {
     *("wandb_log", "wandb_project", "wandb_run_name", "tensorboard"),
     *("always_save_checkpoint", "checkpoint_minutes", "keep_every", "log_layers", "verify_data"),
 }
-
-
-CLOCKED = {"max_iters", "decay_iters", "eval_iters"}  # by the clock, in a run that was given minutes
+CLOCKED = {"max_iters", "decay_iters", "eval_iters", "micro_batch_size"}  # as time and memory have it, with --minutes
 
 
 @dataclass

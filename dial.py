@@ -59,13 +59,12 @@ CHOSEN = {*scaling.recipe(64, 1e6, 64), *USUAL, "eval_interval", "eval_iters"}
 class Timer:
     """Keeps a run to its minutes, over resumes too.
 
-    told: "asked", the minutes for which the run was chosen; "minutes", how many of them it wants; "expected_loss", None
-    where it is unknown; "evaluation_s", what an evaluation takes; "spent_s", the time spent by earlier processes.
+    told: "minutes" for which the run was chosen; "expected_loss", None where it is unknown; "evaluation_s", what an
+    evaluation takes; "spent_s", the time spent by earlier processes.
     """
 
     def __init__(self, config: Any, told: dict[str, Any]):
-        self.told, self.asked = told, config.minutes
-        self.minutes = told["minutes"] if self.asked == told["asked"] else self.asked
+        self.told, self.minutes = told, config.minutes
         self.end = time.perf_counter() + 60 * self.minutes - told["spent_s"] - process_age()
         self.last: float | None = None  # when the last update began
         self.steps_s: deque[float] = deque(maxlen=100)
@@ -75,8 +74,8 @@ class Timer:
         return self.told | {"spent_s": 60 * self.minutes - (self.end - time.perf_counter())}
 
     def fall(self, eval_interval: int) -> int:
-        """How many updates the fall of the learning rate is to have if it is time to begin it, else 0. To be asked
-        before each update."""
+        """How many updates may still begin if it is time for the learning rate to fall, else 0. To be asked at each
+        update."""
         now = time.perf_counter()
         if self.last is not None:
             self.steps_s.append(now - self.last)
@@ -92,27 +91,23 @@ class Timer:
 
     def report(self, val_loss: float) -> str:
         """What became of the expectation."""
-        told = f"minutes={self.asked:g}: took {duration(self.state()['spent_s'])}; "
-        if self.asked != self.told["asked"]:
-            return f"{told}reached a validation loss of {val_loss:.4f}, sized for {self.told['asked']:g} minutes"
-        expected = self.told["expected_loss"]
-        if expected is None:
-            return f"{told}reached a validation loss of {val_loss:.4f}"
-        off = f"{val_loss / expected - 1:+.1%}"
-        return f"{told}expected a validation loss of {expected:.4f}, reached {val_loss:.4f} ({off})"
+        took, expected = duration(self.state()["spent_s"]), self.told["expected_loss"]
+        told = f"minutes={self.minutes:g}: took {took}; reached a validation loss of {val_loss:.4f}"
+        if self.minutes != self.told["minutes"]:
+            return f"{told}, sized for {self.told['minutes']:g} minutes"
+        return f"{told}, expected {expected:.4f} ({val_loss / expected - 1:+.1%})" if expected else told
 
 
-def without_chosen(given: dict[str, Any], chosen: set[str] = CHOSEN) -> dict[str, Any]:
+def without_chosen(given: dict[str, Any]) -> dict[str, Any]:
     """What files and flags give, without the keys that the dial sets, which it tells."""
-    if ignored := [name for name in given if name in chosen]:
+    if ignored := [name for name in given if name in CHOSEN]:
         say(f"minutes: the dial chooses {', '.join(ignored)} itself; what is given does not count")
-    return {name: value for name, value in given.items() if name not in chosen}
+    return {name: value for name, value in given.items() if name not in CHOSEN}
 
 
 def to_resume(given: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     """What files and flags give to a run that goes on from `state`. Raises InputError where minutes can change nothing:
-    in a run that goes on by steps, and once its steps are settled. The rates may change: a run that broke wants lower
-    ones."""
+    in a run that goes on by steps, and once its steps are settled."""
     minutes = given.get("minutes")
     if not state.get("dial"):
         if minutes:
@@ -125,7 +120,7 @@ def to_resume(given: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         )
     if given.get("patience"):
         raise InputError(PATIENCE)
-    return without_chosen(given, CHOSEN - {"learning_rate", "muon_lr"})
+    return without_chosen(given)
 
 
 class Trial:
@@ -254,21 +249,21 @@ def choose(config: Any, world: World) -> tuple[Any, dict[str, Any]]:
                 f"minutes: too little memory for a row and {WIDTHS[0]} channels; give less than "
                 f"--block_size={config.block_size}"
             )
-    token_s, minutes = speed(trial, speeds, best), config.minutes
-    if by_heart := tokens * token_s < ENOUGH * left_s:
-        minutes *= 1 - (left_s - tokens * token_s) / whole_s
+    token_s = speed(trial, speeds, best)
+    if by_steps := tokens * token_s < ENOUGH * left_s:
+        whole_s += (tokens * token_s - left_s) / (1 - EVALUATION_SHARE)
         say(
-            f"minutes={config.minutes:g}: about {duration(60 * minutes)} will do: read longer, this text of "
+            f"minutes={config.minutes:g}: about {duration(whole_s)} will do: read longer, this text of "
             f"{trial.unique:,} tokens would be learned by heart"
         )
-    evaluations = 4 if minutes >= LONG_MIN else 1
+    evaluations = 4 if whole_s >= 60 * LONG_MIN else 1
     evaluation_s = EVALUATION_SHARE * whole_s / evaluations
     batches = round(3 * evaluation_s / token_s / config.block_size / chosen.batch_size)  # forward is a third of a step
     many = batches * chosen.batch_size * config.block_size >= len(trial.dataset.val)
     chosen = replace(
         chosen,
-        schedule="trapezoid" if by_heart else "constant",  # until the fall begins
-        decay_iters=round(FALL * chosen.max_iters) if by_heart else None,
+        schedule="trapezoid" if by_steps else "constant",  # until the fall begins
+        decay_iters=round(FALL * chosen.max_iters) if by_steps else None,
         eval_interval=chosen.max_iters // evaluations if evaluations > 1 else 0,
         eval_iters=0 if many else max(batches, 1),
     )
@@ -279,11 +274,15 @@ def choose(config: Any, world: World) -> tuple[Any, dict[str, Any]]:
         + (f"; the text's loss is {hardness:.3f} of the law's" if expected else ""),
         f"chosen   {best} wide, {chosen.n_layer} layers; about {chosen.max_iters:,} steps of {chosen.rows_per_step} "
         f"rows, {tokens:,.0f} tokens = {tokens / trial.unique:.3g} epochs; Muon's rate {chosen.muon_lr:.2e}",
-        (f"expected a validation loss of {expected:.4f}" if expected else "expected cannot be told so early")
+        (
+            f"expected a validation loss of {expected:.4f}"
+            if expected
+            else "expected no loss in particular: the pilot could read too little"
+        )
         + (f", {bpb:.4f} bits per byte" if bpb else ""),
     )
-    told = {"asked": config.minutes, "minutes": minutes, "expected_loss": expected, "evaluation_s": evaluation_s}
-    return chosen, told | {"spent_s": 0.0}
+    told = {"minutes": config.minutes, "expected_loss": expected, "evaluation_s": evaluation_s, "spent_s": 0.0}
+    return chosen, told
 
 
 def speed(trial: Trial, speeds: dict[int, float], width: int) -> float:

@@ -100,7 +100,7 @@ def check(config: EvaluateConfig, given: dict[str, Any]) -> None:
         of_run = ("out_dir",) if checkpoint.is_ours(Path(config.init_from)) else ("out_dir", "checkpoint")
         useless |= dict.fromkeys(of_run, f"init_from={config.init_from} takes its place")
     faults = [f"{name}: {why}; leave it out" for name, why in useless.items() if name in given]
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if distributed.processes() > 1:
         faults.append("evaluation runs in one process: start it by `python evaluate.py`, without torchrun")
     if config.tasks is not None and not task_names(config):
         faults.append("tasks: names none; give --tasks=hellaswag, or leave it out")

@@ -139,7 +139,7 @@ class TrainConfig:
         if self.patience and not self.eval_interval:
             found.append("patience: eval_interval=0 evaluates at the end alone, too late to stop: give --eval_interval")
         if self.decay_iters is not None and self.schedule != "trapezoid":
-            found.append(f"decay_iters: says how long a trapezoid falls, not schedule={self.schedule}: leave it out")
+            found.append(f"decay_iters: schedule={self.schedule} has no such fall: give --decay_iters=None")
         if found:
             raise InputError("\n".join(found))
 
@@ -312,7 +312,7 @@ def train(
     first_step = step
     val_loss = None
     if resumed and step >= config.last_step:
-        more = "begin another --out_dir with more --minutes" if timer else "give a larger --max_iters"
+        more = "begin another --out_dir with more --minutes or text" if timer else "give a larger --max_iters"
         say(f"step {step} of max_iters={config.max_iters}: nothing is left to do; to go on, {more}")
 
     while True:
@@ -406,7 +406,8 @@ def train(
         log.put(step, samples, torch.stack(told + (layers.after_update() if layers else [])))
         log.read()
         if log.fall and config.last_step == math.inf:  # from here on the schedule is one of steps, exact on resume
-            config = replace(config, schedule="trapezoid", max_iters=step + log.fall, decay_iters=log.fall)
+            fall = max(log.fall - 1, 1)  # one has begun since
+            config = replace(config, schedule="trapezoid", max_iters=step + fall, decay_iters=fall)
             log.config, log.save_due = config, True  # or a run that is killed would begin its fall elsewhere
 
     log.read(everything=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 OTHERS = 3.3  # times Muon's rate: that of embeddings and gains
 RECIPE = {"arch": "modern", "optimizer": "muon", "muon_momentum": 0.9, "beta2": 0.98, "grad_clip": 1.0}
-RECIPE |= {"schedule": "trapezoid", "warmup_iters": 10, "min_lr": 0.0, "weight_decay": 0.1, "beta1": 0.9}
+RECIPE |= {"schedule": "trapezoid", "min_lr": 0.0, "weight_decay": 0.1, "beta1": 0.9}
 
 
 def shape(n_embd: int) -> dict[str, int]:
@@ -33,8 +33,9 @@ def recipe(n_embd: int, tokens: float, block_size: int) -> dict[str, Any]:
     rows = max(4, round(2048 * (tokens / 1e6) ** 0.5 / block_size / 4) * 4)
     muon_lr = 0.0103 * (64 / n_embd) ** 0.8
     sizes = shape(n_embd) | {"batch_size": rows, "gradient_accumulation_steps": 1}
-    rates = {"learning_rate": OTHERS * muon_lr, "muon_lr": muon_lr}
-    return RECIPE | sizes | rates | {"max_iters": max(round(tokens / rows / block_size), 1)}
+    steps = max(round(tokens / rows / block_size), 1)
+    rates = {"learning_rate": OTHERS * muon_lr, "muon_lr": muon_lr, "warmup_iters": min(10, steps // 5)}
+    return RECIPE | sizes | rates | {"max_iters": steps}
 
 
 @dataclass(frozen=True)

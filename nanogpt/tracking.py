@@ -202,7 +202,7 @@ class Log:
         self.all_rows = config.rows_in(config.max_iters)
         self.samples = {step: samples}  # rows read by each step that is still of use
         self.last_line = (step, clock.seconds)
-        self.warm_s = clock.seconds  # when the first step, which warms up, was done
+        self.warm = (0.0, 0)  # training seconds and tokens when the first step, which warms up, was done
         self.stop, self.save_due, self.fall, self.skipped = 0, False, 0, guard.skipped.item()
 
     def put(self, step: int, samples: int, values: Tensor) -> None:
@@ -231,12 +231,12 @@ class Log:
             self.fall = int(fall)
             self.clipped += int(layers[0]) if layers else 0
             if step == self.first_step + 1:
-                self.warm_s = seconds
+                self.warm = (seconds, self._tokens(step))
                 say(f"first step done {time.perf_counter() - BEGUN:.1f} s after the start")
             if step % self.config.log_interval == 0:
                 self._line(step, loss, grad_norm, seconds, layers)
             if step == self.first_step + 10:
-                self._tell_finish(step, (seconds - self.warm_s) / 9)
+                self._tell_finish(step, seconds)
             self.samples = {known: samples for known, samples in self.samples.items() if known >= self.last_line[0]}
 
     def evaluation(self, step: int, losses: dict[str, float], val_bpb: float | None) -> None:
@@ -296,8 +296,9 @@ class Log:
             return max(self.end - time.perf_counter(), 0.0)
         return (self.all_rows * self.model.config.block_size - self._tokens(step)) / tokens_per_s
 
-    def _tell_finish(self, step: int, step_s: float) -> None:
-        left = self._left_s(step, (self._tokens(step) - self._tokens(step - 1)) / max(step_s, 1e-9))
+    def _tell_finish(self, step: int, seconds: float) -> None:
+        warm_s, tokens = self.warm
+        left = self._left_s(step, (self._tokens(step) - tokens) / max(seconds - warm_s, 1e-9))
         end = datetime.now() + timedelta(seconds=left)
         aside = ", evaluations not counted" if self.end is None else ""
         say(f"finishes in about {duration(left)}, {end:%a %H:%M}{aside}")

@@ -35,8 +35,7 @@ def test_a_notebook_is_committed_as_run_from_top_to_bottom(path: Path) -> None:
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert not [cell["id"] for cell in notebook["cells"] if cell["metadata"]]  # when it ran is nobody's business
     assert path.stat().st_size < LIMIT_BYTES
-    found = hash_of_code(notebook)
-    assert notebook["metadata"].get("code_sha256", found) == found, f"python tests/test_notebooks.py {path.name}"
+    assert notebook["metadata"]["code_sha256"] == hash_of_code(notebook), f"python tests/test_notebooks.py {path.name}"
 
 
 @pytest.mark.slow

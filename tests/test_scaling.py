@@ -73,6 +73,9 @@ def test_every_width_is_a_model(width: int):
     if width == 768:
         assert (shape.n_layer, shape.n_head) == (12, 12)
     assert config.max_iters * config.rows_per_step * 64 == pytest.approx(1e6, rel=0.01)
+    assert config.warmup_iters == 10
+    short = scaling.recipe(width, 5000, 64)
+    assert short["warmup_iters"] < short["max_iters"] / 4  # the rate must fall in a short run, too
 
 
 @pytest.mark.parametrize("tokens", [250e3, 1e6, 4e6, 16e6, 1e9])

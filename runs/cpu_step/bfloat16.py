@@ -68,8 +68,8 @@ def main() -> None:
     amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
     found = machine() | {"capability": capability, "amx": amx, "avx512_bf16": avx, "threads": torch.get_num_threads()}
     products = ((2048, 64, 64), (2048, 128, 512), (2048, 768, 768), (1024, 768, 3072))
-    found["products, bfloat16 over float32"] = {str(sizes): speed(product, *sizes) for sizes in products}
-    found["steps, bfloat16 over float32"] = {n_embd: speed(step, n_embd) for n_embd in (64, 128, 256, 768)}
+    found["products, bfloat16's speed over float32's"] = {str(sizes): speed(product, *sizes) for sizes in products}
+    found["steps, bfloat16's speed over float32's"] = {n_embd: speed(step, n_embd) for n_embd in (64, 128, 256, 768)}
     text = json.dumps(found, indent=1)
     Path(__file__).with_suffix(".json").write_text(text + "\n")
     print(text)

@@ -7,6 +7,9 @@ widths, and at the best of them at other rates than the rule's. These try nothin
 they train a little longer than the dial. The best of a grid is partly luck, and a machine has its moods: with --rounds
 the dial and the best by hand take turns again, and the median of their ratios counts. The losses are those of the whole
 validation split, by evaluate.py. Wants a machine with nothing else to do. Killed, it goes on with the runs that lack.
+
+results.json is of the machine that it names; earlier.json of another one, and of the dial before its law knew little
+texts: it holds more rates, Python's documentation, and what each change of the dial did.
 """
 
 import argparse
@@ -111,7 +114,7 @@ def summarise(cell: dict[str, Any], minutes: float) -> None:
     """Put the ratios that matter beside what was measured."""
     dials, by_hand = [cell["dial"], *cell["again"][::2]], cell["again"][1::2]
     cell["time"] = [one["took_s"] / 60 / minutes for one in dials]
-    cell["expected_over_came"] = [one["expected"] / one["loss"] for one in dials]
+    cell["expected_over_came"] = [one["expected"] and one["expected"] / one["loss"] for one in dials]
     if cell["grid"]:
         cell["loss_over_best_of_grid"] = dials[0]["loss"] / best(cell["grid"])["loss"]
     if by_hand:
