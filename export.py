@@ -46,7 +46,8 @@ def main() -> None:
     with written_aside(config.to) as folder:
         # By its path, because a run that goes on may have a better one in a moment.
         which = str(found or which)
-        model, tokenizer = load(SampleConfig(init_from=config.init_from, out_dir=config.out_dir, checkpoint=which))
+        named = SampleConfig(init_from=config.init_from, out_dir=config.out_dir, checkpoint=which)
+        model, tokenizer = load(named, "exporting")
         ids, rows = tokenizer.vocab_size, model.config.vocab_size
         if ids > rows:
             raise InputError(f"{source}: the tokenizer has {ids} ids, the model {rows}: it belongs to another model")
