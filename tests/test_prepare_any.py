@@ -429,7 +429,7 @@ def test_killed_and_continued_is_as_if_undisturbed(workers: int, tmp_path: Path)
     for _ in range(2):
         with start(*flags, f"--out={out}", f"--workers={workers}") as process:
             try:
-                process.wait(noise.uniform(0.2, 1) * took)
+                process.wait(noise.uniform(0.2, 0.5) * took)  # another number of workers may be twice as fast
             except subprocess.TimeoutExpired:
                 process.kill()
                 kills += 1
