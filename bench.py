@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from configurator import key, parse
 from model import GPT, GPTConfig
 from nanogpt import InputError, data, distributed, run_script
-from nanogpt.distributed import World, explained_faults, free_memory, memory_remedy, say, size
+from nanogpt.distributed import World, explain_errors, format_bytes, free_memory, memory_hint, print0
 from nanogpt.pretrained import GPT2_VOCAB
-from start import SHAPE_KEYS, Steps, compiles, load_weights, open_data_and_model, our_steps
+from start import MODEL_KEYS, Steps, load_weights, open_data_and_model, should_compile, training_steps
 from train import TrainConfig
 
 TURN = 5  # steps of one side, beside a reference, before it is the other's turn
@@ -47,7 +47,7 @@ COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {  # of the table: h
     "tokens_per_s": ("tokens/s", 10, "{:,.0f}".format),
     "of_peak": ("of peak", 7, "{:.1%}".format),
     "mfu": ("MFU", 6, "{:.1%}".format),
-    "memory": ("memory", 8, size),
+    "memory": ("memory", 8, format_bytes),
     "first_step_s": ("1st step", 8, "{:.1f} s".format),
     "last_loss": ("last loss", 9, "{:.4f}".format),
 }
@@ -108,15 +108,15 @@ def main() -> None:
     if config.reference:
         load_reference(Path(config.reference))  # its faults are told before anything is measured
     world = distributed.start(config.device, config.dtype)
-    dtype, how = str(world.dtype).removeprefix("torch."), "compiled" if compiles(config, world) else "eager"
+    dtype, how = str(world.dtype).removeprefix("torch."), "compiled" if should_compile(config, world) else "eager"
     machine = f"{distributed.describe(world.device)}, {dtype}, {how}, torch {torch.__version__}"
     figures: dict[str, Any] = {"command": shlex.join(sys.argv), "torch": torch.__version__, "machine": machine}
     save(config.to, figures)
-    with explained_faults(f"too little memory on {world.device} for three matrices: end what else uses it"):
+    with explain_errors(f"too little memory on {world.device} for three matrices: end what else uses it"):
         reached = product_flops(world)
     torch.cuda.empty_cache()  # what the matrices took is for the sides; nothing happens without a GPU
     figures |= {"product_flops": reached, "vendor_flops": world.peak_flops(), "rows": []}
-    say(f"{machine}; matrix products reach {reached / 1e12:.3g} TFLOP/s")
+    print0(f"{machine}; matrix products reach {reached / 1e12:.3g} TFLOP/s")
     width = max(map(len, [*recipes, "  nanoGPT"])) + 1
     for name, recipe in recipes.items():
         try:
@@ -126,19 +126,19 @@ def main() -> None:
                 raise
             lines = [{"name": name, "side": "ours", "error": "; ".join(str(error).splitlines())}]
         if not config.table:
-            say(f"a step is {lines[0]['step']}")
+            print0(f"a step is {lines[0]['step']}")
         if not figures["rows"]:
-            say("", " " * width + "".join(f" {head:>{wide}}" for head, wide, _ in COLUMNS.values()))
+            print0("", " " * width + "".join(f" {head:>{wide}}" for head, wide, _ in COLUMNS.values()))
         tell(lines, width)
         figures["rows"] += lines
         save(config.to, figures)
-    say("of peak: a step's FLOP/s as a share of the matrix products'; MFU: as a share of the vendor's figure")
+    print0("of peak: a step's FLOP/s as a share of the matrix products'; MFU: as a share of the vendor's figure")
     if world.device.type == "cpu":
-        say("memory: the most that the process held, less what it held after its imports")
+        print0("memory: the most that the process held, less what it held after its imports")
     if world.device.type == "cpu" and config.reference and world.dtype != torch.float32:
-        say("nanoGPT computes in float32 on a CPU, whatever the dtype")
+        print0("nanoGPT computes in float32 on a CPU, whatever the dtype")
     if config.profile:
-        say(f"{TRACED} steps of ours are in trace.json: open it at https://ui.perfetto.dev")
+        print0(f"{TRACED} steps of ours are in trace.json: open it at https://ui.perfetto.dev")
 
 
 def pick_recipes(config: BenchConfig, given: dict[str, Any], device: torch.device) -> dict[str, BenchConfig]:
@@ -219,16 +219,16 @@ def tell(lines: list[Line], width: int) -> None:
     for line in lines:
         name = line["name"] if line["side"] == "ours" else f"  {line['side']}"
         if "error" in line:
-            say(f"{name:{width}} {line['error']}")
+            print0(f"{name:{width}} {line['error']}")
             continue
         cells = [(wide, "–" if line[key] is None else form(line[key])) for key, (_, wide, form) in COLUMNS.items()]
-        say(f"{name:{width}}" + "".join(f" {cell:>{wide}}" for wide, cell in cells))
+        print0(f"{name:{width}}" + "".join(f" {cell:>{wide}}" for wide, cell in cells))
         if "times_as_fast" in line:
             low, middle, high = line["times_as_fast"]
             rounds = f"{len(line['seconds'])} rounds of {len(line['seconds'][0])} steps each"
             told = f"{middle:.2f} times as fast (median of {rounds}; quartiles {low:.2f} to {high:.2f})"
             share = f", in {line['of_its_memory']:.2f} of the memory" if line["of_its_memory"] else ""
-            say(f"  same model, same batch: ours is {told}{share}")
+            print0(f"  same model, same batch: ours is {told}{share}")
 
 
 def save(path: str, figures: dict[str, Any]) -> None:
@@ -291,13 +291,13 @@ def serve(pipe: Connection, config: BenchConfig, given: dict[str, Any], facts: A
         world = distributed.start(config.device, config.dtype) if ours else reference_world(config)
         distributed.seed(config.seed, config.deterministic)
         free = free_memory(world.device)
-        remedy = memory_remedy(config.micro_batches(1)[0], config.rows_per_step, config.block_size, free)
-        with explained_faults(remedy):
+        remedy = memory_hint(config.micro_batches(1)[0], config.rows_per_step, config.block_size, free)
+        with explain_errors(remedy):
             if ours:
                 model = open_model(config, given)
-                config = replace(config, **{name: getattr(model.config, name) for name in SHAPE_KEYS})
+                config = replace(config, **{name: getattr(model.config, name) for name in MODEL_KEYS})
                 facts = model.config, model.count_parameters(), model.flops_per_token()
-                steps = our_steps(config, model, open_tokens(config, model.config), world)
+                steps = training_steps(config, model, open_tokens(config, model.config), world)
             else:
                 steps = reference_steps(config, facts[0], open_tokens(config, facts[0]), world)
             take_turn(steps, 1, world)
@@ -378,7 +378,7 @@ def open_model(config: BenchConfig, given: dict[str, Any]) -> GPT:
             raise InputError(f"{error}\nto measure on random ids instead, add --dataset=") from error
     if config.init_from != "scratch":
         return load_weights(config, given)[0]
-    sizes = {name: getattr(config, name) for name in SHAPE_KEYS}
+    sizes = {name: getattr(config, name) for name in MODEL_KEYS}
     return GPT(GPTConfig(vocab_size=config.vocab_size, dropout=config.dropout, **sizes))
 
 
@@ -430,7 +430,7 @@ def reference_steps(config: BenchConfig, shape: GPTConfig, tokens: data.Tokens, 
         model = reference.GPT(reference.GPTConfig(vocab_size=vocab_size, **sizes)).to(world.device)
         betas = (config.beta1, config.beta2)
         optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, world.device.type)
-    if compiles(config, world):
+    if should_compile(config, world):
         model = torch.compile(model)
     scaler = torch.amp.GradScaler(world.device.type, enabled=on_gpu and world.dtype == torch.float16)
 
@@ -442,7 +442,7 @@ def reference_steps(config: BenchConfig, shape: GPTConfig, tokens: data.Tokens, 
         def cut(shift: int) -> Tensor:  # (B, T)
             return torch.stack([torch.from_numpy(ids[i + shift : i + shift + T].astype(np.int64)) for i in starts])
 
-        return world.put(cut(0), cut(1))
+        return world.to_device(cut(0), cut(1))
 
     batch = draw()
     while True:

@@ -83,7 +83,7 @@ def _settings(path: Path) -> dict[str, Any] | None:
 
 
 def group_repeats(runs: Sequence[Run]) -> list[Group]:
-    """Repeats together, each group labelled with the settings that tell it from the others; with its folder where there
+    """Repeats together, each group labeled with the settings that tell it from the others; with its folder where there
     are none, or so many that nobody would read them."""
     groups: dict[str, list[Run]] = {}
     uncounted = UNCOUNTED | (CLOCKED if all((run.settings or {}).get("minutes") for run in runs) else set())
@@ -94,15 +94,15 @@ def group_repeats(runs: Sequence[Run]) -> list[Group]:
     known = [members[0].settings for members in groups.values() if members[0].settings is not None]
     names = dict.fromkeys(name for settings in known for name in settings if name not in uncounted)
     differing = [name for name in names if len({json.dumps(s.get(name, "unset")) for s in known}) > 1]
-    labelled = []
+    labeled = []
     if len(differing) > MOST_SETTINGS:
         differing = []
     for members in groups.values():
         settings = members[0].settings
         parts = [f"{name}={settings.get(name, 'unset')}" for name in differing] if settings is not None else []
         count = f" ({len(members)} runs)" if len(members) > 1 else ""
-        labelled.append(Group((" ".join(parts) or members[0].path.resolve().name) + count, members))
-    return labelled
+        labeled.append(Group((" ".join(parts) or members[0].path.resolve().name) + count, members))
+    return labeled
 
 
 def interpolate(run: Run, axis: str, at: np.ndarray, what: str = "val_loss") -> np.ndarray:

@@ -19,31 +19,33 @@ import torch
 
 from model import GPT, GPTConfig
 from nanogpt import InputError, data, scaling
-from nanogpt.distributed import World, free_memory, say
+from nanogpt.distributed import World, free_memory, print0
 from nanogpt.inference import evaluate
 from nanogpt.pretrained import GPT2_VOCAB
 from nanogpt.tracking import BEGUN, duration
-from start import SHAPE_KEYS, Steps, document_end, our_steps, training_bytes
+from start import MODEL_KEYS, Steps, document_separator_id, estimate_training_memory, training_steps
 
 PILOT = scaling.PILOT_WIDTH  # of the model that is trained to see how hard the text is
 PILOT_SHARE, PILOT_S = 0.05, (1.5, 20.0)  # of the time, and the least and the most of it in seconds
 TRY_S = 0.6  # how long a width's speed is measured
 TRIES = 5  # widths at most
 LEAST_STEPS = 60  # without so many a width is not tried: a few of its steps would take the time of all
-ENOUGH = 0.75  # share of the time: where a little text wants less, the run goes by steps and ends early
+EARLY_STOP_SHARE = 0.75  # share of the time: where a little text wants less, the run goes by steps and ends early
 MOST_WEIGHTS = 4  # in the blocks for a token of the text: the law has not been tried far beyond (scaling_laws.ipynb)
 # Share of the time in which the learning rate falls, and its loss over that of half, which the law knows (runs/scaling,
 # `falls`). From there on steps count, not the clock: a machine that gets a quarter slower meanwhile ends 5% late.
-FALL, FALL_COSTS = 0.2, 1.009
+DECAY_SHARE, SHORT_DECAY_PENALTY = 0.2, 1.009
 EVALUATION_SHARE = 0.015  # of the time: what an evaluation may take
 LONG_MIN = 5.0  # minutes from which a run is evaluated on its way, and shorter at a time
-END_S = 0.5  # for the last save and Python's end
+SHUTDOWN_S = 0.5  # for the last save and Python's end
 IMPORT_S = 2.0  # what passes before the program's first line, where the system does not tell
-BEYOND = 0.85  # exponent by which a token's seconds grow with its FLOPs beyond the widths that were tried
+EXTRAPOLATION_EXPONENT = (
+    0.85  # exponent by which a token's seconds grow with its FLOPs beyond the widths that were tried
+)
 PILOT_WINDOWS = 512
 WIDTHS = [*range(32, 256, 16), *range(256, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
 # Keys that the dial sets besides those of `scaling.recipe`.
-USUAL: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "n_kv_head": 0,
     "head_dim": 0,
     "tied": True,
@@ -51,9 +53,9 @@ USUAL: dict[str, Any] = {
     "dropout": 0.0,
     "batch_growth_tokens": 0,
 }
-USUAL |= {"decay_lr": True, "lr_decay_iters": None, "decay_iters": None, "eval_train": False, "sample_chars": 0}
+DEFAULTS |= {"decay_lr": True, "lr_decay_iters": None, "decay_iters": None, "eval_train": False, "sample_chars": 0}
 PATIENCE = "patience: minutes end a run by the clock, its rate at its lowest; leave one of the two out"
-CHOSEN = {*scaling.recipe(64, 1e6, 64), *USUAL, "eval_interval", "eval_iters"}
+BUDGET_KEYS = {*scaling.recipe(64, 1e6, 64), *DEFAULTS, "eval_interval", "eval_iters"}
 
 
 class Timer:
@@ -80,8 +82,8 @@ class Timer:
         if self.last is not None:
             self.steps_s.append(now - self.last)
         self.last = now
-        left = self.end - now - self.told["evaluation_s"] - END_S
-        if left > FALL * 60 * self.minutes or len(self.steps_s) < 5:
+        left = self.end - now - self.told["evaluation_s"] - SHUTDOWN_S
+        if left > DECAY_SHARE * 60 * self.minutes or len(self.steps_s) < 5:
             return 0
         usual = 3 * statistics.median(self.steps_s)  # longer are those with an evaluation or a save between
         step_s = statistics.mean(s for s in self.steps_s if s <= usual)
@@ -100,9 +102,9 @@ class Timer:
 
 def without_chosen(given: dict[str, Any]) -> dict[str, Any]:
     """What files and flags give, without the keys that the dial sets, which it tells."""
-    if ignored := [name for name in given if name in CHOSEN]:
-        say(f"minutes: the dial chooses {', '.join(ignored)} itself; what is given does not count")
-    return {name: value for name, value in given.items() if name not in CHOSEN}
+    if ignored := [name for name in given if name in BUDGET_KEYS]:
+        print0(f"minutes: the dial chooses {', '.join(ignored)} itself; what is given does not count")
+    return {name: value for name, value in given.items() if name not in BUDGET_KEYS}
 
 
 def to_resume(given: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def to_resume(given: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     return without_chosen(given)
 
 
-class Trial:
+class SpeedTrial:
     """A run of any width on this text and this machine, tried for a few steps. config: train.py's."""
 
     def __init__(self, config: Any, world: World):
@@ -131,16 +133,16 @@ class Trial:
         self.dataset = data.open_dataset(config.dataset, block_size=config.block_size)
         self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
         self.unique = len(self.dataset.train)
-        self.end_of_text = document_end(config, self.dataset)
+        self.end_of_text = document_separator_id(config, self.dataset)
 
     def settings(self, width: int, tokens: float, processes: int) -> Any:
         """Of a run of this width and length, its rows shared by so many processes."""
         keys = scaling.recipe(width, tokens, self.config.block_size)
         keys |= {"batch_size": -(-keys["batch_size"] // processes), "gradient_accumulation_steps": processes}
-        return replace(self.config, **USUAL | keys)
+        return replace(self.config, **DEFAULTS | keys)
 
     def model(self, config: Any) -> GPT:
-        return GPT(GPTConfig(vocab_size=self.vocab_size, **{name: getattr(config, name) for name in SHAPE_KEYS}))
+        return GPT(GPTConfig(vocab_size=self.vocab_size, **{name: getattr(config, name) for name in MODEL_KEYS}))
 
     def steps(self, config: Any, model: GPT) -> Steps:
         """One process's steps of a run."""
@@ -148,7 +150,7 @@ class Trial:
             torch._dynamo.reset()
         torch.manual_seed(config.seed)
         model.end_of_text = self.end_of_text
-        return our_steps(replace(config, gradient_accumulation_steps=1), model, self.dataset.train, self.alone)
+        return training_steps(replace(config, gradient_accumulation_steps=1), model, self.dataset.train, self.alone)
 
     def flops(self, width: int) -> float:
         """Of a token, about: the blocks' weights and the output layer's."""
@@ -159,10 +161,10 @@ class Trial:
         with torch.device("meta"):
             model = self.model(config)
         model.activation_checkpointing, model.loss_chunk = config.activation_checkpointing, config.loss_chunk
-        needed = training_bytes(model, config, rows, config.block_size, self.world)
+        needed = estimate_training_memory(model, config, rows, config.block_size, self.world)
         free = free_memory(self.world.device)
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.world.device.type == "cpu" else 1
-        return free is None or needed * neighbours < 0.7 * free
+        neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.world.device.type == "cpu" else 1
+        return free is None or needed * neighbors < 0.7 * free
 
     def token_s(self, config: Any) -> float:
         """Seconds a token, over all processes, if all are as fast as this one."""
@@ -186,16 +188,16 @@ class Trial:
         """The law's loss of a width that could read so many tokens, and how many of them it is to read."""
         size = scaling.weights(scaling.shape(width))
         best = scaling.LAW.length(size, tokens, self.unique)
-        best = tokens if best > ENOUGH * tokens else best
+        best = tokens if best > EARLY_STOP_SHARE * tokens else best
         if width > WIDTHS[0] and self.settings(width, tokens, self.world.size).max_iters < LEAST_STEPS:
             return math.inf, best
         return scaling.LAW.loss(size, best, self.unique), best
 
     def agreed(self, value: float) -> float:
         """The mean of what each process has found: all must choose the same."""
-        return self.world.sum(torch.tensor(float(value), device=self.world.device)).item() / self.world.size
+        return self.world.all_reduce_sum(torch.tensor(float(value), device=self.world.device)).item() / self.world.size
 
-    def hardness(self, seconds: float, token_s: float) -> float:
+    def difficulty(self, seconds: float, token_s: float) -> float:
         """How many times the law's loss this text's is, by a small model trained on it for so many seconds."""
         size = scaling.weights(scaling.shape(PILOT))
         tokens = scaling.LAW.length(size, seconds / token_s / self.world.size, self.unique)
@@ -209,7 +211,7 @@ class Trial:
         windows = data.EvalWindows(self.dataset.val, T, -(-PILOT_WINDOWS // rows), rows, self.vocab_size)
         with torch.no_grad():
             loss = evaluate(model, windows, rows, self.alone)
-        return scaling.hardness(loss, one.max_iters * rows * T, self.unique, T)
+        return scaling.difficulty(loss, one.max_iters * rows * T, self.unique, T)
 
 
 def choose(config: Any, world: World) -> tuple[Any, dict[str, Any]]:
@@ -222,13 +224,13 @@ def choose(config: Any, world: World) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"minutes: sizes a new model; leave out --init_from={config.init_from}, or give --max_iters")
     if config.patience:
         raise InputError(PATIENCE)
-    whole_s, trial = 60 * config.minutes, Trial(config, world)
+    whole_s, trial = 60 * config.minutes, SpeedTrial(config, world)
     widths = [width for width in WIDTHS if scaling.weights(scaling.shape(width)) < MOST_WEIGHTS * trial.unique]
     widths = widths or WIDTHS[:1]
     speeds = {PILOT: trial.agreed(trial.token_s(trial.settings(PILOT, 1e6, world.size)))}  # seconds a token, by width
-    hardness = trial.agreed(trial.hardness(min(max(PILOT_SHARE * whole_s, PILOT_S[0]), PILOT_S[1]), speeds[PILOT]))
+    difficulty = trial.agreed(trial.difficulty(min(max(PILOT_SHARE * whole_s, PILOT_S[0]), PILOT_S[1]), speeds[PILOT]))
     while True:  # until the best width, by the speeds that are known, is one of these
-        left_s = trial.agreed(whole_s - process_age() - END_S - EVALUATION_SHARE * whole_s)
+        left_s = trial.agreed(whole_s - process_age() - SHUTDOWN_S - EVALUATION_SHARE * whole_s)
         if left_s < whole_s / 2:
             raise InputError(
                 f"minutes={config.minutes:g}: {process_age():.0f} s had passed before the first step; give at least "
@@ -250,9 +252,9 @@ def choose(config: Any, world: World) -> tuple[Any, dict[str, Any]]:
                 f"--block_size={config.block_size}"
             )
     token_s = speed(trial, speeds, best)
-    if by_steps := tokens * token_s < ENOUGH * left_s:
+    if by_steps := tokens * token_s < EARLY_STOP_SHARE * left_s:
         whole_s += (tokens * token_s - left_s) / (1 - EVALUATION_SHARE)
-        say(
+        print0(
             f"minutes={config.minutes:g}: about {duration(whole_s)} will do: read longer, this text of "
             f"{trial.unique:,} tokens would be learned by heart"
         )
@@ -263,15 +265,15 @@ def choose(config: Any, world: World) -> tuple[Any, dict[str, Any]]:
     chosen = replace(
         chosen,
         schedule="trapezoid" if by_steps else "constant",  # until the fall begins
-        decay_iters=round(FALL * chosen.max_iters) if by_steps else None,
+        decay_iters=round(DECAY_SHARE * chosen.max_iters) if by_steps else None,
         eval_interval=chosen.max_iters // evaluations if evaluations > 1 else 0,
         eval_iters=0 if many else max(batches, 1),
     )
-    expected = None if math.isnan(hardness) else loss * hardness * FALL_COSTS
+    expected = None if math.isnan(difficulty) else loss * difficulty * SHORT_DECAY_PENALTY
     bpb = expected and trial.dataset.val.bits_per_byte(expected)
-    say(
+    print0(
         f"tried    {len(speeds)} widths, {1 / speeds[PILOT]:,.0f} to {1 / token_s:,.0f} tokens/s"
-        + (f"; the text's loss is {hardness:.3f} of the law's" if expected else ""),
+        + (f"; the text's loss is {difficulty:.3f} of the law's" if expected else ""),
         f"chosen   {best} wide, {chosen.n_layer} layers; about {chosen.max_iters:,} steps of {chosen.rows_per_step} "
         f"rows, {tokens:,.0f} tokens = {tokens / trial.unique:.3g} epochs; Muon's rate {chosen.muon_lr:.2e}",
         (
@@ -285,14 +287,14 @@ def choose(config: Any, world: World) -> tuple[Any, dict[str, Any]]:
     return chosen, told
 
 
-def speed(trial: Trial, speeds: dict[int, float], width: int) -> float:
+def speed(trial: SpeedTrial, speeds: dict[int, float], width: int) -> float:
     """Seconds a token at a width: on a line between those known, by logarithms of FLOPs and seconds; beyond them
     larger ones are taken for a little more efficient."""
     known = sorted(speeds)
     flops, seconds = (np.log([find(w) for w in known]) for find in (trial.flops, speeds.__getitem__))
     x = math.log(trial.flops(width))
     beyond = max(x - flops[-1], 0) + min(x - flops[0], 0)
-    return math.exp(np.interp(x, flops, seconds) + BEYOND * beyond)
+    return math.exp(np.interp(x, flops, seconds) + EXTRAPOLATION_EXPONENT * beyond)
 
 
 def process_age() -> float:

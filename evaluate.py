@@ -8,7 +8,7 @@ block_size - N.
 
 Behind each figure stands its standard error. A split is cut into 64 stretches of whole windows (or a window each, where
 it has fewer), and the loss is the mean over these, weighted by the tokens of each that count; its error follows from
-how far the stretches are apart, as if each were drawn by itself. (Single windows of one text are not: neighbours are
+how far the stretches are apart, as if each were drawn by itself. (Single windows of one text are not: neighbors are
 alike, and an error from them is too small by half on tiny Shakespeare.) Bits per byte follow by scaling, the first
 token, which nothing predicts, taken at the mean of the others; perplexity to first order. In a mixture the sources
 weigh by their shares.
@@ -41,7 +41,7 @@ from sample import opened
 
 OF_TASKS = ("limit", "num_fewshot", "include_path", "unsafe_code")
 OF_LOSS = ("dataset", "split", "text", "stride")
-STRETCHES = 64  # of a split, at most: enough to know the error to 9%, and each as long as can be
+BLOCKS = 64  # of a split, at most: enough to know the error to 9%, and each as long as can be
 MEMORY = "too little memory: try --dtype=bfloat16, or a machine with more"
 
 
@@ -74,7 +74,7 @@ class EvaluateConfig:
 def main() -> None:
     config, given = parse(EvaluateConfig, description="Tell how good a model is.")
     check(config, given)
-    with distributed.explained_faults(MEMORY):
+    with distributed.explain_errors(MEMORY):
         world = distributed.start(config.device, config.dtype)
         model, tokenizer, source, run = opened(config, "evaluating")
         model.to(world.device).eval()
@@ -97,7 +97,7 @@ def check(config: EvaluateConfig, given: dict[str, Any]) -> None:
     useless |= {} if config.tasks else dict.fromkeys(OF_TASKS, "is for --tasks alone")
     useless |= dict.fromkeys(("dataset", "split"), f"text={config.text} takes its place") if config.text else {}
     if config.init_from != "resume":
-        of_run = ("out_dir",) if checkpoint.is_ours(Path(config.init_from)) else ("out_dir", "checkpoint")
+        of_run = ("out_dir",) if checkpoint.is_checkpoint(Path(config.init_from)) else ("out_dir", "checkpoint")
         useless |= dict.fromkeys(of_run, f"init_from={config.init_from} takes its place")
     faults = [f"{name}: {why}; leave it out" for name, why in useless.items() if name in given]
     if distributed.processes() > 1:
@@ -167,13 +167,13 @@ def split_loss(model: GPT, tokens: Tokens, stride: int, world: World) -> tuple[f
     parts = []  # of each source: a token's weight; nats and tokens that count in each stretch, (2, stretches)
     for source in tokens.sources:
         targets = source.tokens - 1
-        stretch = T * -(-targets // (T * STRETCHES))  # tokens
+        stretch = T * -(-targets // (T * BLOCKS))  # tokens
         sums = np.zeros((2, -(-targets // stretch)))
         batches = data.SlidingWindows(tokens, source, T, stride, vocab_size, rows_to_score(model, T))
         for starts, x, y in tqdm(batches, unit="batch", disable=None):
             where = (starts[:, None] + np.arange(x.shape[1]))[y.numpy() >= 0] // stretch
             with world.autocast():
-                logprobs, _ = score(model, *world.put(x, y))
+                logprobs, _ = score(model, *world.to_device(x, y))
             np.add.at(sums[0], where, -logprobs.cpu().double().numpy())
             np.add.at(sums[1], where, 1)
         parts.append((source.weight / targets, sums))
@@ -217,7 +217,7 @@ def tell_tasks(config: EvaluateConfig, model: GPT, tokenizer: Tokenizer, world: 
 
         from nanogpt import harness
 
-        asked, options = harness.Asked(model, tokenizer, world), {"limit": config.limit}
+        asked, options = harness.NanoGPTLM(model, tokenizer, world), {"limit": config.limit}
         options |= {"num_fewshot": config.num_fewshot, "confirm_run_unsafe_code": config.unsafe_code}
         found = harness.run_tasks(asked, task_names(config), config.include_path, **options)
         print(make_table(found))

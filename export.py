@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from configurator import key, parse
 from model import GPT
 from nanogpt import InputError, checkpoint, run_script
-from nanogpt.distributed import size
+from nanogpt.distributed import format_bytes
 from nanogpt.files import read_json
 from nanogpt.pretrained import write_huggingface
 from nanogpt.tokenizer import Tokenizer
@@ -42,8 +42,8 @@ class ExportConfig:
 def main() -> None:
     config, _ = parse(ExportConfig, description="Write a trained GPT as a Hugging Face folder.")
     source, which = Path(config.out_dir if config.init_from == "resume" else config.init_from), config.checkpoint
-    found = checkpoint.find(source, which) if checkpoint.is_ours(source) else None
-    with written_aside(config.to) as folder:
+    found = checkpoint.find(source, which) if checkpoint.is_checkpoint(source) else None
+    with atomic_directory(config.to) as folder:
         # By its path, because a run that goes on may have a better one in a moment.
         which = str(found or which)
         named = SampleConfig(init_from=config.init_from, out_dir=config.out_dir, checkpoint=which)
@@ -64,11 +64,11 @@ def main() -> None:
         card = model_card(Path(os.path.abspath(config.to)).name, model, tokenizer, facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
         total = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"wrote {config.to}: {model.count_parameters():,} parameters in {config.dtype}, {size(total)}")
+    print(f"wrote {config.to}: {model.count_parameters():,} parameters in {config.dtype}, {format_bytes(total)}")
 
 
 @contextlib.contextmanager
-def written_aside(to: str) -> Iterator[Path]:
+def atomic_directory(to: str) -> Iterator[Path]:
     """An empty folder beside `to`, which is synced to disk and takes its name at the end, and is deleted if the block
     raises. Raises InputError where there is something at `to` already, or the disk does not take the files."""
     if not to:

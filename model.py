@@ -1,4 +1,4 @@
-"""A GPT in one file: the network, its initialisation, and how many parameters and FLOPs it costs.
+"""A GPT in one file: the network, its initialization, and how many parameters and FLOPs it costs.
 
 Two architectures share all code that is the same. `gpt2` is the function of Radford et al. 2019, "Language Models are
 Unsupervised Multitask Learners", as OpenAI released it. `modern` is that of Qwen3 (Yang et al. 2025): RMS norms, rotary
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from nanogpt.pretrained import Weights
 
 # What takes the place of attention to all of a row up to here. One continues a text: it keeps the keys and values, and
-# attends to all that it has kept (nanogpt/inference.py; one for each block). Another is `inside_documents`.
+# attends to all that it has kept (nanogpt/inference.py; one for each block). Another is `document_causal_attention`.
 # q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim).
-Past = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Up to this many positions a CPU attends by three plain operations: level with torch's fused kernel, which computes the
 # same function, in float32 and several times faster in bfloat16 (runs/cpu_step, docs/decisions.md).
@@ -86,7 +86,7 @@ class GPTConfig:
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: change one of them")
         if modern and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim}: rotary positions turn pairs of channels; make it even")
+            raise ValueError(f"head_dim={self.head_dim}: rotary positions cos_sin pairs of channels; make it even")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -129,14 +129,14 @@ class CPUNorm(torch.autograd.Function):
 
 
 def norm(config: GPTConfig, channels: int) -> nn.Module:
-    """The architecture's normalisation of the last dimension."""
+    """The architecture's normalization of the last dimension."""
     if config.arch == "modern":
         return RMSNorm(channels, eps=config.norm_eps)
     return nn.LayerNorm(channels, eps=config.norm_eps, bias=config.bias)
 
 
-def rotation(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (..., head_dim) for positions (...), by which rotary positions (Su et al. 2021) turn the
+def rotary_cos_sin(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each (..., head_dim) for positions (...), by which rotary positions (Su et al. 2021) cos_sin the
     pairs of channels (i, i + head_dim/2); of the sine the first half is negated."""
     channels = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequencies = 1 / config.rope_theta ** (channels / config.head_dim)
@@ -158,29 +158,29 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2))
         self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention: AttentionFn | None = None) -> Tensor:
         B, T, _ = x.shape
-        plain = x.device.type == "cpu" and T <= PLAIN_ATTENTION_UP_TO and past is None
+        plain = x.device.type == "cpu" and T <= PLAIN_ATTENTION_UP_TO and attention is None
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).permute(2, 0, 1, 3)  # (heads, B, T, head_dim)
         if plain:
             qkv = qkv.contiguous()  # one copy here, instead of several in what follows and in its backward
         qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head))
-        if turn is not None:  # arch=modern
+        if cos_sin is not None:  # arch=modern
             gains = self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv_head, -1)
-            qk = rotate(scaled_rms_norm(qk, torch.cat(gains)[:, None, None], self.eps), *turn)
+            qk = rotate(scaled_rms_norm(qk, torch.cat(gains)[:, None, None], self.eps), *cos_sin)
         q, k = qk.split((self.n_head, self.n_kv_head))
         dropout = self.dropout if self.training else 0.0
         if plain:
             return self.out(plain_attention(q, k, v, dropout))
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (B, heads, T, head_dim)
-        if past is not None:
-            return self.out(past(q, k, v).transpose(1, 2).reshape(B, T, -1))
+        if attention is not None:
+            return self.out(attention(q, k, v).transpose(1, 2).reshape(B, T, -1))
         shared = self.n_kv_head < self.n_head
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=shared)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def inside_documents(idx: Tensor, end_of_text: int, dropout: float) -> tuple[Tensor, Past]:
+def document_causal_attention(idx: Tensor, end_of_text: int, dropout: float) -> tuple[Tensor, AttentionFn]:
     """For rows idx (B, T) of documents that each end with the id end_of_text: the ids' positions (B, T) in their own
     documents, and causal attention that does not leave these."""
     (B, T), at = idx.shape, torch.arange(idx.shape[1], device=idx.device)
@@ -196,7 +196,7 @@ def inside_documents(idx: Tensor, end_of_text: int, dropout: float) -> tuple[Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., T, head_dim), turned by what `rotation` has made for its positions."""
+    """x (..., T, head_dim), turned by what `rotary_cos_sin` has made for its positions."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
@@ -240,7 +240,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each read from a normalised copy and added to the residual stream."""
+    """One layer: attention, then the MLP, each read from a normalized copy and added to the residual stream."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -250,8 +250,8 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config) if config.arch == "modern" else MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, past: Past | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), turn, past))
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention: AttentionFn | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), cos_sin, attention))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -271,10 +271,10 @@ class GPT(nn.Module):
         self.end_of_text: int | None = None  # given, documents that end with it do not see one another
         self.loss_chunk = 0  # tokens whose logits exist at a time where there are targets; 0: all
         self.head = None if config.tied else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.initialise()
+        self.initialize()
 
     @torch.no_grad()
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """GPT-2's start: normal weights of deviation 0.02, zero biases, and the two layers of each block that write to
         the residual stream scaled by 1/√(2 n_layer), so that its variance does not grow with depth."""
         for name, parameter in self.named_parameters():
@@ -285,9 +285,9 @@ class GPT(nn.Module):
                 parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if writes_residual else 0.02)
         # Zero rows get zero gradients, so padding stays zero for ever.
         self.tokens.weight[self.config.vocab_size :].zero_()
-        self.output_weight[self.config.vocab_size :].zero_()
+        self.lm_head_weight[self.config.vocab_size :].zero_()
 
-    def hidden_matrices(self) -> dict[str, list[int]]:
+    def muon_params(self) -> dict[str, list[int]]:
         """Names of the blocks' matrices, which Muon can train, each with the rows of the maps that it is made of."""
         c = self.config
         heads = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
@@ -295,7 +295,7 @@ class GPT(nn.Module):
         return {name: heads if name.endswith("qkv.weight") else [len(p)] for name, p in matrices.items()}
 
     @property
-    def output_weight(self) -> Tensor:
+    def lm_head_weight(self) -> Tensor:
         """The matrix that makes logits of channels, (padded V, C)."""
         return self.tokens.weight if self.head is None else self.head.weight
 
@@ -306,7 +306,7 @@ class GPT(nn.Module):
         Returns logits (B, T, V; None where the loss is made in chunks) and the mean cross-entropy in nats (0 of none);
         without targets only the last position's logits (B, 1, V), which is all that sampling reads, and None.
         """
-        x = self.features(idx)
+        x = self.hidden_states(idx)
         x = self.norm(x if targets is not None else x[:, -1:])
         if targets is None:
             return self.logits(x), None
@@ -317,29 +317,33 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         return logits.view(*idx.shape, -1), loss / count
 
-    def features(self, idx: Tensor, positions: Tensor | None = None, past: Sequence[Past] | None = None) -> Tensor:
+    def hidden_states(
+        self, idx: Tensor, positions: Tensor | None = None, attention: Sequence[AttentionFn] | None = None
+    ) -> Tensor:
         """What the last block gives for the ids idx (B, T), of shape (B, T, C).
 
-        positions: (B, T) of the ids in their rows; None: from 0 on. past: one for each block (see `Past`).
+        positions: (B, T) of the ids in their rows; None: from 0 on. attention: one for each block (see `AttentionFn`).
         """
         T = idx.shape[1]
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit into a context of block_size={self.config.block_size}")
-        if self.end_of_text is not None and past is None:
-            positions, inside = inside_documents(idx, self.end_of_text, self.config.dropout * self.training)
-            past = [inside] * self.config.n_layer
-        x, turn = self.tokens(idx), None  # (B, T, C)
+        if self.end_of_text is not None and attention is None:
+            positions, inside = document_causal_attention(idx, self.end_of_text, self.config.dropout * self.training)
+            attention = [inside] * self.config.n_layer
+        x, cos_sin = self.tokens(idx), None  # (B, T, C)
         if self.config.arch == "gpt2":
             x = x + (self.positions.weight[:T] if positions is None else self.positions(positions))
         else:
-            turn = rotation(torch.arange(T, device=idx.device) if positions is None else positions, self.config)
+            cos_sin = rotary_cos_sin(
+                torch.arange(T, device=idx.device) if positions is None else positions, self.config
+            )
         x = self.dropout(x)
-        attends: Sequence[Past | None] = past or [None] * self.config.n_layer
+        attends: Sequence[AttentionFn | None] = attention or [None] * self.config.n_layer
         for block, attend in zip(self.blocks, attends, strict=True):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, turn, attend, use_reentrant=False)
+                x = checkpoint(block, x, cos_sin, attend, use_reentrant=False)
             else:
-                x = block(x, turn, attend)
+                x = block(x, cos_sin, attend)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

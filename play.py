@@ -27,7 +27,7 @@ from typing import Any, Literal
 from configurator import build, key, parse
 from model import GPT
 from nanogpt import InputError, distributed, run_script
-from nanogpt.files import fits, plain_size
+from nanogpt.files import matches_schema, regular_file_size
 from nanogpt.inference import Decoder, Sampling, TextStream
 from nanogpt.tokenizer import Tokenizer
 from sample import load, prepare
@@ -123,7 +123,7 @@ class Playground:
         return self._check(ids)
 
     def _check(self, ids: Any) -> list[int]:
-        if not fits(ids, [int]) or not 1 <= len(ids) <= MOST_IDS:
+        if not matches_schema(ids, [int]) or not 1 <= len(ids) <= MOST_IDS:
             raise InputError(f"ids: expected a list of 1 to {MOST_IDS:,} whole numbers: send those that you were sent")
         if max(ids) >= self.vocab_size:
             raise InputError(f"id {max(ids)} is not one of the model's {self.vocab_size}: send ids that you were sent")
@@ -138,7 +138,7 @@ class Playground:
         frame: list[Message] = []
         began = sent = time.perf_counter()
         # One rival more than is shown: the token itself may be among them.
-        for made, (token,) in enumerate(self.decoder.write([ids], s.max_new_tokens, how, rivals=RIVALS + 1), 1):
+        for made, (token,) in enumerate(self.decoder.generate([ids], s.max_new_tokens, how, rivals=RIVALS + 1), 1):
             stopped = token.id == self.tokenizer.end_of_text
             last = stopped or made == s.max_new_tokens
             rivals = [rival for rival in token.rivals if rival[0] != token.id and rival[0] < self.vocab_size][:RIVALS]
@@ -220,7 +220,7 @@ def read_metrics(path: Path, after: int, file: str) -> Message:
     """The losses in metrics.jsonl from byte `after` on; from the beginning if that is no longer the `file` which was
     read so far, as after a resume. `next`: the byte to go on from; half a line at the end waits until it is whole."""
     try:
-        plain_size(path)
+        regular_file_size(path)
         with open(path, "rb") as lines:
             found = os.fstat(lines.fileno())
             name = str(found.st_ino)
@@ -234,9 +234,9 @@ def read_metrics(path: Path, after: int, file: str) -> Message:
     for line in data[:whole].splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if fits(record, {"step": int}):
+            if matches_schema(record, {"step": int}):
                 names = ("step", "loss", "train_loss", "val_loss")
-                points.append({name: record[name] for name in names if fits(record.get(name), float)})
+                points.append({name: record[name] for name in names if matches_schema(record.get(name), float)})
     return {"file": name, "after": after, "next": after + whole, "more": len(data) == PIECE, "points": points}
 
 

@@ -37,7 +37,7 @@ from nanogpt.inference import (
 from nanogpt.pretrained import GPT2_VOCAB, read_weights
 from nanogpt.tokenizer import Tokenizer
 
-RULER = "\n---------------\n"  # between samples
+SEPARATOR = "\n---------------\n"  # between samples
 
 
 @dataclass
@@ -61,7 +61,7 @@ class SampleConfig:
     seed: int = key(1337, "seed of the draws", least=0)
     chat: bool = key(False, "the prompt is a question to a model tuned on conversations; its answer alone is written")
     interactive: bool = key(False, "type a prompt, it goes on; Ctrl-C stops the text")
-    logprobs: bool = key(False, "show how sure it was of each token: colours in a terminal, else a line each")
+    logprobs: bool = key(False, "show how sure it was of each token: colors in a terminal, else a line each")
 
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of the weights")
@@ -107,7 +107,7 @@ def make_decoder(model: GPT, rows: int, length: int | None, compiled: bool) -> D
     if compiled:
         print("compiling …", end=" ", file=sys.stderr, flush=True)
         decoder.start([[0]] * rows)
-        for _ in range(3):  # the first compiles, the others record the graph
+        for _ in range(3):  # the first should_compile, the others record the graph
             decoder.step(torch.zeros(rows, dtype=torch.long))
         print("done", file=sys.stderr)
     return decoder
@@ -212,7 +212,7 @@ def write_all(
     for first in range(0, count, rows):
         if decoder is None or decoder.rows != min(rows, count - first):
             decoder = make_decoder(model, min(rows, count - first), length, compiled)
-        _, tokens, took = write(config, decoder, tokenizer, chat, ids, prompt, first, end=RULER)
+        _, tokens, took = write(config, decoder, tokenizer, chat, ids, prompt, first, end=SEPARATOR)
         made, seconds = made + tokens, seconds + took
     print_speed(made, seconds)
 
@@ -240,7 +240,9 @@ def write(
     began, interrupted = time.perf_counter(), False
     try:
         numbers, rivals = range(first, first + decoder.rows), 0 if config.logprobs else -1
-        for tokens in decoder.write([ids] * decoder.rows, config.max_new_tokens, how, samples=numbers, rivals=rivals):
+        for tokens in decoder.generate(
+            [ids] * decoder.rows, config.max_new_tokens, how, samples=numbers, rivals=rivals
+        ):
             for sample, token in zip(samples, tokens, strict=True):
                 sample.put(token)
             text.append(tokens[0].id)
@@ -307,8 +309,8 @@ def shading(logprobs: bool) -> Callable[[str, float], str]:
         return lambda piece, probability: piece
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return lambda piece, probability: f"\n{100 * probability:6.1f}%  {piece!r}"
-    colours = (196, 208, 220, 154, 46)  # of the 256 that terminals have, from red to green
-    return lambda piece, probability: f"\033[38;5;{colours[min(4, int(5 * probability))]}m{piece}\033[0m"
+    colors = (196, 208, 220, 154, 46)  # of the 256 that terminals have, from red to green
+    return lambda piece, probability: f"\033[38;5;{colors[min(4, int(5 * probability))]}m{piece}\033[0m"
 
 
 def read_prompt(start: str) -> str:
@@ -333,7 +335,7 @@ def opened(config: Any, doing: str) -> tuple[GPT, Tokenizer, str, dict[str, Any]
     from_run = config.init_from == "resume"
     source = named = Path(config.out_dir if from_run else config.init_from)
     folder: Path | None
-    if checkpoint.is_ours(source) or (from_run and not (source / "ckpt.pt").exists()):
+    if checkpoint.is_checkpoint(source) or (from_run and not (source / "ckpt.pt").exists()):
         # By its path from here on, because a run that goes on may have a better one in a moment.
         source = folder = checkpoint.find(source, config.checkpoint)
         print(f"{doing} {source}", file=sys.stderr)

@@ -13,12 +13,12 @@ from configurator import Config, build
 from model import GPT, GPTConfig
 from nanogpt import InputError, checkpoint, data, distributed, optim
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.distributed import World, say
+from nanogpt.distributed import World, print0
 from nanogpt.pretrained import GPT2_VOCAB, read_weights
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.tracking import Late, Stopwatch
+from nanogpt.tracking import DeferredRead, Stopwatch
 
-SHAPE_KEYS = (
+MODEL_KEYS = (
     *("arch", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner"),
     *("rope_theta", "norm_eps", "tied", "bias", "block_size"),
 )
@@ -32,8 +32,8 @@ GRAPHS_BELOW = 5e12
 
 def check_shape(given: dict[str, Any], there: dict[str, Any], where: str) -> None:
     """Raises InputError for each given size that is not the one of weights that are there already."""
-    asked = {name for name in given.keys() & set(SHAPE_KEYS) if given[name] or isinstance(given[name], bool)}
-    faults = [name for name in SHAPE_KEYS if name in asked and given[name] != there[name]]  # a 0 leaves a size open
+    asked = {name for name in given.keys() & set(MODEL_KEYS) if given[name] or isinstance(given[name], bool)}
+    faults = [name for name in MODEL_KEYS if name in asked and given[name] != there[name]]  # a 0 leaves a size open
     if faults:
         told = (f"{k}={given[k]}: {where} has {k}={there[k]}, which cannot change; leave it out" for k in faults)
         raise InputError("\n".join(told))
@@ -55,7 +55,7 @@ def resume_settings(config: Config, given: dict[str, Any], resumed: Checkpoint) 
     saved = resumed.state["config"] | {name: getattr(config, name) for name in about_this_start}
     changed = {name: value for name, value in given.items() if saved.get(name) != value and name != "init_from"}
     check_shape(changed, asdict(shape), f"the run in {resumed.path.parent.parent}")
-    say(f"resuming {resumed.path}", *(f"  {name}: {saved.get(name)} -> {value}" for name, value in changed.items()))
+    print0(f"resuming {resumed.path}", *(f"  {name}: {saved.get(name)} -> {value}" for name, value in changed.items()))
     return build(type(config), saved | changed, source)
 
 
@@ -71,7 +71,7 @@ def open_data_and_model(
         model, known = load_weights(config, given)
     else:
         vocab_size = data.open_dataset(config.dataset, block_size=config.block_size).vocab_size or GPT2_VOCAB
-        sizes = {name: getattr(config, name) for name in SHAPE_KEYS}
+        sizes = {name: getattr(config, name) for name in MODEL_KEYS}
         model = GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes))
     shape = model.config
     dataset = data.open_dataset(
@@ -83,19 +83,19 @@ def open_data_and_model(
             raise InputError(
                 f"dataset={config.dataset}: its tokenizer is not that of {resumed.path}; use the run's own data"
             )
-        say(f"warning: {dataset.name} has another tokenizer than {config.init_from}: its ids stand for other tokens")
+        print0(f"warning: {dataset.name} has another tokenizer than {config.init_from}: its ids stand for other tokens")
     elif not known and dataset.vocab_size not in (None, shape.vocab_size):
-        say(f"warning: {dataset.name} has {dataset.vocab_size} ids, the model {shape.vocab_size}: other tokenizers?")
+        print0(f"warning: {dataset.name} has {dataset.vocab_size} ids, the model {shape.vocab_size}: other tokenizers?")
     if tokenizer is None and dataset.vocab_size is None and shape.vocab_size == GPT2_VOCAB:
-        say(f"{dataset.name} has neither meta.json nor a tokenizer: its ids are taken for GPT-2's encoding")
+        print0(f"{dataset.name} has neither meta.json nor a tokenizer: its ids are taken for GPT-2's encoding")
         try:
             tokenizer = Tokenizer.gpt2() if config.sample_chars else None
         except InputError as error:
-            say(f"no samples will be printed: {error}")
+            print0(f"no samples will be printed: {error}")
     return dataset, model, tokenizer
 
 
-def document_end(config: Any, dataset: data.Dataset) -> int | None:
+def document_separator_id(config: Any, dataset: data.Dataset) -> int | None:
     """The token that ends a document, if documents are to be kept apart. Raises InputError where there is none."""
     if config.mask_documents and dataset.end_of_text is None:
         raise InputError(f"mask_documents=True: {dataset.name} has no token that ends a document; leave it out")
@@ -106,12 +106,12 @@ def load_weights(config: Any, given: dict[str, Any]) -> tuple[GPT, Tokenizer | N
     """The model that `init_from` names, its context cut to a given block_size, and its tokenizer where it has one."""
     block_size = config.block_size if "block_size" in given else None
     try:
-        if checkpoint.is_ours(Path(config.init_from)):
+        if checkpoint.is_checkpoint(Path(config.init_from)):
             folder: Path | None = checkpoint.find(Path(config.init_from))
             model = GPT.from_checkpoint(str(folder), dropout=config.dropout, block_size=block_size)
         else:
             weights = read_weights(config.init_from)
-            say(*weights.notes)
+            print0(*weights.notes)
             model = GPT.from_pretrained(weights, dropout=config.dropout, block_size=block_size)
             folder = weights.tokenizer_folder
     except ValueError as error:
@@ -120,26 +120,26 @@ def load_weights(config: Any, given: dict[str, Any]) -> tuple[GPT, Tokenizer | N
     return model, Tokenizer.load(folder) if folder else None
 
 
-def compiles(config: Any, world: World) -> bool:
+def should_compile(config: Any, world: World) -> bool:
     """Whether torch.compile is asked for."""
     return config.compile is True or (config.compile == "auto" and world.device.type == "cuda")
 
 
 def compile_model(config: Any, model: GPT, world: World, rows: data.Rows, micro_batch: int) -> torch.nn.Module:
     """The model compiled, where that is asked for and works on a micro-batch, the first of the rows."""
-    if not compiles(config, world):
+    if not should_compile(config, world):
         return model
     whole_step = micro_batch == config.rows_per_step  # in one pass of one process
     short = model.flops_per_token() * micro_batch * model.config.block_size < GRAPHS_BELOW
     graphs = world.device.type == "cuda" and whole_step and short
-    x, y = world.put(*rows[0:micro_batch])
-    fast, failure = distributed.compiled(model, world, x, y, graphs)
+    x, y = world.to_device(*rows[0:micro_batch])
+    fast, failure = distributed.try_compile(model, world, x, y, graphs)
     if failure:
-        say(f"warning: torch.compile failed, going on without it ({failure})")
+        print0(f"warning: torch.compile failed, going on without it ({failure})")
     return fast
 
 
-def training_bytes(model: GPT, config: Any, B: int, T: int, world: World) -> float:
+def estimate_training_memory(model: GPT, config: Any, B: int, T: int, world: World) -> float:
     """Memory of a training step in bytes, estimated: weights, gradients, the optimizer's state, and what backward
     reads of B rows of T positions or, where that is more, the room of the update."""
     c, a = model.config, 4 if world.dtype == torch.float32 else 2  # bytes of a number that a matrix product reads
@@ -151,8 +151,8 @@ def training_bytes(model: GPT, config: Any, B: int, T: int, world: World) -> flo
         block = 4 / 3 * (18 * c.n_embd + (8 + 2 * a) * heads + 4 * a * c.n_inner)
     blocks = c.n_layer * block if not model.activation_checkpointing else c.n_layer * 4 * c.n_embd + block
     logits = 12 * c.vocab_size * min(B * T, model.loss_chunk or B * T)  # log-probabilities and two gradients of them
-    stays = 4 * (2 * model.count_parameters() + optim.state_size(model, config))
-    return stays + max(B * T * blocks + logits, 1.1 * optim.update_room(model, config, a))
+    stays = 4 * (2 * model.count_parameters() + optim.optimizer_state_numel(model, config))
+    return stays + max(B * T * blocks + logits, 1.1 * optim.optimizer_step_bytes(model, config, a))
 
 
 def pick_micro_batch(config: Any, model: GPT, world: World) -> int:
@@ -162,18 +162,18 @@ def pick_micro_batch(config: Any, model: GPT, world: World) -> int:
     sizes = config.micro_batches(world.size)
     if config.micro_batch_size != "auto" or config.eval_only:
         return sizes[0]
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine's memory
+    neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine's memory
     T, fits = model.config.block_size, sizes[-1]
     for size in sizes:
         if world.device.type == "cpu":
             free = distributed.free_memory(world.device)
-            works = free is None or training_bytes(model, config, size, T, world) * neighbours < 0.8 * free
+            works = free is None or estimate_training_memory(model, config, size, T, world) * neighbors < 0.8 * free
         else:
             works = _trial(model, world, torch.zeros(size, T, dtype=torch.int64, device=world.device))
-        if world.sum(torch.tensor(float(works), device=world.device)).item() == world.size:
+        if world.all_reduce_sum(torch.tensor(float(works), device=world.device)).item() == world.size:
             fits = size
             break
-    say(f"micro_batch_size=auto: {fits} rows at a time")
+    print0(f"micro_batch_size=auto: {fits} rows at a time")
     return fits
 
 
@@ -196,7 +196,7 @@ def _trial(model: GPT, world: World, x: torch.Tensor) -> bool:
     return works
 
 
-def our_steps(config: Any, raw_model: GPT, tokens: data.Tokens, world: World) -> Steps:
+def training_steps(config: Any, raw_model: GPT, tokens: data.Tokens, world: World) -> Steps:
     """train.py's steps in one process, without its log; bench.py times them, the dial tries sizes by them;
     tests/test_bench.py holds the two together."""
     rows = data.Rows(tokens, config.block_size, raw_model.config.vocab_size, config.seed, config.row_order)
@@ -207,14 +207,14 @@ def our_steps(config: Any, raw_model: GPT, tokens: data.Tokens, world: World) ->
     model = compile_model(config, raw_model, world, rows, micro_batch)
     optimizer = optim.Optimizer(raw_model, config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    guard, late = optim.Guard(world.device, patience=1 << 30), Late(Stopwatch())
+    guard, late = optim.UpdateGuard(world.device, max_bad_steps=1 << 30), DeferredRead(Stopwatch())
     for step in itertools.count():
         loss_sum = torch.zeros((), device=world.device)
         if rows.masked:
-            counted = max(rows.counted(slice(step * config.rows_per_step, (step + 1) * config.rows_per_step)), 1)
+            counted = max(rows.num_targets(slice(step * config.rows_per_step, (step + 1) * config.rows_per_step)), 1)
         for micro_step in range(micro_steps):
             first_row = step * config.rows_per_step + micro_step * micro_batch
-            x, y = world.put(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
+            x, y = world.to_device(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
             if config.dropout:
                 torch.manual_seed(data.mix(config.seed, step, micro_step, world.rank))
             with world.autocast():
@@ -226,7 +226,7 @@ def our_steps(config: Any, raw_model: GPT, tokens: data.Tokens, world: World) ->
         grad_norm = optim.gradient_norm(raw_model.parameters())
         skip = guard.check(loss_sum, grad_norm)
         factor = config.learning_rate_at(step) / config.learning_rate
-        optimizer.step(factor, optim.shrink_to(config.grad_clip, grad_norm), skip)
+        optimizer.step(factor, optim.clip_divisor(config.grad_clip, grad_norm), skip)
         scaler.update()
         raw_model.zero_grad(set_to_none=True)
         late.put(step, torch.stack([loss_sum, grad_norm, guard.bad_in_a_row]))

@@ -17,17 +17,26 @@ from configurator import key, parse
 from model import GPTConfig
 from nanogpt import InputError, RunStopped, checkpoint, data, distributed, optim, run_script
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.distributed import World, catch_signals, explained_faults, memory_remedy, processes, say
+from nanogpt.distributed import World, catch_signals, explain_errors, memory_hint, print0, processes
 from nanogpt.inference import evaluate, sample_text
-from nanogpt.tracking import REMEDY, Log, Stopwatch, Tracker, missing_extras, report, told_losses, why_stopped
+from nanogpt.tracking import (
+    REMEDY,
+    MetricsWriter,
+    StepLogger,
+    Stopwatch,
+    format_losses,
+    missing_extras,
+    print_run_summary,
+    read_stop_reason,
+)
 from start import (
-    SHAPE_KEYS,
+    MODEL_KEYS,
     compile_model,
-    document_end,
+    document_separator_id,
+    estimate_training_memory,
     open_data_and_model,
     pick_micro_batch,
     resume_settings,
-    training_bytes,
 )
 
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
@@ -40,7 +49,7 @@ class TrainConfig:
     out_dir: str = key("out", "folder for checkpoints and metrics", group="Run")
     init_from: str = key("scratch", "weights of a new run: scratch, gpt2*, a hub id, a folder, nanoGPT's ckpt.pt")
     resume: Literal["auto", True, False] = key(False, "go on with the run in out_dir; auto: if it holds one")
-    seed: int = key(1337, "seed of initialisation, order of rows and dropout", least=0)
+    seed: int = key(1337, "seed of initialization, order of rows and dropout", least=0)
     eval_only: bool = key(False, "evaluate once and end; nothing is written")
     dry_run: bool = key(False, "tell sizes and time, try ten steps, and end; nothing is written")
 
@@ -118,7 +127,7 @@ class TrainConfig:
         found = []
         if self.init_from == "scratch":
             try:
-                GPTConfig(**{name: getattr(self, name) for name in SHAPE_KEYS})
+                GPTConfig(**{name: getattr(self, name) for name in MODEL_KEYS})
             except ValueError as error:
                 found.append(str(error))
         if self.rows_per_step % processes():
@@ -178,8 +187,10 @@ class TrainConfig:
             return self.learning_rate
         end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         floor = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        bounds = {"peak": self.learning_rate, "floor": floor}
-        return optim.scheduled(self.schedule, step, **bounds, warmup=self.warmup_iters, end=end, fall=self.decay_iters)
+        bounds = {"max_lr": self.learning_rate, "min_lr": floor}
+        return optim.learning_rate(
+            self.schedule, step, **bounds, warmup=self.warmup_iters, end=end, decay_steps=self.decay_iters
+        )
 
 
 def main() -> int:
@@ -194,9 +205,9 @@ def run(config: TrainConfig, given: dict[str, Any], held: contextlib.ExitStack) 
     lock = checkpoint.Lock(Path(config.out_dir))
     if distributed.is_main() and not (config.eval_only or config.dry_run):
         held.enter_context(lock)  # before anything of the folder is read
-    if config.resume == "auto" and (why := why_stopped(Path(config.out_dir))):
+    if config.resume == "auto" and (why := read_stop_reason(Path(config.out_dir))):
         raise RunStopped(f"{why}: --resume=auto does not repeat it; {REMEDY}")
-    resumed = checkpoint.to_resume(Path(config.out_dir), config.init_from == "resume" or config.resume)
+    resumed = checkpoint.load_latest(Path(config.out_dir), config.init_from == "resume" or config.resume)
     if resumed:
         given = dial.to_resume(given, resumed.state)
         config = resume_settings(config, given, resumed)
@@ -205,7 +216,7 @@ def run(config: TrainConfig, given: dict[str, Any], held: contextlib.ExitStack) 
         config.check()
     if missing := missing_extras(config):
         raise InputError("\n".join(missing))
-    with explained_faults("too little memory for this model: use a smaller one"):
+    with explain_errors("too little memory for this model: use a smaller one"):
         world = distributed.start(config.device, config.dtype, config.backend)
         timer = None
         if by_clock:
@@ -235,32 +246,32 @@ def train(
     distributed.seed(config.seed, config.deterministic)
     dataset, raw_model, tokenizer = open_data_and_model(config, given, resumed)
     shape = raw_model.config
-    config = replace(config, **{name: getattr(shape, name) for name in SHAPE_KEYS})
+    config = replace(config, **{name: getattr(shape, name) for name in MODEL_KEYS})
     raw_model.to(world.device)
     raw_model.activation_checkpointing, raw_model.loss_chunk = config.activation_checkpointing, config.loss_chunk
-    raw_model.end_of_text = document_end(config, dataset)
+    raw_model.end_of_text = document_separator_id(config, dataset)
 
     # --- What it will cost, and the folder it goes to
     micro_batch = pick_micro_batch(config, raw_model, world)
     if config.micro_batch_size == "auto":  # a resumed run keeps to it, whatever is free by then
         config = replace(config, micro_batch_size=micro_batch)
     most_rows, free = config.rows_per_step // world.size, distributed.free_memory(world.device)
-    remedy = memory_remedy(micro_batch, most_rows, shape.block_size, free)
-    held.enter_context(explained_faults(remedy))
-    memory = training_bytes(raw_model, config, micro_batch, shape.block_size, world)
-    report(config, raw_model, micro_batch, memory, dataset.name, len(dataset.train), world, remedy)
+    remedy = memory_hint(micro_batch, most_rows, shape.block_size, free)
+    held.enter_context(explain_errors(remedy))
+    memory = estimate_training_memory(raw_model, config, micro_batch, shape.block_size, world)
+    print_run_summary(config, raw_model, micro_batch, memory, dataset.name, len(dataset.train), world, remedy)
     out_dir = Path(config.out_dir)
     # All ranks meet here: from now on the folder changes, which some may have read their weights from.
     step = resumed.state["step"] if resumed else 0
-    if world.sum(torch.tensor(float(step), device=world.device)).item() != step * world.size:
+    if world.all_reduce_sum(torch.tensor(float(step), device=world.device)).item() != step * world.size:
         raise InputError(
             f"out_dir={out_dir} does not hold the same checkpoints for all ranks: share it between the nodes"
         )
     if writes and world.is_main:
         if resumed:
-            checkpoint.set_damaged_aside(out_dir, resumed.path)
-        elif moved := checkpoint.make_room(lock):
-            say(f"{out_dir} held a run already: moved to {moved}")
+            checkpoint.quarantine_damaged(out_dir, resumed.path)
+        elif moved := checkpoint.archive_previous_run(lock):
+            print0(f"{out_dir} held a run already: moved to {moved}")
 
     # --- Rows, model, optimizer; then the state of the run so far
     rows = data.Rows(dataset.train, shape.block_size, shape.vocab_size, config.seed, config.row_order)
@@ -271,13 +282,13 @@ def train(
     }
     if config.eval_only:
         losses = {split: evaluate(raw_model, windows[split], config.batch_size, world) for split in windows}
-        say(f"step {step}: " + told_losses(losses, dataset.val.bits_per_byte(losses["val"])))
+        print0(f"step {step}: " + format_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
-    model = world.wrap(compile_model(config, raw_model, world, rows, micro_batch))
+    model = world.wrap_ddp(compile_model(config, raw_model, world, rows, micro_batch))
     optimizer = optim.Optimizer(raw_model, config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    guard = optim.Guard(world.device, OVERFLOWS if scaler.is_enabled() else 1, config.skip_spikes)
-    layers = optim.LayerNorms(raw_model, config.grad_clip) if config.log_layers else None
+    guard = optim.UpdateGuard(world.device, OVERFLOWS if scaler.is_enabled() else 1, config.skip_spikes)
+    layers = optim.LayerStats(raw_model, config.grad_clip) if config.log_layers else None
     samples, best_val_loss, clock = 0, math.inf, Stopwatch()
     since_best = 0  # evaluations without a new best
     clipped = 0  # updates since the last line in the log
@@ -289,7 +300,7 @@ def train(
             scaler.load_state_dict(state["scaler"])
         guard.load(state["guard"])
         if state["processes"] != world.size:
-            say(f"processes: {state['processes']} -> {world.size}; each step takes the same rows as before")
+            print0(f"processes: {state['processes']} -> {world.size}; each step takes the same rows as before")
         samples, clock = state["samples"], Stopwatch(state["time_s"])
         best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
         since_best, evaluated = state.get("since_best", 0), state["val_loss"] is not None
@@ -300,7 +311,7 @@ def train(
     tracker = writer = None
     if writes and world.is_main:
         wandb_id = resumed.state["wandb_id"] if resumed else None
-        tracker = Tracker(out_dir, step, evaluated or not resumed, asdict(config), wandb_id)
+        tracker = MetricsWriter(out_dir, step, evaluated or not resumed, asdict(config), wandb_id)
         held.callback(tracker.close)
         writer = checkpoint.Writer(out_dir, config.keep_every, config.checkpoint_minutes, tokenizer)
         held.enter_context(writer)
@@ -308,12 +319,12 @@ def train(
     held.callback(gc.unfreeze)
     signals = catch_signals()
     names, end = list(layers.parts) if layers else [], timer.end if timer and config.last_step == math.inf else None
-    log = Log(config, raw_model, world, tracker, clock, guard, step, samples, names, clipped, end)
+    log = StepLogger(config, raw_model, world, tracker, clock, guard, step, samples, names, clipped, end)
     first_step = step
     val_loss = None
     if resumed and step >= config.last_step:
         more = "begin another --out_dir with more --minutes or text" if timer else "give a larger --max_iters"
-        say(f"step {step} of max_iters={config.max_iters}: nothing is left to do; to go on, {more}")
+        print0(f"step {step} of max_iters={config.max_iters}: nothing is left to do; to go on, {more}")
 
     while True:
         # --- Evaluate at step 0, at each eval_interval and at the end
@@ -327,7 +338,7 @@ def train(
             if tracker and tokenizer and config.sample_chars:
                 with world.autocast():
                     text = sample_text(raw_model, tokenizer, config.sample_chars, config.seed)
-                say("    " + text.replace("\n", "\n    ").strip())
+                print0("    " + text.replace("\n", "\n    ").strip())
             log.save_due |= step > 0 and (config.always_save_checkpoint or val_loss < best_val_loss)
             since_best = 0 if val_loss < best_val_loss else since_best + 1
             best_val_loss = min(best_val_loss, val_loss)
@@ -369,13 +380,13 @@ def train(
         step_rows = config.rows_at(samples)
         rows_per_rank = step_rows // world.size
         micro_steps, first_row = rows_per_rank // micro_batch, samples + world.rank * rows_per_rank
-        with explained_faults(remedy, before_update=step == first_step):
+        with explain_errors(remedy, before_update=step == first_step):
             share: float | torch.Tensor = 1 / micro_steps  # of a micro-batch in this process's part of the mean loss
             if rows.masked:  # all tokens that count weigh the same, in whichever micro-batch they are
-                counted = torch.tensor(float(rows.counted(slice(first_row, first_row + rows_per_rank))))
-                one_token = world.size / world.sum(*world.put(counted)).clamp(min=1)
+                counted = torch.tensor(float(rows.num_targets(slice(first_row, first_row + rows_per_rank))))
+                one_token = world.size / world.all_reduce_sum(*world.to_device(counted)).clamp(min=1)
             for micro_step in range(micro_steps):
-                x, y = world.put(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
+                x, y = world.to_device(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
                 first_row += micro_batch
                 if rows.masked:
                     share = (y >= 0).sum() * one_token
@@ -392,13 +403,13 @@ def train(
             save = asked or (writer is not None and writer.overdue())
             fall = timer.fall(config.eval_interval) if timer and config.last_step == math.inf and world.is_main else 0
             flags = torch.tensor([signals["SIGINT"], signals["SIGTERM"], save, fall], dtype=torch.float32)
-            status = world.sum(torch.cat([loss_sum[None] / world.size, *world.put(flags)]))
+            status = world.all_reduce_sum(torch.cat([loss_sum[None] / world.size, *world.to_device(flags)]))
             scaler.unscale_(optimizer)  # type: ignore[arg-type]
             grad_norm = optim.gradient_norm(raw_model.parameters())
             skip = guard.check(status[0], grad_norm)
             if layers:
                 layers.before_update(grad_norm, whole=(step + 1) % config.log_interval == 0)
-            optimizer.step(factor, optim.shrink_to(config.grad_clip, grad_norm), skip)
+            optimizer.step(factor, optim.clip_divisor(config.grad_clip, grad_norm), skip)
             scaler.update()
             raw_model.zero_grad(set_to_none=True)
         step, samples = step + 1, samples + step_rows
@@ -414,11 +425,11 @@ def train(
     if writer:
         writer.finish()
     if in_vain and not log.stop:
-        say(f"step {step}: no better for {since_best} evaluations (patience={config.patience}); the best is kept")
+        print0(f"step {step}: no better for {since_best} evaluations (patience={config.patience}); the best is kept")
     if timer and val_loss is not None and not log.stop:
-        say(timer.report(best_val_loss))
+        print0(timer.report(best_val_loss))
     if log.stop and writes:
-        say(f"stopped at step {step} by a signal; saved: go on with --resume=True")
+        print0(f"stopped at step {step} by a signal; saved: go on with --resume=True")
     return log.stop
 
 

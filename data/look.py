@@ -18,7 +18,7 @@ from nanogpt.tokenizer import Tokenizer
 
 BLOCK = 2**22  # tokens read at once
 BAR = 40  # characters of the longest one
-COUNTED = ("\033[7m", "\033[0m")  # around what the loss looks at, in a terminal: reversed colours
+COUNTED = ("\033[7m", "\033[0m")  # around what the loss looks at, in a terminal: reversed colors
 # What decides on the rows of a step; the defaults are train.py's.
 KEYS = {"seed": 1337, "batch_size": 12, "gradient_accumulation_steps": 40, "block_size": 1024, "row_order": "random"}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from nanogpt import InputError, run_script
 from nanogpt.data import summary
 from nanogpt.prepare import check_numbers, earlier, prepare
-from nanogpt.sources import KNOWN, Reading, find
+from nanogpt.sources import KNOWN, ReadOptions, find
 from nanogpt.tokenizer import PATTERNS
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         args.out,
         find(args.input, earlier(args.out)),
         args.tokenizer,
-        reading=Reading(args.text_key, args.encoding, args.skip_bad, args.chat),
+        reading=ReadOptions(args.text_key, args.encoding, args.skip_bad, args.chat),
         val_share=args.val_share,
         shard_tokens=args.shard_tokens,
         workers=args.workers,

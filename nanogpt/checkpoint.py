@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from nanogpt import InputError, RunStopped
-from nanogpt.distributed import say, size
-from nanogpt.files import fits, plain_size, read_json
+from nanogpt.distributed import format_bytes, print0
+from nanogpt.files import matches_schema, read_json, regular_file_size
 
 if TYPE_CHECKING:
     from nanogpt.tokenizer import Tokenizer
@@ -71,21 +71,21 @@ class Checkpoint:
 
 def is_run(out_dir: Path) -> bool:
     """Whether a training run has written into `out_dir`."""
-    return os.path.exists(out_dir / "metrics.jsonl") or bool(steps(out_dir))
+    return os.path.exists(out_dir / "metrics.jsonl") or bool(list_checkpoints(out_dir))
 
 
-def is_ours(source: Path) -> bool:
+def is_checkpoint(source: Path) -> bool:
     """Whether `source` is a run's folder or one of its checkpoints."""
-    return os.path.exists(source / MANIFEST) or bool(steps(source))
+    return os.path.exists(source / MANIFEST) or bool(list_checkpoints(source))
 
 
-def steps(out_dir: Path) -> list[Path]:
+def list_checkpoints(out_dir: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
     found = [path for path in _listed(out_dir, "step-*") if re.fullmatch(STEP, path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def to_resume(out_dir: Path, resume: bool | str) -> Checkpoint | None:
+def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
     """The newest whole checkpoint that a run started with `resume` goes on from; None for a new run. A damaged one that
     is passed over is named in a printed line. Raises InputError where there is nothing to resume, or none is whole."""
     if resume is False:
@@ -95,17 +95,17 @@ def to_resume(out_dir: Path, resume: bool | str) -> Checkpoint | None:
         if not final.exists():
             with contextlib.suppress(OSError):  # another rank was first, or the folder cannot be written
                 old.rename(final)
-    if resume == "auto" and not steps(out_dir):
+    if resume == "auto" and not list_checkpoints(out_dir):
         return None
-    if not steps(out_dir):
+    if not list_checkpoints(out_dir):
         theirs = f"; for nanoGPT's checkpoint there use --init_from={out_dir / 'ckpt.pt'}"
         hint = theirs if os.path.exists(out_dir / "ckpt.pt") else ", or start anew without --resume"
         raise InputError(f"out_dir={out_dir} holds no run to resume (no ckpt/step-*): check the path{hint}")
-    for path in steps(out_dir):
+    for path in list_checkpoints(out_dir):
         try:
             return load(path)
         except InputError as error:
-            say(f"warning: {error}; trying the one before it")
+            print0(f"warning: {error}; trying the one before it")
     raise InputError(f"no checkpoint of {out_dir} is whole: start anew without --resume")
 
 
@@ -146,7 +146,7 @@ class Lock:
             self.held.release()
 
 
-def make_room(lock: Lock) -> Path | None:
+def archive_previous_run(lock: Lock) -> Path | None:
     """Create the folder of `lock` for a new run, and take it. A run that is there already moves to `out_dir.1` (`.2`
     …), which is returned. Raises InputError where the folder cannot be written."""
     out_dir, moved = lock.out_dir, None
@@ -167,14 +167,14 @@ def make_room(lock: Lock) -> Path | None:
     return moved
 
 
-def set_damaged_aside(out_dir: Path, resumed: Path) -> None:
+def quarantine_damaged(out_dir: Path, resumed: Path) -> None:
     """Rename the checkpoints newer than `resumed`, which were found damaged, and one with the lowest loss that is: they
     would count as the newest and the best, and whole ones be deleted in their place."""
-    paths = steps(out_dir)
+    paths = list_checkpoints(out_dir)
     damaged, good = paths[: paths.index(resumed)], paths[paths.index(resumed) :]
     while (lowest := best(good)) and lowest != resumed:
         try:
-            _checked(lowest, {*FILES, *OPTIONAL})
+            _verify(lowest, {*FILES, *OPTIONAL})
             break
         except InputError:
             damaged.append(lowest)
@@ -183,7 +183,7 @@ def set_damaged_aside(out_dir: Path, resumed: Path) -> None:
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        say(f"warning: {path} is damaged: renamed to {aside.name}, for you to look at or delete")
+        print0(f"warning: {path} is damaged: renamed to {aside.name}, for you to look at or delete")
 
 
 class Writer:
@@ -228,7 +228,7 @@ class Writer:
     def tell_fault(self) -> None:
         """Say that the last save has failed, if it has, and that it is due again soon."""
         if self._fault:
-            say(f"warning: {self._fault}; trying again in {RETRY_S:.0f} s")
+            print0(f"warning: {self._fault}; trying again in {RETRY_S:.0f} s")
             self._fault, self._due_at = None, time.monotonic() + RETRY_S
 
     def finish(self) -> None:
@@ -241,7 +241,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is not KeyboardInterrupt or not steps(self.out_dir):  # the first one is worth a wait
+        if kind is not KeyboardInterrupt or not list_checkpoints(self.out_dir):  # the first one is worth a wait
             self._join()
 
     def _join(self) -> None:
@@ -278,7 +278,7 @@ def save(
         _sync_folder(out_dir)  # the first time `ckpt` is new in it
         needed = sum(t.nbytes for part in (model, optimizer) for t in part.values())
         if (free := shutil.disk_usage(partial).free) < needed:
-            raise OSError(errno.ENOSPC, f"{size(needed)} are needed, {size(free)} are free")
+            raise OSError(errno.ENOSPC, f"{format_bytes(needed)} are needed, {format_bytes(free)} are free")
         for name, part in zip(FILES, (model, optimizer), strict=False):
             save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, partial / name)
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -307,7 +307,7 @@ def save(
 
 def prune(out_dir: Path, keep_every: int) -> None:
     """Delete all checkpoints but the newest two, the best, and those at multiples of `keep_every` (0: none of them)."""
-    newest_first = steps(out_dir)
+    newest_first = list_checkpoints(out_dir)
     for path in (out_dir / "ckpt").glob(".step-*.partial"):  # left by a kill
         shutil.rmtree(path, ignore_errors=True)
     for path in newest_first[2:]:
@@ -322,7 +322,7 @@ def best(paths: list[Path]) -> Path | None:
     losses = []
     for path in paths:
         with contextlib.suppress(InputError):
-            if (loss := _checked(path, {"state.json"})["val_loss"]) is not None:
+            if (loss := _verify(path, {"state.json"})["val_loss"]) is not None:
                 losses.append((loss, path))
     return min(losses, key=lambda pair: pair[0])[1] if losses else None
 
@@ -335,7 +335,7 @@ def find(source: str | Path, which: str = "best") -> Path:
     source = Path(source)
     if os.path.exists(source / MANIFEST):
         return source
-    paths = steps(source)
+    paths = list_checkpoints(source)
     if which not in ("best", "latest"):
         named = [path for path in (Path(which), source / "ckpt" / which) if os.path.exists(path / MANIFEST)]
         if not named:
@@ -352,7 +352,7 @@ def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
     from safetensors.torch import load_file
 
     left_out = set() if with_optimizer else {"optimizer.safetensors"}
-    state = _checked(path, {*FILES, *OPTIONAL} - left_out)
+    state = _verify(path, {*FILES, *OPTIONAL} - left_out)
     try:
         # Clones, because the file's memory is mapped and not aligned as torch aligns its own.
         model, optimizer = (
@@ -364,19 +364,19 @@ def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
     return Checkpoint(path, model, optimizer, state)
 
 
-def _checked(path: Path, wanted: set[str]) -> dict[str, Any]:
+def _verify(path: Path, wanted: set[str]) -> dict[str, Any]:
     """What state.json says, once those of the `wanted` files that the manifest names are found to be its own. Raises
     InputError for a damaged one."""
     try:
         hashes: Any = read_json(path / MANIFEST).get("sha256")
-        named = fits(hashes, dict.fromkeys(FILES, str)) and set(hashes) <= {*FILES, *OPTIONAL}
+        named = matches_schema(hashes, dict.fromkeys(FILES, str)) and set(hashes) <= {*FILES, *OPTIONAL}
         if not named or (path / MANIFEST).read_text(encoding="utf-8") != _manifest(hashes):
             raise ValueError
     except (OSError, ValueError) as error:
         raise _damaged(path, f"its {MANIFEST} is missing or unreadable") from error
     for name in sorted(wanted & set(hashes)):
         try:
-            plain_size(path / name)
+            regular_file_size(path / name)
             with (path / name).open("rb") as content:
                 found = hashlib.file_digest(content, "sha256").hexdigest()
         except OSError as error:
@@ -387,7 +387,7 @@ def _checked(path: Path, wanted: set[str]) -> dict[str, Any]:
         state = OLDER | read_json(path / "state.json")
     except (OSError, ValueError) as error:
         raise _damaged(path, f"state.json is unreadable ({error})") from error
-    if wrong := [name for name, kind in STATE.items() if not fits(state.get(name, ...), kind)]:
+    if wrong := [name for name, kind in STATE.items() if not matches_schema(state.get(name, ...), kind)]:
         raise _damaged(path, f"state.json lacks {', '.join(wrong)}, or has another kind of it")
     if re.fullmatch(STEP, path.name) and state["step"] != int(path.name[5:]):
         raise _damaged(path, f"it holds step {state['step']}")

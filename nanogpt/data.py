@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from nanogpt import InputError
-from nanogpt.files import fits, read_json
-from nanogpt.tokenizer import Tokenizer, aside
+from nanogpt.files import matches_schema, read_json
+from nanogpt.tokenizer import Tokenizer, atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ class Shard(NamedTuple):
     mask: Callable[[], np.ndarray] | None = None
 
 
-class Source(NamedTuple):
+class MixturePart(NamedTuple):
     """A range of a split's tokens, and how many parts of the rows come from there."""
 
     first: int
@@ -98,7 +98,7 @@ class Tokens:
 
     def __init__(self, shards: Sequence[Shard]):
         self.shards, self.ends = shards, [*itertools.accumulate(shard.tokens for shard in shards)]
-        self.sources = [Source(0, len(self), 1)]
+        self.sources = [MixturePart(0, len(self), 1)]
         self.masked = any(shard.mask for shard in shards)
         self.bytes_per_token: float | None = None
         self._opened = lru_cache(_most_maps())(lambda read: read())
@@ -114,7 +114,7 @@ class Tokens:
         """Several splits as one, whose rows come from them in shares of these weights."""
         mixture = cls([shard for part in parts for shard in part.shards])
         firsts = itertools.accumulate(map(len, parts), initial=0)
-        mixture.sources = [Source(*facts) for facts in zip(firsts, map(len, parts), weights, strict=False)]
+        mixture.sources = [MixturePart(*facts) for facts in zip(firsts, map(len, parts), weights, strict=False)]
         sizes = [part.bytes_per_token for part in parts]
         if None not in sizes:
             mixture.bytes_per_token = float(np.average(np.array(sizes, float), weights=weights))
@@ -342,7 +342,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if meta.get("format") != FORMAT:
         raise ValueError(f"format {meta.get('format')!r} is not {FORMAT}, so another version of nanogpt wrote it")
     known = {"tokenizer": str, "vocab_size": int, "largest_id": int, "dtype": str, "splits": dict}
-    complete = fits(meta, known) and fits(meta.get("end_of_text"), (int, None))
+    complete = matches_schema(meta, known) and matches_schema(meta.get("end_of_text"), (int, None))
     complete = complete and all(_listed(facts, bool(meta.get("loss_mask"))) for facts in meta["splits"].values())
     if not complete or not meta["largest_id"] < meta["vocab_size"] <= 2**32:  # ids have four bytes at most
         raise ValueError("its numbers do not fit together")
@@ -354,12 +354,12 @@ def _read_meta(path: Path) -> dict[str, Any]:
 def _listed(facts: Any, masked: bool) -> bool:
     """Whether meta.json's facts of a split name its file, or its shards, as the code relies on it."""
     file = {"tokens": int, "sha256": str} | ({"mask_sha256": str} if masked else {})
-    if not isinstance(facts, dict) or not fits(facts.get("bytes", 0), int):
+    if not isinstance(facts, dict) or not matches_schema(facts.get("bytes", 0), int):
         return False
     if "shards" not in facts:
-        return fits(facts, file)
+        return matches_schema(facts, file)
     return (
-        fits(facts, {"tokens": int, "shards": [{"file": str} | file]})
+        matches_schema(facts, {"tokens": int, "shards": [{"file": str} | file]})
         and sum(shard["tokens"] for shard in facts["shards"]) == facts["tokens"]
         and all(shard["file"] == Path(shard["file"]).name for shard in facts["shards"])
     )
@@ -392,7 +392,7 @@ def mix(*ints: int) -> int:
     return int(_hash(*ints)[0] >> np.uint64(1))
 
 
-def uniform(*values: Any) -> np.ndarray:
+def hashed_uniform(*values: Any) -> np.ndarray:
     """A number of [0, 1) for each set of integers, of which some or all are given as arrays (n,) of uint64."""
     return (_hash(*values) >> np.uint64(11)) * 2.0**-53
 
@@ -436,10 +436,10 @@ class _Windows:
         if len(starts) and max(x.max(), y[:, -1].max()) >= self.vocab_size:
             self._report(starts)
         if self.masked:
-            y[self.counted(starts) == 0] = -1
+            y[self.target_mask(starts) == 0] = -1
         return torch.from_numpy(x), torch.from_numpy(y)
 
-    def counted(self, starts: np.ndarray) -> np.ndarray:
+    def target_mask(self, starts: np.ndarray) -> np.ndarray:
         """0 for each target in the windows that does not count: uint8, (len(starts), block_size)."""
         found = np.empty((len(starts), self.block_size), dtype=np.uint8)
         for row, start in zip(found, starts.tolist(), strict=True):
@@ -470,7 +470,7 @@ def _counts(index: np.ndarray, weights: Sequence[int]) -> np.ndarray:
     return np.stack(counts)
 
 
-def _dealt(rows: slice, sources: Sequence[Source]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _assign_rows(rows: slice, sources: Sequence[MixturePart]) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each source, which of these rows are its own (a mask), and their numbers among all of its own (uint64)."""
     assert 0 <= rows.start <= rows.stop, rows
     counts = _counts(np.arange(rows.start, rows.stop + 1), [source.weight for source in sources])
@@ -495,14 +495,14 @@ class Rows:
         """Raises InputError where the split holds an id outside of the vocabulary."""
         return self._windows.read(self.starts(rows))
 
-    def counted(self, rows: slice) -> int:
+    def num_targets(self, rows: slice) -> int:
         """How many targets of the rows the loss looks at."""
-        return int(np.count_nonzero(self._windows.counted(self.starts(rows))))
+        return int(np.count_nonzero(self._windows.target_mask(self.starts(rows))))
 
     def starts(self, rows: slice) -> np.ndarray:
         """The token of the split at which each row begins: int64, (last - first,)."""
         starts = np.empty(rows.stop - rows.start, dtype=np.int64)
-        for k, (own, index) in enumerate(_dealt(rows, self._windows.sources)):
+        for k, (own, index) in enumerate(_assign_rows(rows, self._windows.sources)):
             seed, (first, tokens, _) = self.seed if k == 0 else mix(self.seed, k), self._windows.sources[k]
             if self.order == "random":
                 start = _hash(seed, index) % np.uint64(tokens - self.block_size)
@@ -529,7 +529,7 @@ class EvalWindows:
             most -= 1
         count = min(most, batches * batch_size) or most
         self._starts = np.empty(count, dtype=np.int64)
-        for (own, index), n, source in zip(_dealt(slice(0, count), sources), full, sources, strict=True):
+        for (own, index), n, source in zip(_assign_rows(slice(0, count), sources), full, sources, strict=True):
             self._starts[own] = source.first + index.astype(np.int64) * n // max(len(index), 1) * block_size
 
     def __len__(self) -> int:
@@ -545,7 +545,7 @@ class SlidingWindows:
     one shorter row. In y only the last `stride` targets of a window count, of the first all, so that each token after
     the source's first is a target once; the others are −1. `len()` counts the batches."""
 
-    def __init__(self, tokens: Tokens, source: Source, block_size: int, stride: int, vocab_size: int, rows: int):
+    def __init__(self, tokens: Tokens, source: MixturePart, block_size: int, stride: int, vocab_size: int, rows: int):
         self._of = partial(_Windows, tokens, vocab_size=vocab_size)
         self.source, self.block_size, self.stride = source, block_size, stride
         starts = np.arange(0, max(source.tokens - 1 - block_size, 0) + stride, stride)
@@ -568,7 +568,7 @@ class SlidingWindows:
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def output_directory(folder: Path) -> Iterator[None]:
     """Makes `folder`. Raises InputError where that, or what the block writes into it, fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -608,9 +608,9 @@ def write_dataset(
     meta: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
     meta |= {"largest_id": 0, "dtype": dtype.name, "splits": {}}
     described = ["meta.json", *(f"{split}.bin" for split in splits)]
-    with writing(folder), contextlib.ExitStack() as together:
+    with output_directory(folder), contextlib.ExitStack() as together:
         # They take their places in reverse order: the tokenizer first, meta.json last.
-        new = {name: together.enter_context(aside(folder / name)) for name in (*described, "tokenizer.json")}
+        new = {name: together.enter_context(atomic_write(folder / name)) for name in (*described, "tokenizer.json")}
         for split, pieces in splits.items():
             tokens, digest = 0, hashlib.sha256()
             with new[f"{split}.bin"].open("wb") as file:
@@ -666,7 +666,7 @@ def fetch(url: str, path: Path, sha256: str) -> Path:
                 content = response.read()
         except (OSError, http.client.HTTPException) as error:
             raise InputError(f"{url} could not be downloaded ({error}): give a file with --input=FILE") from error
-        with writing(path.parent), aside(path) as partial:
+        with output_directory(path.parent), atomic_write(path) as partial:
             partial.write_bytes(content)
     if file_sha256(path) != sha256:
         raise InputError(f"{path} is not the expected file (its SHA-256 differs): delete it, or give --input={path}")

@@ -64,13 +64,13 @@ class World:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The elementwise sum of `values` (any shape) over all ranks; every rank gets it."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def gather(self, values: Tensor) -> Tensor:
+    def all_gather(self, values: Tensor) -> Tensor:
         """The `values` of all ranks, equal in shape, one after the other along the first dimension."""
         if self.size == 1:
             return values
@@ -78,13 +78,13 @@ class World:
         dist.all_gather_into_tensor(everything, values.contiguous())
         return everything
 
-    def put(self, *tensors: Tensor) -> list[Tensor]:
+    def to_device(self, *tensors: Tensor) -> list[Tensor]:
         """Host tensors on this process's device; to a GPU they are copied in its own time, the host goes on."""
         if self.device.type != "cuda":
             return [t.to(self.device) for t in tensors]
         return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap_ddp(self, model: nn.Module) -> nn.Module:
         """`model`, its gradients averaged over the ranks when there are several."""
         if self.size == 1:
             return model
@@ -129,7 +129,7 @@ def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> W
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TensorFloat-32 where a product stays in float32
     elif chosen.type == "cpu":
-        keep_freed_memory()
+        disable_malloc_trim()
     if size > 1:
         if backend == "auto":
             backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -240,7 +240,7 @@ def catch_signals() -> dict[str, bool]:
         if name == "SIGINT" and seen[name]:
             raise KeyboardInterrupt
         seen[name] = True
-        say(f"{'saving' if name == 'SIGUSR1' else 'stopping'} after this step")
+        print0(f"{'saving' if name == 'SIGUSR1' else 'stopping'} after this step")
 
     for name in seen:
         if hasattr(signal, name):  # Windows has no SIGUSR1
@@ -248,7 +248,7 @@ def catch_signals() -> dict[str, bool]:
     return seen
 
 
-def say(*lines: str) -> None:
+def print0(*lines: str) -> None:
     """Print lines, from the first process only. Where they go is no reason to end a run: a pipe that nobody reads any
     more, a full disk."""
     if not is_main():
@@ -274,7 +274,7 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
-def keep_freed_memory() -> None:
+def disable_malloc_trim() -> None:
     """Have the C library keep the memory that a step frees: it would return it to the system and, a page fault at a
     time, fetch it again at the next step, which takes longer than some of the arithmetic (runs/cpu_step)."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc
@@ -283,10 +283,10 @@ def keep_freed_memory() -> None:
         library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def memory_remedy(micro_batch: int, rows_per_process: int, block_size: int, free: int | None) -> str:
+def memory_hint(micro_batch: int, rows_per_process: int, block_size: int, free: int | None) -> str:
     """What to do where memory runs out: the flag for smaller micro-batches of the same steps."""
     told = f"too little memory for {micro_batch} rows of {block_size} tokens at a time"
-    told += f" ({size(free)} were free)" if free else ""
+    told += f" ({format_bytes(free)} were free)" if free else ""
     smaller = max((n for n in range(1, micro_batch // 2 + 1) if rows_per_process % n == 0), default=0)
     if not smaller:
         return f"{told}: try --activation_checkpointing=True and --loss_chunk=1024, or a smaller --block_size or model"
@@ -294,7 +294,7 @@ def memory_remedy(micro_batch: int, rows_per_process: int, block_size: int, free
 
 
 @contextlib.contextmanager
-def explained_faults(remedy: str, before_update: bool = True) -> Iterator[None]:
+def explain_errors(remedy: str, before_update: bool = True) -> Iterator[None]:
     """Running out of memory becomes an InputError that says `remedy`; after the first update any InputError becomes a
     RunStopped. So does a process that does not answer."""
     try:
@@ -312,7 +312,7 @@ def explained_faults(remedy: str, before_update: bool = True) -> Iterator[None]:
         raise (InputError if before_update else RunStopped)(told) from error
 
 
-def compiled(
+def try_compile(
     model: nn.Module, world: World, x: Tensor, y: Tensor, graphs: bool = False
 ) -> tuple[nn.Module, str | None]:
     """`model` compiled, and tried forward and backward on one batch x, y (B, T); where that fails, `model` itself and
@@ -355,7 +355,7 @@ def describe(device: torch.device) -> str:
     return str(device)
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes as a person says them, in powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

@@ -10,7 +10,7 @@ from typing import Any
 SMALL = 16 * 2**20  # bytes; JSON takes up to a hundred times its size in memory
 
 
-def plain_size(path: Path) -> int:
+def regular_file_size(path: Path) -> int:
     """A file's bytes. Raises OSError where it is missing, or a folder, a pipe or a device, which may never end."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -20,7 +20,7 @@ def plain_size(path: Path) -> int:
 
 def read_small(path: Path, most: int = SMALL) -> bytes:
     """What a plain file holds. Raises OSError, and ValueError where that is more than `most` bytes."""
-    if plain_size(path) > most:
+    if regular_file_size(path) > most:
         raise ValueError(f"{path.name} is larger than {most:,} bytes")
     return path.read_bytes()
 
@@ -37,19 +37,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def fits(value: Any, kind: Any) -> bool:
+def matches_schema(value: Any, kind: Any) -> bool:
     """Whether a value read from JSON is of a kind: int (0 to 2**63 - 1), float (any finite number), str, dict, None, a
     tuple of kinds (one of them), [kind] (a list of it), {name: kind} (an object with these at least; {}: an empty one).
     """
     if isinstance(kind, tuple):
-        return any(fits(value, option) for option in kind)
+        return any(matches_schema(value, option) for option in kind)
     if isinstance(kind, list):
-        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+        return isinstance(value, list) and all(matches_schema(item, kind[0]) for item in value)
     if isinstance(kind, dict):
         known = isinstance(value, dict) and (kind or not value)
-        return bool(known) and all(fits(value.get(name, ...), inner) for name, inner in kind.items())
+        return bool(known) and all(matches_schema(value.get(name, ...), inner) for name, inner in kind.items())
     if kind is int:
         return type(value) is int and 0 <= value < 2**63
     if kind is float:
-        return fits(value, int) or (type(value) is float and math.isfinite(value))
+        return matches_schema(value, int) or (type(value) is float and math.isfinite(value))
     return value is None if kind is None else type(value) is kind

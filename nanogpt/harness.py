@@ -26,7 +26,7 @@ from nanogpt.tokenizer import Tokenizer
 MOST_ROWS = 32  # texts that are written at once: all wait for the longest
 
 
-class Asked(TemplateLM):
+class NanoGPTLM(TemplateLM):
     """The harness's view of a model that lies on its device. Its base class encodes pairs of context and continuation;
     texts that are longer than the model's context lose their beginning, as in the harness's own backend `hf`. What
     ends a text, and stands before an empty one, is <|endoftext|> alone: other names for it in a folder's
@@ -77,7 +77,7 @@ class Asked(TemplateLM):
                     x[row, : len(read)] = torch.tensor(read)
                     y[row, len(read) - len(asked) : len(read)] = torch.tensor(asked)
                 with self.world.autocast():
-                    logprobs, best = (told.cpu() for told in score(self.model, *self.world.put(x, y)))
+                    logprobs, best = (told.cpu() for told in score(self.model, *self.world.to_device(x, y)))
                 sizes = [len(asked) for _, _, asked in batch]
                 for (i, *_), each, likeliest in zip(batch, logprobs.split(sizes), best.split(sizes), strict=True):
                     found[i] += float(each.sum())
@@ -127,7 +127,7 @@ class Asked(TemplateLM):
             texts = [""] * len(batch)
             with self.world.autocast():
                 decoder = Decoder(self.model, len(batch), length)
-                for tokens in decoder.write([ids[i] for i in batch], most, how, samples=batch):
+                for tokens in decoder.generate([ids[i] for i in batch], most, how, samples=batch):
                     for row, token in enumerate(tokens):
                         if token.id not in silent:
                             texts[row] += streams[row].put(token.id)

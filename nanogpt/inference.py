@@ -1,4 +1,4 @@
-"""What a model is asked once it stands: its loss on fixed windows, text, and how likely a text is.
+"""What a model is asked once it stands: its loss on fixed windows, text, and sampling likely a text is.
 
 Text comes in two ways: `generate` reads the whole context anew for each token, and is the oracle; `Decoder` keeps the
 keys and values of what it has read. Both draw the same tokens.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt import InputError
-from nanogpt.data import EvalWindows, uniform
+from nanogpt.data import EvalWindows, hashed_uniform
 from nanogpt.distributed import World
 from nanogpt.tokenizer import Tokenizer
 
@@ -35,13 +35,15 @@ def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: Wor
         x, y = windows[first : first + batch_size]
         count, missing = int((y >= 0).sum()), batch_size - len(x)
         # The last batch is filled up with rows that do not count: a compiled model wants one shape.
-        x, y = world.put(F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-1))
+        x, y = world.to_device(F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-1))
         with world.autocast():
             loss = model(x, y)[1]
         loss_sum += loss.float() * count
         counted += count
     model.train()
-    total, number = world.sum(torch.cat([loss_sum, *world.put(torch.tensor([float(counted)]))])).tolist()
+    total, number = world.all_reduce_sum(
+        torch.cat([loss_sum, *world.to_device(torch.tensor([float(counted)]))])
+    ).tolist()
     if not number:
         raise InputError("the loss mask leaves no token to evaluate on: give a larger --eval_iters or more data")
     return total / number
@@ -54,7 +56,7 @@ def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: Wor
 class Sampling:
     """How tokens are drawn. The filters work in the order in which they stand here, each on what the last one left.
 
-    temperature: 1 is the model's own odds, 0 (and below 1e-6) always the likeliest token. top_k: that many of the
+    temperature: 1 is the unscaled probabilities, 0 (and below 1e-6) always the likeliest token. top_k: that many of the
     likeliest. top_p: the likeliest that together have this probability (Holtzman et al. 2019). min_p: those at least
     this share as likely as the likeliest (Nguyen et al. 2024). vocab_size: ids from there on are never drawn (a
     tokenizer may know fewer than the model).
@@ -68,21 +70,21 @@ class Sampling:
     vocab_size: int | None = None
 
 
-PLAIN = Sampling()  # from the model's own odds
+PLAIN = Sampling()  # from the model's own filtered_probs
 
 
-def odds(logits: Tensor, how: Sampling) -> tuple[Tensor, Tensor | None]:
+def filtered_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """What may be drawn from logits (B, V): in shares (B, K), which need not sum to 1, and the ids (B, K) that have
     them, each row's in order; None: all of them, K = V. temperature must be above 0."""
-    logits, ids = logits.float() / how.temperature, None
-    most = min(how.top_k or logits.shape[-1], logits.shape[-1])
-    if most < logits.shape[-1] or how.top_p < 1:
+    logits, ids = logits.float() / sampling.temperature, None
+    most = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    if most < logits.shape[-1] or sampling.top_p < 1:
         logits, ids = logits.topk(most)  # the likeliest first
     shares = logits.softmax(-1)
-    if how.top_p < 1:
-        shares = shares * (shares.cumsum(-1) - shares < how.top_p)  # unless those before it are enough
-    if how.min_p > 0:
-        shares = shares * (shares >= how.min_p * shares.amax(-1, keepdim=True))
+    if sampling.top_p < 1:
+        shares = shares * (shares.cumsum(-1) - shares < sampling.top_p)  # unless those before it are enough
+    if sampling.min_p > 0:
+        shares = shares * (shares >= sampling.min_p * shares.amax(-1, keepdim=True))
     if ids is not None:  # back in order: which of two is a hair likelier must not decide what is drawn
         kept = int((shares > 0).sum(-1).max())
         ids, order = ids[:, :kept].sort(-1)
@@ -90,25 +92,25 @@ def odds(logits: Tensor, how: Sampling) -> tuple[Tensor, Tensor | None]:
     return shares, ids
 
 
-def draw(logits: Tensor, how: Sampling, places: Sequence[tuple[int, int]]) -> Tensor:
+def sample_tokens(logits: Tensor, sampling: Sampling, places: Sequence[tuple[int, int]]) -> Tensor:
     """One id (B,) for each row of logits (B, V).
 
     places: for each row the number of its sample and the position of the id in its text. They and the seed alone
     decide the noise, so that a sample is the same in any batch. Raises InputError for logits that are no numbers.
     """
-    logits = logits[:, : how.vocab_size]
+    logits = logits[:, : sampling.vocab_size]
     if not logits.isfinite().all():
         raise InputError(
             "what the model gives is no number: its weights are broken, or too large for the number format; "
             "try --dtype=float32"
         )
-    if how.temperature < 1e-6:  # which would overflow
+    if sampling.temperature < 1e-6:  # which would overflow
         return logits.argmax(-1)
-    shares, ids = odds(logits, how)
+    shares, ids = filtered_probs(logits, sampling)
     shares = (shares.cpu() if shares.device.type == "mps" else shares).double()  # which MPS lacks
     below = shares.cumsum(-1)
     # Less than 1, and by so much that no rounding makes the product the sum itself, above which there is no id.
-    noise = uniform(how.seed, *np.array(places, dtype=np.uint64).T).clip(max=1 - 1e-12)
+    noise = hashed_uniform(sampling.seed, *np.array(places, dtype=np.uint64).T).clip(max=1 - 1e-12)
     target = torch.from_numpy(noise).to(below.device)[:, None] * below[:, -1:]
     found = torch.searchsorted(below, target, right=True).to(logits.device)
     return (found if ids is None else ids.gather(-1, found))[:, 0]
@@ -160,7 +162,7 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def generate(model: Any, idx: Tensor, max_new_tokens: int, how: Sampling = PLAIN) -> Iterator[Tensor]:
+def generate(model: Any, idx: Tensor, max_new_tokens: int, sampling: Sampling = PLAIN) -> Iterator[Tensor]:
     """Continue the texts idx (B, T), T ≥ 1, yielding the next ids (B, 1) of all rows at a time: the plain way.
 
     Row i is sample i. Dropout is off while it runs; the model's mode is put back afterwards.
@@ -169,7 +171,7 @@ def generate(model: Any, idx: Tensor, max_new_tokens: int, how: Sampling = PLAIN
         for _ in range(max_new_tokens):
             length = idx.shape[1]
             logits, _ = model(idx[:, window_start(length, model.config.block_size) :])
-            new = draw(logits[:, -1], how, [(row, length) for row in range(len(idx))])[:, None]
+            new = sample_tokens(logits[:, -1], sampling, [(row, length) for row in range(len(idx))])[:, None]
             idx = torch.cat([idx, new], dim=1)
             yield new
 
@@ -178,10 +180,10 @@ def generate(model: Any, idx: Tensor, max_new_tokens: int, how: Sampling = PLAIN
 def score(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """How sure the model is of the ids y (B, T) that follow each of x (B, T), −1 where nobody asks: for those asked
     for, row by row, the log-probabilities in nats, (asked,), and whether each is the likeliest id there, (asked,).
-    Raises InputError for logits that are no numbers, as `draw` does."""
+    Raises InputError for logits that are no numbers, as `sample_tokens` does."""
     with _in_eval_mode(model):
         asked = y >= 0  # only for these are there logits, of which each is as large as the vocabulary
-        logits, ids = model.logits(model.norm(model.features(x)[asked])).float(), y[asked]
+        logits, ids = model.logits(model.norm(model.hidden_states(x)[asked])).float(), y[asked]
         logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         if not logprobs.isfinite().all():  # a NaN anywhere in a row of logits is in its sum, too
             raise InputError(
@@ -209,7 +211,7 @@ def logprobs(model: Any, ids: Sequence[int]) -> Tensor:
     return torch.cat(found) if found else torch.zeros(0, device=device)
 
 
-class Cache(nn.Module):
+class KVCache(nn.Module):
     """The keys and values of each row's window, and attention to them.
 
     They have a fixed place, (n_layer, rows, n_kv_head, length, head_dim) each, column p holding position p of a window.
@@ -264,14 +266,14 @@ class Decoder:
         weight = model.tokens.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        self.cache = Cache(model.config, rows, self.length, weight.device, dtype)
+        self.cache = KVCache(model.config, rows, self.length, weight.device, dtype)
         self.texts: list[list[int]] = []
         self.windows: list[int] = []  # the tokens in each row's
-        self._step = self._read
+        self._step = self._decode_step
         if compiled:
             # torch keeps so many compiled versions of a function and no more, and each decoder needs one: the function
             # is copied. (To be gone once torch counts them by what was given to torch.compile.)
-            copy = types.FunctionType(Decoder._read.__code__.replace(), globals())
+            copy = types.FunctionType(Decoder._decode_step.__code__.replace(), globals())
             mode = "reduce-overhead" if kind == "cuda" else None
             self._step = torch.compile(types.MethodType(copy, self), mode=mode, fullgraph=True, dynamic=False)
 
@@ -287,7 +289,7 @@ class Decoder:
         self.texts = [list(text) for text in texts]
         self.windows = [0] * len(texts)
         with _in_eval_mode(self.model):
-            return self._reread(range(len(texts)))
+            return self._prefill(range(len(texts)))
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
@@ -316,7 +318,7 @@ class Decoder:
                     logits = self._step(ids, columns, len(set(self.windows)) == 1)
                 self.windows = [window + 1 for window in self.windows]
             if full:
-                fresh = self._reread(full)
+                fresh = self._prefill(full)
                 logits = fresh if logits is None else logits.index_copy(0, torch.tensor(full, device=ids.device), fresh)
         assert logits is not None
         return logits
@@ -325,7 +327,7 @@ class Decoder:
         if self.length < longest and self.length < self.model.config.block_size:
             raise ValueError(f"{longest} tokens do not fit into a decoder that was made for length={self.length}")
 
-    def _read(self, ids: Tensor, columns: int, equal: bool) -> Tensor:
+    def _decode_step(self, ids: Tensor, columns: int, equal: bool) -> Tensor:
         """Logits (rows, V) after one id more for each row, ids (rows,). No window has more than `columns` then; equal:
         all have so many."""
         cache, mask = self.cache, None
@@ -333,12 +335,12 @@ class Decoder:
             seen = torch.arange(columns, device=ids.device) <= cache.positions[:, None]  # (rows, columns)
             mask = torch.zeros(seen.shape, dtype=cache.keys.dtype, device=ids.device).masked_fill(~seen, -torch.inf)
             mask = mask[:, None, None]
-        past = [partial(cache.extend, layer, columns, mask) for layer in range(self.model.config.n_layer)]
-        x = self.model.features(ids[:, None], cache.positions[:, None], past)
+        attention = [partial(cache.extend, layer, columns, mask) for layer in range(self.model.config.n_layer)]
+        x = self.model.hidden_states(ids[:, None], cache.positions[:, None], attention)
         cache.positions += 1
         return self.model.logits(self.model.norm(x[:, -1]))
 
-    def _reread(self, rows: Sequence[int]) -> Tensor:
+    def _prefill(self, rows: Sequence[int]) -> Tensor:
         """Read the windows of `rows` from their beginnings. Returns logits (len(rows), V)."""
         device, block = self.cache.keys.device, self.model.config.block_size
         sharing: dict[tuple[int, ...], list[int]] = {}  # the rows that have a window
@@ -354,8 +356,8 @@ class Decoder:
             ids = torch.tensor([[*window] + [0] * (longest - len(window)) for window in windows], device=device)
             readers = [(row, i) for i, window in enumerate(windows) for row in sharing[window]]
             where, source = torch.tensor(readers, device=device).T
-            past = [partial(self.cache.fill, layer, where, source) for layer in range(self.model.config.n_layer)]
-            x = self.model.features(ids, past=past)
+            attention = [partial(self.cache.fill, layer, where, source) for layer in range(self.model.config.n_layer)]
+            x = self.model.hidden_states(ids, attention=attention)
             sizes = torch.tensor([len(window) for window in windows], device=device)
             last = x[torch.arange(len(windows), device=device), sizes - 1]
             logits = self.model.logits(self.model.norm(last))
@@ -364,11 +366,11 @@ class Decoder:
                 self.windows[row], found[row] = len(windows[i]), logits[i]
         return torch.stack([found[row] for row in rows])
 
-    def write(
+    def generate(
         self,
         texts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        how: Sampling = PLAIN,
+        sampling: Sampling = PLAIN,
         *,
         samples: Sequence[int] | None = None,
         rivals: int = -1,
@@ -381,7 +383,9 @@ class Decoder:
         numbers = range(len(texts)) if samples is None else samples
         logits = self.start(texts)
         for made in range(max_new_tokens):
-            ids = draw(logits, how, [(number, len(text)) for number, text in zip(numbers, self.texts, strict=True)])
+            ids = sample_tokens(
+                logits, sampling, [(number, len(text)) for number, text in zip(numbers, self.texts, strict=True)]
+            )
             yield _tokens(ids, logits, rivals)
             if made + 1 < max_new_tokens:
                 logits = self.step(ids)
@@ -429,7 +433,7 @@ def rounded_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> n
 @torch.no_grad()
 def pack(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module] = PackedLinear) -> None:
     """Replace all matrices of `model`, in place, by `layer` of weight and bias. Embeddings and norms stay."""
-    head = layer(model.output_weight, None)
+    head = layer(model.lm_head_weight, None)
     for module in [*model.modules()]:
         for name, child in [*module.named_children()]:
             if isinstance(child, nn.Linear):
@@ -522,8 +526,8 @@ def sample_text(model: Any, tokenizer: Tokenizer, characters: int, seed: int) ->
     if start is None:  # a character tokenizer: the first of its sorted characters is a newline in most texts
         start = 0
     stream, text = TextStream(tokenizer), ""
-    how = Sampling(seed=seed, vocab_size=tokenizer.vocab_size)
-    for (token,) in Decoder(model, length=characters + 1).write([[start]], characters, how):
+    sampling = Sampling(seed=seed, vocab_size=tokenizer.vocab_size)
+    for (token,) in Decoder(model, length=characters + 1).generate([[start]], characters, sampling):
         text += stream.put(token.id)
         if len(text) >= characters:
             break

@@ -28,7 +28,7 @@ class Optimizer:
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         # Where torch's loss scaler looks for gradients.
         self.param_groups = [{"params": list(self.parameters.values())}]
-        self.maps: dict[str, list[int]] = model.hidden_matrices() if config.optimizer == "muon" else {}
+        self.maps: dict[str, list[int]] = model.muon_params() if config.optimizer == "muon" else {}
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, p in self.parameters.items():
             if name in self.maps:
@@ -38,30 +38,33 @@ class Optimizer:
                 self.state[name] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     @torch.no_grad()
-    def step(self, factor: float, shrink: Tensor, skip: Tensor) -> None:
+    def step(self, lr_scale: float, grad_divisor: Tensor, skip_update: Tensor) -> None:
         """One update from the parameters' gradients, which are of no use after it.
 
-        factor: of the highest learning rates. shrink: scalar, divides the gradients. skip: scalar, 1.0 changes nothing.
+        lr_scale: share of the peak learning rates. grad_divisor: scalar that divides the gradients. skip_update:
+        scalar, 1.0 leaves everything unchanged.
         """
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        if skip.device.type == "mps":  # torch 2.13's fused AdamW there heeds neither; remove this once it does
-            if skip:
+        if skip_update.device.type == "mps":  # torch 2.13's fused AdamW there heeds neither; remove this once it does
+            if skip_update:
                 return
-            torch._foreach_div_(list(grads.values()), shrink)
-            shrink = torch.ones_like(shrink)
+            torch._foreach_div_(list(grads.values()), grad_divisor)
+            grad_divisor = torch.ones_like(grad_divisor)
         hidden = {name: grad for name, grad in grads.items() if name in self.maps}
         matrices = {name: grad for name, grad in grads.items() if name not in hidden and grad.dim() >= 2}
         vectors = {name: grad for name, grad in grads.items() if grad.dim() < 2}  # gains and biases do not decay
-        self._adamw(matrices, factor * self.config.learning_rate, self.config.weight_decay, shrink, skip)
-        self._adamw(vectors, factor * self.config.learning_rate, 0.0, shrink, skip)
-        self._muon(hidden, factor * (self.config.muon_lr or self.config.learning_rate), shrink, skip)
+        self._adamw(matrices, lr_scale * self.config.learning_rate, self.config.weight_decay, grad_divisor, skip_update)
+        self._adamw(vectors, lr_scale * self.config.learning_rate, 0.0, grad_divisor, skip_update)
+        self._muon(hidden, lr_scale * (self.config.muon_lr or self.config.learning_rate), grad_divisor, skip_update)
 
-    def _adamw(self, grads: dict[str, Tensor], rate: float, decay: float, shrink: Tensor, skip: Tensor) -> None:
+    def _adamw(
+        self, grads: dict[str, Tensor], rate: float, decay: float, grad_divisor: Tensor, skip_update: Tensor
+    ) -> None:
         if not grads:
             return
         parameters = [self.parameters[name] for name in grads]
         steps, first, second = ([self.state[n][key] for n in grads] for key in ("step", "exp_avg", "exp_avg_sq"))
-        torch._foreach_add_(steps, 1 - skip)
+        torch._foreach_add_(steps, 1 - skip_update)
         torch._fused_adamw_(
             *(parameters, list(grads.values()), first, second, [], steps),  # type: ignore[arg-type]
             lr=rate,
@@ -71,11 +74,11 @@ class Optimizer:
             eps=1e-8,
             amsgrad=False,
             maximize=False,
-            grad_scale=shrink,
-            found_inf=skip,
+            grad_scale=grad_divisor,
+            found_inf=skip_update,
         )
 
-    def _muon(self, grads: dict[str, Tensor], rate: float, shrink: Tensor, skip: Tensor) -> None:
+    def _muon(self, grads: dict[str, Tensor], rate: float, grad_divisor: Tensor, skip_update: Tensor) -> None:
         """Momentum, each matrix of it replaced by the nearest one whose singular values are all 1, so that every
         direction learns alike (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), at the size that an
         update of AdamW's has (Liu et al. 2025, arXiv:2502.16982). Matrices of one shape share the products."""
@@ -90,22 +93,22 @@ class Optimizer:
         for (_, columns), group in alike.items():
             weights, gradients, momenta = (list(tensors) for tensors in zip(*group, strict=True))
             grad, momentum = torch.stack(gradients), torch.stack(momenta)  # (maps, rows, columns)
-            grad = torch.where(skip > 0, 0.0, grad / shrink)
-            momentum.lerp_(grad, (1 - momentum_kept) * (1 - skip))
+            grad = torch.where(skip_update > 0, 0.0, grad / grad_divisor)
+            momentum.lerp_(grad, (1 - momentum_kept) * (1 - skip_update))
             torch._foreach_copy_(momenta, momentum.unbind())
-            update = self._orthogonalise(grad.lerp_(momentum, momentum_kept))
-            update *= -0.2 * math.sqrt(columns) * rate * (1 - skip)
-            torch._foreach_mul_(weights, 1 - rate * self.config.weight_decay * (1 - skip))
+            update = self._orthogonalize(grad.lerp_(momentum, momentum_kept))
+            update *= -0.2 * math.sqrt(columns) * rate * (1 - skip_update)
+            torch._foreach_mul_(weights, 1 - rate * self.config.weight_decay * (1 - skip_update))
             torch._foreach_add_(weights, update.unbind())
 
-    def _orthogonalise(self, matrices: Tensor) -> Tensor:
-        """`orthogonalise` of (maps, rows, columns), each rank doing its share of the maps."""
+    def _orthogonalize(self, matrices: Tensor) -> Tensor:
+        """`orthogonalize` of (maps, rows, columns), each rank doing its share of the maps."""
         count, size = len(matrices), self.world.size
         share = -(-count // size)
         mine = matrices[self.world.rank * share :][:share]
         if len(mine) < share:  # gathering wants equal shares
             mine = torch.cat((mine, mine.new_zeros(share - len(mine), *mine.shape[1:])))
-        return self.world.gather(orthogonalise(mine, self.world.dtype))[:count].to(matrices.dtype)
+        return self.world.all_gather(orthogonalize(mine, self.world.dtype))[:count].to(matrices.dtype)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The state by name, `<parameter>/<state>`."""
@@ -122,19 +125,19 @@ class Optimizer:
             own[name].copy_(tensors[name])
 
 
-def state_size(model: Any, config: Any) -> int:
+def optimizer_state_numel(model: Any, config: Any) -> int:
     """Numbers that the optimizer keeps: two for each parameter, one for each that Muon trains."""
-    hidden = model.hidden_matrices() if config.optimizer == "muon" else {}
+    hidden = model.muon_params() if config.optimizer == "muon" else {}
     by_muon = sum(p.numel() for name, p in model.named_parameters() if name in hidden)
     return 2 * model.count_parameters() - by_muon
 
 
-def update_room(model: Any, config: Any, a: int) -> int:
+def optimizer_step_bytes(model: Any, config: Any, a: int) -> int:
     """Bytes that an update takes while it lasts, `a` of them for a number in Muon's products: each shape's gradients
     and averages, and beside them first two copies more of the gradients, shrunk and guarded, then Newton–Schulz's two
     with their squares; the shape before leaves its last update behind meanwhile."""
     maps = Counter[tuple[int, int]]()
-    for name, rows in (model.hidden_matrices() if config.optimizer == "muon" else {}).items():
+    for name, rows in (model.muon_params() if config.optimizer == "muon" else {}).items():
         columns = model.get_parameter(name).shape[1]
         maps.update((min(r, columns), max(r, columns)) for r in rows)
     most = before = 0
@@ -144,7 +147,7 @@ def update_room(model: Any, config: Any, a: int) -> int:
     return most
 
 
-def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """U Vᵀ, about, for each U S Vᵀ of (maps, rows, columns), rows ≤ columns: Newton–Schulz, most of whose singular
     values end between 0.7 and 1.2 (the smallest of a square matrix below); its products run in `dtype`."""
     a, b, c = NEWTON_SCHULZ
@@ -156,18 +159,20 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def scheduled(
-    name: str, step: int, *, peak: float, floor: float, warmup: int, end: int, fall: int | None = None
+def learning_rate(
+    name: str, step: int, *, max_lr: float, min_lr: float, warmup: int, end: int, decay_steps: int | None = None
 ) -> float:
     """Learning rate of the update after `step` updates: up in a line for `warmup` updates, then by `SCHEDULES[name]`
-    from `peak` towards `floor`, which all but "constant" reach at `end` and hold.
+    from `max_lr` towards `min_lr`, which all but "constant" reach at `end` and hold.
 
-    fall: updates that a trapezoid's last stretch takes; None: half of those after the warm-up.
+    decay_steps: updates that a trapezoid's last stretch takes; None: half of those after the warm-up.
     """
     if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
+        return max_lr * (step + 1) / (warmup + 1)
     left = 0.0 if step >= end else (end - step) / (end - warmup)  # of the way from warm-up to end
-    return floor + (peak - floor) * SCHEDULES[name](left, 0.5 if fall is None else fall / max(end - warmup, 1))
+    return min_lr + (max_lr - min_lr) * SCHEDULES[name](
+        left, 0.5 if decay_steps is None else decay_steps / max(end - warmup, 1)
+    )
 
 
 def cosine(left: float, fall: float) -> float:
@@ -193,12 +198,12 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def shrink_to(limit: float, norm: Tensor) -> Tensor:
+def clip_divisor(limit: float, norm: Tensor) -> Tensor:
     """What divides gradients of this `norm`, a scalar, so that it is at most `limit` (0: any)."""
     return (norm / limit).clamp(min=1.0) if limit > 0 else torch.ones_like(norm)
 
 
-class LayerNorms:
+class LayerStats:
     """How large each layer's gradient and update are, and which updates were clipped; kept on the device.
 
     `parts`: the parameters of each layer, by its name: "tokens", "blocks.0" and so on, "norm".
@@ -231,7 +236,7 @@ class LayerNorms:
         return [self.clipped, *found, *map(nn.utils.get_total_norm, changes)]
 
 
-class Guard:
+class UpdateGuard:
     """Turns an update with a non-finite loss or gradient norm into a no-op, on the device, with nobody waiting.
 
     With `patience` = 1 the first bad update also voids all later ones. A float16 loss scaler overflows as a matter of
@@ -242,8 +247,8 @@ class Guard:
 
     WINDOW, ENOUGH = 100, 20  # norms remembered; norms without which nothing is called a spike
 
-    def __init__(self, device: torch.device, patience: int, spikes: float = 0.0):
-        self.patience, self.spikes = patience, spikes
+    def __init__(self, device: torch.device, max_bad_steps: int, spike_threshold: float = 0.0):
+        self.max_bad_steps, self.spike_threshold = max_bad_steps, spike_threshold
         self.bad_in_a_row = torch.zeros((), device=device)  # read late by the host: the run has failed at `patience`
         self.skipped = torch.zeros((), device=device)  # spikes so far
         self.norms = torch.full((self.WINDOW,), math.nan, device=device)
@@ -251,13 +256,17 @@ class Guard:
 
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """1.0 if the coming update must be skipped; all three are scalars."""
-        bad = ~(loss + grad_norm).isfinite() | (self.bad_in_a_row >= self.patience)
+        bad = ~(loss + grad_norm).isfinite() | (self.bad_in_a_row >= self.max_bad_steps)
         self.bad_in_a_row = torch.where(bad, self.bad_in_a_row + 1, 0.0)
-        if not self.spikes:
+        if not self.spike_threshold:
             return bad.float()
         median = self.norms.nanmedian()
         deviation = 1.4826 * (self.norms - median).abs().nanmedian()
-        spike = (grad_norm > median + self.spikes * deviation) & (self.norms.isfinite().sum() >= self.ENOUGH) & ~bad
+        spike = (
+            (grad_norm > median + self.spike_threshold * deviation)
+            & (self.norms.isfinite().sum() >= self.ENOUGH)
+            & ~bad
+        )
         self.skipped = self.skipped + spike
         # Spikes are remembered too: where the norm has risen for good, the median follows.
         self.norms[self.checked % self.WINDOW] = torch.where(bad, math.nan, grad_norm)

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from nanogpt import InputError
 from nanogpt.chat import NAMES, Chat, Messages, template_for, turns
-from nanogpt.data import FORMAT, token_dtype, writing
-from nanogpt.sources import BLOCK, PIECE, Part, Reading, Source, border, kind_of, parts
-from nanogpt.tokenizer import TEMPLATE, Tokenizer, aside
+from nanogpt.data import FORMAT, output_directory, token_dtype
+from nanogpt.sources import BLOCK, PIECE, Chunk, InputFile, ReadOptions, border, kind_of, parts
+from nanogpt.tokenizer import TEMPLATE, Tokenizer, atomic_write
 
 SPLITS = ("train", "val")
 SAVE_S = 5  # seconds between two entries of the journal
@@ -41,7 +41,7 @@ NO_TEXT = "the input holds no text: give other files, folders or rows with --inp
 # ---- a worker's part
 
 
-class Encoded(NamedTuple):
+class EncodedChunk(NamedTuple):
     """What a worker makes of a chunk. Lists have three entries: for the document that the chunk before began, whose
     split it does not know; for train; for val."""
 
@@ -56,25 +56,25 @@ class Encoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Encoder:
+class ChunkEncoder:
     """Documents to ids: what each worker holds. `encode` is a pure function of its parts."""
 
     tokenizer: Tokenizer
-    reading: Reading
+    reading: ReadOptions
     val_share: float
 
     @cached_property
     def chat(self) -> Chat:
         return Chat(self.tokenizer)
 
-    def encode(self, chunk: list[Part]) -> Encoded:
+    def encode(self, chunk: list[Chunk]) -> EncodedChunk:
         """Raises InputError with the place of what is no document, unless reading.skip_bad."""
         ids: list[list[np.ndarray]] = [[], [], []]
         masks: list[list[np.ndarray]] = [[], [], []]
-        counts = nothing()
+        counts = empty_chunk()
         goes_on, end = None, self.tokenizer.end_of_text
         for part, place, raw, messages in documents(chunk, self.reading, counts):
-            in_val = draw(raw) < self.val_share if part.in_val is None else part.in_val
+            in_val = hash_fraction(raw) < self.val_share if part.in_val is None else part.in_val
             to = 0 if part.in_val is None and not part.begins else 1 + in_val
             goes_on = None if part.ends else to - 1
             try:
@@ -107,32 +107,32 @@ class Encoder:
         )
 
 
-def nothing() -> Encoded:
-    return Encoded([], [], [0] * 3, [0] * 3, 0, None, [0, ""], [0, ""])
+def empty_chunk() -> EncodedChunk:
+    return EncodedChunk([], [], [0] * 3, [0] * 3, 0, None, [0, ""], [0, ""])
 
 
-def characters(reading: Reading, chunk: list[Part]) -> set[str]:
+def characters(reading: ReadOptions, chunk: list[Chunk]) -> set[str]:
     """The distinct characters of a chunk."""
-    return set().union(*(raw.decode() for _, _, raw, _ in documents(chunk, reading, nothing())))
+    return set().union(*(raw.decode() for _, _, raw, _ in documents(chunk, reading, empty_chunk())))
 
 
-def sample(reading: Reading, val_share: float, share: float, chunk: list[Part]) -> list[str]:
+def sample(reading: ReadOptions, val_share: float, share: float, chunk: list[Chunk]) -> list[str]:
     """The texts of about a `share` of the training documents of a chunk."""
     texts = []
-    for part, _, raw, messages in documents(chunk, reading, nothing()):
-        if not part.in_val and val_share <= draw(raw) <= val_share + share * (1 - val_share):
+    for part, _, raw, messages in documents(chunk, reading, empty_chunk()):
+        if not part.in_val and val_share <= hash_fraction(raw) <= val_share + share * (1 - val_share):
             texts += contents(messages) if messages else [raw.decode()]
     return texts
 
 
-def draw(raw: bytes) -> float:
+def hash_fraction(raw: bytes) -> float:
     """A number from 0 to 1 that is a document's own, whatever other documents there are."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") / 2**64
 
 
 def documents(
-    chunk: Iterable[Part], reading: Reading, counts: Encoded
-) -> Iterator[tuple[Part, str, bytes, Messages | None]]:
+    chunk: Iterable[Chunk], reading: ReadOptions, counts: EncodedChunk
+) -> Iterator[tuple[Chunk, str, bytes, Messages | None]]:
     """Each document of a chunk that is not empty: its part, its place, its text in UTF-8, and the messages that it is
     of. Counts in `counts` what was replaced by U+FFFD, and what is bad."""
     for part in chunk:
@@ -169,7 +169,7 @@ def documents(
                     yield part, place, _valid(raw, place, 0, reading, counts), None
 
 
-def _row(row: Any, reading: Reading) -> Any:
+def _row(row: Any, reading: ReadOptions) -> Any:
     """The text of a row, or with reading.chat its messages. Raises ValueError where it has none."""
     if reading.chat:
         return turns(row)
@@ -184,7 +184,7 @@ def _row(row: Any, reading: Reading) -> Any:
     return row
 
 
-def _valid(raw: bytes, place: str, offset: int, reading: Reading, counts: Encoded) -> bytes:
+def _valid(raw: bytes, place: str, offset: int, reading: ReadOptions, counts: EncodedChunk) -> bytes:
     """UTF-8 with U+FFFD for what is not; bytes.decode puts one for each wrong sequence."""
     mark = "\ufffd".encode()
     try:
@@ -198,7 +198,7 @@ def _valid(raw: bytes, place: str, offset: int, reading: Reading, counts: Encode
     return raw
 
 
-def _skip(place: str, error: Exception, reading: Reading, counts: Encoded) -> None:
+def _skip(place: str, error: Exception, reading: ReadOptions, counts: EncodedChunk) -> None:
     """Count a bad row. Raises InputError unless reading.skip_bad."""
     if not reading.skip_bad:
         told = f"{place}: {str(error) or 'no JSON'}"
@@ -224,18 +224,18 @@ def contents(messages: Messages) -> list[str]:
     return [message[name] for message in messages for name in NAMES[1:] if name in message]
 
 
-_make: Callable[[], Encoder]  # of a worker
-_encoder: Encoder | None = None  # of a worker that has encoded something
+_make: Callable[[], ChunkEncoder]  # of a worker
+_encoder: ChunkEncoder | None = None  # of a worker that has encoded something
 
 
-def read_encoder(folder: Path, reading: Reading, val_share: float) -> Encoder:
+def read_encoder(folder: Path, reading: ReadOptions, val_share: float) -> ChunkEncoder:
     """With the tokenizer that was saved in `folder`."""
     tokenizer = Tokenizer.load(folder)
     assert tokenizer is not None
-    return Encoder(tokenizer, reading, val_share)
+    return ChunkEncoder(tokenizer, reading, val_share)
 
 
-def _start_worker(make: Callable[[], Encoder]) -> None:
+def _start_worker(make: Callable[[], ChunkEncoder]) -> None:
     """A worker leaves Ctrl-C to its parent, and ends when the parent does, killed or not."""
     global _make
     _make = make
@@ -244,7 +244,7 @@ def _start_worker(make: Callable[[], Encoder]) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # type: ignore[union-attr]
 
 
-def _encode(chunk: list[Part]) -> Encoded:
+def _encode(chunk: list[Chunk]) -> EncodedChunk:
     global _encoder
     _encoder = _encoder or _make()
     return _encoder.encode(chunk)
@@ -254,13 +254,18 @@ def _encode(chunk: list[Part]) -> Encoded:
 
 
 def chunks(
-    sources: list[Source], reading: Reading, start: "Position", most: int | None, folder: Path, cut: int | None = None
-) -> Iterator[tuple[list[Part], "Position"]]:
+    sources: list[InputFile],
+    reading: ReadOptions,
+    start: "Position",
+    most: int | None,
+    folder: Path,
+    cut: int | None = None,
+) -> Iterator[tuple[list[Chunk], "Position"]]:
     """What workers are handed, about BLOCK bytes at a time, and the position after it. most: documents, None for all.
 
     Raises InputError for what cannot be read, after what was read before it.
     """
-    chunk: list[Part] = []
+    chunk: list[Chunk] = []
     size, position = 0, start
     try:
         for part, after in _positions(sources, reading, start, folder, cut):
@@ -285,8 +290,8 @@ def chunks(
 
 
 def _positions(
-    sources: list[Source], reading: Reading, start: "Position", folder: Path, cut: int | None
-) -> Iterator[tuple[Part | None, "Position"]]:
+    sources: list[InputFile], reading: ReadOptions, start: "Position", folder: Path, cut: int | None
+) -> Iterator[tuple[Chunk | None, "Position"]]:
     """Each part and the position after it; None at the end of a source."""
     position = start
     for number in range(start.source, len(sources)):
@@ -317,7 +322,7 @@ class Position(NamedTuple):
 
 
 def in_order(
-    pool: Executor, job: Callable[[list[Part]], Any], work: Iterator[tuple[list[Part], Position]], ahead: int
+    pool: Executor, job: Callable[[list[Chunk]], Any], work: Iterator[tuple[list[Chunk], Position]], ahead: int
 ) -> Iterator[tuple[Any, Position]]:
     """What `job` makes of each chunk, in their order, no more than `ahead` of them under way. An error in reading is
     raised after all that was read before is done."""
@@ -407,7 +412,7 @@ class Writer:
 
 
 @dataclass
-class Prepared:
+class Progress:
     """What a preparation counts; in the journal as JSON."""
 
     position: list[Any] = field(default_factory=lambda: list(Position()))  # a Position
@@ -430,10 +435,10 @@ def check_numbers(val_share: float | None, workers: int, most: int | None = None
 
 def prepare(
     out: Path,
-    sources: list[Source],
+    sources: list[InputFile],
     tokenizer: str,
     *,
-    reading: Reading,
+    reading: ReadOptions,
     val_share: float | None = None,
     shard_tokens: int = 100_000_000,
     workers: int | None = None,
@@ -464,15 +469,15 @@ def prepare(
         if made is not None:
             told = made._inner.to_str() + str(made.template)
             settings["tokenizer"] += f" {hashlib.sha256(told.encode()).hexdigest()}"
-        held.enter_context(writing(folder))
+        held.enter_context(output_directory(folder))
         try:
             held.enter_context(filelock.FileLock(folder / "lock").acquire(timeout=0))
         except filelock.Timeout as error:
             raise InputError(f"another process prepares {out}: wait for its end, or give another --out") from error
         journal = _journal(folder)
-        before, done, goes_on = journal.get("sources", []), Prepared(), False
+        before, done, goes_on = journal.get("sources", []), Progress(), False
         if journal:
-            done = Prepared(**journal["done"])
+            done = Progress(**journal["done"])
             sure = done.position[0] + (done.position[1] > 0) if made else max(len(before), len(sources))
             goes_on = journal["settings"] == settings and before[:sure] == [list(source) for source in sources[:sure]]
             if goes_on:
@@ -483,12 +488,12 @@ def prepare(
             for path in folder.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            done = Prepared()
+            done = Progress()
         if not (folder / "meta.json").exists():
             cut = None
             if tail:
                 cut = int(0.9 * sum(len(part.data) for part in parts(sources[0], reading) if part.kind == "text"))
-            work = Work(sources, reading, most, folder, cut, pool, workers)
+            work = Job(sources, reading, most, folder, cut, pool, workers)
             made = made or (
                 Tokenizer.load(folder) if goes_on else _tokenizer(tokenizer, work, share, train_mb, pattern)
             )
@@ -515,25 +520,25 @@ def prepare(
 
 
 @dataclass(frozen=True)
-class Work:
+class Job:
     """What is to be read."""
 
-    sources: list[Source]
-    reading: Reading
+    sources: list[InputFile]
+    reading: ReadOptions
     most: int | None
     folder: Path
     cut: int | None
     pool: Executor
     workers: int
 
-    def each(self, job: Callable[[list[Part]], Any], start: Position) -> Iterator[tuple[Any, Position]]:
+    def each(self, job: Callable[[list[Chunk]], Any], start: Position) -> Iterator[tuple[Any, Position]]:
         """What `job` makes of each chunk. As many may wait that reading goes on while workers start."""
         read = chunks(self.sources, self.reading, start, self.most, self.folder, self.cut)
         return in_order(self.pool, job, read, 4 * self.workers + 24)
 
 
 @contextlib.contextmanager
-def _workers(n: int, make: Callable[[], Encoder]) -> Iterator[Executor]:
+def _workers(n: int, make: Callable[[], ChunkEncoder]) -> Iterator[Executor]:
     """n processes, which start at once; `make` is called where there is something to encode."""
     spawn = multiprocessing.get_context("spawn")  # the threads of pyarrow and tqdm do not survive a fork
     pool = ProcessPoolExecutor(n, spawn, _start_worker, (make,))
@@ -561,7 +566,7 @@ def known_tokenizer(name: str) -> Tokenizer:
     return Tokenizer.named(name)
 
 
-def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, pattern: str) -> Tokenizer:
+def _tokenizer(name: str, work: Job, val_share: float, train_mb: float, pattern: str) -> Tokenizer:
     """A tokenizer made of the text: its characters, or byte pairs by how often they come. Raises InputError."""
     if name == "char":
         found = work.each(partial(characters, work.reading), Position())
@@ -586,13 +591,13 @@ def _tokenizer(name: str, work: Work, val_share: float, train_mb: float, pattern
     return Tokenizer.train_bpe(texts(), int(name[4:]), pattern)
 
 
-def _text_bytes(sources: list[Source]) -> int:
+def _text_bytes(sources: list[InputFile]) -> int:
     """Bytes of text in sources on disk, as a guess: text in English takes a third when it is compressed."""
     packed = [kind_of(s.name)[1] or kind_of(s.name)[0] in ("zip", "parquet") for s in sources]
     return sum(source.size * (3 if small else 1) for source, small in zip(sources, packed, strict=True))
 
 
-def _check_disk(out: Path, sources: list[Source], tokenizer: Tokenizer, done: "Prepared") -> None:
+def _check_disk(out: Path, sources: list[InputFile], tokenizer: Tokenizer, done: "Progress") -> None:
     """Raises InputError where the tokens, four bytes of text each but for characters and bytes, have no room."""
     width = token_dtype(tokenizer.vocab_size).itemsize
     per_token = 1 if tokenizer.vocab_size <= 257 or tokenizer.name == "char" else 4
@@ -605,7 +610,7 @@ def _check_disk(out: Path, sources: list[Source], tokenizer: Tokenizer, done: "P
         )
 
 
-def _encode_all(work: Work, dtype: np.dtype, done: "Prepared", entry: dict[str, Any], shard_tokens: int) -> "Prepared":
+def _encode_all(work: Job, dtype: np.dtype, done: "Progress", entry: dict[str, Any], shard_tokens: int) -> "Progress":
     """Read, encode and write from where `done` stands to the end, keeping a journal of `entry` and what is done."""
     writers = [
         Writer(work.folder, split, dtype, shard_tokens, work.reading.chat, done.splits[split]) for split in SPLITS
@@ -614,7 +619,7 @@ def _encode_all(work: Work, dtype: np.dtype, done: "Prepared", entry: dict[str, 
     def save() -> None:
         for writer in writers:
             writer.sync()
-        with aside(work.folder / "journal.json") as path:
+        with atomic_write(work.folder / "journal.json") as path:
             path.write_text(json.dumps(entry | {"done": dataclasses.asdict(done)}))
 
     save()
@@ -624,7 +629,7 @@ def _encode_all(work: Work, dtype: np.dtype, done: "Prepared", entry: dict[str, 
         size = tokens = 0
         try:
             for encoded, position in work.each(_encode, start):
-                done = take(encoded, position, done, writers)
+                done = write_chunk(encoded, position, done, writers)
                 if time.monotonic() > saved_at + SAVE_S:
                     save()
                     saved_at = time.monotonic()
@@ -641,14 +646,14 @@ def _encode_all(work: Work, dtype: np.dtype, done: "Prepared", entry: dict[str, 
     return done
 
 
-def take(encoded: Encoded, position: Position, done: "Prepared", writers: list[Writer]) -> "Prepared":
+def write_chunk(encoded: EncodedChunk, position: Position, done: "Progress", writers: list[Writer]) -> "Progress":
     """Write what a worker made; what is done then."""
     for to, (ids, documents, size) in enumerate(zip(encoded.ids, encoded.documents, encoded.text_bytes, strict=True)):
         writer = writers[to - 1 if to else done.open_split]
         writer.append(ids, encoded.masks[to])
         writer.documents += documents
         writer.text_bytes += size
-    return Prepared(
+    return Progress(
         position=list(position),
         splits={writer.split: writer.state for writer in writers},
         open_split=done.open_split if encoded.goes_on in (None, -1) else encoded.goes_on,
@@ -658,7 +663,7 @@ def take(encoded: Encoded, position: Position, done: "Prepared", writers: list[W
     )
 
 
-def describe(folder: Path, tokenizer: Tokenizer, done: "Prepared") -> None:
+def describe(folder: Path, tokenizer: Tokenizer, done: "Progress") -> None:
     """Write meta.json. Raises InputError for a split without tokens."""
     meta: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
     meta |= {"largest_id": done.largest_id, "dtype": token_dtype(tokenizer.vocab_size).name}
@@ -684,7 +689,7 @@ def describe(folder: Path, tokenizer: Tokenizer, done: "Prepared") -> None:
         else:
             splits[split] = facts | {"shards": shards}
     meta |= {"loss_mask": masked, "splits": splits}
-    with aside(folder / "meta.json") as path:
+    with atomic_write(folder / "meta.json") as path:
         path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
@@ -713,9 +718,9 @@ def move(out: Path, folder: Path) -> dict[str, Any]:
     return meta
 
 
-def earlier(out: Path) -> list[Source]:
+def earlier(out: Path) -> list[InputFile]:
     """The sources of the preparation that was interrupted in `out`; none without one."""
-    return [Source(*source) for source in _journal(out / "preparing").get("sources", [])]
+    return [InputFile(*source) for source in _journal(out / "preparing").get("sources", [])]
 
 
 def _journal(folder: Path) -> dict[str, Any]:

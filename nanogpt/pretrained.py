@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from nanogpt import InputError
-from nanogpt.distributed import size
-from nanogpt.files import fits, plain_size, read_json
+from nanogpt.distributed import format_bytes
+from nanogpt.files import matches_schema, read_json, regular_file_size
 from nanogpt.tokenizer import Tokenizer
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -150,7 +150,7 @@ def read_nanogpt(path: str | Path) -> Weights:
     path = Path(path) / "ckpt.pt" if os.path.isdir(path) else Path(path)
     remedy = "give a ckpt.pt that nanoGPT's train.py wrote"
     try:
-        size = plain_size(path)
+        size = regular_file_size(path)
         _refuse_code(path, size)
         # Memory-mapped (which the oldest format cannot be), so that the optimizer's state inside costs nothing.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -168,7 +168,7 @@ def read_nanogpt(path: str | Path) -> Weights:
     sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
     config = _checked(str(path), {name: args.get(name) for name in sizes})
     config |= {"dropout": args.get("dropout", 0.0), "bias": args.get("bias", True), "gelu": "erf"}
-    if not fits(config, {"dropout": float, "bias": bool}):
+    if not matches_schema(config, {"dropout": float, "bias": bool}):
         raise InputError(f"{path}: dropout or bias in 'model_args' is neither number nor switch: {remedy}")
     tensors = _translate(str(path), _plain_names(str(path), model), config, transposed=False)
     weights = Weights(
@@ -176,7 +176,7 @@ def read_nanogpt(path: str | Path) -> Weights:
         config=config,
         tensors=tensors,
         notes=[f"{path}: nanoGPT's optimizer state is not taken over; the optimizer starts afresh"],
-        train_config=settings if fits(settings, {"dataset": str}) else {},
+        train_config=settings if matches_schema(settings, {"dataset": str}) else {},
     )
     if config["vocab_size"] == NANOGPT_PADDED_VOCAB:
         config["vocab_size"] = GPT2_VOCAB
@@ -403,7 +403,7 @@ def write_huggingface(
         shards[-1][name] = tensor
         total, filled = total + count, filled + count
     if (free := shutil.disk_usage(folder).free) < total:
-        raise OSError(errno.ENOSPC, f"{size(total)} are needed, {size(free)} are free")
+        raise OSError(errno.ENOSPC, f"{format_bytes(total)} are needed, {format_bytes(free)} are free")
 
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}  # None too: left out, it would be GPT-2's own
     _write_json(folder / "config.json", _their_config(config, dtype) | ends)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt import InputError
-from nanogpt.data import token_dtype, writing
-from nanogpt.prepare import SPLITS, Encoder, Position, Prepared, Writer, describe, move, take
-from nanogpt.sources import BLOCK, Part, Reading
-from nanogpt.tokenizer import Tokenizer, aside
+from nanogpt.data import output_directory, token_dtype
+from nanogpt.prepare import SPLITS, ChunkEncoder, Position, Progress, Writer, describe, move, write_chunk
+from nanogpt.sources import BLOCK, Chunk, ReadOptions
+from nanogpt.tokenizer import Tokenizer, atomic_write
 
 
 class Shards:
@@ -27,27 +27,27 @@ class Shards:
 
     def __init__(self, out: Path, tokenizer: Tokenizer, val_share: float = 0.001, shard_tokens: int = 100_000_000):
         self.out, self.shard_tokens = Path(out).absolute(), shard_tokens
-        self.encoder = Encoder(tokenizer, Reading(), val_share)
+        self.encoder = ChunkEncoder(tokenizer, ReadOptions(), val_share)
 
     def __call__(self, data: Iterable[Any], rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """data: datatrove's documents, of which the text counts. Yields nothing."""
         folder = task_folder(self.out, rank)
         shutil.rmtree(folder, ignore_errors=True)
-        with writing(folder):
-            dtype, begun = token_dtype(self.encoder.tokenizer.vocab_size), Prepared()
+        with output_directory(folder):
+            dtype, begun = token_dtype(self.encoder.tokenizer.vocab_size), Progress()
             writers = [Writer(folder, split, dtype, self.shard_tokens, False, begun.splits[split]) for split in SPLITS]
             done = begun
             for part in parts(data, f"task {rank}"):
-                done = take(self.encoder.encode([part]), Position(), done, writers)
+                done = write_chunk(self.encoder.encode([part]), Position(), done, writers)
             for writer in writers:
                 writer.close()
             done.splits = {writer.split: writer.state for writer in writers}
-            with aside(folder / "done.json") as path:
+            with atomic_write(folder / "done.json") as path:
                 path.write_text(json.dumps(dataclasses.asdict(done) | {"tasks": world_size}), encoding="utf-8")
         yield from ()
 
 
-def parts(data: Iterable[Any], name: str) -> Iterator[Part]:
+def parts(data: Iterable[Any], name: str) -> Iterator[Chunk]:
     """About BLOCK bytes of documents at a time."""
     texts: list[str] = []
     first, size = 1, 0
@@ -55,10 +55,10 @@ def parts(data: Iterable[Any], name: str) -> Iterator[Part]:
         texts.append(document.text)
         size += len(document.text)
         if size >= BLOCK:
-            yield Part("rows", name, first, texts, len(texts))
+            yield Chunk("rows", name, first, texts, len(texts))
             first, size, texts = first + len(texts), 0, []
     if texts:
-        yield Part("rows", name, first, texts, len(texts))
+        yield Chunk("rows", name, first, texts, len(texts))
 
 
 def task_folder(out: Path, rank: int) -> Path:
@@ -79,7 +79,7 @@ def join(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
             if not path.exists():
                 raise InputError(f"task {len(found)} is not done ({path} is missing): run the pipeline again")
             found.append(json.loads(path.read_text(encoding="utf-8")))
-        whole = Prepared(largest_id=max(task["largest_id"] for task in found))
+        whole = Progress(largest_id=max(task["largest_id"] for task in found))
         for split in SPLITS:
             together = whole.splits[split]
             for rank, task in enumerate(found):

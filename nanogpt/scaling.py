@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-OTHERS = 3.3  # times Muon's rate: that of embeddings and gains
+ADAMW_LR_RATIO = 3.3  # times Muon's rate: that of embeddings and gains
 RECIPE = {"arch": "modern", "optimizer": "muon", "muon_momentum": 0.9, "beta2": 0.98, "grad_clip": 1.0}
 RECIPE |= {"schedule": "trapezoid", "min_lr": 0.0, "weight_decay": 0.1, "beta1": 0.9}
 
@@ -34,7 +34,7 @@ def recipe(n_embd: int, tokens: float, block_size: int) -> dict[str, Any]:
     muon_lr = 0.0103 * (64 / n_embd) ** 0.8
     sizes = shape(n_embd) | {"batch_size": rows, "gradient_accumulation_steps": 1}
     steps = max(round(tokens / rows / block_size), 1)
-    rates = {"learning_rate": OTHERS * muon_lr, "muon_lr": muon_lr, "warmup_iters": min(10, steps // 5)}
+    rates = {"learning_rate": ADAMW_LR_RATIO * muon_lr, "muon_lr": muon_lr, "warmup_iters": min(10, steps // 5)}
     return RECIPE | sizes | rates | {"max_iters": steps}
 
 
@@ -58,9 +58,9 @@ class Law:
 
     def loss(self, N: float, D: float, unique: float = math.inf) -> float:
         """unique: U, the text's own tokens."""
-        return self.E + self.A / N**self.alpha + self.B / D**self.beta + self.by_heart(N, D, unique)
+        return self.E + self.A / N**self.alpha + self.B / D**self.beta + self.repetition_penalty(N, D, unique)
 
-    def by_heart(self, N: float, D: float, unique: float) -> float:
+    def repetition_penalty(self, N: float, D: float, unique: float) -> float:
         """What reading a text again adds to the loss."""
         return self.K * (D / unique - 1) ** (self.p * (N / unique) ** self.q) if unique < D else 0.0
 
@@ -108,7 +108,7 @@ PILOT_LOSSES |= {1_000_000: 1.6244, 2_000_000: 1.5447, 4_000_000: 1.4826}
 CONTEXTS = {32: 1.031, 64: 1.010, 128: 1.0, 256: 1.003}
 
 
-def hardness(loss: float, tokens: float, unique: float, block_size: int) -> float:
+def difficulty(loss: float, tokens: float, unique: float, block_size: int) -> float:
     """How many times the law's losses a text's are, from the loss of a model of `PILOT_WIDTH` after so many tokens, of
     which the text has `unique`. NaN: too few to tell.
 
@@ -122,7 +122,7 @@ def hardness(loss: float, tokens: float, unique: float, block_size: int) -> floa
     books = float(np.interp(math.log(tokens), np.log([*PILOT_LOSSES]), [*PILOT_LOSSES.values()]))
     if tokens > longest:
         books *= LAW.loss(size, tokens) / LAW.loss(size, longest)
-    ratio = loss / (books + LAW.by_heart(size, tokens, unique))
+    ratio = loss / (books + LAW.repetition_penalty(size, tokens, unique))
     to_come = (ratio - 1) * 0.55 * (125_000 / max(tokens, 62_500)) ** 1.4
     context = float(np.interp(math.log(block_size), np.log([*CONTEXTS]), [*CONTEXTS.values()]))
     return (ratio + min(max(to_come, -0.05 * ratio), 0.05 * ratio)) * context

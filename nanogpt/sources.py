@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 
 from nanogpt import InputError
 from nanogpt.data import file_sha256
-from nanogpt.files import plain_size
+from nanogpt.files import regular_file_size
 
 BLOCK = 2**20  # bytes of text in a part, about
 PIECE = 2**22  # bytes of a document that are encoded in one go
@@ -42,7 +42,7 @@ _BORDER = re.compile(rb"(?:" + _NOT_SPACE + rb")\n(?=[!-.0-~\xc3-\xe0\xe4-\xf4]|
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How sources are read: the column of the text; the encoding of text and JSON lines; whether what is bad is
     counted and left out instead of an error; whether rows are conversations."""
 
@@ -56,7 +56,7 @@ class Reading:
         return codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig", "ascii")
 
 
-class Source(NamedTuple):
+class InputFile(NamedTuple):
     """A file, or where `repo` is set a dataset on the hub, or where `sha256` is set too one parquet file of it."""
 
     name: str  # path, hf:..., or path inside the repository
@@ -67,7 +67,7 @@ class Source(NamedTuple):
     sha256: str = ""
 
 
-class Part(NamedTuple):
+class Chunk(NamedTuple):
     """Some documents, or a piece of one, as they were read."""
 
     kind: str  # "text": one document or a piece of it; "lines": JSON lines; "rows": strings or objects; "bad": a reason
@@ -92,7 +92,7 @@ class Part(NamedTuple):
             return len(self.data)
         return sum(len(row) if isinstance(row, str) else len(str(row)) for row in self.data)
 
-    def rest(self, skip: int) -> "Part":
+    def rest(self, skip: int) -> "Chunk":
         """Without the first `skip` items, fewer than it has."""
         if not skip:
             return self
@@ -100,7 +100,7 @@ class Part(NamedTuple):
             return self._replace(data=self.data[skip:], items=self.items - skip, first=self.first + skip)
         return self._replace(data=self.data.split(b"\n", skip)[-1], items=self.items - skip, first=self.first + skip)
 
-    def head(self, keep: int) -> "Part":
+    def head(self, keep: int) -> "Chunk":
         """The first `keep` rows alone."""
         if self.kind == "rows":
             return self._replace(data=self.data[:keep], items=keep)
@@ -121,14 +121,14 @@ def kind_of(name: str) -> tuple[str | None, list[str]]:
 # ---- finding
 
 
-def find(inputs: list[str], earlier: Sequence[Source] = ()) -> list[Source]:
+def find(inputs: list[str], earlier: Sequence[InputFile] = ()) -> list[InputFile]:
     """The sources that `inputs` name: files, folders with all below them, globs, hf:OWNER/NAME[@CONFIG][:SPLIT].
 
     Files of a folder or a glob come in the order of their names. A file's own suffix counts only where it is one of
     KNOWN; a file that was named itself is else read as text. Raises InputError for what is not there, and for a folder
     that holds nothing of these. earlier: sources of the run to continue, whose commit on the hub stays.
     """
-    found: dict[str, Source] = {}
+    found: dict[str, InputFile] = {}
     for name in inputs:
         if name.startswith("hf:"):
             before = [source for source in earlier if source.name == name]
@@ -151,8 +151,8 @@ def find(inputs: list[str], earlier: Sequence[Source] = ()) -> list[Source]:
                 if not paths:
                     raise InputError(f"no file is named like {name}: check the pattern")
             for path in paths:
-                size = plain_size(Path(path))
-                found[path] = Source(path, size, os.stat(path).st_mtime_ns)
+                size = regular_file_size(Path(path))
+                found[path] = InputFile(path, size, os.stat(path).st_mtime_ns)
                 with open(path, "rb"):
                     pass
         except OSError as error:
@@ -176,19 +176,19 @@ def _hub_parts(name: str) -> tuple[str, str | None, str]:
     return match[1], match[2], match[3] or "train"
 
 
-def _on_hub(name: str) -> Source:
+def _on_hub(name: str) -> InputFile:
     """The dataset at its present commit, at which a continued run stays."""
     repo = _hub_parts(name)[0]
     try:
         from huggingface_hub import HfApi
 
-        return Source(name, repo=repo, revision=str(HfApi().dataset_info(repo).sha))
+        return InputFile(name, repo=repo, revision=str(HfApi().dataset_info(repo).sha))
     except Exception as error:  # the library's network errors have no class in common
         told = " ".join(str(error).split())[:300]
         raise InputError(f"{repo} was not found on the hub ({told}): check its name and the network") from error
 
 
-def hub_files(repo: str, under: str, earlier: Sequence[Source] = ()) -> list[Source]:
+def hub_files(repo: str, under: str, earlier: Sequence[InputFile] = ()) -> list[InputFile]:
     """The parquet files of a dataset on the hub whose path begins with `under`; `earlier` as in `find`."""
     from huggingface_hub import HfApi
 
@@ -201,7 +201,7 @@ def hub_files(repo: str, under: str, earlier: Sequence[Source] = ()) -> list[Sou
             files = {file.rfilename: file.lfs for file in parquet if file.rfilename.startswith(under)}
             if files and not any("partial" in name for name in files):
                 return [
-                    Source(name, getattr(lfs, "size", None) or 0, 0, repo, found.sha, lfs.sha256)
+                    InputFile(name, getattr(lfs, "size", None) or 0, 0, repo, found.sha, lfs.sha256)
                     for name, lfs in sorted(files.items())
                 ]
     except Exception as error:  # the library's network errors have no class in common
@@ -213,13 +213,13 @@ def hub_files(repo: str, under: str, earlier: Sequence[Source] = ()) -> list[Sou
 
 
 def parts(
-    source: Source,
-    reading: Reading,
+    source: InputFile,
+    reading: ReadOptions,
     skip: int = 0,
     state: Any = None,
     folder: Path | None = None,
     cut: int | None = None,
-) -> Iterator[Part]:
+) -> Iterator[Chunk]:
     """The parts of a source from its item `skip` on; an item is a row, a line, or a piece of a text.
 
     `state` is that of the last part before; what has to be downloaded whole goes to `folder` and is deleted after its
@@ -246,17 +246,17 @@ def parts(
         told = " ".join(str(error).split())[:300] or type(error).__name__
         bad = _bad(reading, source.name, f"cannot be read to its end ({told}), so it is damaged or cut short")
         if is_open:
-            yield Part("text", source.name, 0, b"", 0, begins=False)
+            yield Chunk("text", source.name, 0, b"", 0, begins=False)
         if not skip:
             yield bad
     if source.sha256:
         Path(path).unlink()
 
 
-def _bad(reading: Reading, name: str, why: str) -> Part:
+def _bad(reading: ReadOptions, name: str, why: str) -> Chunk:
     if not reading.skip_bad:
         raise InputError(f"{name} {why}: replace it, or leave it out with --skip_bad=True")
-    return Part("bad", name, 0, f"{name} {why}")
+    return Chunk("bad", name, 0, f"{name} {why}")
 
 
 def _damage() -> tuple[Any, ...]:
@@ -269,7 +269,7 @@ def _damage() -> tuple[Any, ...]:
     return tuple(errors)
 
 
-def _file(path: str, reading: Reading, cut: int | None) -> Iterator[Part]:
+def _file(path: str, reading: ReadOptions, cut: int | None) -> Iterator[Chunk]:
     """Any file but parquet."""
     kind, compressions = kind_of(path)
     with open(path, "rb") as raw:
@@ -284,8 +284,8 @@ def _file(path: str, reading: Reading, cut: int | None) -> Iterator[Part]:
 
 
 def _stream(
-    name: str, file: str, stream: IO[bytes], raw: IO[bytes], reading: Reading, cut: int | None = None
-) -> Iterator[Part]:
+    name: str, file: str, stream: IO[bytes], raw: IO[bytes], reading: ReadOptions, cut: int | None = None
+) -> Iterator[Chunk]:
     """What a stream of bytes holds, by the name of its file; `raw` is the file that tells how much was read."""
     kind, compressions = kind_of(file)
     for compression in compressions:
@@ -352,7 +352,7 @@ class _Zstandard(io.RawIOBase):
         return n
 
 
-def _utf8(stream: IO[bytes], reading: Reading) -> Iterator[bytes]:
+def _utf8(stream: IO[bytes], reading: ReadOptions) -> Iterator[bytes]:
     """Blocks of a stream in UTF-8, without the mark that some programs put before it; what is wrong in UTF-8 stays so,
     what is wrong in another encoding becomes U+FFFD."""
     decoder = None if reading.is_utf8 else codecs.getincrementaldecoder(reading.encoding)("replace")
@@ -367,24 +367,24 @@ def _utf8(stream: IO[bytes], reading: Reading) -> Iterator[bytes]:
         yield block
 
 
-def _lines(name: str, stream: IO[bytes], reading: Reading) -> Iterator[Part]:
+def _lines(name: str, stream: IO[bytes], reading: ReadOptions) -> Iterator[Chunk]:
     first, held, size = 1, [b""], 0
     for block in _utf8(stream, reading):
         end = block.rfind(b"\n") + 1
         if end:
             data = b"".join([*held, block[:end]])
             count = data.count(b"\n")
-            yield Part("lines", name, first, data, count)
+            yield Chunk("lines", name, first, data, count)
             first, held, size = first + count, [], 0
         held.append(block[end:])
         size += len(held[-1])
         if size > LONGEST_ROW:
             raise ValueError(f"line {first:,} is longer than {LONGEST_ROW:,} bytes")
     if size:
-        yield Part("lines", name, first, b"".join(held))
+        yield Chunk("lines", name, first, b"".join(held))
 
 
-def text_pieces(name: str, stream: IO[bytes], reading: Reading, cut: int | None = None) -> Iterator[Part]:
+def text_pieces(name: str, stream: IO[bytes], reading: ReadOptions, cut: int | None = None) -> Iterator[Chunk]:
     """One document: its line ends turned to newlines, in pieces at whose borders its tokens end too.
 
     cut: bytes of the text (in UTF-8, line ends turned) of which all that comes later is for the validation split, and
@@ -405,14 +405,14 @@ def text_pieces(name: str, stream: IO[bytes], reading: Reading, cut: int | None 
             end = border(text)
             if cut is not None and offset < cut < offset + end:
                 end = _character(text, cut - offset)
-            yield Part("text", name, offset, text[:end], 1, begins, False, None if cut is None else offset >= cut)
+            yield Chunk("text", name, offset, text[:end], 1, begins, False, None if cut is None else offset >= cut)
             text, offset, begins = text[end:], offset + end, False
     text += b"\n" if held else b""
     if cut is not None and offset < cut < offset + len(text):
         end = _character(text, cut - offset)
-        yield Part("text", name, offset, text[:end], 1, begins, False, False)
+        yield Chunk("text", name, offset, text[:end], 1, begins, False, False)
         text, offset, begins = text[end:], offset + end, False
-    yield Part("text", name, offset, text, 1, begins, True, None if cut is None else offset >= cut)
+    yield Chunk("text", name, offset, text, 1, begins, True, None if cut is None else offset >= cut)
 
 
 def border(text: bytes, size: int = PIECE) -> int:
@@ -428,7 +428,7 @@ def _character(text: bytes, at: int) -> int:
     return next((i for i in range(at, max(0, at - 4), -1) if text[i] & 0xC0 != 0x80), at)
 
 
-def _parquet(path: str, name: str, reading: Reading, skip: int) -> Iterator[Part]:
+def _parquet(path: str, name: str, reading: ReadOptions, skip: int) -> Iterator[Chunk]:
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -450,12 +450,12 @@ def _parquet(path: str, name: str, reading: Reading, skip: int) -> Iterator[Part
         for batch in file.iter_batches(128, row_groups=groups, columns=found):
             data = batch.to_pylist() if reading.chat else batch.column(0).to_pylist()
             if rows + len(data) > skip:
-                part = Part("rows", name, rows + 1, data, len(data), read=int(share * (rows + len(data))))
+                part = Chunk("rows", name, rows + 1, data, len(data), read=int(share * (rows + len(data))))
                 yield part.rest(max(0, skip - rows))
             rows += len(data)
 
 
-def _stream_hub(source: Source, skip: int, state: Any) -> Iterator[Part]:
+def _stream_hub(source: InputFile, skip: int, state: Any) -> Iterator[Chunk]:
     """Rows of a dataset on the hub as they come. A network that fails is asked again, with pauses."""
     try:
         import datasets
@@ -473,10 +473,10 @@ def _stream_hub(source: Source, skip: int, state: Any) -> Iterator[Part]:
                 data.append(row)
                 if len(data) == 128:
                     rows, state, failures = rows + 128, stream.state_dict(), 0
-                    yield Part("rows", source.name, rows - 127, data, 128, state=state)
+                    yield Chunk("rows", source.name, rows - 127, data, 128, state=state)
                     data = []
             if data:
-                yield Part("rows", source.name, rows + 1, data, len(data), state=stream.state_dict())
+                yield Chunk("rows", source.name, rows + 1, data, len(data), state=stream.state_dict())
             return
         except Exception as error:  # the libraries' network errors have no class in common
             failures += 1
@@ -489,7 +489,7 @@ def _stream_hub(source: Source, skip: int, state: Any) -> Iterator[Part]:
             time.sleep(2**failures)
 
 
-def download(source: Source, folder: Path) -> Path:
+def download(source: InputFile, folder: Path) -> Path:
     """A file of the hub, checked, in `folder`. Raises InputError where the network fails or its SHA-256 differs."""
     from huggingface_hub import hf_hub_download
 

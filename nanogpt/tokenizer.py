@@ -377,7 +377,7 @@ class Tokenizer:
 
 
 @contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path to write to, `<path>.partial`: synced and renamed to `path` at the end, deleted if the block raises."""
     partial = path.with_name(path.name + ".partial")
     try:
@@ -407,7 +407,7 @@ def _portable(pattern: str) -> str:
 def _tiktokens(inner: "tokenizers.Tokenizer") -> "tiktoken.Encoding | None":
     """tiktoken's form of a byte-level BPE tokenizer whose ids it is sure to give, else None.
 
-    Both merge neighbours, the earliest-learned pair first, but tiktoken merges any two whose union is a token, the
+    Both merge neighbors, the earliest-learned pair first, but tiktoken merges any two whose union is a token, the
     library only the pairs that it lists. These are the same where each token is listed once, in the order of the ids,
     and is made of its own bytes: had tiktoken merged another pair into it first, the library would be stuck there.
     """

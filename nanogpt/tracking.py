@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from nanogpt import InputError, RunStopped
-from nanogpt.distributed import World, describe, free_memory, say, size
-from nanogpt.optim import state_size
-from nanogpt.tokenizer import aside
+from nanogpt.distributed import World, describe, format_bytes, free_memory, print0
+from nanogpt.optim import optimizer_state_numel
+from nanogpt.tokenizer import atomic_write
 
 BEGUN = time.perf_counter()  # when the program began, the import of torch not counted
 REMEDY = (
@@ -47,7 +47,7 @@ class Stopwatch:
         return self._before + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
 
-class Late:
+class DeferredRead:
     """Reads device values on the host one step late, so that the device never waits for the host."""
 
     def __init__(self, clock: "Stopwatch"):
@@ -77,7 +77,7 @@ class Late:
         return results
 
 
-class Tracker:
+class MetricsWriter:
     """Appends JSON objects, one a line, to `out_dir/metrics.jsonl`; TensorBoard and wandb get the same numbers."""
 
     def __init__(
@@ -131,7 +131,7 @@ class Tracker:
         (nanogpt/checkpoint.py), taken again where the folder is made anew."""
         with self._faults_told():
             if not self.path.exists():
-                say(f"warning: {self.path} is gone, and what it held with it: going on with a new one")
+                print0(f"warning: {self.path} is gone, and what it held with it: going on with a new one")
                 if not self.path.parent.exists():
                     self.path.parent.mkdir(parents=True)
                     lock.take()
@@ -152,7 +152,7 @@ class Tracker:
             yield
         except OSError as error:
             if not self._told:
-                say(f"warning: {self.path} could not be written ({error.strerror}): its lines wait until it can be")
+                print0(f"warning: {self.path} could not be written ({error.strerror}): its lines wait until it can be")
                 self._told = True
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ def missing_extras(config: Any) -> list[str]:
     ]
 
 
-class Log:
+class StepLogger:
     """Prints and records the steps, each read from the device one step late, and knows what the ranks agreed on.
 
     `stop`: the exit status that a signal asked for, else 0. `save_due`: a checkpoint is wanted. `fall`: updates that
@@ -187,9 +187,9 @@ class Log:
         config: Any,  # the run's settings: train.py's TrainConfig
         model: Any,  # for `flops_per_token()` and `config.block_size`
         world: World,
-        tracker: Tracker | None,  # None: print only
+        tracker: MetricsWriter | None,  # None: print only
         clock: Stopwatch,
-        guard: Any,  # nanogpt/optim.py's Guard: how many broken steps in a row end the run, and the spikes so far
+        guard: Any,  # nanogpt/optim.py's UpdateGuard: how many broken steps in a row end the run, and the spikes so far
         step: int,
         samples: int,
         layers: Sequence[str] = (),  # names of those whose norms are logged
@@ -197,7 +197,7 @@ class Log:
         end: float | None = None,  # time.perf_counter() at which a run ends that goes by the clock
     ):
         self.config, self.model, self.world, self.tracker = config, model, world, tracker
-        self.clock, self.patience, self.late = clock, guard.patience, Late(clock)
+        self.clock, self.patience, self.late = clock, guard.max_bad_steps, DeferredRead(clock)
         self.first_step, self.layers, self.clipped, self.end = step, layers, clipped, end
         self.all_rows = config.rows_in(config.max_iters)
         self.samples = {step: samples}  # rows read by each step that is still of use
@@ -207,7 +207,7 @@ class Log:
 
     def put(self, step: int, samples: int, values: Tensor) -> None:
         """values: loss, gradient norm, broken steps in a row, spikes skipped so far, SIGINT seen, SIGTERM seen, a save
-        is due, updates of the fall that is to begin (0: none); then what LayerNorms tells, if anything. samples: rows
+        is due, updates of the fall that is to begin (0: none); then what LayerStats tells, if anything. samples: rows
         read by now."""
         self.samples[step] = samples
         self.late.put(step, values)
@@ -224,7 +224,7 @@ class Log:
                     "touched",
                 )
             if skipped > self.skipped:
-                say(f"step {step}: update skipped, gradient norm {grad_norm:.4g} is a spike ({skipped:.0f} so far)")
+                print0(f"step {step}: update skipped, gradient norm {grad_norm:.4g} is a spike ({skipped:.0f} so far)")
                 self.skipped = skipped
             self.stop = 143 if sigterm else 130 if sigint else self.stop
             self.save_due |= bool(due)
@@ -232,7 +232,7 @@ class Log:
             self.clipped += int(layers[0]) if layers else 0
             if step == self.first_step + 1:
                 self.warm = (seconds, self._tokens(step))
-                say(f"first step done {time.perf_counter() - BEGUN:.1f} s after the start")
+                print0(f"first step done {time.perf_counter() - BEGUN:.1f} s after the start")
             if step % self.config.log_interval == 0:
                 self._line(step, loss, grad_norm, seconds, layers)
             if step == self.first_step + 10:
@@ -248,7 +248,7 @@ class Log:
             line = {"step": step, "tokens": self._tokens(step), "time_s": round(seconds, 3)}
             line |= {f"{split}_loss": loss for split, loss in losses.items()}
             self.tracker.log(line | ({} if val_bpb is None else {"val_bpb": val_bpb}))
-        say(f"step {step:6d} | {told_losses(losses, val_bpb)} | {duration(seconds)} trained")
+        print0(f"step {step:6d} | {format_losses(losses, val_bpb)} | {duration(seconds)} trained")
         if not all(map(math.isfinite, losses.values())):
             why = "the losses of the evaluation are not finite. Nothing was saved, and no checkpoint was touched"
             self._protect(step, f"step {step}: {why}")
@@ -278,14 +278,14 @@ class Log:
             line["layer_update_norms"] = dict(zip(self.layers, layers[1 + n :], strict=True))
         if self.tracker:
             self.tracker.log(line)
-        say(
+        print0(
             f"step {step:6d} | loss {loss:.4f} | lr {line['lr']:.2e} | norm {grad_norm:.2f} | {tokens_per_s:,.0f} tok/s"
             + (f" | mfu {mfu:.1%}" if mfu else "")
             + f" | {duration(self._left_s(step, tokens_per_s))} left"
         )
 
     def _protect(self, step: int, why: str) -> None:
-        """End the run with status 3; `why_stopped` finds the reason in the metrics."""
+        """End the run with status 3; `read_stop_reason` finds the reason in the metrics."""
         if self.tracker:
             self.tracker.log({"step": step, "stopped": why})
         raise RunStopped(f"{why}: {REMEDY}")
@@ -301,7 +301,7 @@ class Log:
         left = self._left_s(step, (self._tokens(step) - tokens) / max(seconds - warm_s, 1e-9))
         end = datetime.now() + timedelta(seconds=left)
         aside = ", evaluations not counted" if self.end is None else ""
-        say(f"finishes in about {duration(left)}, {end:%a %H:%M}{aside}")
+        print0(f"finishes in about {duration(left)}, {end:%a %H:%M}{aside}")
 
     def _tokens(self, step: int) -> int:
         return self.samples[step] * self.model.config.block_size
@@ -314,13 +314,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def told_losses(losses: dict[str, float], val_bpb: float | None) -> str:
+def format_losses(losses: dict[str, float], val_bpb: float | None) -> str:
     """An evaluation for the reader: mean loss in nats by split, and val's in bits per byte where that is known."""
     told = " | ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
     return told + (f", {val_bpb:.4f} bits per byte" if val_bpb is not None else "")
 
 
-def why_stopped(out_dir: Path) -> str | None:
+def read_stop_reason(out_dir: Path) -> str | None:
     """Why the run in `out_dir` ended to protect itself; None where it did not, or has gone on since."""
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
         return json.loads((out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]).get("stopped")
@@ -336,11 +336,11 @@ def _keep_lines(path: Path, step: int, evaluated: bool) -> None:
             line = json.loads(text)
             if line["step"] < step or (line["step"] == step and (evaluated or "val_loss" not in line)):
                 kept.append(text + "\n")
-    with aside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")
 
 
-def report(
+def print_run_summary(
     config: Any, model: Any, micro_batch: int, memory: float, dataset: str, train_tokens: int, world: World, remedy: str
 ) -> None:
     """Print what a run will be, before it begins; memory: bytes; the other arguments are train.py's. Raises
@@ -349,27 +349,27 @@ def report(
     parameters, T, rows = model.count_parameters(), model.config.block_size, config.rows_per_step
     tokens, on_cpu = config.rows_in(config.max_iters) * T, world.device.type == "cpu"
     dtype = str(world.dtype).removeprefix("torch.")
-    say(f"{world.size} process(es) on {describe(world.device)}, {dtype}", f"model       {parameters:,} parameters")
+    print0(f"{world.size} process(es) on {describe(world.device)}, {dtype}", f"model       {parameters:,} parameters")
     if config.eval_only:
         return
     free = free_memory(world.device)
-    say(
+    print0(
         f"step        {rows} rows of {T} = {rows * T:,} tokens, in micro-batches of {micro_batch}"
         + (f", from {config.rows_at(0)} rows on" if config.rows_at(0) < rows else ""),
         f"run         {config.max_iters:,} steps = {tokens:,} tokens = {tokens / train_tokens:.3g} epochs of {dataset} "
         f"= {tokens / parameters:.3g} tokens per parameter",
-        f"memory      about {size(memory)} per process" + (f", {size(free)} are free" if free else ""),
-        f"checkpoint  {size(4 * (parameters + state_size(model, config)))} in {config.out_dir}/ckpt",
+        f"memory      about {format_bytes(memory)} per process" + (f", {format_bytes(free)} are free" if free else ""),
+        f"checkpoint  {format_bytes(4 * (parameters + optimizer_state_numel(model, config)))} in {config.out_dir}/ckpt",
     )
     end = min(config.max_iters, config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters)
     if config.decay_lr and config.warmup_iters > end:
-        say(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end} updates")
+        print0(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end} updates")
     guess = model.flops_per_token() * tokens / (CPU_FLOPS * torch.get_num_threads() * world.size)
     if on_cpu and guess > 30 * 60 and not config.minutes:
         told = "config/train_shakespeare_char_cpu.py is made for a CPU, a few minutes in all"
-        say(f"warning: on this CPU that may take {duration(guess)}; {told}")
+        print0(f"warning: on this CPU that may take {duration(guess)}; {told}")
     if on_cpu and free and memory * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > free:
-        raise InputError(f"{remedy}; about {size(memory)} are needed")
+        raise InputError(f"{remedy}; about {format_bytes(memory)} are needed")
 
 
 def duration(seconds: float) -> str:

@@ -41,7 +41,7 @@ import train
 from nanogpt import checkpoint, data, run_script
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.tracking import Tracker
+from nanogpt.tracking import MetricsWriter
 
 EVERY, STEPS = 4, 32  # steps from save to save, and of a run of one process
 KILLS_A_RUN = 9  # after which a run is let go to its end, and another begins
@@ -58,7 +58,7 @@ OPERATIONS: dict[str, tuple[Any, int, int]] = {
     "fsync": (os, 0, 14),
     "rename": (os, 0, 2),
     "rmtree": (shutil, 0, 5),
-    "log": (Tracker, 0, 2 * EVERY),  # not of a save: a line of metrics.jsonl
+    "log": (MetricsWriter, 0, 2 * EVERY),  # not of a save: a line of metrics.jsonl
 }
 # A step saved twice, because a SIGTERM came before its evaluation: the old checkpoint makes way for the new one.
 TWICE = [("rename", 1, 1.0), ("rename", 2, 0.0), ("rename", 2, 1.0), ("rmtree", 2, 0.5)]
@@ -159,7 +159,7 @@ def watch(journal: Path, doom: Doom | None) -> None:
 
         setattr(checkpoint, name, inside)
 
-    rate, read, to_resume = train.TrainConfig.learning_rate_at, data.Rows.__getitem__, checkpoint.to_resume
+    rate, read, to_resume = train.TrainConfig.learning_rate_at, data.Rows.__getitem__, checkpoint.load_latest
 
     def learning_rate_at(config: train.TrainConfig, step: int) -> float:
         nonlocal last_step
@@ -187,7 +187,7 @@ def watch(journal: Path, doom: Doom | None) -> None:
     for owner, name, spy in (
         (train.TrainConfig, "learning_rate_at", learning_rate_at),
         (data.Rows, "__getitem__", getitem),
-        (checkpoint, "to_resume", find_start),
+        (checkpoint, "load_latest", find_start),
     ):
         setattr(owner, name, spy)
     tell("born", os.environ.get("RANK", 0), os.getpid())
@@ -312,7 +312,7 @@ class Witness:
         if self.out_dir.exists():
             shutil.copytree(self.out_dir, copy)
         with contextlib.redirect_stdout(told):
-            found = checkpoint.to_resume(copy, "auto")
+            found = checkpoint.load_latest(copy, "auto")
         demand(not told.getvalue(), told.getvalue())  # it tells of damaged ones
         step = found.state["step"] if found else 0
         demand(step >= self.finished, f"the newest whole checkpoint is {step}, but {self.finished} was finished")
@@ -326,7 +326,7 @@ class Witness:
         assert self.reference
         for n, (ours, theirs) in enumerate(itertools.zip_longest(metrics(self.out_dir), metrics(self.reference)), 1):
             demand(ours == theirs, f"line {n} of metrics.jsonl: {ours}; undisturbed: {theirs}")
-        whole = checkpoint.steps(self.reference)
+        whole = checkpoint.list_checkpoints(self.reference)
         kept = {path.name for path in (*whole[:2], checkpoint.best(whole)) if path}
         names = {path.name for path in (self.out_dir / "ckpt").iterdir()}
         demand(names == kept, f"ckpt holds {sorted(names)}; undisturbed: {sorted(kept)}")
@@ -334,7 +334,7 @@ class Witness:
             a, b = (checkpoint.load(out_dir / "ckpt" / name) for out_dir in (self.out_dir, self.reference))
             compare(a, b, *(a.state.keys() | b.state.keys()) - {"time_s", "config"})
         for moved in self.out_dir.parent.glob(f"{self.out_dir.name}.[0-9]*"):
-            demand(not checkpoint.steps(moved), f"{moved}: a run with checkpoints was moved aside")
+            demand(not checkpoint.list_checkpoints(moved), f"{moved}: a run with checkpoints was moved aside")
 
     def told(self) -> str:
         """The end of what the run printed."""

@@ -210,7 +210,7 @@ def metrics(out_dir: str | Path, *fields: str) -> list[Any]:
 
 def steps(out_dir: str | Path) -> list[int]:
     """The steps of the checkpoints there are, the oldest first."""
-    return sorted(int(path.name[5:]) for path in checkpoint.steps(Path(out_dir)))
+    return sorted(int(path.name[5:]) for path in checkpoint.list_checkpoints(Path(out_dir)))
 
 
 def assert_same_checkpoint(one: str | Path, other: str | Path, step: int) -> None:

@@ -200,7 +200,7 @@ def test_resume_with_data_of_another_tokenizer(run: Run, used: Path):
 
 
 def test_ranks_that_found_different_checkpoints(run: Run, used: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(distributed.World, "sum", lambda world, values: values + 1)
+    monkeypatch.setattr(distributed.World, "all_reduce_sum", lambda world, values: values + 1)
     message = refused(run, out_dir="out", resume=True, max_iters=5)
     assert message == "out_dir=out does not hold the same checkpoints for all ranks: share it between the nodes"
 
@@ -225,7 +225,7 @@ def test_a_bad_id_in_mid_run_stops_the_run(run: Run, used: Path):
     )
     with pytest.raises(RunStopped, match=r"holds id 9 at token .*vocab_size is 4"):
         run(out_dir="broken", seed=next(seeds), **keys)
-    assert [path.name for path in checkpoint.steps(Path("broken"))] == ["step-000003", "step-000002"]
+    assert [path.name for path in checkpoint.list_checkpoints(Path("broken"))] == ["step-000003", "step-000002"]
 
 
 def starts(seed: int, index: int) -> int:

@@ -125,7 +125,7 @@ def test_the_step_is_that_of_train(run: Run, letters: Path, dtype: str):
     distributed.seed(config.seed, config.deterministic)
     model = bench.open_model(config, given)
     tokens = bench.open_tokens(config, model.config)
-    _, losses = bench.take_turn(bench.our_steps(config, model, tokens, world), 9, world)
+    _, losses = bench.take_turn(bench.training_steps(config, model, tokens, world), 9, world)
     assert list(enumerate(losses, 1)) == metrics("run", "step", "loss")
 
 
@@ -157,7 +157,7 @@ def test_numbers_fit_together(benched: Callable[..., str]):
     assert f"{figures['product_flops'] / 1e12:.3g}" == f"{peak:.3g}"
     assert [f"{ms:.2f}" for ms in (line["ms"], *line["quartiles_ms"])] == [middle, low, high]
     assert (f"{line['last_loss']:.4f}", f"{line['first_step_s']:.1f}") == (loss, first_s)
-    assert (distributed.size(line["memory"]), line["mfu"], line["side"]) == (memory, None, "ours")
+    assert (distributed.format_bytes(line["memory"]), line["mfu"], line["side"]) == (memory, None, "ours")
     assert np.median(line["seconds"]) * 1000 == pytest.approx(line["ms"])
 
 
@@ -218,7 +218,7 @@ def test_flags_win_over_the_rows_of_the_table():
 def test_the_models_of_the_tables_are_of_the_sizes_in_their_names(kind: str):
     config, given = bench.parse(bench.BenchConfig, ["--table=True"])
     for name, recipe in bench.pick_recipes(config, given, torch.device(kind)).items():
-        sizes = {key: getattr(recipe, key) for key in bench.SHAPE_KEYS}
+        sizes = {key: getattr(recipe, key) for key in bench.MODEL_KEYS}
         with torch.device("meta"):
             model = GPT(GPTConfig(vocab_size=recipe.vocab_size, **sizes))
         if millions := re.search(r"([\d.]+)M", name):

@@ -14,7 +14,7 @@ import sample
 from nanogpt import InputError, data
 from nanogpt.chat import PLAIN, WITH_TURNS, Chat, template_for, turns
 from nanogpt.prepare import prepare
-from nanogpt.sources import Reading, find
+from nanogpt.sources import ReadOptions, find
 from nanogpt.tokenizer import END_OF_TEXT, Tokenizer
 
 # As Qwen3's works: a place to think before the last answer, which earlier answers lose; a system message of its own.
@@ -198,11 +198,13 @@ def test_a_model_learns_to_answer(run: Run, monkeypatch: pytest.MonkeyPatch, cap
     Path("talk.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "!"}])))
     sources = find(["talk.jsonl"])
     with pytest.raises(InputError, match=r"line 181: has neither messages nor completion, .* --skip_bad=True"):
-        prepare(Path("talk"), sources, "byte", reading=Reading(chat=True), workers=1)
+        prepare(Path("talk"), sources, "byte", reading=ReadOptions(chat=True), workers=1)
     Path("talk.txt").write_text("Hello")
     with pytest.raises(InputError, match=r"talk\.txt: is a text, where conversations come in rows"):
-        prepare(Path("talk"), find(["talk.txt"]), "byte", reading=Reading(chat=True), workers=1)
-    meta = prepare(Path("talk"), sources, "byte", reading=Reading(chat=True, skip_bad=True), val_share=0.4, workers=1)
+        prepare(Path("talk"), find(["talk.txt"]), "byte", reading=ReadOptions(chat=True), workers=1)
+    meta = prepare(
+        Path("talk"), sources, "byte", reading=ReadOptions(chat=True, skip_bad=True), val_share=0.4, workers=1
+    )
     assert meta["bad"][0] == 1
     tokens = data.open_dataset("talk", block_size=8, verify=True).train
     tokenizer = Tokenizer.load("talk")
@@ -219,7 +221,7 @@ def test_a_model_learns_to_answer(run: Run, monkeypatch: pytest.MonkeyPatch, cap
     fixed = ["sample.py", "--device=cpu", "--dtype=float32", "--out_dir=out", "--temperature=0", "--checkpoint=latest"]
     monkeypatch.setattr(sys, "argv", [*fixed, "--chat=True", f"--start={other}", "--num_samples=2"])
     sample.main()
-    assert capsys.readouterr().out.split(sample.RULER) == [QUESTIONS[other]] * 2 + [""]
+    assert capsys.readouterr().out.split(sample.SEPARATOR) == [QUESTIONS[other]] * 2 + [""]
 
     typed = iter([question, other, "", other, question * 20, EOFError()])
 

@@ -21,7 +21,7 @@ import train
 from model import GPT
 from nanogpt import InputError, RunStopped, checkpoint
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.tracking import Tracker
+from nanogpt.tracking import MetricsWriter
 
 
 def facts(step: int, val_loss: float | None = None) -> dict[str, Any]:
@@ -83,13 +83,13 @@ def test_damage_is_refused(tmp_path: Path, message: str, capsys: pytest.CaptureF
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert "use another checkpoint" in str(caught.value)
-    found = checkpoint.to_resume(tmp_path, True)
+    found = checkpoint.load_latest(tmp_path, True)
     assert found is not None
     assert found.path.name == "step-000001"
     assert "step-000002 is damaged" in capsys.readouterr().out
     flip_a_bit(tmp_path / "ckpt/step-000001/state.json")
     with pytest.raises(InputError, match=r"no checkpoint of .* is whole"):
-        checkpoint.to_resume(tmp_path, "auto")
+        checkpoint.load_latest(tmp_path, "auto")
 
 
 def test_a_name_in_the_manifest_leads_nowhere_else(tmp_path: Path):
@@ -168,7 +168,7 @@ def test_a_kill_between_two_names_is_mended(tmp_path: Path, step: int):
         save(tmp_path, number)
     final = tmp_path / f"ckpt/step-{step:06d}"
     final.rename(final.with_name(f".{final.name}.old.partial"))
-    found = checkpoint.to_resume(tmp_path, "auto")
+    found = checkpoint.load_latest(tmp_path, "auto")
     assert found
     assert found.path == final
 
@@ -310,15 +310,15 @@ def test_a_folder_that_is_deleted_is_made_anew(
         return original(config, at)
 
     monkeypatch.setattr(train.TrainConfig, "learning_rate_at", delete)
-    original_sync, refused = Tracker.sync, []
+    original_sync, refused = MetricsWriter.sync, []
 
-    def sync(tracker: Tracker, lock: checkpoint.Lock) -> None:
+    def sync(tracker: MetricsWriter, lock: checkpoint.Lock) -> None:
         original_sync(tracker, lock)
         with pytest.raises(InputError, match="a run is writing there now"):
             checkpoint.Lock(Path("out")).take()
         refused.append(True)
 
-    monkeypatch.setattr(Tracker, "sync", sync)
+    monkeypatch.setattr(MetricsWriter, "sync", sync)
     assert run(out_dir="out") == 0
     assert len(refused) == 3
     assert "warning: out/metrics.jsonl is gone" in capsys.readouterr().out
@@ -444,7 +444,7 @@ def test_a_damaged_best_is_not_the_best(run: Run, monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_is_read_before_the_folder_is_one_s_own(run: Run, monkeypatch: pytest.MonkeyPatch):
     run(out_dir="out", max_iters=2)
-    monkeypatch.setattr(checkpoint, "to_resume", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(checkpoint, "load_latest", lambda *_: pytest.fail("it was read"))
     with checkpoint.Lock(Path("out")), pytest.raises(InputError, match="a run is writing there now"):
         run(out_dir="out", resume=True)
 
@@ -464,7 +464,7 @@ def test_a_folder_moves_with_its_lock(tmp_path: Path):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Path, "rename", rename)
-            assert checkpoint.make_room(lock) == tmp_path / "out.1"
+            assert checkpoint.archive_previous_run(lock) == tmp_path / "out.1"
         assert tried == [out]
         with pytest.raises(InputError, match="a run is writing there now"):
             checkpoint.Lock(out).take()
@@ -497,7 +497,7 @@ each = sum(path.stat().st_size for path in Path("whole/ckpt/step-000008").iterdi
 Path("disk").mkdir()
 mount("-t", "tmpfs", "-o", f"size={each * 5 // 2 // 4096 * 4096}", "none", "disk")
 print("full", run("disk/run"), Path("disk/run/metrics.jsonl").read_text().count('"lr"'))
-print("kept", *(path.name for path in checkpoint.steps(Path("disk/run"))))
+print("kept", *(path.name for path in checkpoint.list_checkpoints(Path("disk/run"))))
 mount("-o", "remount,size=100m", "disk")
 print("larger", run("disk/run", "--resume=auto"))
 rate = train.TrainConfig.learning_rate_at

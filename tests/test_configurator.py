@@ -1,4 +1,4 @@
-"""configurator.py: what flags and files may say, who wins, and that every mistake is named at once."""
+"""configurator.py: what flags and files may print0, who wins, and that every mistake is named at once."""
 
 import dataclasses
 import re

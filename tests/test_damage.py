@@ -57,7 +57,7 @@ def assert_falls_back(out_dir: Path, capsys: pytest.CaptureFixture[str], to: int
         with pytest.raises(InputError, match=f"step-{step:06d} is damaged: .*; use another checkpoint") as caught:
             checkpoint.load(out_dir / f"ckpt/step-{step:06d}")
         assert "\n" not in str(caught.value)
-    found = checkpoint.to_resume(out_dir, True)
+    found = checkpoint.load_latest(out_dir, True)
     assert found
     assert found.state["step"] == to
     told = capsys.readouterr().out.splitlines()
@@ -149,7 +149,7 @@ def test_no_such_file(out_dir: Path, capsys: pytest.CaptureFixture[str], name: s
     if name or (out_dir / "ckpt/step-000024").exists():
         assert_falls_back(out_dir, capsys)
     else:  # no folder: nothing to name
-        found = checkpoint.to_resume(out_dir, True)
+        found = checkpoint.load_latest(out_dir, True)
         assert found
         assert found.state["step"] == 16
 
@@ -225,7 +225,7 @@ def test_a_state_of_the_version_before(out_dir: Path):
 
 
 def test_the_best_is_not_a_damaged_one(out_dir: Path):
-    paths = checkpoint.steps(out_dir)
+    paths = checkpoint.list_checkpoints(out_dir)
     best = checkpoint.best(paths)
     others = [path for path in paths if path != best]
     for path, lie in zip(others, (0.0, "x"), strict=True):

@@ -367,7 +367,7 @@ def test_masked_targets_are_no_targets(folder: Path):
     counts = np.stack([mask["train"][start + 1 : start + 17] for start in rows.starts(slice(0, 40))])
     assert torch.equal(inputs, x)
     assert torch.equal(targets, torch.where(torch.from_numpy(counts), y, -1))
-    assert rows.counted(slice(3, 40)) == counts[3:].sum() == (targets[3:] >= 0).sum()
+    assert rows.num_targets(slice(3, 40)) == counts[3:].sum() == (targets[3:] >= 0).sum()
     windows = EvalWindows(data.val, 16, 0, 1, 50)[0:99][1]
     assert torch.equal(windows.flatten() >= 0, torch.from_numpy(mask["val"][1:225]))
     assert data.val.bits_per_byte(1.0) is None  # of a part of the text

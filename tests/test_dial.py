@@ -39,25 +39,28 @@ def test_the_choice_is_the_best_of_all_widths(
 ):
     """On a machine whose seconds a token are 1e-6 and so much a FLOP, of a text 1.1 times as hard as the law's."""
 
-    def token_s(trial: dial.Trial, config: TrainConfig) -> float:
+    def token_s(trial: dial.SpeedTrial, config: TrainConfig) -> float:
         clock[0] += 1
         return 1e-6 + per_flop * trial.flops(config.n_embd)
 
-    monkeypatch.setattr(dial.Trial, "token_s", token_s)
-    monkeypatch.setattr(dial.Trial, "hardness", lambda *_: 1.1)
+    monkeypatch.setattr(dial.SpeedTrial, "token_s", token_s)
+    monkeypatch.setattr(dial.SpeedTrial, "difficulty", lambda *_: 1.1)
     endless = property(lambda _: 10**12, lambda *_: None)  # or these few letters would be learned by heart
-    monkeypatch.setattr(dial.Trial, "unique", endless, raising=False)
+    monkeypatch.setattr(dial.SpeedTrial, "unique", endless, raising=False)
     letters_of_books = property(lambda _: 83, lambda *_: None)  # or no loss above ln 4 would be expected
-    monkeypatch.setattr(dial.Trial, "vocab_size", letters_of_books, raising=False)
+    monkeypatch.setattr(dial.SpeedTrial, "vocab_size", letters_of_books, raising=False)
     config = TrainConfig(dataset=str(letters), minutes=minutes, block_size=16, arch="gpt2", device="cpu")
     chosen, told = dial.choose(config, WORLD)
-    trial, left_s = dial.Trial(config, WORLD), 60 * minutes * (1 - dial.EVALUATION_SHARE) - clock[0] - dial.END_S
+    trial, left_s = (
+        dial.SpeedTrial(config, WORLD),
+        60 * minutes * (1 - dial.EVALUATION_SHARE) - clock[0] - dial.SHUTDOWN_S,
+    )
     losses = {}
     for width in dial.WIDTHS:
         tokens = left_s / (1e-6 + per_flop * trial.flops(width))
         losses[width] = scaling.LAW.loss(scaling.weights(scaling.shape(width)), tokens)
     assert losses[chosen.n_embd] == pytest.approx(min(losses.values()), rel=3e-3)
-    assert told["expected_loss"] == pytest.approx(1.1 * dial.FALL_COSTS * min(losses.values()), rel=3e-3)
+    assert told["expected_loss"] == pytest.approx(1.1 * dial.SHORT_DECAY_PENALTY * min(losses.values()), rel=3e-3)
     assert told["evaluation_s"] <= dial.EVALUATION_SHARE * 60 * minutes
     tokens = chosen.max_iters * chosen.rows_per_step * 16
     assert tokens * (1e-6 + per_flop * trial.flops(chosen.n_embd)) == pytest.approx(left_s, rel=0.05)
@@ -66,10 +69,10 @@ def test_the_choice_is_the_best_of_all_widths(
 
 def test_little_text_is_not_learned_by_heart(letters: Path, monkeypatch: pytest.MonkeyPatch, clock: list[float]):
     """More minutes never make it worse; what is more than enough ends early, by steps that are settled."""
-    monkeypatch.setattr(dial.Trial, "token_s", lambda trial, at: 1e-11 * trial.flops(at.n_embd))
-    monkeypatch.setattr(dial.Trial, "hardness", lambda *_: 1.1)
+    monkeypatch.setattr(dial.SpeedTrial, "token_s", lambda trial, at: 1e-11 * trial.flops(at.n_embd))
+    monkeypatch.setattr(dial.SpeedTrial, "difficulty", lambda *_: 1.1)
     for unique in (5_000, 50_000, 300_000, 10**6):
-        monkeypatch.setattr(dial.Trial, "unique", property(lambda _, n=unique: n, lambda *_: None), raising=False)
+        monkeypatch.setattr(dial.SpeedTrial, "unique", property(lambda _, n=unique: n, lambda *_: None), raising=False)
         before = math.inf
         for minutes in (1, 3, 10, 60, 600):
             clock[0] = 10.0
@@ -81,7 +84,7 @@ def test_little_text_is_not_learned_by_heart(letters: Path, monkeypatch: pytest.
             assert size < 4 * unique or chosen.n_embd == 32
             if chosen.schedule == "trapezoid":
                 assert chosen.last_step == chosen.max_iters
-                assert chosen.decay_iters == pytest.approx(dial.FALL * chosen.max_iters, abs=1)
+                assert chosen.decay_iters == pytest.approx(dial.DECAY_SHARE * chosen.max_iters, abs=1)
                 epochs = chosen.max_iters * chosen.rows_per_step * 16 / unique
                 assert 1 < epochs < 20
             else:
@@ -95,7 +98,7 @@ def test_processes_choose_the_same(letters: Path, monkeypatch: pytest.MonkeyPatc
     meeting, given, mine = threading.Barrier(2, timeout=30), {}, threading.local()
 
     class One(World):
-        def sum(self, values: torch.Tensor) -> torch.Tensor:
+        def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
             given[self.rank] = values
             meeting.wait()
             total = given[0] + given[1]
@@ -106,10 +109,12 @@ def test_processes_choose_the_same(letters: Path, monkeypatch: pytest.MonkeyPatc
         mine.rank = rank
         return dial.choose(config, One(rank, 2, torch.device("cpu"), torch.float32))
 
-    flops = dial.Trial.flops
-    monkeypatch.setattr(dial.Trial, "token_s", lambda trial, at: (1 + mine.rank) * 1e-11 * flops(trial, at.n_embd))
-    monkeypatch.setattr(dial.Trial, "hardness", lambda *_: 1 + 0.1 * mine.rank if known else [1.1, math.nan][mine.rank])
-    monkeypatch.setattr(dial.Trial, "fits", lambda _, at, rows: rows <= 8 and (mine.rank == 0 or at.n_embd < 96))
+    flops = dial.SpeedTrial.flops
+    monkeypatch.setattr(dial.SpeedTrial, "token_s", lambda trial, at: (1 + mine.rank) * 1e-11 * flops(trial, at.n_embd))
+    monkeypatch.setattr(
+        dial.SpeedTrial, "difficulty", lambda *_: 1 + 0.1 * mine.rank if known else [1.1, math.nan][mine.rank]
+    )
+    monkeypatch.setattr(dial.SpeedTrial, "fits", lambda _, at, rows: rows <= 8 and (mine.rank == 0 or at.n_embd < 96))
     monkeypatch.setattr(dial, "process_age", lambda: 1 + 9 * mine.rank)
     config = TrainConfig(dataset=str(letters), minutes=1.0, block_size=16, device="cpu")
     with ThreadPoolExecutor(2) as pool:
@@ -123,7 +128,7 @@ def test_processes_choose_the_same(letters: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_process_of_four_tries_its_share_within_its_memory(letters: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(dial, "TRY_S", 0.0)
-    trial = dial.Trial(
+    trial = dial.SpeedTrial(
         TrainConfig(dataset=str(letters), minutes=1.0, block_size=16), World(0, 4, WORLD.device, WORLD.dtype)
     )
     one = trial.settings(32, 1e3, 4)
@@ -151,10 +156,10 @@ def test_the_fall_ends_with_the_minutes(clock: list[float], step_s: float, inter
             clock[0] += TOLD["evaluation_s"]
     left = 120 - 30 - clock[0]
     pause = TOLD["evaluation_s"] if interval else 0.0
-    assert left - TOLD["evaluation_s"] - dial.END_S == pytest.approx(
-        dial.FALL * 120 - pause / 2, abs=step_s + pause / 2
+    assert left - TOLD["evaluation_s"] - dial.SHUTDOWN_S == pytest.approx(
+        dial.DECAY_SHARE * 120 - pause / 2, abs=step_s + pause / 2
     )
-    passed = fall * step_s + (fall // interval if interval else 0) * pause + TOLD["evaluation_s"] + dial.END_S
+    passed = fall * step_s + (fall // interval if interval else 0) * pause + TOLD["evaluation_s"] + dial.SHUTDOWN_S
     assert passed == pytest.approx(left, abs=step_s + pause)
     assert timer.state()["spent_s"] == pytest.approx(120 - left)
 

@@ -145,11 +145,11 @@ from nanogpt import distributed, run_script
 def main():
     distributed.PATIENCE_S = 3.0
     world = distributed.start("cpu", "float32")
-    world.sum(torch.ones(1))
+    world.all_reduce_sum(torch.ones(1))
     if world.rank == 1:
         time.sleep(60) if sys.argv[1] == "hangs" else os._exit(1)
-    with distributed.explained_faults("memory"):
-        world.sum(torch.ones(1))
+    with distributed.explain_errors("memory"):
+        world.all_reduce_sum(torch.ones(1))
 
 run_script(main)
 """

@@ -338,11 +338,11 @@ def test_scores_by_hand():
     from nanogpt import harness
 
     model, letters = tiny(T=4), Tokenizer.characters("\n ab")  # which have no end of text: ids from 0 on, in order
-    asked = harness.Asked(model, letters, CPU)
+    asked = harness.NanoGPTLM(model, letters, CPU)
     expected = [inference.logprobs(model, ids).sum().item() for ids in ([0, 0, 2], [0, 1, 2], [2, 0])]
     assert [total for total, _ in asked.loglikelihood(requests, True)] == pytest.approx(expected, abs=1e-6)
     assert asked.loglikelihood_rolling(asking("loglikelihood_rolling", ("\na",)), True) == pytest.approx(expected[:1])
-    assert harness.Asked(model, WORDS, CPU).tok_encode(f"a{END_OF_TEXT}")[1:] == [WORDS.end_of_text]
+    assert harness.NanoGPTLM(model, WORDS, CPU).tok_encode(f"a{END_OF_TEXT}")[1:] == [WORDS.end_of_text]
 
     for wrong in (None, 2, 7):  # the place of the one id that is not the likeliest
         ids = [1]
@@ -373,13 +373,13 @@ def test_texts_by_a_script(monkeypatch: pytest.MonkeyPatch):
         def __init__(self, *_: Any):
             pass
 
-        def write(self, texts: Any, most: int, how: Any, samples: list[int]) -> Any:
+        def generate(self, texts: Any, most: int, how: Any, samples: list[int]) -> Any:
             calls.append(([WORDS.decode(text) for text in texts], samples, how))
             for text in ("a", "<|im_start|>", "b", "<|im_end|>", "c", END_OF_TEXT, "d"):
                 yield [inference.Token(WORDS.encode(f"{i}" if text == "a" else text)[0]) for i in samples]
 
     monkeypatch.setattr(harness, "Decoder", Script)
-    texts = harness.Asked(tiny(), WORDS, CPU).generate_until(requests, True)
+    texts = harness.NanoGPTLM(tiny(), WORDS, CPU).generate_until(requests, True)
     assert texts == ["0bc", "1bc", "2b", "3bc", "4bc", "5bc", "6b"]
     how = inference.Sampling(0.5, vocab_size=300)
     likeliest = replace(how, temperature=0.0)
@@ -419,7 +419,7 @@ def test_tasks_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     settings = write_tasks(stops=[])["mini_choice"]
     Path("tasks/own.py").write_text("def broken(doc, results):\n    return {'acc': doc['no such']}\n")
-    asked = harness.Asked(tiny(vocab_size=300), WORDS, CPU)
+    asked = harness.NanoGPTLM(tiny(vocab_size=300), WORDS, CPU)
 
     def fault(added: str, kind: type[Exception] = InputError, **options: Any) -> str:
         Path("tasks/mini_own.yaml").write_text(json.dumps(settings | {"task": "mini_own"})[:-1] + f"{added}}}")
@@ -471,7 +471,7 @@ def test_tasks_as_the_harness_scores_the_exported_folder(
     # With its cache of logits the backend (0.4.13) was found wrong by 0.8 nats where four texts went together: of two
     # windows that read the same and ask for unlike many tokens of it, one gets the other's.
     theirs = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=4, logits_cache=False)
-    ours = harness.Asked(model, WORDS, CPU)
+    ours = harness.NanoGPTLM(model, WORDS, CPU)
     found = []
     for asked in (theirs, ours):
         results = harness.run_tasks(asked, [*TASKS], "tasks", num_fewshot=0)
@@ -544,7 +544,7 @@ def test_tasks_as_a_user_asks_for_them(tell: Tell, monkeypatch: pytest.MonkeyPat
     with pytest.raises(InputError, match=r"tasks=mini_own: cannot be evaluated \(AttributeError.*\): mend the task"):
         tell("--tasks=mini_own", "--include_path=tasks")
 
-    asked, ids = harness.Asked(model, WORDS, CPU), WORDS.encode(TEXT)[:80]
+    asked, ids = harness.NanoGPTLM(model, WORDS, CPU), WORDS.encode(TEXT)[:80]
     for context in ([5], [5, 6, 7]):
         ((total, _),) = asked._loglikelihood_tokens([(("", ""), context, ids)])
         before = [context[-1], *ids]

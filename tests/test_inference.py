@@ -13,7 +13,17 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from nanogpt import InputError, inference
-from nanogpt.inference import Decoder, Sampling, TextStream, draw, generate, logprobs, odds, sample_text, window_start
+from nanogpt.inference import (
+    Decoder,
+    Sampling,
+    TextStream,
+    filtered_probs,
+    generate,
+    logprobs,
+    sample_text,
+    sample_tokens,
+    window_start,
+)
 from nanogpt.tokenizer import Tokenizer
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.0, -3.0])
@@ -48,8 +58,8 @@ def oracle(how: Sampling) -> Tensor:
 
 
 def chances(logits: Tensor, how: Sampling) -> Tensor:
-    """What `odds` says of every id."""
-    shares, ids = odds(logits, how)
+    """What `filtered_probs` says of every id."""
+    shares, ids = filtered_probs(logits, how)
     if ids is not None:
         shares = torch.zeros_like(logits).scatter(-1, ids, shares)
     return shares / shares.sum(-1, keepdim=True)
@@ -76,7 +86,7 @@ def test_frequencies_are_those_of_transformers_filters(how: Sampling):
     assert (both[0] - expected).abs().max() < 1e-6
     assert (both[1] - both[0].flip(0)).abs().max() < 1e-6
     count = 20_000
-    ids = draw(LOGITS.expand(count, -1), how, [(i // 100, i % 100) for i in range(count)])
+    ids = sample_tokens(LOGITS.expand(count, -1), how, [(i // 100, i % 100) for i in range(count)])
     seen, expected = torch.bincount(ids, minlength=5), count * expected
     assert seen[expected == 0].sum() == 0
     kept = int((expected > 0).sum())
@@ -87,14 +97,14 @@ def test_frequencies_are_those_of_transformers_filters(how: Sampling):
 def test_a_draw_is_its_seed_s_sample_s_and_position_s_alone():
     how, places = Sampling(seed=7), [(sample, position) for sample in range(5) for position in range(40)]
     logits = torch.randn(len(places), 50, generator=torch.Generator().manual_seed(1))
-    ids = draw(logits, how, places)
+    ids = sample_tokens(logits, how, places)
     backwards = [*range(len(places))][::-1]
-    assert torch.equal(draw(logits[backwards], how, [places[i] for i in backwards]), ids.flip(0))
-    assert all(draw(logits[i : i + 1], how, [places[i]]) == ids[i] for i in range(0, len(places), 7))
+    assert torch.equal(sample_tokens(logits[backwards], how, [places[i] for i in backwards]), ids.flip(0))
+    assert all(sample_tokens(logits[i : i + 1], how, [places[i]]) == ids[i] for i in range(0, len(places), 7))
     alike = logits[:1].expand(len(places), -1)
     for other in (Sampling(seed=8), how):
         moved = [(sample + (other is how), position) for sample, position in places]
-        assert (draw(alike, other, moved) == draw(alike, how, places)).float().mean() < 0.3
+        assert (sample_tokens(alike, other, moved) == sample_tokens(alike, how, places)).float().mean() < 0.3
 
 
 def test_greedy():
@@ -107,9 +117,9 @@ def test_greedy():
         Sampling(temperature=1e-45),
         Sampling(temperature=0, top_k=2, top_p=0.5),
     ):
-        assert draw(rows, how, places).tolist() == [1, 0]
-    assert draw(rows.flip(1), Sampling(temperature=0, vocab_size=2), places).tolist() == [1, 1]
-    assert draw(rows.flip(1).repeat(200, 1), Sampling(vocab_size=2), [(i, 0) for i in range(400)]).max() == 1
+        assert sample_tokens(rows, how, places).tolist() == [1, 0]
+    assert sample_tokens(rows.flip(1), Sampling(temperature=0, vocab_size=2), places).tolist() == [1, 1]
+    assert sample_tokens(rows.flip(1).repeat(200, 1), Sampling(vocab_size=2), [(i, 0) for i in range(400)]).max() == 1
 
 
 @pytest.mark.parametrize("how", [Sampling(top_k=2), Sampling(top_k=2, top_p=0.99), Sampling(top_k=2, min_p=0.5)])
@@ -122,7 +132,9 @@ def test_a_hair_s_difference_does_not_change_what_is_drawn(how: Sampling):
     """Rounding may change which of two is the likelier, as between the cached and the plain way."""
     places = [(sample, 0) for sample in range(500)]
     one, other = torch.tensor([[1.0, 1.00001, 1.0, 0.5, -2.0]]), torch.tensor([[1.00001, 1.0, 1.00001, 0.5, -2.0]])
-    assert (draw(one.expand(500, -1), how, places) != draw(other.expand(500, -1), how, places)).sum() <= 1
+    assert (
+        sample_tokens(one.expand(500, -1), how, places) != sample_tokens(other.expand(500, -1), how, places)
+    ).sum() <= 1
 
 
 @pytest.mark.parametrize("how", [Sampling(), Sampling(temperature=0), Sampling(top_k=2, top_p=0.9)])
@@ -131,7 +143,7 @@ def test_what_is_no_number_is_no_token(how: Sampling):
     for bad in (torch.nan, torch.inf):
         logits[1, 2] = bad
         with pytest.raises(InputError, match="try --dtype=float32"):
-            draw(logits, how, [(0, 0), (1, 0), (2, 0)])
+            sample_tokens(logits, how, [(0, 0), (1, 0), (2, 0)])
 
 
 # ---- the cache
@@ -196,40 +208,42 @@ def test_logits_are_those_of_the_plain_way(model: GPT, texts: list[list[int]]):
 @pytest.mark.parametrize("how", [Sampling(temperature=0), Sampling(temperature=1.5, top_k=30, top_p=0.95, min_p=0.01)])
 def test_text_is_that_of_the_plain_way(model: GPT, how: Sampling):
     """Greedy and drawn, each row for itself, whatever the others are."""
-    written = [[token.id for token in row] for row in zip(*Decoder(model, rows=5).write(TEXTS, 40, how), strict=True)]
+    written = [
+        [token.id for token in row] for row in zip(*Decoder(model, rows=5).generate(TEXTS, 40, how), strict=True)
+    ]
     assert model.training
     plain = [torch.tensor([TEXTS[0]] * 5), torch.tensor([TEXTS[1]] * 5)]
     for row in (0, 1, 4):
         ids = torch.cat(list(generate(model, plain[row == 1], 40, how)), dim=1)[row]
         assert written[row] == ids.tolist()
     assert (written[0] == written[4]) == (how.temperature == 0)
-    alone = Decoder(model).write([TEXTS[2]], 40, how, samples=[2])
+    alone = Decoder(model).generate([TEXTS[2]], 40, how, samples=[2])
     assert [token.id for (token,) in alone] == written[2]
 
 
 def test_equal_texts_are_read_once(model: GPT, monkeypatch: pytest.MonkeyPatch):
     shapes: list[Any] = []
-    original = GPT.features
+    original = GPT.hidden_states
     monkeypatch.setattr(
         GPT,
-        "features",
+        "hidden_states",
         lambda self, idx, *rest, **keys: (shapes.append(idx.shape), original(self, idx, *rest, **keys))[1],
     )
-    [*Decoder(model, rows=6).write([[1, 2, 3]] * 6, 4)]
+    [*Decoder(model, rows=6).generate([[1, 2, 3]] * 6, 4)]
     assert shapes == [(1, 3), (6, 1), (6, 1), (6, 1)]
 
 
 def test_a_cache_no_longer_than_needed(model: GPT):
     full, short = Decoder(model), Decoder(model, length=9)
     assert short.cache.keys.shape[3] == 9
-    assert [*short.write([[1, 2, 3]], 6)] == [*full.write([[1, 2, 3]], 6)]
+    assert [*short.generate([[1, 2, 3]], 6)] == [*full.generate([[1, 2, 3]], 6)]
 
 
 def test_long_texts_are_read_a_few_at_a_time(model: GPT, monkeypatch: pytest.MonkeyPatch):
     how = Sampling(temperature=0)
-    whole = [*Decoder(model, rows=5).write(TEXTS, 40, how)]
+    whole = [*Decoder(model, rows=5).generate(TEXTS, 40, how)]
     monkeypatch.setattr(inference, "MOST_TOKENS", 2 * BLOCK)
-    assert [*Decoder(model, rows=5).write(TEXTS, 40, how)] == whole
+    assert [*Decoder(model, rows=5).generate(TEXTS, 40, how)] == whole
 
 
 def test_what_a_decoder_cannot_do(model: GPT):
@@ -277,7 +291,7 @@ def test_sixteen_bits(model: GPT, way: str, dtype: torch.dtype):
             inference.pack(model, partial(inference.rounded_linear, dtype=dtype))
         found = model(texts)[0]
         logits = Decoder(model, rows=3).start(texts.tolist())
-        assert len([*Decoder(model, rows=2).write([[1], [2, 3]], 30)]) == 30
+        assert len([*Decoder(model, rows=2).generate([[1], [2, 3]], 30)]) == 30
     assert found.dtype == dtype
     error = {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype] * exact.abs().max()
     assert 0 < (found - exact).abs().max() < error
@@ -291,8 +305,8 @@ def test_many_compiled_decoders(model: GPT, monkeypatch: pytest.MonkeyPatch):
     how = Sampling(temperature=0)
     for rows in range(1, 11):
         texts = TEXTS[:1] * rows
-        written = [*Decoder(model, rows, compiled=True).write(texts, 3 + (rows == 1) * BLOCK, how)]
-        assert written == [*Decoder(model, rows).write(texts, 3 + (rows == 1) * BLOCK, how)]
+        written = [*Decoder(model, rows, compiled=True).generate(texts, 3 + (rows == 1) * BLOCK, how)]
+        assert written == [*Decoder(model, rows).generate(texts, 3 + (rows == 1) * BLOCK, how)]
 
 
 @pytest.mark.slow
@@ -300,7 +314,7 @@ def test_compiled_steps(model: GPT):
     how = Sampling(temperature=0)
     eager, compiled = Decoder(model, rows=5), Decoder(model, rows=5, compiled=True)
     for _ in range(2):
-        assert [*compiled.write(TEXTS, 20, how)] == [*eager.write(TEXTS, 20, how)]
+        assert [*compiled.generate(TEXTS, 20, how)] == [*eager.generate(TEXTS, 20, how)]
 
 
 # ---- how sure it was
@@ -309,7 +323,7 @@ def test_compiled_steps(model: GPT):
 def test_logprobs(model: GPT):
     """Of a text three contexts long: those of its tokens as they were drawn. Of a short one: the loss."""
     texts = [[1, 2, 3], [4, 5]]
-    rows = [*zip(*Decoder(model, rows=2).write(texts, 50, Sampling(temperature=3, top_k=9), rivals=3), strict=True)]
+    rows = [*zip(*Decoder(model, rows=2).generate(texts, 50, Sampling(temperature=3, top_k=9), rivals=3), strict=True)]
     for text, row in zip(texts, rows, strict=True):
         found = logprobs(model, text + [token.id for token in row])
         assert found.shape == (len(text) + 49,)
@@ -344,13 +358,13 @@ def test_packed_weights_are_float16(model: GPT):
         after = model(texts)[0]
         expected = rounded(texts)[0]
         if model.config.tied:  # the output layer is rounded, the embedding is not
-            x = rounded.norm(rounded.features(texts)[:, -1:])
+            x = rounded.norm(rounded.hidden_states(texts)[:, -1:])
             expected = (x @ rounded.tokens.weight.half().float().T)[..., :V]
     assert (after - expected).abs().max() < 1e-5 * before.abs().max()
     assert 1e-6 < (after - before).abs().max() / before.abs().max() < 5e-3
     assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
-    together = [*zip(*Decoder(model, rows=2).write([[1], [2, 3]], 30), strict=True)]
-    assert [[token] for token in together[1]] == [*Decoder(model).write([[2, 3]], 30, samples=[1])]
+    together = [*zip(*Decoder(model, rows=2).generate([[1], [2, 3]], 30), strict=True)]
+    assert [[token] for token in together[1]] == [*Decoder(model).generate([[2, 3]], 30, samples=[1])]
 
 
 # ---- text
@@ -470,8 +484,8 @@ def test_sample_text(model: GPT):
 
 def test_sample_text_of_long_tokens(model: GPT, monkeypatch: pytest.MonkeyPatch):
     asked: list[Any] = []
-    original: Callable[..., Any] = Decoder.write
-    monkeypatch.setattr(Decoder, "write", lambda self, *rest: (asked.append(rest), original(self, *rest))[1])
+    original: Callable[..., Any] = Decoder.generate
+    monkeypatch.setattr(Decoder, "generate", lambda self, *rest: (asked.append(rest), original(self, *rest))[1])
     inner = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({f"{i:07d}": i for i in range(V - 1)} | {"<|endoftext|>": 36})
     )

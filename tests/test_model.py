@@ -235,7 +235,7 @@ def test_padding_stays_zero_and_has_no_logits() -> None:
     assert not model.tokens.weight[TINY.vocab_size :].any()
 
 
-def test_initialisation() -> None:
+def test_initialization() -> None:
     torch.manual_seed(0)
     config = GPTConfig(n_layer=8, n_head=2, n_embd=128, vocab_size=5000, block_size=128)
     model = GPT(config)

@@ -12,7 +12,7 @@ from torch import nn
 from model import GPT, GPTConfig
 from nanogpt import InputError
 from nanogpt.distributed import World
-from nanogpt.optim import Guard, Optimizer, gradient_norm, orthogonalise, scheduled, shrink_to
+from nanogpt.optim import Optimizer, UpdateGuard, clip_divisor, gradient_norm, learning_rate, orthogonalize
 from train import TrainConfig
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ class Small(nn.Module):
         self.three, self.tall, self.wide = nn.Linear(16, 32), nn.Linear(16, 40), nn.Linear(40, 16)
         self.norm = nn.LayerNorm(16)
 
-    def hidden_matrices(self) -> dict[str, list[int]]:
+    def muon_params(self) -> dict[str, list[int]]:
         return {"three.weight": [16, 8, 8], "tall.weight": [40], "wide.weight": [16]}
 
 
@@ -71,7 +71,7 @@ def test_muon_is_torchs_on_each_map(dtype: torch.dtype):
     """A parameter that holds three maps is updated as three parameters are by torch.optim.Muon, whose products are in
     bfloat16: two such ways differ by a percent of an update, another function by more than half of it."""
     model = Small()
-    optimizer, rows = optimizer_of(model, "muon", dtype), model.hidden_matrices()
+    optimizer, rows = optimizer_of(model, "muon", dtype), model.muon_params()
     others = [p for name, p in model.named_parameters() if name not in rows]
     twin = [p.detach().clone() for p in others]
 
@@ -97,11 +97,11 @@ def test_muon_is_torchs_on_each_map(dtype: torch.dtype):
     assert {key for name in rows for key in optimizer.state[name]} == {"momentum"}
 
 
-def test_orthogonalise_is_near_the_polar_factor():
+def test_orthogonalize_is_near_the_polar_factor():
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(3, 6, 10), full_matrices=False)
     matrices = u @ torch.diag_embed(torch.linspace(1, 0.1, 6).expand(3, 6)) @ v
-    out = orthogonalise(matrices, torch.float32)
+    out = orthogonalize(matrices, torch.float32)
     singular = torch.linalg.svdvals(out)
     assert singular.min() > 0.6
     assert singular.max() < 1.3
@@ -117,12 +117,12 @@ def test_what_trains_which_parameters_of_a_gpt():
     hidden = {f"blocks.{i}.{part}.weight" for i in range(2) for part in parts}
     assert {name for name in state if "momentum" in state[name]} == hidden
     assert {name for name in state if "exp_avg" in state[name]} == {n for n, _ in model.named_parameters()} - hidden
-    assert model.hidden_matrices()["blocks.1.attention.qkv.weight"] == [32, 16, 16]
+    assert model.muon_params()["blocks.1.attention.qkv.weight"] == [32, 16, 16]
 
 
 def test_schedules_by_hand():
     def rate(step: int, name: str = "cosine") -> float:
-        return scheduled(name, step, peak=1.0, floor=0.1, warmup=10, end=110)
+        return learning_rate(name, step, max_lr=1.0, min_lr=0.1, warmup=10, end=110)
 
     for name in ("cosine", "trapezoid", "constant"):
         assert [rate(k, name) for k in (0, 4, 9)] == pytest.approx([1 / 11, 5 / 11, 10 / 11])
@@ -133,7 +133,9 @@ def test_schedules_by_hand():
     assert all(rate(k) > rate(k + 1) for k in range(10, 110))
     assert [rate(k, "trapezoid") for k in (50, 60, 85, 110, 500)] == pytest.approx([1, 1, 0.55, 0.1, 0.1])
     assert rate(500, "constant") == 1
-    assert scheduled("cosine", 3, peak=1.0, floor=0.1, warmup=0, end=0) == pytest.approx(0.1)  # nothing to divide by
+    assert learning_rate("cosine", 3, max_lr=1.0, min_lr=0.1, warmup=0, end=0) == pytest.approx(
+        0.1
+    )  # nothing to divide by
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_learning_rate_of_a_run(keys: dict[str, Any], expected: dict[int, float]
 
 @pytest.mark.parametrize(("limit", "norm", "shrink"), [(0.0, 9.0, 1.0), (1e9, 9.0, 1.0), (0.5, 9.0, 18.0)])
 def test_clipping(limit: float, norm: float, shrink: float):
-    assert shrink_to(limit, torch.tensor(norm)).item() == shrink
+    assert clip_divisor(limit, torch.tensor(norm)).item() == shrink
 
 
 def test_gradient_norm():
@@ -171,12 +173,12 @@ def test_gradient_norm():
 def test_muon_is_shared_out_over_the_ranks(ranks: int, maps: int, monkeypatch: pytest.MonkeyPatch):
     """Each rank does its share alone, and what is put together is the whole; without processes, a rank at a time."""
     whole, shares = torch.randn(maps, 4, 6), []
-    expected = orthogonalise(whole, torch.float32)
+    expected = orthogonalize(whole, torch.float32)
     for rank in range(ranks):
         optimizer = optimizer_of(Small(), "muon")
         optimizer.world = World(rank, ranks, CPU, torch.float32)
-        monkeypatch.setattr(World, "gather", lambda self, mine: shares.append(mine) or mine.repeat(ranks, 1, 1))
-        assert len(optimizer._orthogonalise(whole)) == maps
+        monkeypatch.setattr(World, "all_gather", lambda self, mine: shares.append(mine) or mine.repeat(ranks, 1, 1))
+        assert len(optimizer._orthogonalize(whole)) == maps
     assert {len(share) for share in shares} == {-(-maps // ranks)}
     torch.testing.assert_close(torch.cat(shares)[:maps], expected)
 
@@ -201,7 +203,7 @@ def test_guard_voids_updates_to_the_bit(
 ):
     """As train.py's loop does it, with and without float16's scaler."""
     model = Small()
-    optimizer, guard = optimizer_of(model, kind), Guard(CPU, patience)
+    optimizer, guard = optimizer_of(model, kind), UpdateGuard(CPU, patience)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=4.0)
     in_a_row = 0
     for number, (loss, is_update) in enumerate(zip(losses, updates, strict=True)):
@@ -214,7 +216,7 @@ def test_guard_voids_updates_to_the_bit(
         scaler.unscale_(optimizer)  # type: ignore[arg-type]
         norm = gradient_norm(model.parameters())
         skip = guard.check(torch.tensor(loss if where == "loss" else 1.0), norm)
-        optimizer.step(1.0, shrink_to(1.0, norm), skip)
+        optimizer.step(1.0, clip_divisor(1.0, norm), skip)
         scaler.update()
         after = [*model.parameters(), *optimizer.state_tensors().values()]
         assert [torch.equal(b, a) for b, a in zip(before, after, strict=True)] == [not is_update] * len(after)
@@ -227,10 +229,10 @@ def test_spikes_by_their_definition():
     norms = np.random.default_rng(0).lognormal(size=300).astype(np.float32)
     norms[[10, 40, 41, 180]] *= 100
     norms[200:] *= 30  # for good: after a while these are no spikes any more
-    guard, skipped = Guard(CPU, 1, spikes=5.0), 0
+    guard, skipped = UpdateGuard(CPU, 1, spike_threshold=5.0), 0
     for n, norm in enumerate(norms):
         if n in (15, 130):
-            state, guard = guard.state(), Guard(CPU, 1, spikes=5.0)
+            state, guard = guard.state(), UpdateGuard(CPU, 1, spike_threshold=5.0)
             guard.load(json.loads(json.dumps(state)))
         past = norms[max(0, n - 100) : n]
         expected = False

@@ -76,7 +76,7 @@ class Server:
     def events(self, **request: Any) -> list[dict[str, Any]]:
         return list(told(self.open(**request)))
 
-    def write(self, **request: Any) -> list[dict[str, Any]]:
+    def generate(self, **request: Any) -> list[dict[str, Any]]:
         """The tokens of a text."""
         events = self.events(**PLAIN | request)
         assert "prompt_ids" in events[0]
@@ -123,13 +123,13 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def by_decoder(game: play.Playground, ids: list[int], count: int, **how: Any) -> list[tuple[int, float]]:
     """The ids of a text, and how likely the model found each."""
     sampling = Sampling(**PLAIN | how, vocab_size=game.vocab_size)
-    tokens = Decoder(game.model).write([ids], count, sampling, rivals=0)
+    tokens = Decoder(game.model).generate([ids], count, sampling, rivals=0)
     return [(token.id, math.exp(token.logprob or 0)) for (token,) in tokens]
 
 
 def slowly(game: play.Playground, pause_s: float) -> list[list[int]]:
     """From now on each token takes a while. Returns the texts begun, as they begin."""
-    write, begun = game.decoder.write, []
+    write, begun = game.decoder.generate, []
 
     def slow(texts: Any, *args: Any, **keys: Any) -> Iterator[Any]:
         begun.append(texts[0])
@@ -137,7 +137,7 @@ def slowly(game: play.Playground, pause_s: float) -> list[list[int]]:
             time.sleep(pause_s)
             yield tokens
 
-    game.decoder.write = slow  # type: ignore[method-assign]
+    game.decoder.generate = slow  # type: ignore[method-assign]
     return begun
 
 
@@ -162,7 +162,7 @@ def test_a_text_is_the_decoder_s(server: Server):
         {"top_p": 0.5},
         {"min_p": 0.2, "seed": 8},
     ):
-        tokens = server.write(prompt="To be", max_new_tokens=2 * BLOCK, **how)
+        tokens = server.generate(prompt="To be", max_new_tokens=2 * BLOCK, **how)
         expected = by_decoder(game, ids, 2 * BLOCK, **how | ({"temperature": 0} if how.get("temperature") else {}))
         assert [token["id"] for token in tokens] == [id for id, _ in expected]
         assert [token["p"] for token in tokens] == pytest.approx([p for _, p in expected], rel=1e-3)
@@ -174,7 +174,7 @@ def test_a_text_is_the_decoder_s(server: Server):
 
 def test_rivals_are_the_five_likeliest_others(server: Server):
     logits = server.game.model(torch.tensor([server.game.tokenizer.encode("To be")]))[0][0, -1]
-    (token,) = server.write(prompt="To be", max_new_tokens=1)
+    (token,) = server.generate(prompt="To be", max_new_tokens=1)
     real = [(i, p) for i, p in enumerate(logits.softmax(-1).tolist()) if i not in (token["id"], *range(257, 264))]
     best = sorted(real, key=lambda pair: -pair[1])[: len(token["rivals"])]
     assert len(best) >= 3  # five, but for the ids that the tokenizer does not have
@@ -184,7 +184,7 @@ def test_rivals_are_the_five_likeliest_others(server: Server):
     assert all(rival["text"] == server.game.tokenizer.label(rival["id"]) for rival in token["rivals"])
     with serving(playground(server.game.tokenizer, spare=0), server.metrics) as other:
         for temperature in (0, 3):  # the likeliest token itself, and others
-            tokens = other.write(prompt="To be", max_new_tokens=9, temperature=temperature)
+            tokens = other.generate(prompt="To be", max_new_tokens=9, temperature=temperature)
             assert [len(token["rivals"]) for token in tokens] == [5] * 9
 
 
@@ -193,10 +193,12 @@ def test_a_branch_goes_on_from_ids(server: Server):
     prompt, tokens = text[0]["prompt_ids"], text[1:-1]
     ids = prompt + [token["id"] for token in tokens[:40]]
     assert len(ids) > BLOCK  # a branch may be further on than a prompt may be long
-    assert [token["id"] for token in server.write(ids=ids, max_new_tokens=10)] == [token["id"] for token in tokens[40:]]
+    assert [token["id"] for token in server.generate(ids=ids, max_new_tokens=10)] == [
+        token["id"] for token in tokens[40:]
+    ]
     other = [*ids, tokens[40]["rivals"][0]["id"]]
     expected = by_decoder(server.game, other, 10)
-    assert [token["id"] for token in server.write(ids=other, max_new_tokens=10)] == [id for id, _ in expected]
+    assert [token["id"] for token in server.generate(ids=other, max_new_tokens=10)] == [id for id, _ in expected]
 
 
 def test_texts_of_tokens_join_to_the_whole(server: Server):
@@ -209,7 +211,7 @@ def test_texts_of_tokens_join_to_the_whole(server: Server):
     whole = "".join(events[0]["prompt_texts"] + [token["text"] for token in events[1:-1]])
     assert whole == tokenizer.decode(ids[:-2] + written)
     assert "\ufffd" in whole
-    ends = [server.write(ids=[0], max_new_tokens=1, seed=seed)[0] for seed in range(40)]
+    ends = [server.generate(ids=[0], max_new_tokens=1, seed=seed)[0] for seed in range(40)]
     assert all(token["text"] == tokenizer.decode([token["id"]]) for token in ends)
     assert any(token["text"] == "\ufffd" for token in ends)
 
@@ -217,7 +219,7 @@ def test_texts_of_tokens_join_to_the_whole(server: Server):
 def test_the_end_of_the_text_ends_it(server: Server):
     tokenizer = server.game.tokenizer
     assert server.events(prompt="", max_new_tokens=1)[0] == {"prompt_ids": [256], "prompt_texts": [END_OF_TEXT]}
-    third = server.write(prompt="a", max_new_tokens=9)[2]["id"]
+    third = server.generate(prompt="a", max_new_tokens=9)[2]["id"]
     tokenizer.end_of_text = third
     *_, token, last = server.events(prompt="a", max_new_tokens=9, **PLAIN)
     assert (token["id"], last["reason"]) == (third, "stop")
@@ -276,7 +278,7 @@ def test_bad_requests(steady: Server, body: Any, message: str):
     assert status == 400
     assert re.search(message, answer["error"])
     assert len(answer["error"]) <= 500
-    assert steady.write(prompt="ab", max_new_tokens=2)
+    assert steady.generate(prompt="ab", max_new_tokens=2)
 
 
 def test_a_model_of_characters(tmp_path: Path):
@@ -288,7 +290,7 @@ def test_a_model_of_characters(tmp_path: Path):
             400,
             "the prompt is empty, and this model knows no start of a text: type how it begins",
         )
-        assert len(server.write(prompt="ab", max_new_tokens=5, top_k=10**6)) == 5
+        assert len(server.generate(prompt="ab", max_new_tokens=5, top_k=10**6)) == 5
 
 
 def test_other_ways_to_ask(server: Server):
@@ -347,7 +349,7 @@ def test_a_body_of_100_megabytes_is_not_read(server: Server, chunked: bool):
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"the request is larger than 1,048,576 bytes: send less" in answer
     assert sent < 30 * 2**20  # what the system's buffers took
-    assert server.write(prompt="ab", max_new_tokens=2)
+    assert server.generate(prompt="ab", max_new_tokens=2)
 
 
 def test_a_body_that_does_not_come(server: Server, monkeypatch: pytest.MonkeyPatch):
@@ -355,30 +357,30 @@ def test_a_body_that_does_not_come(server: Server, monkeypatch: pytest.MonkeyPat
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
         start = f"POST /api/generate HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Length: 50\r\n\r\n{{"
         raw.sendall(start.encode())
-        assert server.write(prompt="ab", max_new_tokens=2)
+        assert server.generate(prompt="ab", max_new_tokens=2)
         assert raw.recv(2**16).startswith(b"HTTP/1.1 408")
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
         raw.sendall(start.encode())  # and goes away
-    assert server.write(prompt="ab", max_new_tokens=2)
+    assert server.generate(prompt="ab", max_new_tokens=2)
 
 
 def test_a_model_that_fails_and_one_that_goes_on(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    write = server.game.decoder.write
+    write = server.game.decoder.generate
 
     def broken(*args: Any, **keys: Any) -> Iterator[Any]:
         yield from list(write(*args, **keys))[:1]
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.game.decoder, "write", broken)
+        patch.setattr(server.game.decoder, "generate", broken)
         *_, last = server.events(prompt="ab", max_new_tokens=5)
     assert last == {
         "error": "the model failed (RuntimeError: out of luck); the terminal where play.py runs has the details"
     }
     assert "Traceback" in capsys.readouterr().err
-    assert server.write(prompt="ab", max_new_tokens=2)
+    assert server.generate(prompt="ab", max_new_tokens=2)
 
 
 # ---- the line
@@ -420,8 +422,8 @@ def test_who_leaves_is_dropped(server: Server):
 def test_who_does_not_read_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(play, "PATIENCE_S", 0.5)
     game = playground(bytes_tokenizer())
-    tokens = [next(game.decoder.write([[1]], 1, rivals=6))] * 10_000
-    monkeypatch.setattr(game.decoder, "write", lambda texts, count, *a, **k: iter(tokens[:count]))
+    tokens = [next(game.decoder.generate([[1]], 1, rivals=6))] * 10_000
+    monkeypatch.setattr(game.decoder, "generate", lambda texts, count, *a, **k: iter(tokens[:count]))
     door = socket.create_server(("127.0.0.1", 0))
     door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit it
     with serving(game, tmp_path / "none", door) as server, socket.socket() as raw:
@@ -576,7 +578,7 @@ def test_a_text_in_the_browser(page: Page):
     page.page.locator("[name=temperature]").first.fill("3")  # unlikely tokens too
     page.write("<b>", 30)
     page.says(r"30 tokens.*")
-    tokens = page.server.write(prompt="<b>", max_new_tokens=30, temperature=3, seed=1337)
+    tokens = page.server.generate(prompt="<b>", max_new_tokens=30, temperature=3, seed=1337)
     assert page.text() == "<b>" + "".join(token["text"] for token in tokens)
     spans = page.page.locator(".token").all()
     assert [span.text_content() for span in spans] == [token["text"] for token in tokens]
@@ -590,7 +592,7 @@ def test_a_text_in_the_browser(page: Page):
 def test_a_branch_in_the_browser(page: Page):
     page.says(r"12 tokens.*")
     before, card = page.text(), page.page.locator("#rivals")
-    tokens = page.server.write(prompt="<b>", max_new_tokens=12, temperature=0.8, seed=1337)
+    tokens = page.server.generate(prompt="<b>", max_new_tokens=12, temperature=0.8, seed=1337)
     page.page.locator(".token").nth(4).hover()
     assert card.is_visible()
     rows = card.locator("button:enabled").all_text_contents()

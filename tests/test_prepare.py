@@ -17,7 +17,7 @@ import tokenizers
 
 from nanogpt import InputError
 from nanogpt.data import Tokens, open_dataset
-from nanogpt.sources import Source, hub_files
+from nanogpt.sources import InputFile, hub_files
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared/data"
@@ -176,9 +176,9 @@ def test_openwebtext_finds_its_shards(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     commit = "commit of refs/convert/parquet"
     names_in_order = [f"t/{i}.parquet" for i in range(2)]
-    expected = [Source(n, repo="o/w", revision=commit, sha256=f"hash of {n}") for n in names_in_order]
+    expected = [InputFile(n, repo="o/w", revision=commit, sha256=f"hash of {n}") for n in names_in_order]
     assert hub_files("o/w", "t/") == expected
-    assert hub_files("o/w", "x/", [Source("x/0.parquet", repo="o/w")]) == [Source("x/0.parquet", repo="o/w")]
+    assert hub_files("o/w", "x/", [InputFile("x/0.parquet", repo="o/w")]) == [InputFile("x/0.parquet", repo="o/w")]
     with pytest.raises(InputError, match=r"o/w has no whole set .* under 'x/'"):
         hub_files("o/w", "x/")
     del names["main"]  # stands for no network

@@ -26,8 +26,8 @@ import pytest
 import nanogpt.prepare
 from nanogpt import InputError
 from nanogpt.data import open_dataset
-from nanogpt.prepare import Encoded, Position, chunks, documents, draw, nothing, prepare
-from nanogpt.sources import PIECE, Reading, border, find
+from nanogpt.prepare import EncodedChunk, Position, chunks, documents, empty_chunk, hash_fraction, prepare
+from nanogpt.sources import PIECE, ReadOptions, border, find
 from nanogpt.tokenizer import PATTERNS, Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -51,11 +51,11 @@ def run(*flags: object, status: int = 0) -> str:
     return output
 
 
-def read(*inputs: object, most: int | None = None, counts: Encoded | None = None, **how: Any) -> list[str]:
+def read(*inputs: object, most: int | None = None, counts: EncodedChunk | None = None, **how: Any) -> list[str]:
     """The documents of the inputs, without encoding them."""
-    reading, texts = Reading(**how), []
+    reading, texts = ReadOptions(**how), []
     for chunk, _ in chunks(find([str(name) for name in inputs]), reading, Position(), most, Path()):
-        for part, _, raw, _ in documents(chunk, reading, counts or nothing()):
+        for part, _, raw, _ in documents(chunk, reading, counts or empty_chunk()):
             if not part.begins:
                 raw = texts.pop().encode() + raw
             texts.append(raw.decode())
@@ -136,8 +136,10 @@ def test_zstandard_and_parquet(tmp_path: Path):
     with pytest.raises(InputError, match=r"a\.parquet has no column 'body', but n, text"):
         read(tmp_path / "a.parquet", text_key="body")
     source = find([str(tmp_path / "a.parquet")])
-    left = chunks(source, Reading(), Position(items=150), None, tmp_path)
-    assert [raw.decode() for chunk, _ in left for _, _, raw, _ in documents(chunk, Reading(), nothing())] == DOCS[150:]
+    left = chunks(source, ReadOptions(), Position(items=150), None, tmp_path)
+    assert [
+        raw.decode() for chunk, _ in left for _, _, raw, _ in documents(chunk, ReadOptions(), empty_chunk())
+    ] == DOCS[150:]
 
 
 def test_encodings_are_named_and_what_is_undecodable_is_counted(tmp_path: Path):
@@ -146,10 +148,10 @@ def test_encodings_are_named_and_what_is_undecodable_is_counted(tmp_path: Path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     (tmp_path / "c.txt").write_text(text, encoding="utf-16")
     (tmp_path / "d.jsonl").write_text('{"text": "\\ud800x"}')
-    counts = nothing()
+    counts = empty_chunk()
     assert read(tmp_path / "a.txt", counts=counts) == ["Gr\ufffd\ufffde\n\ufffd"]
     assert counts.replaced == [3, f"{tmp_path}/a.txt, byte 2"]
-    counts = nothing()
+    counts = empty_chunk()
     assert read(tmp_path / "a.txt", encoding="latin-1", counts=counts) == read(tmp_path / "b.txt") == [text]
     assert read(tmp_path / "c.txt", encoding="utf-16", counts=counts) == [text]
     assert counts.replaced == [0, ""]
@@ -200,12 +202,12 @@ def test_long_documents_are_cut_and_stay_one(tmp_path: Path):
     (tmp_path / "b.txt").write_text("other")
     assert read(tmp_path) == [text, "other"]
     sources = find([str(tmp_path)])
-    parts = [part for chunk, _ in chunks(sources, Reading(), Position(), None, tmp_path) for part in chunk]
+    parts = [part for chunk, _ in chunks(sources, ReadOptions(), Position(), None, tmp_path) for part in chunk]
     assert [(part.begins, part.ends) for part in parts[:2]] == [(True, False), (False, False)]
     assert all(len(part.data) <= PIECE for part in parts)
     assert all(part.data.decode() for part in parts)
     for items in range(len(parts) - 1):  # whatever was done before, the rest comes
-        left = chunks(sources, Reading(), Position(items=items), None, tmp_path)
+        left = chunks(sources, ReadOptions(), Position(items=items), None, tmp_path)
         assert [part.data for chunk, _ in left for part in chunk] == [part.data for part in parts[items:]]
 
 
@@ -281,7 +283,7 @@ def test_skip_bad_counts_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "d.jsonl").write_bytes(b'{"body": "x"}\n' + rows(["last"]))
     monkeypatch.setattr(nanogpt.prepare, "_workers", threads)
     sources = find([str(tmp_path)])
-    meta = prepare(tmp_path / "out", sources, "char", reading=Reading(skip_bad=True), val_share=0.1, workers=1)
+    meta = prepare(tmp_path / "out", sources, "char", reading=ReadOptions(skip_bad=True), val_share=0.1, workers=1)
     line = good[:5000].count(b"\n") + 1
     assert meta["bad"][0] == 5
     assert meta["bad"][1].startswith(f"{tmp_path}/a.jsonl, line {line}: ")
@@ -294,7 +296,7 @@ def test_too_little_disk_is_said_first(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(nanogpt.prepare, "_workers", threads)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
     with pytest.raises(InputError, match=r"needs about 0\.0 GB and has 0\.0 GB free"):
-        prepare(tmp_path / "out", find([str(tmp_path)]), "char", reading=Reading())
+        prepare(tmp_path / "out", find([str(tmp_path)]), "char", reading=ReadOptions())
 
 
 # ---- what is written
@@ -304,11 +306,13 @@ def test_shards_are_full_and_the_split_is_stable(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(nanogpt.prepare, "_workers", threads)
     (tmp_path / "a.jsonl").write_bytes(rows(DOCS[:200]))
     (tmp_path / "b.jsonl").write_bytes(rows(DOCS[200:]))
-    expected = {split: [t for t in DOCS if (draw(t.encode()) < 0.2) == (split == "val")] for split in ("train", "val")}
+    expected = {
+        split: [t for t in DOCS if (hash_fraction(t.encode()) < 0.2) == (split == "val")] for split in ("train", "val")
+    }
     for most in (1000, 10**6):  # the second takes the place of the first
         sources = find([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
         meta = prepare(
-            tmp_path / "out", sources, "char", reading=Reading(), val_share=0.2, shard_tokens=most, workers=2
+            tmp_path / "out", sources, "char", reading=ReadOptions(), val_share=0.2, shard_tokens=most, workers=2
         )
         tokenizer = Tokenizer.load(tmp_path / "out")
         assert tokenizer is not None
@@ -333,7 +337,7 @@ def test_one_text_is_cut_in_ten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(nanogpt.prepare, "_workers", threads)
     text = "Größe 😀\n" * 1000
     (tmp_path / "a.txt.xz").write_bytes(lzma.compress(text.encode()))
-    prepare(tmp_path / "out", find([str(tmp_path / "a.txt.xz")]), "char", reading=Reading(), workers=1)
+    prepare(tmp_path / "out", find([str(tmp_path / "a.txt.xz")]), "char", reading=ReadOptions(), workers=1)
     data = open_dataset(tmp_path / "out", block_size=8, verify=True)
     assert data.tokenizer is not None
     assert data.tokenizer.decode([*data.train[:].tolist(), *data.val[:].tolist()]) == text
@@ -373,7 +377,7 @@ def test_a_stream_goes_on_where_the_network_failed(tmp_path: Path, monkeypatch: 
 
     def attempt(out: str) -> None:
         sources = find(["hf:some/texts@en:train"], nanogpt.prepare.earlier(tmp_path / out))
-        reading = Reading(text_key="body")
+        reading = ReadOptions(text_key="body")
         prepare(tmp_path / out, sources, "byte", reading=reading, val_share=0.2, workers=2)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

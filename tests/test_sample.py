@@ -24,7 +24,7 @@ from nanogpt import InputError, inference
 from nanogpt.inference import window_start
 from nanogpt.tokenizer import Tokenizer
 
-RULER = "---------------"
+SEPARATOR = "---------------"
 Write = Callable[..., list[str]]
 
 
@@ -38,7 +38,7 @@ def write(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         fixed = ["--num_samples=2", "--max_new_tokens=25", "--device=cpu", "--dtype=float32"]
         monkeypatch.setattr(sys, "argv", ["sample.py", *fixed, *flags])
         sample.main()
-        *texts, rest = capsys.readouterr().out.split(f"\n{RULER}\n")
+        *texts, rest = capsys.readouterr().out.split(f"\n{SEPARATOR}\n")
         assert rest == ""
         return texts
 
@@ -186,7 +186,7 @@ def test_each_text_has_its_own_stop(write: Write):
 
 
 def test_how_sure_it_was(write: Write, monkeypatch: pytest.MonkeyPatch):
-    """In a terminal by colour, elsewhere a line for each token, with the model's own probability."""
+    """In a terminal by color, elsewhere a line for each token, with the model's own probability."""
     keys = ("--start=dab", "--temperature=0", "--max_new_tokens=5", "--logprobs=True", "--num_samples=1")
     (plain,) = write("--start=dab", "--temperature=0", "--max_new_tokens=5", "--num_samples=1")
     first, *lines = write(*keys)[0].split("\n")
@@ -310,7 +310,7 @@ def test_ctrl_c_loses_no_text(write: Write):
     begin = process.stdout.read(30)
     process.send_signal(signal.SIGINT)
     rest, told = process.communicate(timeout=60)
-    texts = (begin + rest).split(f"\n{RULER}\n")
+    texts = (begin + rest).split(f"\n{SEPARATOR}\n")
     assert process.returncode == 130
     assert told.splitlines()[-1] == "interrupted"
     assert len(texts) == 4
@@ -376,5 +376,5 @@ def test_the_command_line(write: Write):
     first, second = done.stderr.splitlines()
     assert first == "sampling from out/ckpt/step-000020"
     assert re.fullmatch(r"\d+\.\d tok/s \(30 tokens in \d+\.\d s\)", second)
-    texts = done.stdout.split(f"\n{RULER}\n")
+    texts = done.stdout.split(f"\n{SEPARATOR}\n")
     assert [len(text) for text in texts] == [13, 13, 13, 0]

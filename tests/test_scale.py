@@ -11,7 +11,7 @@ from conftest import ROOT, environment
 
 from nanogpt import InputError
 from nanogpt.data import open_dataset
-from nanogpt.prepare import draw
+from nanogpt.prepare import hash_fraction
 from nanogpt.scale import Shards, join, task_folder
 from nanogpt.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ class Text:
 
 
 def expected(tokenizer: Tokenizer, split: str, share: float) -> list[int]:
-    texts = [text for text in DOCS if (draw(text.encode()) < share) == (split == "val")]
+    texts = [text for text in DOCS if (hash_fraction(text.encode()) < share) == (split == "val")]
     return [i for text in texts for i in [*tokenizer.encode_ordinary(text).tolist(), tokenizer.end_of_text]]
 
 
@@ -79,4 +79,4 @@ def test_by_datatrove(tmp_path: Path):
     for split, tokens in (("train", data.train), ("val", data.val)):
         documents = np.split(tokens[:], np.flatnonzero(tokens[:] == 256) + 1)
         told = sorted(bytes(ids[:-1].astype("u1")).decode() for ids in documents if len(ids))
-        assert told == sorted(text for text in DOCS if (draw(text.encode()) < 0.2) == (split == "val"))
+        assert told == sorted(text for text in DOCS if (hash_fraction(text.encode()) < 0.2) == (split == "val"))

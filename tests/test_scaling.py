@@ -20,8 +20,8 @@ def test_the_law_by_hand():
     again = replace(LAW, K=0.02, p=0.8, q=0.25)
     for epochs in (0.5, 1):
         assert again.loss(10_000, epochs * 1e6, unique=1e6) == LAW.loss(10_000, epochs * 1e6)
-    by_heart = 0.02 * 3 ** (0.8 * 0.01**0.25)
-    assert again.loss(10_000, 4e6, unique=1e6) == pytest.approx(LAW.loss(10_000, 4e6) + by_heart)
+    repetition_penalty = 0.02 * 3 ** (0.8 * 0.01**0.25)
+    assert again.loss(10_000, 4e6, unique=1e6) == pytest.approx(LAW.loss(10_000, 4e6) + repetition_penalty)
     assert again.loss(10_000, 4e6) == LAW.loss(10_000, 4e6)
 
 
@@ -67,7 +67,7 @@ def test_every_width_is_a_model(width: int):
     shape = GPTConfig(vocab_size=65, block_size=64, bias=False, **sizes)
     if width <= 160:
         model = GPT(shape)
-        counted = sum(p.numel() for name, p in model.named_parameters() if name in model.hidden_matrices())
+        counted = sum(p.numel() for name, p in model.named_parameters() if name in model.muon_params())
         assert counted == scaling.weights(scaling.shape(width))
     assert shape.head_dim * shape.n_head == width
     if width == 768:
@@ -82,16 +82,16 @@ def test_every_width_is_a_model(width: int):
 def test_the_books_are_as_hard_as_the_law_says(tokens: float):
     """However long the pilot: beyond the runs the law goes on."""
     law = scaling.LAW.loss(scaling.weights(scaling.shape(scaling.PILOT_WIDTH)), tokens)
-    assert scaling.hardness(law, tokens, 1e12, 128) == pytest.approx(1, abs=8e-3)
-    assert scaling.hardness(1.1 * law, tokens, 1e12, 128) == pytest.approx(1.1, abs=0.03)
+    assert scaling.difficulty(law, tokens, 1e12, 128) == pytest.approx(1, abs=8e-3)
+    assert scaling.difficulty(1.1 * law, tokens, 1e12, 128) == pytest.approx(1.1, abs=0.03)
 
 
 @pytest.mark.parametrize(("tokens", "loss"), scaling.PILOT_LOSSES.items())
 def test_how_hard_a_text_is(tokens: int, loss: float):
     """The books, at any length; other kinds of tokens, whose ratio hardly moves; and a pilot that read too little."""
-    assert scaling.hardness(loss, tokens, 1e12, 128) == pytest.approx(1)
-    assert scaling.hardness(2.6 * loss, tokens, 1e12, 128) == pytest.approx(2.6, rel=0.051)
-    by_heart = scaling.LAW.by_heart(scaling.weights(scaling.shape(64)), tokens, tokens / 3)
-    assert by_heart > 0
-    assert scaling.hardness(loss + by_heart, tokens, tokens / 3, 128) == pytest.approx(1)
-    assert math.isnan(scaling.hardness(loss, 10_000, 1e12, 128))
+    assert scaling.difficulty(loss, tokens, 1e12, 128) == pytest.approx(1)
+    assert scaling.difficulty(2.6 * loss, tokens, 1e12, 128) == pytest.approx(2.6, rel=0.051)
+    repetition_penalty = scaling.LAW.repetition_penalty(scaling.weights(scaling.shape(64)), tokens, tokens / 3)
+    assert repetition_penalty > 0
+    assert scaling.difficulty(loss + repetition_penalty, tokens, tokens / 3, 128) == pytest.approx(1)
+    assert math.isnan(scaling.difficulty(loss, 10_000, 1e12, 128))

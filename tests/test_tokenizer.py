@@ -11,7 +11,7 @@ import tiktoken
 import tokenizers
 
 from nanogpt import InputError
-from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, _byte_letters, _new_points, aside
+from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, _byte_letters, _new_points, atomic_write
 
 CACHE = Path(__file__).parent.parent.parent / "shared/data/tiktoken"
 HARD = [
@@ -201,7 +201,7 @@ def test_gpt2_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
 def test_aside_leaves_the_old_file_when_it_breaks(tmp_path: Path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(TypeError), aside(path) as partial, partial.open("w") as file:
+    with pytest.raises(TypeError), atomic_write(path) as partial, partial.open("w") as file:
         file.writelines(["half", None])
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]

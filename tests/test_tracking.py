@@ -14,7 +14,7 @@ from conftest import Run, metrics
 
 import train
 from nanogpt import InputError, tracking
-from nanogpt.tracking import Late, Stopwatch, Tracker, duration, size
+from nanogpt.tracking import DeferredRead, MetricsWriter, Stopwatch, duration, format_bytes
 from train import TrainConfig
 
 SETTINGS = {"tensorboard": False, "wandb_log": False}
@@ -49,7 +49,7 @@ def test_stopwatch_counts_only_while_it_runs(clock: list[float]):
 def test_late_holds_back_the_last_value(clock: list[float]):
     watch = Stopwatch()
     watch.start()
-    late = Late(watch)
+    late = DeferredRead(watch)
     assert late.take() == []
     for step in (1, 2, 3):
         clock[0] = 10.0 * step
@@ -63,7 +63,7 @@ def test_late_holds_back_the_last_value(clock: list[float]):
 
 def test_tracker_writes_strict_json_and_drops_what_comes_after_the_checkpoint(tmp_path: Path):
     def track(step: int, *lines: dict[str, Any]) -> list[str]:
-        tracker = Tracker(tmp_path, step, True, SETTINGS)
+        tracker = MetricsWriter(tmp_path, step, True, SETTINGS)
         for line in lines:
             tracker.log(line)
         tracker.close()
@@ -83,13 +83,13 @@ def test_tracker_writes_strict_json_and_drops_what_comes_after_the_checkpoint(tm
 def test_an_evaluation_that_will_come_again_is_dropped(tmp_path: Path, evaluated: bool, kept: int):
     lines = ['{"step": 2, "val_loss": 1.5}', '{"step": 4, "loss": 1.5}', '{"step": 4, "val_loss": 1.25}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    Tracker(tmp_path, 4, evaluated, SETTINGS).close()
+    MetricsWriter(tmp_path, 4, evaluated, SETTINGS).close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:kept]
 
 
 def test_a_disk_that_takes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The run goes on, is told once, and no line is lost."""
-    tracker = Tracker(tmp_path, 0, True, SETTINGS)
+    tracker = MetricsWriter(tmp_path, 0, True, SETTINGS)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
     try:
@@ -104,7 +104,7 @@ def test_a_disk_that_takes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert metrics(tmp_path, "step", "loss") == [(step, 0.5) for step in (1, 2, 3, 4)]
     (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(InputError, match=r"metrics.jsonl cannot be written \(Is a directory\): mend"):
-        Tracker(tmp_path / "other", 0, True, SETTINGS)
+        MetricsWriter(tmp_path / "other", 0, True, SETTINGS)
 
 
 def test_fields_of_a_run(run: Run):
@@ -158,7 +158,7 @@ def test_time_without_evaluation_and_saving(run: Run, monkeypatch: pytest.Monkey
 def test_words_for_times_and_sizes():
     said = [duration(s) for s in (0.4, 59, 60, 187, 3599.6, 20530, 48 * 3600, 273600)]
     assert said == ["0 s", "59 s", "1:00 min", "3:07 min", "1:00:00 h", "5:42:10 h", "2 d 0 h", "3 d 4 h"]
-    assert [size(n) for n in (0, 999, 1e3, 1.5e6, 2.54e9, 3e12)] == [
+    assert [format_bytes(n) for n in (0, 999, 1e3, 1.5e6, 2.54e9, 3e12)] == [
         "0 B",
         "999 B",
         "1 kB",

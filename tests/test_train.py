@@ -24,10 +24,10 @@ from model import GPT, GPTConfig
 from nanogpt import InputError, RunStopped, checkpoint, data, distributed, tracking
 from nanogpt.data import Rows
 from nanogpt.distributed import World
-from nanogpt.optim import Guard
+from nanogpt.optim import UpdateGuard
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.tracking import Log, duration
-from start import compile_model, open_data_and_model, pick_micro_batch, training_bytes
+from nanogpt.tracking import StepLogger, duration
+from start import compile_model, estimate_training_memory, open_data_and_model, pick_micro_batch
 from train import TrainConfig
 
 
@@ -111,7 +111,7 @@ def test_time_left_goes_by_rows_where_these_grow(capsys: pytest.CaptureFixture[s
     )
     model = SimpleNamespace(config=SimpleNamespace(block_size=16), flops_per_token=lambda: 1)
     world, clock = World(0, 1, torch.device("cpu"), torch.float32), SimpleNamespace(seconds=0.0)
-    log, samples = Log(config, model, world, None, clock, Guard(torch.device("cpu"), 1), 0, 0), 0
+    log, samples = StepLogger(config, model, world, None, clock, UpdateGuard(torch.device("cpu"), 1), 0, 0), 0
     for step in range(1, 13):
         samples += config.rows_at(samples)
         clock.seconds = float(samples)
@@ -309,8 +309,8 @@ def test_when_a_step_becomes_a_graph(
     monkeypatch: pytest.MonkeyPatch, device: str, rows_per_step: int, micro_batch: int, size: Any, graphs: bool | None
 ):
     asked: list[bool] = []
-    monkeypatch.setattr(distributed, "compiled", lambda model, *others: (model, asked.append(others[-1])))
-    monkeypatch.setattr(World, "put", lambda _, *tensors: tensors)  # there need not be a GPU
+    monkeypatch.setattr(distributed, "try_compile", lambda model, *others: (model, asked.append(others[-1])))
+    monkeypatch.setattr(World, "to_device", lambda _, *tensors: tensors)  # there need not be a GPU
     config = TrainConfig(batch_size=rows_per_step, gradient_accumulation_steps=1, n_head=4, n_layer=2)
     config = replace(config, **{"n_embd": 32} | size)
     with torch.device("meta"):
@@ -462,7 +462,7 @@ def test_a_second_interrupt_ends_at_once(run: Run, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(TrainConfig, "learning_rate_at", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(out_dir="out")
-    found = checkpoint.to_resume(Path("out"), "auto")
+    found = checkpoint.load_latest(Path("out"), "auto")
     assert found
     assert found.state["step"] == 8
     monkeypatch.setattr(TrainConfig, "learning_rate_at", original)
@@ -551,10 +551,10 @@ def test_auto_takes_what_is_free_and_keeps_to_it(run: Run, monkeypatch: pytest.M
     config, given = parse(TrainConfig, argv=flags(dataset=letters, batch_size=8, micro_batch_size="auto"))
     _, model, _ = open_data_and_model(config, given, None)
     world = World(0, 1, torch.device("cpu"), torch.float32)
-    enough = training_bytes(model, config, 4, 16, world) / 0.8 * 1.01
-    for neighbours in (2, 1):  # two processes on a machine share what is free
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(neighbours))
-        monkeypatch.setattr(distributed, "free_memory", lambda _, free=enough * neighbours: free)
+    enough = estimate_training_memory(model, config, 4, 16, world) / 0.8 * 1.01
+    for neighbors in (2, 1):  # two processes on a machine share what is free
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(neighbors))
+        monkeypatch.setattr(distributed, "free_memory", lambda _, free=enough * neighbors: free)
         assert pick_micro_batch(config, model, world) == 4
     run(out_dir="out", batch_size=8, micro_batch_size="auto", max_iters=2)
     monkeypatch.setattr(distributed, "free_memory", lambda _: None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from nanogpt import run_script
 from nanogpt.data import summary
 from nanogpt.prepare import check_numbers, earlier, prepare
-from nanogpt.sources import Reading, find, hub_files
+from nanogpt.sources import ReadOptions, find, hub_files
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     check_numbers(args.val_share, args.workers, args.docs)
     sources = find(args.input) if args.input else hub_files(args.repo, args.under, earlier(args.out))
     meta = prepare(
-        args.out, sources, "gpt2", reading=Reading(), val_share=args.val_share, workers=args.workers, most=args.docs
+        args.out, sources, "gpt2", reading=ReadOptions(), val_share=args.val_share, workers=args.workers, most=args.docs
     )
     print(f"{args.out}\n{summary(meta)}")
 

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import model as network  # noqa: E402
-from model import GPT, GPTConfig, rotate, rotation  # noqa: E402
+from model import GPT, GPTConfig, rotary_cos_sin, rotate  # noqa: E402
 from nanogpt import optim  # noqa: E402
 from nanogpt.inference import Decoder  # noqa: E402
 
@@ -120,7 +120,7 @@ def muon() -> dict[str, Any]:
     spectrum = {}
     for shape in ((768, 768), (768, 3072)):
         g = torch.randn(1, *shape)
-        values = torch.linalg.svdvals(optim.orthogonalise(g, torch.float32)[0])
+        values = torch.linalg.svdvals(optim.orthogonalize(g, torch.float32)[0])
         start = torch.linalg.svdvals(g[0] / g[0].norm())
         spectrum["x".join(map(str, shape))] = {
             "before": [start.min().item(), start.max().item()],
@@ -134,7 +134,7 @@ def muon() -> dict[str, Any]:
     ):
         gpt = GPT(config)
         flops, parameters = 0, dict(gpt.named_parameters())
-        for matrix, rows in gpt.hidden_matrices().items():
+        for matrix, rows in gpt.muon_params().items():
             for height in rows:
                 r, k = sorted((height, parameters[matrix].shape[1]))
                 flops += 5 * (4 * r * r * k + 2 * r**3)
@@ -146,7 +146,7 @@ def muon() -> dict[str, Any]:
         "normal_matrices": spectrum,
         "share_of_a_step": costs,
         "state_bytes_124M": {
-            k: 4 * optim.state_size(GPT(GPT2), SimpleNamespace(optimizer=k)) for k in ("adamw", "muon")
+            k: 4 * optim.optimizer_state_numel(GPT(GPT2), SimpleNamespace(optimizer=k)) for k in ("adamw", "muon")
         },
     }
 
@@ -158,7 +158,7 @@ def positions() -> dict[str, Any]:
     q, k = torch.randn(2, 1, config.head_dim, dtype=torch.float64)
 
     def turned(x: Tensor, at: int) -> Tensor:
-        return rotate(x, *rotation(torch.tensor([at], dtype=torch.float64), config))[0]
+        return rotate(x, *rotary_cos_sin(torch.tensor([at], dtype=torch.float64), config))[0]
 
     scores = [(turned(q, at + 7) @ turned(k, at)).item() for at in (0, 1, 100, 900)]
     longest = 2 * math.pi * config.rope_theta ** ((config.head_dim - 2) / config.head_dim)
@@ -197,7 +197,7 @@ def memory() -> dict[str, Any]:
     x = torch.zeros(1, 1024, dtype=torch.long)
     kept = {}
     for model.activation_checkpointing in (False, True):
-        kept[str(model.activation_checkpointing)] = kept_bytes(model, lambda: model.features(x))
+        kept[str(model.activation_checkpointing)] = kept_bytes(model, lambda: model.hidden_states(x))
     c, flops = GPT2, GPT(GPT2).flops_per_token()
     blocks = c.n_layer * (2 * GPT(c).block_weights() + 2 * 2 * 1024 * c.n_embd)
     per_position = {a: c.n_embd * (14 * a + 8) + 4 * c.n_head + 16 for a in (4, 2)}

@@ -4,7 +4,7 @@
 
 1. Plain attention (three operations) instead of torch's fused kernel, inside whole models. Prediction: it wins at 64
    positions, where the fused kernel's set-up dominates, and loses at 256, where it writes and reads the square.
-2. Freed memory kept by the C library (nanogpt/distributed.py, keep_freed_memory), in fresh processes. Prediction: a
+2. Freed memory kept by the C library (nanogpt/distributed.py, disable_malloc_trim), in fresh processes. Prediction: a
    gain of the page faults' own time, about 4% (2.5 to 5 ms of 60).
 3. GELU as x σ(2u) with a backward pass of its own (below). Prediction: half of the 8 ms that torch's takes
    of a 51 ms step, so 1.08.
@@ -12,7 +12,7 @@
    each of 13 norms of a 75 ms step, so 1.10.
 5. No compiler imported at the start (nanogpt/optim.py is no torch.optim.Optimizer), in fresh processes that make one
    update. Prediction: 1.5 s less.
-6. Muon's matrices of one shape orthogonalised together instead of one by one. Prediction: the products stay as they
+6. Muon's matrices of one shape orthogonalized together instead of one by one. Prediction: the products stay as they
    are, the calls around them become a third, so 1.5 for the optimizer's step.
 7. Clipping inside the update's kernel instead of a pass of its own. Prediction: 1.3 ms less of 57, so 1.02.
 
@@ -40,8 +40,8 @@ sys.path.insert(0, str(ROOT))
 
 import model as model_file  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from nanogpt.distributed import World, keep_freed_memory  # noqa: E402
-from nanogpt.optim import Optimizer, gradient_norm, shrink_to  # noqa: E402
+from nanogpt.distributed import World, disable_malloc_trim  # noqa: E402
+from nanogpt.optim import Optimizer, clip_divisor, gradient_norm  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65, "bias": False}
@@ -60,7 +60,7 @@ def step(model: GPT, idx: torch.Tensor) -> float:
 
 
 def attention() -> list[dict]:
-    keep_freed_memory()
+    disable_malloc_trim()
     rows = []
     for sizes, B, T, count in (
         (SMALL, 12, 64, 80),
@@ -166,7 +166,7 @@ def updates() -> list[dict]:
                 for name, p in model.named_parameters():
                     p.grad = grads[name].clone()
                 begin = time.perf_counter()
-                shrink = shrink_to(1.0, gradient_norm(model.parameters()))
+                shrink = clip_divisor(1.0, gradient_norm(model.parameters()))
                 if way == "clipped apart":
                     torch._foreach_div_([p.grad for p in model.parameters()], shrink)
                     shrink = torch.ones(())
@@ -208,7 +208,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] in (["keep"], ["return"]):  # one side of the second lever: the median step of a fresh process
         if sys.argv[1] == "keep":
-            keep_freed_memory()
+            disable_malloc_trim()
         model, idx = GPT(GPTConfig(block_size=64, **SMALL)), torch.randint(65, (12, 64))
         print(statistics.median([step(model, idx) for _ in range(120)][20:]))
     else:

@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import GPT, GPTConfig  # noqa: E402
 from nanogpt import checkpoint, data, distributed, inference  # noqa: E402
-from nanogpt.inference import Decoder, Sampling, draw  # noqa: E402
+from nanogpt.inference import Decoder, Sampling, sample_tokens  # noqa: E402
 
 SIZES = {"124M": (12, 12, 768), "1558M": (48, 25, 1600)}  # layers, heads, channels
 HOW = Sampling(temperature=0.8, top_k=200)
@@ -78,7 +78,7 @@ def decoding(model: GPT, rows: int, compiled: bool, amp: Any) -> tuple[Decoder, 
 
         def step() -> None:
             with amp:
-                ids = draw(logits[0], HOW, places)
+                ids = sample_tokens(logits[0], HOW, places)
                 ids.tolist()  # as `write` does, which shows them
                 logits[0] = decoder.step(ids)
 
@@ -115,7 +115,7 @@ def theirs(model: Any, rows: int, context: int, device: str) -> Step:
 
 
 def seconds(step: Step, count: int, world: Any) -> float:
-    for _ in range(1 if world.device.type == "cpu" else 5):  # the first compiles, the next record a graph
+    for _ in range(1 if world.device.type == "cpu" else 5):  # the first should_compile, the next record a graph
         step()
     world.synchronize()
     began = time.perf_counter()
@@ -150,7 +150,7 @@ def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict
 
         def write(tokens: int) -> None:
             with amp:
-                for _ in decoder.write(one.tolist(), tokens, HOW):
+                for _ in decoder.generate(one.tolist(), tokens, HOW):
                     pass
 
         found[name] = Side(start, write)

@@ -43,7 +43,7 @@ def recipe(*of):
     keys = rule(*of)
     return keys | {name: rate * keys[name] for name in ("learning_rate", "muon_lr")}
 scaling.recipe, dial.WIDTHS, dial.PILOT = recipe, [width], width
-dial.Trial.hardness = lambda *_: 1.0
+dial.SpeedTrial.difficulty = lambda *_: 1.0
 run_script(train.main)
 """
 

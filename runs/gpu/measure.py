@@ -47,7 +47,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # the data scripts import the package, ins
 
 from compare_with_nanogpt import EVALUATION, commit, run  # noqa: E402
 
-from bench import BenchConfig, our_steps  # noqa: E402
+from bench import BenchConfig, training_steps  # noqa: E402
 from configurator import build, key, parse  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from nanogpt import InputError, data, distributed, optim, run_script  # noqa: E402
@@ -171,11 +171,11 @@ def losses(config: MeasureConfig, steps: int, graphs: bool, **keys: Any) -> list
     )
     world = distributed.start(settings.device, settings.dtype)
     torch.manual_seed(1)
-    sizes = {name: getattr(settings, name) for name in start.SHAPE_KEYS}
+    sizes = {name: getattr(settings, name) for name in start.MODEL_KEYS}
     model = GPT(GPTConfig(vocab_size=settings.vocab_size, dropout=settings.dropout, **sizes))
     tokens = torch.randint(65, (100_000,)).numpy().astype("uint16")
     kept, start.GRAPHS_BELOW = start.GRAPHS_BELOW, 1e18 if graphs else 0.0
-    made = our_steps(settings, model, tokens, world)
+    made = training_steps(settings, model, tokens, world)
     found = [loss for _ in range(steps) for loss in next(made)]
     start.GRAPHS_BELOW = kept
     return found
@@ -195,7 +195,7 @@ def nobody_waits(config: MeasureConfig) -> bool:
     settings = build(BenchConfig, SMALL | {"gradient_accumulation_steps": 2, "compile": False}, source="here")
     world = distributed.start("cuda", "auto")
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=128, vocab_size=65, bias=False))
-    made = our_steps(settings, model, torch.randint(65, (100_000,)).numpy().astype("uint16"), world)
+    made = training_steps(settings, model, torch.randint(65, (100_000,)).numpy().astype("uint16"), world)
     for _ in range(3):
         next(made)
     torch.cuda.set_sync_debug_mode("error")

@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runs/shakespeare_char_cpu")]
 
 from compare_with_nanogpt import machine  # noqa: E402
 
-from nanogpt.prepare import draw  # noqa: E402
+from nanogpt.prepare import hash_fraction  # noqa: E402
 
 VAL_SHARE = 0.01
 
@@ -204,7 +204,7 @@ def identical(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for split in ("train", "val"):
         ids, at = np.fromfile(out / f"{split}.bin", np.uint16), 0
         for raw in documents:
-            if (draw(raw) < VAL_SHARE) == (split == "val"):
+            if (hash_fraction(raw) < VAL_SHARE) == (split == "val"):
                 text = raw.decode()
                 expected = [*encoding.encode_ordinary(text), encoding.eot_token]
                 assert ids[at : at + len(expected)].tolist() == expected, f"tiktoken differs in {split} from {at}"

@@ -22,7 +22,7 @@ from compare_with_nanogpt import machine  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
 from nanogpt import checkpoint  # noqa: E402
-from nanogpt.distributed import World, keep_freed_memory  # noqa: E402
+from nanogpt.distributed import World, disable_malloc_trim  # noqa: E402
 from nanogpt.optim import Optimizer  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
@@ -30,7 +30,7 @@ ROUNDS = 5
 
 
 def main() -> None:
-    keep_freed_memory()  # as training does
+    disable_malloc_trim()  # as training does
     model = GPT(GPTConfig(bias=False))
     optimizer = Optimizer(model, TrainConfig(), World(0, 1, torch.device("cpu"), torch.float32))
     weights, state = model.state_dict(), optimizer.state_tensors()
