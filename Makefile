@@ -22,7 +22,7 @@ test-all: lint
 	$(PY) -m pytest
 
 chaos: $(VENV)/dev
-	$(PY) tests/chaos.py --kills=110 --pair_kills=5 --changes=2
+	$(PY) tests/chaos/chaos.py --kills=110 --pair_kills=5 --changes=2
 
 lint: $(VENV)/dev
 	$(PY) -m ruff check .

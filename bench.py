@@ -30,11 +30,17 @@ import torch
 from torch import Tensor, nn
 
 from configurator import key, parse
+from load import MODEL_KEYS, Steps, load_weights, open_data_and_model, training_steps
 from model import GPT, GPTConfig
-from nanogpt import InputError, data, distributed, run_script
-from nanogpt.distributed import World, explain_errors, format_bytes, free_memory, memory_hint, print0
-from nanogpt.pretrained import GPT2_VOCAB
-from start import MODEL_KEYS, Steps, load_weights, open_data_and_model, should_compile, training_steps
+from nanogpt import distributed
+from nanogpt.compile import should_compile
+from nanogpt.console import format_bytes, print0
+from nanogpt.data.dataset import Tokens, open_dataset, token_dtype
+from nanogpt.device import describe_device, free_memory, pick_device, pick_dtype, seed_everything
+from nanogpt.distributed import World, explain_errors
+from nanogpt.errors import InputError, run_script
+from nanogpt.memory import memory_hint
+from nanogpt.text.tokenizer import GPT2_VOCAB
 from train import TrainConfig
 
 TURN = 5  # steps of one side, beside a reference, before it is the other's turn
@@ -83,11 +89,11 @@ class BenchConfig(TrainConfig):
     """A recipe's keys with a bench's defaults; those that do not touch a step, such as eval_interval, do nothing."""
 
     dataset: str = key("", "rows from a folder or a name under data/; '' = random ids", group="Data")
-    gradient_accumulation_steps: int = key(1, "micro-batches per step", least=1)
+    gradient_accumulation_steps: int = key(1, "micro-batches per step", ge=1)
 
-    steps: int = key(20, f"steps to measure; beside a reference in turns of {TURN}", group="Bench", least=1)
-    warmup: int = key(5, "steps before them, not measured", least=2)
-    vocab_size: int = key(GPT2_VOCAB, "ids of the model, where no dataset tells", least=2)
+    steps: int = key(20, f"steps to measure; beside a reference in turns of {TURN}", group="Bench", ge=1)
+    warmup: int = key(5, "steps before them, not measured", ge=2)
+    vocab_size: int = key(GPT2_VOCAB, "ids of the model, where no dataset tells", ge=2)
     profile: bool = key(False, f"trace {TRACED} more steps to trace.json")
     reference: str = key("", "a nanoGPT checkout to measure beside; its model.py is executed")
     table: bool = key(False, "measure the models of this device's table, a line each, instead of one recipe")
@@ -104,12 +110,12 @@ def main() -> None:
     config, given = parse(BenchConfig, description="Measure a training step.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("bench.py measures one process: start it without torchrun")
-    recipes = pick_recipes(config, given, distributed.pick_device(config.device))
+    recipes = pick_recipes(config, given, pick_device(config.device))
     if config.reference:
         load_reference(Path(config.reference))  # its faults are told before anything is measured
     world = distributed.start(config.device, config.dtype)
     dtype, how = str(world.dtype).removeprefix("torch."), "compiled" if should_compile(config, world) else "eager"
-    machine = f"{distributed.describe(world.device)}, {dtype}, {how}, torch {torch.__version__}"
+    machine = f"{describe_device(world.device)}, {dtype}, {how}, torch {torch.__version__}"
     figures: dict[str, Any] = {"command": shlex.join(sys.argv), "torch": torch.__version__, "machine": machine}
     save(config.to, figures)
     with explain_errors(f"too little memory on {world.device} for three matrices: end what else uses it"):
@@ -289,7 +295,7 @@ def serve(pipe: Connection, config: BenchConfig, given: dict[str, Any], facts: A
     held, ours = resident("VmRSS"), facts is None
     try:
         world = distributed.start(config.device, config.dtype) if ours else reference_world(config)
-        distributed.seed(config.seed, config.deterministic)
+        seed_everything(config.seed, config.deterministic)
         free = free_memory(world.device)
         remedy = memory_hint(config.micro_batches(1)[0], config.rows_per_step, config.block_size, free)
         with explain_errors(remedy):
@@ -351,7 +357,7 @@ def resident(which: str) -> int:
 
 def product_flops(world: World) -> float:
     """FLOP/s that products of square matrices reach, in the dtype in use: the most that can be had of this device."""
-    native = world.dtype in (torch.float32, distributed.pick_dtype("auto", world.device))
+    native = world.dtype in (torch.float32, pick_dtype("auto", world.device))
     n, count = (8192, 20) if world.device.type == "cuda" else (2048, 10)
     n = n if native else 256  # emulated, a large product takes a minute
 
@@ -382,12 +388,12 @@ def open_model(config: BenchConfig, given: dict[str, Any]) -> GPT:
     return GPT(GPTConfig(vocab_size=config.vocab_size, dropout=config.dropout, **sizes))
 
 
-def open_tokens(config: BenchConfig, shape: GPTConfig) -> data.Tokens:
+def open_tokens(config: BenchConfig, shape: GPTConfig) -> Tokens:
     """Ids to cut rows from for a model of `shape`: the dataset's, or random ones."""
     if config.dataset:
-        return data.open_dataset(config.dataset, block_size=shape.block_size, vocab_size=shape.vocab_size).train
+        return open_dataset(config.dataset, block_size=shape.block_size, vocab_size=shape.vocab_size).train
     ids = np.random.default_rng(config.seed).integers(shape.vocab_size, size=1_000_000 + shape.block_size)
-    return data.Tokens.of(ids.astype(data.token_dtype(shape.vocab_size)))
+    return Tokens.of(ids.astype(token_dtype(shape.vocab_size)))
 
 
 def load_reference(checkout: Path) -> Any:
@@ -408,14 +414,14 @@ def load_reference(checkout: Path) -> Any:
 
 def reference_world(config: BenchConfig) -> World:
     """The device and dtype as in `distributed.start`, but set up as nanoGPT's train.py does it."""
-    device = distributed.pick_device(config.device)
+    device = pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return World(0, 1, device, distributed.pick_dtype(config.dtype, device))
+    return World(0, 1, device, pick_dtype(config.dtype, device))
 
 
-def reference_steps(config: BenchConfig, shape: GPTConfig, tokens: data.Tokens, world: World) -> Steps:
+def reference_steps(config: BenchConfig, shape: GPTConfig, tokens: Tokens, world: World) -> Steps:
     """nanoGPT's steps, doing what its train.py does: no autocast on a CPU, the loss of each step awaited. Raises
     InputError for a model that it does not have."""
     if shape.arch != "gpt2":

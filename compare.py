@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt import InputError, run_script
+from nanogpt.errors import InputError, run_script
 
 AXES = {"step": "steps", "tokens": "tokens", "time_s": "seconds"}
 MOST_SETTINGS = 5  # that a label names

@@ -2,7 +2,7 @@
 
 @dataclass
 class SampleConfig:
-    seed: int = key(1337, "seed of every random choice", group="Randomness", least=0)
+    seed: int = key(1337, "seed of every random choice", group="Randomness", ge=0)
 
 config, given = parse(SampleConfig)
 """
@@ -23,17 +23,17 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from nanogpt import InputError
+from nanogpt.errors import InputError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
 LIMITS = {  # name in key(): (what it demands, the test)
-    "least": ("at least", operator.ge),
-    "most": ("at most", operator.le),
-    "above": ("above", operator.gt),
-    "below": ("below", operator.lt),
+    "ge": ("at least", operator.ge),
+    "le": ("at most", operator.le),
+    "gt": ("above", operator.gt),
+    "lt": ("below", operator.lt),
 }
 WORDS = {"None": None, "none": None, "True": True, "true": True, "False": False, "false": False}
 EXPECTED = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text", NoneType: "None"}
@@ -50,13 +50,13 @@ def key(
     help: str,
     *,
     group: str | None = None,  # heading in --help; keys without one belong to the group of the key before
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
+    ge: float | None = None,
+    le: float | None = None,
+    gt: float | None = None,
+    lt: float | None = None,
 ) -> Any:
     """A dataclass field with its line of help and the limits of its values."""
-    limits = {"least": least, "most": most, "above": above, "below": below}
+    limits = {"ge": ge, "le": le, "gt": gt, "lt": lt}
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **limits})
 
 

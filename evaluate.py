@@ -32,11 +32,14 @@ from tqdm import tqdm
 
 from configurator import key, parse
 from model import GPT
-from nanogpt import InputError, checkpoint, data, distributed, run_script
-from nanogpt.data import Shard, Tokens
+from nanogpt import checkpoint, distributed
+from nanogpt.data.dataset import Shard, Tokens, open_dataset
+from nanogpt.data.rows import SlidingWindows
 from nanogpt.distributed import World
-from nanogpt.inference import rows_to_score, score
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.errors import InputError, run_script
+from nanogpt.evaluation import score
+from nanogpt.memory import rows_to_score
+from nanogpt.text.tokenizer import Tokenizer
 from sample import opened
 
 OF_TASKS = ("limit", "num_fewshot", "include_path", "unsafe_code")
@@ -58,11 +61,11 @@ class EvaluateConfig:
     dataset: str | None = key(None, "a folder, a name under data/, a mixture; None: the run's own", group="Loss")
     split: Literal["val", "train"] = key("val", "which split of it, all of which is read")
     text: str | None = key(None, "a UTF-8 file to evaluate on instead")
-    stride: int = key(0, "tokens by which windows advance, and that count in each; 0: block_size", least=0)
+    stride: int = key(0, "tokens by which windows advance, and that count in each; 0: block_size", ge=0)
 
     tasks: str | None = key(None, "lm-evaluation-harness's instead: hellaswag,lambada_openai", group="Tasks")
-    limit: int | None = key(None, "examples of each task; None: all", least=1)
-    num_fewshot: int | None = key(None, "solved examples before each; None: as the task says", least=0)
+    limit: int | None = key(None, "examples of each task; None: all", ge=1)
+    num_fewshot: int | None = key(None, "solved examples before each; None: as the task says", ge=0)
     include_path: str | None = key(None, "folder of YAML files with tasks of your own")
     unsafe_code: bool = key(False, "let tasks run the code that the model writes")
 
@@ -127,7 +130,7 @@ def open_split(config: EvaluateConfig, run: dict[str, Any], model: GPT, tokenize
     dataset = config.dataset or run.get("dataset")
     if not dataset:
         raise InputError("dataset: the model does not say what it was trained on; give --dataset=NAME or --text=FILE")
-    found = data.open_dataset(dataset, block_size=1, vocab_size=model.config.vocab_size, splits=[config.split])
+    found = open_dataset(dataset, block_size=1, vocab_size=model.config.vocab_size, splits=[config.split])
     if found.tokenizer and not found.tokenizer.same_as(tokenizer):
         raise InputError(
             f"dataset={dataset}: its ids are not those of the model's tokenizer; prepare its text with that one, or "
@@ -169,7 +172,7 @@ def split_loss(model: GPT, tokens: Tokens, stride: int, world: World) -> tuple[f
         targets = source.tokens - 1
         stretch = T * -(-targets // (T * BLOCKS))  # tokens
         sums = np.zeros((2, -(-targets // stretch)))
-        batches = data.SlidingWindows(tokens, source, T, stride, vocab_size, rows_to_score(model, T))
+        batches = SlidingWindows(tokens, source, T, stride, vocab_size, rows_to_score(model, T))
         for starts, x, y in tqdm(batches, unit="batch", disable=None):
             where = (starts[:, None] + np.arange(x.shape[1]))[y.numpy() >= 0] // stretch
             with world.autocast():

@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 
 from configurator import key, parse
 from model import GPT
-from nanogpt import InputError, checkpoint, run_script
-from nanogpt.distributed import format_bytes
+from nanogpt import checkpoint
+from nanogpt.console import format_bytes
+from nanogpt.errors import InputError, run_script
 from nanogpt.files import read_json
-from nanogpt.pretrained import write_huggingface
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.interop.huggingface import write_huggingface
+from nanogpt.text.tokenizer import Tokenizer
 from sample import SampleConfig, load
 
 
@@ -36,7 +37,7 @@ class ExportConfig:
 
     to: str = key("", "folder to write, which is not there yet or empty", group="Folder")
     dtype: Literal["float32", "bfloat16"] = key("float32", "of the weights in it")
-    shard_gb: float = key(5.0, "more gigabytes of weights than these are split into several files", above=0)
+    shard_gb: float = key(5.0, "more gigabytes of weights than these are split into several files", gt=0)
 
 
 def main() -> None:

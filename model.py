@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from nanogpt.pretrained import Weights
+    from nanogpt.interop.names import Weights
 
 # What takes the place of attention to all of a row up to here. One continues a text: it keeps the keys and values, and
-# attends to all that it has kept (nanogpt/inference.py; one for each block). Another is `document_causal_attention`.
+# attends to all that it has kept (nanogpt/generate/decoder.py). Another is `document_causal_attention`.
 # q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim).
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -381,11 +381,12 @@ class GPT(nn.Module):
     ) -> "GPT":
         """GPT-2 or Qwen3 as published or fine-tuned ("gpt2-xl", a Hugging Face id or folder), or nanoGPT's ckpt.pt.
 
-        source: its name, or what `read_weights` of nanogpt/pretrained.py has made of it. dropout: default as stored.
+        source: its name, or the `Weights` that nanogpt/interop has read. dropout: default as stored.
         block_size: a shorter context. Raises InputError where the weights cannot be had or used, ValueError for a
         block_size beyond theirs.
         """
-        from nanogpt.pretrained import Weights, read_weights
+        from nanogpt.interop.huggingface import read_weights
+        from nanogpt.interop.names import Weights
 
         weights = source if isinstance(source, Weights) else read_weights(source)
         changes = {} if dropout is None else {"dropout": dropout}

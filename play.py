@@ -26,10 +26,14 @@ from typing import Any, Literal
 
 from configurator import build, key, parse
 from model import GPT
-from nanogpt import InputError, distributed, run_script
+from nanogpt import distributed
+from nanogpt.device import describe_device
+from nanogpt.errors import InputError, run_script
 from nanogpt.files import matches_schema, regular_file_size
-from nanogpt.inference import Decoder, Sampling, TextStream
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.generate.decoder import Decoder
+from nanogpt.generate.sampling import Sampling
+from nanogpt.generate.stream import TextStream
+from nanogpt.text.tokenizer import Tokenizer
 from sample import load, prepare
 
 RIVALS = 5  # shown beside each token
@@ -53,7 +57,7 @@ class PlayConfig:
     out_dir: str = key("out", "folder of the run, whose curves the page shows")
     checkpoint: str = key("best", "of the run: best, latest, step-NNNNNN or its folder")
 
-    port: int = key(8080, "of the page on 127.0.0.1; 0: any that is free", group="Machine", least=0, most=65535)
+    port: int = key(8080, "of the page on 127.0.0.1; 0: any that is free", group="Machine", ge=0, le=65535)
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of the weights")
     compile: Literal["auto", True, False] = key("auto", "torch.compile; auto: on CUDA")
@@ -63,12 +67,12 @@ class PlayConfig:
 class Settings:
     """What a request may set. Requests are checked by this table, and the page takes its controls' limits from it."""
 
-    temperature: float = key(0.8, "1 = the model's own odds, less = safer, 0 = always the likeliest", least=0, most=100)
-    top_k: int | None = key(None, "draw from this many likeliest tokens only; empty: from all", least=1)
-    top_p: float = key(1.0, "draw from the likeliest that together have this probability", above=0, most=1)
-    min_p: float = key(0.0, "leave out what is less than this share as likely as the likeliest", least=0, below=1)
-    max_new_tokens: int = key(300, "tokens to write", least=1, most=10_000)
-    seed: int = key(1337, "of the draws: the same seed, the same text", least=0)
+    temperature: float = key(0.8, "1 = the model's own odds, less = safer, 0 = always the likeliest", ge=0, le=100)
+    top_k: int | None = key(None, "draw from this many likeliest tokens only; empty: from all", ge=1)
+    top_p: float = key(1.0, "draw from the likeliest that together have this probability", gt=0, le=1)
+    min_p: float = key(0.0, "leave out what is less than this share as likely as the likeliest", ge=0, lt=1)
+    max_new_tokens: int = key(300, "tokens to write", ge=1, le=10_000)
+    seed: int = key(1337, "of the draws: the same seed, the same text", ge=0)
 
 
 class Playground:
@@ -358,7 +362,7 @@ def main() -> None:
     compiled = config.compile is True or (config.compile == "auto" and world.device.type == "cuda")
     playground = Playground(model, tokenizer, prepare(model, world, config.dtype, compiled), compiled)
     source = Path(config.out_dir if config.init_from == "resume" else config.init_from)
-    about = playground.about(source.resolve().name, distributed.describe(world.device))
+    about = playground.about(source.resolve().name, describe_device(world.device))
     app = application(playground, about, source / "metrics.jsonl", port)
     print(f"http://127.0.0.1:{port} is open; Ctrl-C closes it", flush=True)
     server(app).run(sockets=[door])

@@ -20,22 +20,20 @@ import torch
 
 from configurator import key, parse
 from model import GPT
-from nanogpt import InputError, checkpoint, data, distributed, run_script
-from nanogpt.chat import Chat
+from nanogpt import checkpoint, distributed
+from nanogpt.data.dataset import resolve
+from nanogpt.device import free_memory
 from nanogpt.distributed import World
+from nanogpt.errors import InputError, run_script
 from nanogpt.files import read_json
-from nanogpt.inference import (
-    Decoder,
-    Sampling,
-    TextStream,
-    Token,
-    can_pack,
-    pack,
-    rounded_linear,
-    rows_that_fit,
-)
-from nanogpt.pretrained import GPT2_VOCAB, read_weights
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.generate.decoder import Decoder
+from nanogpt.generate.low_precision import can_pack, replace_linears, rounded_linear
+from nanogpt.generate.sampling import Sampling, Token
+from nanogpt.generate.stream import TextStream
+from nanogpt.interop.huggingface import read_weights
+from nanogpt.memory import decoder_rows_that_fit
+from nanogpt.text.chat import Chat
+from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 SEPARATOR = "\n---------------\n"  # between samples
 
@@ -51,14 +49,14 @@ class SampleConfig:
     checkpoint: str = key("best", "of the run: best, latest, step-NNNNNN or its folder")
 
     start: str = key("\n", "the prompt; FILE:prompt.txt reads it from a file", group="Text")
-    num_samples: int = key(10, "texts to write, as many at once as fit into memory", least=1)
-    max_new_tokens: int = key(500, "tokens in each of them", least=1)
-    temperature: float = key(0.8, "1 = the model's own odds, less = safer, 0 = always the likeliest token", least=0)
-    top_k: int | None = key(200, "draw from this many likeliest tokens only; None: from all", least=1)
-    top_p: float = key(1.0, "draw from the likeliest tokens that together have this probability", above=0, most=1)
-    min_p: float = key(0.0, "leave out tokens less than this share as likely as the likeliest", least=0, below=1)
+    num_samples: int = key(10, "texts to write, as many at once as fit into memory", ge=1)
+    max_new_tokens: int = key(500, "tokens in each of them", ge=1)
+    temperature: float = key(0.8, "1 = the model's own odds, less = safer, 0 = always the likeliest token", ge=0)
+    top_k: int | None = key(200, "draw from this many likeliest tokens only; None: from all", ge=1)
+    top_p: float = key(1.0, "draw from the likeliest tokens that together have this probability", gt=0, le=1)
+    min_p: float = key(0.0, "leave out tokens less than this share as likely as the likeliest", ge=0, lt=1)
     stop: str | None = key(None, "end a text before this string")
-    seed: int = key(1337, "seed of the draws", least=0)
+    seed: int = key(1337, "seed of the draws", ge=0)
     chat: bool = key(False, "the prompt is a question to a model tuned on conversations; its answer alone is written")
     interactive: bool = key(False, "type a prompt, it goes on; Ctrl-C stops the text")
     logprobs: bool = key(False, "show how sure it was of each token: colors in a terminal, else a line each")
@@ -93,12 +91,12 @@ def prepare(model: GPT, world: World, dtype: str, compiled: bool) -> contextlib.
     model.to(world.device).eval()
     if world.device.type == "cpu" and world.dtype != torch.bfloat16 and dtype != "float32":
         if can_pack() and not compiled:
-            pack(model)
+            replace_linears(model)
         elif dtype == "float16":
             raise InputError("dtype=float16: on a CPU only where torch has FBGEMM (x86), not compiled: use float32")
         return contextlib.nullcontext()
     if world.dtype != torch.float32:
-        pack(model, partial(rounded_linear, dtype=world.dtype))
+        replace_linears(model, partial(rounded_linear, dtype=world.dtype))
     return world.autocast()
 
 
@@ -205,7 +203,7 @@ def write_all(
     else:
         ids = prompt_ids(prompt, model, tokenizer)
     length, count = len(ids) + config.max_new_tokens, config.num_samples
-    rows = min(count, rows_that_fit(model, length, distributed.free_memory(world.device)))
+    rows = min(count, decoder_rows_that_fit(model, length, free_memory(world.device)))
     if rows < count:
         print(f"{rows} of {count} samples at a time, for memory", file=sys.stderr)
     made, seconds, decoder = 0, 0.0, None
@@ -349,7 +347,7 @@ def opened(config: Any, doing: str) -> tuple[GPT, Tokenizer, str, dict[str, Any]
         model, run = GPT.from_pretrained(weights, dropout=0.0), weights.train_config
         folder = weights.tokenizer_folder
         if folder is None and not weights.gpt2_encoding and run.get("dataset"):
-            folder = data.resolve(run["dataset"])  # nanoGPT keeps characters beside the data
+            folder = resolve(run["dataset"])  # nanoGPT keeps characters beside the data
     tokenizer = Tokenizer.load(folder) if folder else None
     if tokenizer is None and model.config.vocab_size != GPT2_VOCAB:
         raise InputError(

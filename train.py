@@ -12,32 +12,28 @@ from typing import Any, Literal
 
 import torch
 
-import dial
+import budget
 from configurator import key, parse
+from load import MODEL_KEYS, document_separator_id, open_data_and_model, resume_settings
 from model import GPTConfig
-from nanogpt import InputError, RunStopped, checkpoint, data, distributed, optim, run_script
+from nanogpt import checkpoint, distributed, optim
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.distributed import World, catch_signals, explain_errors, memory_hint, print0, processes
-from nanogpt.inference import evaluate, sample_text
-from nanogpt.tracking import (
-    REMEDY,
-    MetricsWriter,
-    StepLogger,
-    Stopwatch,
-    format_losses,
-    missing_extras,
-    print_run_summary,
-    read_stop_reason,
-)
-from start import (
-    MODEL_KEYS,
-    compile_model,
-    document_separator_id,
-    estimate_training_memory,
-    open_data_and_model,
-    pick_micro_batch,
-    resume_settings,
-)
+from nanogpt.compile import compile_model
+from nanogpt.console import is_main, print0
+from nanogpt.control import catch_signals, ignore_signal_to_save
+from nanogpt.data.rows import EvalWindows, Rows
+from nanogpt.device import free_memory, seed_everything
+from nanogpt.distributed import World, explain_errors, processes
+from nanogpt.errors import InputError, RunStopped, run_script
+from nanogpt.evaluation import evaluate
+from nanogpt.generate.decoder import sample_text
+from nanogpt.guard import LayerStats, UpdateGuard
+from nanogpt.hashing import derive_seed
+from nanogpt.memory import estimate_training_memory, memory_hint, pick_micro_batch
+from nanogpt.metrics import MetricsWriter, Stopwatch, missing_extras, read_stop_reason
+from nanogpt.run_dir import RunLock, archive_previous_run, quarantine_damaged
+from nanogpt.schedule import learning_rate
+from nanogpt.train_log import REMEDY, StepLogger, format_losses, print_run_summary
 
 OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 
@@ -49,7 +45,7 @@ class TrainConfig:
     out_dir: str = key("out", "folder for checkpoints and metrics", group="Run")
     init_from: str = key("scratch", "weights of a new run: scratch, gpt2*, a hub id, a folder, nanoGPT's ckpt.pt")
     resume: Literal["auto", True, False] = key(False, "go on with the run in out_dir; auto: if it holds one")
-    seed: int = key(1337, "seed of initialization, order of rows and dropout", least=0)
+    seed: int = key(1337, "seed of initialization, order of rows and dropout", ge=0)
     eval_only: bool = key(False, "evaluate once and end; nothing is written")
     dry_run: bool = key(False, "tell sizes and time, try ten steps, and end; nothing is written")
 
@@ -57,50 +53,50 @@ class TrainConfig:
     verify_data: bool = key(False, "compare the data with the SHA-256 in its meta.json first")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
     mask_documents: bool = key(False, "documents do not see one another; each has positions of its own")
-    batch_size: int = key(12, "rows per micro-batch and process", least=1)
-    gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", least=1)
-    batch_growth_tokens: int = key(0, "tokens over which rows per step grow from batch_size; 0 = full at once", least=0)
-    block_size: int = key(1024, "tokens per row: the context length", least=1)
+    batch_size: int = key(12, "rows per micro-batch and process", ge=1)
+    gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", ge=1)
+    batch_growth_tokens: int = key(0, "tokens over which rows per step grow from batch_size; 0 = full at once", ge=0)
+    block_size: int = key(1024, "tokens per row: the context length", ge=1)
 
     arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
-    n_layer: int = key(12, "blocks", least=1)
-    n_head: int = key(12, "attention heads per block", least=1)
-    n_kv_head: int = key(0, "modern: heads of keys and values; 0: n_head", least=0)
-    head_dim: int = key(0, "modern: channels of a head; 0: n_embd / n_head", least=0)
-    n_embd: int = key(768, "channels", least=1)
-    n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd to the next 64", least=0)
-    rope_theta: float = key(1e4, "modern: base of the rotary positions", above=0)
-    norm_eps: float = key(0.0, "added to variances in norms; 0: 1e-5, modern 1e-6", least=0)
+    n_layer: int = key(12, "blocks", ge=1)
+    n_head: int = key(12, "attention heads per block", ge=1)
+    n_kv_head: int = key(0, "modern: heads of keys and values; 0: n_head", ge=0)
+    head_dim: int = key(0, "modern: channels of a head; 0: n_embd / n_head", ge=0)
+    n_embd: int = key(768, "channels", ge=1)
+    n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd to the next 64", ge=0)
+    rope_theta: float = key(1e4, "modern: base of the rotary positions", gt=0)
+    norm_eps: float = key(0.0, "added to variances in norms; 0: 1e-5, modern 1e-6", ge=0)
     tied: bool = key(True, "the token embedding is the output layer too; modern may untie them")
-    dropout: float = key(0.0, "share of activations dropped in training", least=0, below=1)
+    dropout: float = key(0.0, "share of activations dropped in training", ge=0, lt=1)
     bias: bool = key(False, "gpt2: biases in linear layers and norms")
 
     optimizer: Literal["adamw", "muon"] = key(
         "adamw", "muon: for the blocks' matrices, AdamW elsewhere", group="Optimizer"
     )
-    learning_rate: float = key(6e-4, "the highest learning rate", above=0)
-    muon_lr: float | None = key(None, "Muon's highest learning rate; None: learning_rate", above=0)
-    muon_momentum: float = key(0.95, "Muon's memory of gradients", least=0, below=1)
-    max_iters: int = key(600_000, "updates in all", least=0)
-    minutes: float | None = key(None, "the best model in so many minutes: sizes, rates and max_iters by law", above=0)
-    weight_decay: float = key(0.1, "of matrices and embeddings", least=0)
-    beta1: float = key(0.9, "AdamW's memory of gradients", least=0, below=1)
-    beta2: float = key(0.95, "AdamW's memory of squared gradients", least=0, below=1)
-    grad_clip: float = key(1.0, "highest norm of the gradient; 0 = no clipping", least=0)
-    skip_spikes: float = key(0.0, "skip updates whose norm is so many deviations above the median; 0 = none", least=0)
+    learning_rate: float = key(6e-4, "the highest learning rate", gt=0)
+    muon_lr: float | None = key(None, "Muon's highest learning rate; None: learning_rate", gt=0)
+    muon_momentum: float = key(0.95, "Muon's memory of gradients", ge=0, lt=1)
+    max_iters: int = key(600_000, "updates in all", ge=0)
+    minutes: float | None = key(None, "the best model in so many minutes: sizes, rates and max_iters by law", gt=0)
+    weight_decay: float = key(0.1, "of matrices and embeddings", ge=0)
+    beta1: float = key(0.9, "AdamW's memory of gradients", ge=0, lt=1)
+    beta2: float = key(0.95, "AdamW's memory of squared gradients", ge=0, lt=1)
+    grad_clip: float = key(1.0, "highest norm of the gradient; 0 = no clipping", ge=0)
+    skip_spikes: float = key(0.0, "skip updates whose norm is so many deviations above the median; 0 = none", ge=0)
     decay_lr: bool = key(True, "warm up, then follow schedule; False: learning_rate throughout")
     schedule: Literal["cosine", "trapezoid", "constant"] = key("cosine", "trapezoid: falls at the end alone")
-    decay_iters: int | None = key(None, "trapezoid: updates of its fall; None: half of those after warmup", least=0)
-    warmup_iters: int = key(2000, "updates until learning_rate is reached", least=0)
-    lr_decay_iters: int | None = key(None, "update at which min_lr is reached; None: max_iters", least=0)
-    min_lr: float | None = key(None, "the last learning rate; None: learning_rate / 10", least=0)
+    decay_iters: int | None = key(None, "trapezoid: updates of its fall; None: half of those after warmup", ge=0)
+    warmup_iters: int = key(2000, "updates until learning_rate is reached", ge=0)
+    lr_decay_iters: int | None = key(None, "update at which min_lr is reached; None: max_iters", ge=0)
+    min_lr: float | None = key(None, "the last learning rate; None: learning_rate / 10", ge=0)
 
-    eval_interval: int = key(2000, "updates between evaluations; 0 = at the end", group="Evaluation and logs", least=0)
-    eval_iters: int = key(200, "batches per evaluation and split, at most the split once; 0 = all of it", least=0)
+    eval_interval: int = key(2000, "updates between evaluations; 0 = at the end", group="Evaluation and logs", ge=0)
+    eval_iters: int = key(200, "batches per evaluation and split, at most the split once; 0 = all of it", ge=0)
     eval_train: bool = key(True, "evaluate the train split too, not val alone")
-    patience: int = key(0, "stop after so many evaluations in a row without a new best; 0 = never", least=0)
-    sample_chars: int = key(200, "characters of a sample printed at each evaluation; 0 = none", least=0)
-    log_interval: int = key(10, "updates between log lines", least=1)
+    patience: int = key(0, "stop after so many evaluations in a row without a new best; 0 = never", ge=0)
+    sample_chars: int = key(200, "characters of a sample printed at each evaluation; 0 = none", ge=0)
+    log_interval: int = key(10, "updates between log lines", ge=1)
     log_layers: bool = key(False, "log norms of each layer's gradients and updates too, and clipped updates")
     tensorboard: bool = key(False, "log to out_dir/tensorboard too")
     wandb_log: bool = key(False, "log to wandb too")
@@ -108,8 +104,8 @@ class TrainConfig:
     wandb_run_name: str = key("gpt2", "wandb's name of this run")
 
     always_save_checkpoint: bool = key(True, "save at each evaluation, not only at the best", group="Checkpoints")
-    checkpoint_minutes: float = key(15.0, "save at least this often; 0 = only as above", least=0)
-    keep_every: int = key(0, "also keep each checkpoint whose step is a multiple of this", least=0)
+    checkpoint_minutes: float = key(15.0, "save at least this often; 0 = only as above", ge=0)
+    keep_every: int = key(0, "also keep each checkpoint whose step is a multiple of this", ge=0)
 
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of matrix products; weights stay float32")
@@ -117,10 +113,10 @@ class TrainConfig:
     backend: Literal["auto", "nccl", "gloo"] = key("auto", "how processes talk")
     deterministic: bool = key(False, "equal bits for equal runs on CUDA too, slower")
     micro_batch_size: int | Literal["auto"] | None = key(
-        None, "rows at a time, steps stay as they are; None: batch_size; auto: the most that fit", least=1
+        None, "rows at a time, steps stay as they are; None: batch_size; auto: the most that fit", ge=1
     )
     activation_checkpointing: bool = key(False, "keep a block's input alone for backward: less memory, 1/3 more work")
-    loss_chunk: int = key(0, "tokens whose logits exist at a time, for less memory; 0 = all", least=0)
+    loss_chunk: int = key(0, "tokens whose logits exist at a time, for less memory; 0 = all", ge=0)
 
     def check(self) -> None:
         """Raises InputError for what the single values allow but their combination does not, a line each."""
@@ -188,28 +184,28 @@ class TrainConfig:
         end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         floor = self.learning_rate / 10 if self.min_lr is None else self.min_lr
         bounds = {"max_lr": self.learning_rate, "min_lr": floor}
-        return optim.learning_rate(
+        return learning_rate(
             self.schedule, step, **bounds, warmup=self.warmup_iters, end=end, decay_steps=self.decay_iters
         )
 
 
 def main() -> int:
     config, given = parse(TrainConfig, description="Train a GPT.")
-    distributed.ignore_signal_to_save()  # until there is something to save
+    ignore_signal_to_save()  # until there is something to save
     with contextlib.ExitStack() as held:
         return run(config, given, held)
 
 
 def run(config: TrainConfig, given: dict[str, Any], held: contextlib.ExitStack) -> int:
     """Settle what is to go on or to begin, and train; returns the exit status."""
-    lock = checkpoint.Lock(Path(config.out_dir))
-    if distributed.is_main() and not (config.eval_only or config.dry_run):
+    lock = RunLock(Path(config.out_dir))
+    if is_main() and not (config.eval_only or config.dry_run):
         held.enter_context(lock)  # before anything of the folder is read
     if config.resume == "auto" and (why := read_stop_reason(Path(config.out_dir))):
         raise RunStopped(f"{why}: --resume=auto does not repeat it; {REMEDY}")
     resumed = checkpoint.load_latest(Path(config.out_dir), config.init_from == "resume" or config.resume)
     if resumed:
-        given = dial.to_resume(given, resumed.state)
+        given = budget.to_resume(given, resumed.state)
         config = resume_settings(config, given, resumed)
     by_clock = config.minutes is not None and not config.eval_only
     if resumed or not by_clock:  # what the dial chooses is checked below
@@ -223,10 +219,10 @@ def run(config: TrainConfig, given: dict[str, Any], held: contextlib.ExitStack) 
             if resumed:
                 told = resumed.state["dial"]
             else:
-                given = dial.without_chosen(given)
-                config, told = dial.choose(config, world)
+                given = budget.without_chosen(given)
+                config, told = budget.choose(config, world)
                 config.check()
-            timer = dial.Timer(config, told)
+            timer = budget.Timer(config, told)
         status = train(config, given, resumed, world, timer, lock, held)
     world.close()
     return status
@@ -237,13 +233,13 @@ def train(
     given: dict[str, Any],
     resumed: Checkpoint | None,
     world: World,
-    timer: dial.Timer | None,  # of a run that was given minutes
-    lock: checkpoint.Lock,  # of out_dir
+    timer: budget.Timer | None,  # of a run that was given minutes
+    lock: RunLock,  # of out_dir
     held: contextlib.ExitStack,  # what is to be closed at the end, whatever comes
 ) -> int:
     """The whole of a run; returns the exit status."""
     writes = not (config.eval_only or config.dry_run)
-    distributed.seed(config.seed, config.deterministic)
+    seed_everything(config.seed, config.deterministic)
     dataset, raw_model, tokenizer = open_data_and_model(config, given, resumed)
     shape = raw_model.config
     config = replace(config, **{name: getattr(shape, name) for name in MODEL_KEYS})
@@ -255,7 +251,7 @@ def train(
     micro_batch = pick_micro_batch(config, raw_model, world)
     if config.micro_batch_size == "auto":  # a resumed run keeps to it, whatever is free by then
         config = replace(config, micro_batch_size=micro_batch)
-    most_rows, free = config.rows_per_step // world.size, distributed.free_memory(world.device)
+    most_rows, free = config.rows_per_step // world.size, free_memory(world.device)
     remedy = memory_hint(micro_batch, most_rows, shape.block_size, free)
     held.enter_context(explain_errors(remedy))
     memory = estimate_training_memory(raw_model, config, micro_batch, shape.block_size, world)
@@ -269,14 +265,14 @@ def train(
         )
     if writes and world.is_main:
         if resumed:
-            checkpoint.quarantine_damaged(out_dir, resumed.path)
-        elif moved := checkpoint.archive_previous_run(lock):
+            quarantine_damaged(out_dir, resumed.path)
+        elif moved := archive_previous_run(lock):
             print0(f"{out_dir} held a run already: moved to {moved}")
 
     # --- Rows, model, optimizer; then the state of the run so far
-    rows = data.Rows(dataset.train, shape.block_size, shape.vocab_size, config.seed, config.row_order)
+    rows = Rows(dataset.train, shape.block_size, shape.vocab_size, config.seed, config.row_order)
     windows = {
-        split: data.EvalWindows(tokens, shape.block_size, config.eval_iters, config.batch_size, shape.vocab_size)
+        split: EvalWindows(tokens, shape.block_size, config.eval_iters, config.batch_size, shape.vocab_size)
         for split, tokens in (("train", dataset.train), ("val", dataset.val))
         if split == "val" or config.eval_train
     }
@@ -287,8 +283,8 @@ def train(
     model = world.wrap_ddp(compile_model(config, raw_model, world, rows, micro_batch))
     optimizer = optim.Optimizer(raw_model, config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    guard = optim.UpdateGuard(world.device, OVERFLOWS if scaler.is_enabled() else 1, config.skip_spikes)
-    layers = optim.LayerStats(raw_model, config.grad_clip) if config.log_layers else None
+    guard = UpdateGuard(world.device, OVERFLOWS if scaler.is_enabled() else 1, config.skip_spikes)
+    layers = LayerStats(raw_model, config.grad_clip) if config.log_layers else None
     samples, best_val_loss, clock = 0, math.inf, Stopwatch()
     since_best = 0  # evaluations without a new best
     clipped = 0  # updates since the last line in the log
@@ -391,7 +387,7 @@ def train(
                 if rows.masked:
                     share = (y >= 0).sum() * one_token
                 if config.dropout:
-                    torch.manual_seed(data.mix(config.seed, step, micro_step, world.rank))
+                    torch.manual_seed(derive_seed(config.seed, step, micro_step, world.rank))
                 between = world.size > 1 and micro_step < micro_steps - 1  # gradients are averaged once, at the last
                 with model.no_sync() if between else contextlib.nullcontext():  # type: ignore[operator]
                     with world.autocast():

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt import InputError, checkpoint, run_script
-from nanogpt.data import Dataset, Rows, Tokens, open_dataset
+from nanogpt import checkpoint
+from nanogpt.data.dataset import Dataset, Tokens, open_dataset
+from nanogpt.data.rows import Rows
+from nanogpt.errors import InputError, run_script
 from nanogpt.files import read_json
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.text.tokenizer import Tokenizer
 
 BLOCK = 2**22  # tokens read at once
 BAR = 40  # characters of the longest one

@@ -9,11 +9,11 @@ import codecs
 import os
 from pathlib import Path
 
-from nanogpt import InputError, run_script
-from nanogpt.data import summary
-from nanogpt.prepare import check_numbers, earlier, prepare
-from nanogpt.sources import KNOWN, ReadOptions, find
-from nanogpt.tokenizer import PATTERNS
+from nanogpt.data.write import format_summary
+from nanogpt.errors import InputError, run_script
+from nanogpt.text.fast_bpe import PATTERNS
+from nanogpt.text.prepare import check_numbers, earlier, prepare
+from nanogpt.text.sources import KNOWN, ReadOptions, find
 
 
 def truth(text: str) -> bool:
@@ -62,7 +62,7 @@ def main() -> None:
         train_mb=args.train_mb,
         pattern=args.pattern,
     )
-    print(f"{args.out}\n{summary(meta)}")
+    print(f"{args.out}\n{format_summary(meta)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -22,19 +21,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nanogpt import InputError, RunStopped
-from nanogpt.distributed import format_bytes, print0
-from nanogpt.files import matches_schema, read_json, regular_file_size
+from nanogpt.console import format_bytes, print0
+from nanogpt.errors import InputError, RunStopped
+from nanogpt.files import matches_schema, read_json, regular_file_size, sync_and_hash, sync_directory
 
 if TYPE_CHECKING:
-    from nanogpt.tokenizer import Tokenizer
+    from nanogpt.text.tokenizer import Tokenizer
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 OPTIONAL = ("tokenizer.json", "chat_template.jinja")
 MANIFEST = "MANIFEST.json"
 STEP = r"step-\d{6,}"
 RETRY_S = 60.0  # until a save that failed is tried again
-
 # What is in state.json, and of which kind (nanogpt/files.py); OLDER is what earlier versions did not write.
 SCALER = {
     "scale": float,
@@ -67,11 +65,6 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
-
-
-def is_run(out_dir: Path) -> bool:
-    """Whether a training run has written into `out_dir`."""
-    return os.path.exists(out_dir / "metrics.jsonl") or bool(list_checkpoints(out_dir))
 
 
 def is_checkpoint(source: Path) -> bool:
@@ -107,83 +100,6 @@ def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
         except InputError as error:
             print0(f"warning: {error}; trying the one before it")
     raise InputError(f"no checkpoint of {out_dir} is whole: start anew without --resume")
-
-
-class Lock:
-    """Keeps other runs out of `out_dir` from `take` on, until it is left or the process dies. Entered, it takes the
-    folder if that holds a run already."""
-
-    def __init__(self, out_dir: Path):
-        self.out_dir = out_dir
-        self.held: Any = None
-
-    def take(self) -> None:
-        """Raises InputError where another run is in the folder, or it cannot be written."""
-        import filelock
-
-        lock = filelock.FileLock(self.out_dir / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise InputError(
-                f"out_dir={self.out_dir}: a run is writing there now; wait until it has ended, or give another "
-                "--out_dir"
-            ) from None
-        except OSError as error:
-            raise InputError(
-                f"out_dir={self.out_dir} cannot be written ({error.strerror}): give another --out_dir"
-            ) from error
-        self.__exit__()
-        self.held = lock
-
-    def __enter__(self) -> "Lock":
-        if is_run(self.out_dir):
-            self.take()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.held:
-            self.held.release()
-
-
-def archive_previous_run(lock: Lock) -> Path | None:
-    """Create the folder of `lock` for a new run, and take it. A run that is there already moves to `out_dir.1` (`.2`
-    …), which is returned. Raises InputError where the folder cannot be written."""
-    out_dir, moved = lock.out_dir, None
-    if is_run(out_dir) and not out_dir.name:
-        raise InputError(f"out_dir={out_dir} holds a run that cannot move aside from here: give another --out_dir")
-    try:
-        if is_run(out_dir):  # which nobody else is in: the lock moves along
-            taken = (out_dir.with_name(f"{out_dir.name}.{n}") for n in range(1, 10**6))
-            moved = out_dir.rename(next(path for path in taken if not path.exists()))
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass
-        _sync_folder(out_dir.parent)
-    except OSError as error:
-        raise InputError(f"out_dir={out_dir} cannot be written ({error.strerror}): give another --out_dir") from error
-    if moved or not lock.held:
-        lock.take()
-    return moved
-
-
-def quarantine_damaged(out_dir: Path, resumed: Path) -> None:
-    """Rename the checkpoints newer than `resumed`, which were found damaged, and one with the lowest loss that is: they
-    would count as the newest and the best, and whole ones be deleted in their place."""
-    paths = list_checkpoints(out_dir)
-    damaged, good = paths[: paths.index(resumed)], paths[paths.index(resumed) :]
-    while (lowest := best(good)) and lowest != resumed:
-        try:
-            _verify(lowest, {*FILES, *OPTIONAL})
-            break
-        except InputError:
-            damaged.append(lowest)
-            good.remove(lowest)
-    for path in damaged:
-        aside = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        print0(f"warning: {path} is damaged: renamed to {aside.name}, for you to look at or delete")
 
 
 class Writer:
@@ -275,7 +191,7 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _sync_folder(out_dir)  # the first time `ckpt` is new in it
+        sync_directory(out_dir)  # the first time `ckpt` is new in it
         needed = sum(t.nbytes for part in (model, optimizer) for t in part.values())
         if (free := shutil.disk_usage(partial).free) < needed:
             raise OSError(errno.ENOSPC, f"{format_bytes(needed)} are needed, {format_bytes(free)} are free")
@@ -284,17 +200,17 @@ def save(
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(partial)
-        hashes = {path.name: _sync_and_hash(path) for path in sorted(partial.iterdir())}
+        hashes = {path.name: sync_and_hash(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(_manifest(hashes), encoding="utf-8")
-        _sync_and_hash(partial / MANIFEST)
-        _sync_folder(partial)
+        sync_and_hash(partial / MANIFEST)
+        sync_directory(partial)
         old = final.with_name(f".{final.name}.old.partial")
         if final.exists():  # the same step again, evaluated after a resume
             shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)
-        _sync_folder(final.parent)
+        sync_directory(final.parent)
     except (OSError, SafetensorError) as error:  # the latter stands for any fault of the disk
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -409,16 +325,3 @@ def _listed(out_dir: Path, pattern: str) -> list[Path]:
 
 def _names(paths: list[Path]) -> str:
     return ", ".join(path.name for path in paths) or "none"
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)

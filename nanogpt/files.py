@@ -1,11 +1,17 @@
-"""Small files as anyone may have left them: damaged, huge, or not files at all. Nothing is taken on trust."""
+"""Read small JSON files defensively; write files and directories atomically."""
 
+import contextlib
 import errno
+import hashlib
 import json
 import math
+import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from nanogpt.errors import InputError
 
 SMALL = 16 * 2**20  # bytes; JSON takes up to a hundred times its size in memory
 
@@ -53,3 +59,46 @@ def matches_schema(value: Any, kind: Any) -> bool:
     if kind is float:
         return matches_schema(value, int) or (type(value) is float and math.isfinite(value))
     return value is None if kind is None else type(value) is kind
+
+
+def sync_and_hash(path: Path) -> str:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def output_directory(folder: Path) -> Iterator[None]:
+    """Makes `folder`. Raises InputError where that, or what the block writes into it, fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder} could not be written ({error}): make room there, or give another folder by --out"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A path to write to, `<path>.partial`: synced and renamed to `path` at the end, deleted if the block raises."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -18,10 +18,15 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 from tqdm import tqdm
 
-from nanogpt import InputError, distributed
+from nanogpt.device import free_memory, is_out_of_memory
 from nanogpt.distributed import World
-from nanogpt.inference import Decoder, Sampling, TextStream, rows_that_fit, rows_to_score, score
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.errors import InputError
+from nanogpt.evaluation import score
+from nanogpt.generate.decoder import Decoder
+from nanogpt.generate.sampling import Sampling
+from nanogpt.generate.stream import TextStream
+from nanogpt.memory import decoder_rows_that_fit, rows_to_score
+from nanogpt.text.tokenizer import Tokenizer
 
 MOST_ROWS = 32  # texts that are written at once: all wait for the longest
 
@@ -121,7 +126,7 @@ class NanoGPTLM(TemplateLM):
         waiting = sorted(ids, key=lambda i: -len(ids[i]))
         while waiting:
             length = len(ids[waiting[0]]) + most
-            rows = min(MOST_ROWS, rows_that_fit(self.model, length, distributed.free_memory(self.world.device)))
+            rows = min(MOST_ROWS, decoder_rows_that_fit(self.model, length, free_memory(self.world.device)))
             batch, waiting = waiting[:rows], waiting[rows:]
             streams = [TextStream(self.words, stops, ends=ends) for _ in batch]
             texts = [""] * len(batch)
@@ -155,7 +160,7 @@ def run_tasks(asked: TemplateLM, names: Sequence[str], folder: str | None, **opt
         tasks = manager.match_tasks([*names])
         found = evaluator.simple_evaluate(asked, tasks=tasks, task_manager=manager, bootstrap_iters=1000, **options)
     except Exception as error:  # a task is a program with data of its own: it may raise anything
-        if isinstance(error, InputError) or distributed.is_out_of_memory(error):
+        if isinstance(error, InputError) or is_out_of_memory(error):
             raise
         raise InputError(f"tasks={','.join(names)}: {_explained(error)}") from error
     assert found is not None  # as it is in all processes but the first

@@ -1,15 +1,14 @@
-"""AdamW and Muon over named parameters, learning-rate schedules, and the guard that keeps a broken gradient away."""
+"""AdamW and Muon over named parameters."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanogpt import InputError
 from nanogpt.distributed import World
+from nanogpt.errors import InputError
 
 # What a matrix's singular values pass through five times to come out near 1: x → a x + b x³ + c x⁵ (Jordan et al. 2024)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -125,28 +124,6 @@ class Optimizer:
             own[name].copy_(tensors[name])
 
 
-def optimizer_state_numel(model: Any, config: Any) -> int:
-    """Numbers that the optimizer keeps: two for each parameter, one for each that Muon trains."""
-    hidden = model.muon_params() if config.optimizer == "muon" else {}
-    by_muon = sum(p.numel() for name, p in model.named_parameters() if name in hidden)
-    return 2 * model.count_parameters() - by_muon
-
-
-def optimizer_step_bytes(model: Any, config: Any, a: int) -> int:
-    """Bytes that an update takes while it lasts, `a` of them for a number in Muon's products: each shape's gradients
-    and averages, and beside them first two copies more of the gradients, shrunk and guarded, then Newton–Schulz's two
-    with their squares; the shape before leaves its last update behind meanwhile."""
-    maps = Counter[tuple[int, int]]()
-    for name, rows in (model.muon_params() if config.optimizer == "muon" else {}).items():
-        columns = model.get_parameter(name).shape[1]
-        maps.update((min(r, columns), max(r, columns)) for r in rows)
-    most = before = 0
-    for (r, s), count in maps.items():
-        most = max(most, before + count * (8 * r * s + max(8 * r * s, 2 * a * (r * s + r * r))))
-        before = 4 * count * r * s
-    return most
-
-
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """U Vᵀ, about, for each U S Vᵀ of (maps, rows, columns), rows ≤ columns: Newton–Schulz, most of whose singular
     values end between 0.7 and 1.2 (the smallest of a square matrix below); its products run in `dtype`."""
@@ -159,40 +136,6 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def learning_rate(
-    name: str, step: int, *, max_lr: float, min_lr: float, warmup: int, end: int, decay_steps: int | None = None
-) -> float:
-    """Learning rate of the update after `step` updates: up in a line for `warmup` updates, then by `SCHEDULES[name]`
-    from `max_lr` towards `min_lr`, which all but "constant" reach at `end` and hold.
-
-    decay_steps: updates that a trapezoid's last stretch takes; None: half of those after the warm-up.
-    """
-    if step < warmup:
-        return max_lr * (step + 1) / (warmup + 1)
-    left = 0.0 if step >= end else (end - step) / (end - warmup)  # of the way from warm-up to end
-    return min_lr + (max_lr - min_lr) * SCHEDULES[name](
-        left, 0.5 if decay_steps is None else decay_steps / max(end - warmup, 1)
-    )
-
-
-def cosine(left: float, fall: float) -> float:
-    """From 1 to 0 in half a cosine wave (Loshchilov and Hutter 2017)."""
-    return (1 - math.cos(math.pi * left)) / 2
-
-
-def trapezoid(left: float, fall: float) -> float:
-    """1, and over the last stretch of length `fall` to 0 in a line (Hu et al. 2024, Hägele et al. 2024)."""
-    return min(1.0, left / fall) if fall else 1.0 * (left > 0)
-
-
-# What is left of the way from the highest to the lowest learning rate, by how much of the schedule is left.
-SCHEDULES: dict[str, Callable[[float, float], float]] = {
-    "cosine": cosine,
-    "trapezoid": trapezoid,
-    "constant": lambda left, fall: 1.0,
-}
-
-
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """The norm of all gradients together, a scalar."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -201,86 +144,3 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 def clip_divisor(limit: float, norm: Tensor) -> Tensor:
     """What divides gradients of this `norm`, a scalar, so that it is at most `limit` (0: any)."""
     return (norm / limit).clamp(min=1.0) if limit > 0 else torch.ones_like(norm)
-
-
-class LayerStats:
-    """How large each layer's gradient and update are, and which updates were clipped; kept on the device.
-
-    `parts`: the parameters of each layer, by its name: "tokens", "blocks.0" and so on, "norm".
-    """
-
-    def __init__(self, model: nn.Module, limit: float):
-        """limit: grad_clip, the norm above which gradients are clipped; 0: none."""
-        self.parts: dict[str, list[Tensor]] = {}
-        for name, parameter in model.named_parameters():
-            layer = ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])
-            self.parts.setdefault(layer, []).append(parameter)
-        self.limit = limit or math.inf
-        self.found: list[Tensor] = []
-        self.old: dict[str, Any] = {}
-
-    @torch.no_grad()
-    def before_update(self, grad_norm: Tensor, whole: bool) -> None:
-        """See whether the update is clipped; `whole`: measure its layers too, which takes a copy of the weights."""
-        self.clipped = ((grad_norm > self.limit) & grad_norm.isfinite()).float()
-        if whole:
-            self.found = [gradient_norm(part) for part in self.parts.values()]
-            self.old = {name: torch._foreach_mul(part, 1.0) for name, part in self.parts.items()}
-
-    @torch.no_grad()
-    def after_update(self) -> list[Tensor]:
-        """Scalars: 1 if the update was clipped, else 0; then, where they were measured, a gradient's and an update's
-        norm a layer, in the order of `parts`."""
-        changes = [torch._foreach_sub(part, self.old.pop(name)) for name, part in self.parts.items() if self.old]
-        found, self.found = self.found, []
-        return [self.clipped, *found, *map(nn.utils.get_total_norm, changes)]
-
-
-class UpdateGuard:
-    """Turns an update with a non-finite loss or gradient norm into a no-op, on the device, with nobody waiting.
-
-    With `patience` = 1 the first bad update also voids all later ones. A float16 loss scaler overflows as a matter of
-    routine, so there `patience` bad updates in a row do. With `spikes` > 0 an update is skipped too whose gradient norm
-    lies more than so many deviations above the median of the last `WINDOW`, both robust: the deviation is 1.4826 times
-    the median distance from the median, which for normal numbers is the standard deviation.
-    """
-
-    WINDOW, ENOUGH = 100, 20  # norms remembered; norms without which nothing is called a spike
-
-    def __init__(self, device: torch.device, max_bad_steps: int, spike_threshold: float = 0.0):
-        self.max_bad_steps, self.spike_threshold = max_bad_steps, spike_threshold
-        self.bad_in_a_row = torch.zeros((), device=device)  # read late by the host: the run has failed at `patience`
-        self.skipped = torch.zeros((), device=device)  # spikes so far
-        self.norms = torch.full((self.WINDOW,), math.nan, device=device)
-        self.checked = 0
-
-    def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """1.0 if the coming update must be skipped; all three are scalars."""
-        bad = ~(loss + grad_norm).isfinite() | (self.bad_in_a_row >= self.max_bad_steps)
-        self.bad_in_a_row = torch.where(bad, self.bad_in_a_row + 1, 0.0)
-        if not self.spike_threshold:
-            return bad.float()
-        median = self.norms.nanmedian()
-        deviation = 1.4826 * (self.norms - median).abs().nanmedian()
-        spike = (
-            (grad_norm > median + self.spike_threshold * deviation)
-            & (self.norms.isfinite().sum() >= self.ENOUGH)
-            & ~bad
-        )
-        self.skipped = self.skipped + spike
-        # Spikes are remembered too: where the norm has risen for good, the median follows.
-        self.norms[self.checked % self.WINDOW] = torch.where(bad, math.nan, grad_norm)
-        self.checked += 1
-        return (bad | spike).float()
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON can say it."""
-        norms = [norm if math.isfinite(norm) else None for norm in self.norms.tolist()]
-        return {"skipped": self.skipped.item(), "norms": norms, "checked": self.checked}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave; {} changes nothing."""
-        norms = [math.nan if norm is None else norm for norm in state.get("norms", [])[-self.WINDOW :]]
-        self.skipped.fill_(state.get("skipped", 0.0))
-        self.norms[: len(norms)] = torch.tensor(norms, device=self.norms.device)
-        self.checked = state.get("checked", 0)

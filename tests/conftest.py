@@ -17,8 +17,8 @@ import transformers
 
 import train
 from nanogpt import checkpoint
-from nanogpt.data import write_dataset
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.data.write import write_dataset
+from nanogpt.text.tokenizer import Tokenizer
 
 ROOT = Path(train.__file__).resolve().parent
 LETTERS = "abcd"

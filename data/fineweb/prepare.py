@@ -8,10 +8,10 @@ when they are done.
 import argparse
 from pathlib import Path
 
-from nanogpt import InputError, run_script
-from nanogpt.data import summary
-from nanogpt.prepare import check_numbers, known_tokenizer
-from nanogpt.scale import Shards, join
+from nanogpt.data.write import format_summary
+from nanogpt.errors import InputError, run_script
+from nanogpt.text.pipeline import Shards, join
+from nanogpt.text.prepare import check_numbers, known_tokenizer
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
             SlurmPipelineExecutor(**shared, **more, workers=args.workers).run()
             return
         LocalPipelineExecutor(**shared, workers=args.workers).run()
-    print(f"{args.out}\n{summary(join(args.out, tokenizer))}")
+    print(f"{args.out}\n{format_summary(join(args.out, tokenizer))}")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import argparse
 import os
 from pathlib import Path
 
-from nanogpt import run_script
-from nanogpt.data import summary
-from nanogpt.prepare import check_numbers, earlier, prepare
-from nanogpt.sources import ReadOptions, find, hub_files
+from nanogpt.data.write import format_summary
+from nanogpt.errors import run_script
+from nanogpt.text.prepare import check_numbers, earlier, prepare
+from nanogpt.text.sources import ReadOptions, find, hub_files
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     meta = prepare(
         args.out, sources, "gpt2", reading=ReadOptions(), val_share=args.val_share, workers=args.workers, most=args.docs
     )
-    print(f"{args.out}\n{summary(meta)}")
+    print(f"{args.out}\n{format_summary(meta)}")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from nanogpt import run_script
-from nanogpt.data import summary, write_text
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.data.write import format_summary, write_text
+from nanogpt.errors import run_script
+from nanogpt.text.tokenizer import Tokenizer
 
 CHARACTERS = 1_115_394  # Tiny Shakespeare's
 TYPEWRITTEN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "…": "...", "—": "--", "–": "-", "\t": "    "})
@@ -54,7 +54,7 @@ def main() -> None:
             break
     text = text[:CHARACTERS]
     print(f"{args.out}: {len(text):,} characters of Python {sys.version.split()[0]}")
-    print(summary(write_text(args.out, text, Tokenizer.characters(text))))
+    print(format_summary(write_text(args.out, text, Tokenizer.characters(text))))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from nanogpt import run_script
-from nanogpt.data import summary, tiny_shakespeare, write_text
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.data.write import format_summary, tiny_shakespeare, write_text
+from nanogpt.errors import run_script
+from nanogpt.text.tokenizer import Tokenizer
 
 
 def main() -> None:
     text, args = tiny_shakespeare(__doc__, Path(__file__).parent)
-    print(summary(write_text(args.out, text, Tokenizer.characters(text))))
+    print(format_summary(write_text(args.out, text, Tokenizer.characters(text))))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ sys.path.insert(0, str(HERE.parent.parent))
 import model as network  # noqa: E402
 from model import GPT, GPTConfig, rotary_cos_sin, rotate  # noqa: E402
 from nanogpt import optim  # noqa: E402
-from nanogpt.inference import Decoder  # noqa: E402
+from nanogpt.generate.decoder import Decoder  # noqa: E402
+from nanogpt.memory import optimizer_state_numel  # noqa: E402
 
 GPT2 = GPTConfig(bias=False)  # 124M
 A, B, C = optim.NEWTON_SCHULZ
@@ -146,7 +147,7 @@ def muon() -> dict[str, Any]:
         "normal_matrices": spectrum,
         "share_of_a_step": costs,
         "state_bytes_124M": {
-            k: 4 * optim.optimizer_state_numel(GPT(GPT2), SimpleNamespace(optimizer=k)) for k in ("adamw", "muon")
+            k: 4 * optimizer_state_numel(GPT(GPT2), SimpleNamespace(optimizer=k)) for k in ("adamw", "muon")
         },
     }
 

@@ -40,7 +40,8 @@ sys.path.insert(0, str(ROOT))
 
 import model as model_file  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from nanogpt.distributed import World, disable_malloc_trim  # noqa: E402
+from nanogpt.device import disable_malloc_trim  # noqa: E402
+from nanogpt.distributed import World  # noqa: E402
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm  # noqa: E402
 from train import TrainConfig  # noqa: E402
 

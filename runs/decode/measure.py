@@ -43,8 +43,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from model import GPT, GPTConfig  # noqa: E402
-from nanogpt import checkpoint, data, distributed, inference  # noqa: E402
-from nanogpt.inference import Decoder, Sampling, sample_tokens  # noqa: E402
+from nanogpt import checkpoint, distributed  # noqa: E402
+from nanogpt.data.dataset import open_dataset  # noqa: E402
+from nanogpt.data.rows import EvalWindows  # noqa: E402
+from nanogpt.device import describe_device  # noqa: E402
+from nanogpt.evaluation import evaluate  # noqa: E402
+from nanogpt.generate.decoder import Decoder  # noqa: E402
+from nanogpt.generate.low_precision import can_pack, replace_linears, rounded_linear  # noqa: E402
+from nanogpt.generate.sampling import Sampling, sample_tokens  # noqa: E402
 
 SIZES = {"124M": (12, 12, 768), "1558M": (48, 25, 1600)}  # layers, heads, channels
 HOW = Sampling(temperature=0.8, top_k=200)
@@ -165,17 +171,17 @@ def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict
 
         found[name] = Side(lambda context: theirs(model, rows, context, device), write)
 
-    exact, half = contextlib.nullcontext(), partial(inference.rounded_linear, dtype=world.dtype)
-    can_pack = world.device.type == "cpu" and inference.can_pack()
-    if can_pack and world.dtype == torch.float32:  # as sample.py does
-        add("ours", inference.pack, exact)
+    exact, half = contextlib.nullcontext(), partial(rounded_linear, dtype=world.dtype)
+    packable = world.device.type == "cpu" and can_pack()
+    if packable and world.dtype == torch.float32:  # as sample.py does
+        add("ours", replace_linears, exact)
     else:
-        add("ours", partial(inference.pack, layer=half), world.autocast())
+        add("ours", partial(replace_linears, layer=half), world.autocast())
     if can_pack:
         if world.dtype != torch.float32:  # a CPU with bfloat16 of its own
-            add("packed float16", inference.pack, exact)
+            add("packed float16", replace_linears, exact)
         add("ours float32", lambda model: None, exact)
-        add("int8", partial(inference.pack, layer=Int8Linear), exact)
+        add("int8", partial(replace_linears, layer=Int8Linear), exact)
     add_theirs("transformers bfloat16", torch.bfloat16)
     if world.device.type == "cpu":
         add_theirs("transformers float32", torch.float32)
@@ -199,22 +205,22 @@ def losses(out_dir: str, world: Any) -> dict[str, float]:
     world = replace(world, dtype=torch.float32)  # where a format wants mixed precision, it says so below
     found = checkpoint.load(checkpoint.find(out_dir), with_optimizer=False)
     config = found.state["config"]
-    dataset = data.open_dataset(config["dataset"], block_size=config["block_size"])
-    windows = data.EvalWindows(dataset.val, config["block_size"], 20, 10, found.state["model"]["vocab_size"])
+    dataset = open_dataset(config["dataset"], block_size=config["block_size"])
+    windows = EvalWindows(dataset.val, config["block_size"], 20, 10, found.state["model"]["vocab_size"])
     formats: dict[str, tuple[Callable[[GPT], Any], Any]] = {"float32": (lambda model: None, contextlib.nullcontext())}
     for dtype in (torch.bfloat16, torch.float16):
-        layer = partial(inference.rounded_linear, dtype=dtype)
+        layer = partial(rounded_linear, dtype=dtype)
         amp = torch.autocast(world.device.type, dtype)
-        formats[str(dtype).removeprefix("torch.")] = partial(inference.pack, layer=layer), amp
-    if world.device.type == "cpu" and inference.can_pack():
-        formats["float16 packed"] = inference.pack, contextlib.nullcontext()
-        formats["int8"] = partial(inference.pack, layer=Int8Linear), contextlib.nullcontext()
+        formats[str(dtype).removeprefix("torch.")] = partial(replace_linears, layer=layer), amp
+    if world.device.type == "cpu" and can_pack():
+        formats["float16 packed"] = replace_linears, contextlib.nullcontext()
+        formats["int8"] = partial(replace_linears, layer=Int8Linear), contextlib.nullcontext()
     result = {}
     for name, (change, amp) in formats.items():
         model = GPT.from_checkpoint(out_dir).to(world.device)
         change(model)
         with amp, torch.no_grad():
-            result[name] = inference.evaluate(model, windows, 10, world)
+            result[name] = evaluate(model, windows, 10, world)
     return result
 
 
@@ -290,7 +296,7 @@ def main() -> None:
         found = {"results": whole_runs(args, world) if args.whole else speeds(args, world)}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     about = {"command": " ".join(["python", "runs/decode/measure.py", *sys.argv[1:]]), "commit": commit.stdout.strip()}
-    about |= {"machine": f"{distributed.describe(world.device)}, {platform.machine()}", "cores": os.cpu_count()}
+    about |= {"machine": f"{describe_device(world.device)}, {platform.machine()}", "cores": os.cpu_count()}
     about |= {
         "dtype": str(world.dtype),
         "torch": torch.__version__,

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import GPT, GPTConfig  # noqa: E402
 from nanogpt import checkpoint  # noqa: E402
-from nanogpt.tokenizer import Tokenizer  # noqa: E402
+from nanogpt.text.tokenizer import Tokenizer  # noqa: E402
 
 TEXT = "To be, or not to be: that is the question.\n"
 PROMPT, NEW = "To be", 40

@@ -49,9 +49,18 @@ from compare_with_nanogpt import EVALUATION, commit, run  # noqa: E402
 
 from bench import BenchConfig, training_steps  # noqa: E402
 from configurator import build, key, parse  # noqa: E402
+from load import MODEL_KEYS  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from nanogpt import InputError, data, distributed, optim, run_script  # noqa: E402
+from nanogpt import (  # noqa: E402
+    compile,
+    distributed,
+    optim,
+)
+from nanogpt.data.dataset import open_dataset  # noqa: E402
+from nanogpt.data.rows import EvalWindows  # noqa: E402
 from nanogpt.distributed import World  # noqa: E402
+from nanogpt.errors import InputError, run_script  # noqa: E402
+from nanogpt.evaluation import evaluate  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 CHARACTER, FAST = "config/train_shakespeare_char.py", "config/train_shakespeare_fast_gpu.py"
@@ -92,7 +101,7 @@ class MeasureConfig:
     stages: str = key("checks,attention", "which, in order, with commas between")
     reference: str = key("", "a nanoGPT checkout with data/shakespeare_char prepared; its code is executed")
     books: str = key("", "an archive of .txt files")
-    seconds: int = key(300, "of nanoGPT's training on the books", least=1)
+    seconds: int = key(300, "of nanoGPT's training on the books", ge=1)
     only: str = key("", "the rows of the table whose names hold this")
     trial: bool = key(False, "everything small and on a CPU; the figures mean nothing")
     to: str = key(str(HERE), "folder of the results")
@@ -164,20 +173,19 @@ def same_as_cpu(config: MeasureConfig) -> dict[str, float]:
 
 def losses(config: MeasureConfig, steps: int, graphs: bool, **keys: Any) -> list[float]:
     """Of so many steps of a small model by the program's own step."""
-    import start
 
     settings = build(
         BenchConfig, SMALL | {"gradient_accumulation_steps": 1, "device": on(config)} | keys, source="here"
     )
     world = distributed.start(settings.device, settings.dtype)
     torch.manual_seed(1)
-    sizes = {name: getattr(settings, name) for name in start.MODEL_KEYS}
+    sizes = {name: getattr(settings, name) for name in MODEL_KEYS}
     model = GPT(GPTConfig(vocab_size=settings.vocab_size, dropout=settings.dropout, **sizes))
     tokens = torch.randint(65, (100_000,)).numpy().astype("uint16")
-    kept, start.GRAPHS_BELOW = start.GRAPHS_BELOW, 1e18 if graphs else 0.0
+    kept, compile.GRAPHS_BELOW = compile.GRAPHS_BELOW, 1e18 if graphs else 0.0
     made = training_steps(settings, model, tokens, world)
     found = [loss for _ in range(steps) for loss in next(made)]
-    start.GRAPHS_BELOW = kept
+    compile.GRAPHS_BELOW = kept
     return found
 
 
@@ -447,9 +455,8 @@ def whole_split(out_dir: Path, config: MeasureConfig) -> float:
     model = GPT.from_pretrained(out_dir / "ckpt.pt").to(on(config))
     world = distributed.start(on(config), "auto")
     T = model.config.block_size
-    tokens = data.open_dataset(ROOT / "data" / "books", block_size=T).val
-    windows = data.EvalWindows(tokens, T, 0, 1, model.config.vocab_size)
-    from nanogpt.inference import evaluate
+    tokens = open_dataset(ROOT / "data" / "books", block_size=T).val
+    windows = EvalWindows(tokens, T, 0, 1, model.config.vocab_size)
 
     return evaluate(model, windows, 8, world)
 

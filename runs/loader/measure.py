@@ -27,8 +27,10 @@ from compare_with_nanogpt import machine  # noqa: E402
 from conftest import shard  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
-from nanogpt.data import Rows, open_dataset, write_dataset  # noqa: E402
-from nanogpt.tokenizer import Tokenizer  # noqa: E402
+from nanogpt.data.dataset import open_dataset  # noqa: E402
+from nanogpt.data.rows import Rows  # noqa: E402
+from nanogpt.data.write import write_dataset  # noqa: E402
+from nanogpt.text.tokenizer import Tokenizer  # noqa: E402
 
 T, BATCH = 1024, 12
 KINDS = {"one file": "one", "1,000 shards": "many", "mixture with loss mask": "one:0.7,masked:0.3"}

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runs" / "shakespeare_char_cpu")]
 from compare_with_nanogpt import commit, machine  # noqa: E402
 
 from configurator import key, parse  # noqa: E402
-from nanogpt import InputError, run_script  # noqa: E402
+from nanogpt.errors import InputError, run_script  # noqa: E402
 
 TINY = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=2 --log_interval=1 --block_size=32 "
@@ -44,7 +44,7 @@ class ReliabilityConfig:
     """What to break."""
 
     reference: str = key("", "a nanoGPT checkout with data/shakespeare_char prepared; its code is executed")
-    flips: int = key(300, "single bits to flip in its checkpoint", least=1)
+    flips: int = key(300, "single bits to flip in its checkpoint", ge=1)
 
 
 class Evil:

@@ -22,7 +22,8 @@ from compare_with_nanogpt import machine  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
 from nanogpt import checkpoint  # noqa: E402
-from nanogpt.distributed import World, disable_malloc_trim  # noqa: E402
+from nanogpt.device import disable_malloc_trim  # noqa: E402
+from nanogpt.distributed import World  # noqa: E402
 from nanogpt.optim import Optimizer  # noqa: E402
 from train import TrainConfig  # noqa: E402
 

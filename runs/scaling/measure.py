@@ -159,7 +159,7 @@ def part_of(data: Path, unique: int | None, work: Path, lock: threading.Lock) ->
     folder = work / f"{data.name}-{unique}"
     with lock:
         if not folder.exists():
-            from nanogpt.data import open_dataset
+            from nanogpt.data.dataset import open_dataset
 
             whole, partial = open_dataset(data, block_size=T), folder.with_suffix(".part")
             partial.mkdir(exist_ok=True)

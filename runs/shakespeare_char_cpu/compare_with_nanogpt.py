@@ -28,8 +28,11 @@ sys.path.insert(0, str(ROOT))  # model.py and train.py run in place and are not 
 
 from configurator import key, parse  # noqa: E402
 from model import GPT  # noqa: E402
-from nanogpt import InputError, checkpoint, data, run_script  # noqa: E402
+from nanogpt import checkpoint  # noqa: E402
+from nanogpt.data.dataset import open_dataset, resolve  # noqa: E402
+from nanogpt.data.rows import EvalWindows  # noqa: E402
 from nanogpt.distributed import World  # noqa: E402
+from nanogpt.errors import InputError, run_script  # noqa: E402
 from train import evaluate  # noqa: E402
 
 DATASET = "shakespeare_char"
@@ -50,8 +53,8 @@ class CompareConfig:
     """What to compare, and how often."""
 
     reference: str = key("", "a nanoGPT checkout with data/shakespeare_char prepared; its code is executed")
-    rounds: int = key(3, "runs of each side, in turn", least=1)
-    max_iters: int = key(2000, "updates of each run; the recipes' own number is 2000", least=20)
+    rounds: int = key(3, "runs of each side, in turn", ge=1)
+    max_iters: int = key(2000, "updates of each run; the recipes' own number is 2000", ge=20)
     ours: str = key("", "more flags for our train.py, as in --ours='--dtype=float32'")
     to: str = key(str(HERE), "folder of results.json and loss_over_seconds.png")
 
@@ -123,7 +126,7 @@ def summarise(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_same_data(reference: Path) -> None:
-    ours = data.resolve(ROOT / "data" / DATASET)
+    ours = resolve(ROOT / "data" / DATASET)
     for name in ("train.bin", "val.bin"):
         theirs = reference / "data" / DATASET / name
         if not theirs.is_file():
@@ -191,8 +194,8 @@ def read_nanogpt(out_dir: Path, lines: list[tuple[float, str]]) -> dict[str, Any
 
 def whole_split_loss(model: GPT) -> float:
     """Mean loss in nats over every full window of the validation split, in float32."""
-    tokens = data.open_dataset(ROOT / "data" / DATASET, block_size=BLOCK_SIZE).val
-    windows = data.EvalWindows(tokens, BLOCK_SIZE, 0, 1, model.config.vocab_size)
+    tokens = open_dataset(ROOT / "data" / DATASET, block_size=BLOCK_SIZE).val
+    windows = EvalWindows(tokens, BLOCK_SIZE, 0, 1, model.config.vocab_size)
     return round(evaluate(model, windows, 64, World(0, 1, torch.device("cpu"), torch.float32)), 5)
 
 

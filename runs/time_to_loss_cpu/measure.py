@@ -29,7 +29,8 @@ import compare_with_nanogpt  # noqa: E402
 from compare_with_nanogpt import NANOGPT_FLAGS, commit, machine, read_nanogpt, run  # noqa: E402
 
 from configurator import key, parse  # noqa: E402
-from nanogpt import InputError, data, run_script  # noqa: E402
+from nanogpt.data.dataset import open_dataset  # noqa: E402
+from nanogpt.errors import InputError, run_script  # noqa: E402
 
 RECIPE = "config/train_shakespeare_fast_cpu.py"
 LENGTH = "--max_iters=2000 --lr_decay_iters=2000"
@@ -40,8 +41,8 @@ class MeasureConfig:
     """What to measure, and how often."""
 
     reference: str = key("", "a nanoGPT checkout with data/shakespeare_char prepared; its code is executed")
-    rounds: int = key(3, "runs of nanoGPT's, each followed by its share of ours", least=1)
-    seeds: int = key(5, "runs of ours, each with a seed of its own, from 1", least=1)
+    rounds: int = key(3, "runs of nanoGPT's, each followed by its share of ours", ge=1)
+    seeds: int = key(5, "runs of ours, each with a seed of its own, from 1", ge=1)
     target: float = key(1.89, "loss over the whole validation split to be reached; 0 = nanoGPT's own, by its median")
     text: str = key("", "another text than tiny Shakespeare")
     ours: str = key("", "more flags for our train.py")
@@ -122,7 +123,7 @@ def prepare(text: Path, reference: Path) -> str:
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     folder, theirs = ROOT / "data" / name, reference / "data" / name
     theirs.mkdir(exist_ok=True)
-    tokenizer = data.open_dataset(folder, block_size=64).tokenizer
+    tokenizer = open_dataset(folder, block_size=64).tokenizer
     assert tokenizer
     itos = {i: tokenizer.decode([i]) for i in range(tokenizer.vocab_size)}
     meta = {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}

@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runs/shakespeare_char_cpu")]
 
 from compare_with_nanogpt import machine  # noqa: E402
 
-from nanogpt.data import open_dataset  # noqa: E402
-from nanogpt.tokenizer import Tokenizer  # noqa: E402
+from nanogpt.data.dataset import open_dataset  # noqa: E402
+from nanogpt.text.tokenizer import Tokenizer  # noqa: E402
 
 KINDS = ("char", "byte", "gpt2", "bpe:8192")
 RECIPE = {"arch": "modern", "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 128, "n_inner": 256}

@@ -1,0 +1,233 @@
+"""configurator.py: what flags and files may print0, who wins, and that every mistake is named at once."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from configurator import build, key, parse
+from nanogpt.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Demo:
+    out_dir: str = key("out", "where the run lives", group="Files")
+    note: str | None = key(None, "a remark")
+    batch_size: int = key(12, "rows", group="Batches", ge=1)
+    seed: int = key(1337, "seed")
+    dropout: float = key(0.0, "share of units left out, 10% = 0.1", group="Model", ge=0, lt=1)
+    learning_rate: float = key(6e-4, "step size", gt=0)
+    min_lr: float | None = key(None, "lowest step size")
+    top_k: int | None = key(200, "candidates", le=1000)
+    max_iters: int = key(100, "updates")
+    eval_only: bool = key(False, "evaluate and stop")
+    compile: Literal["auto", True, False] = key("auto", "use torch.compile")
+    dtype: Literal["auto", "float32"] = key("auto", "number format")
+
+
+def errors(*argv: str) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        parse(Demo, argv)
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, text):
+        Path(name).write_text(text)
+        return name
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("batch_size=5e3", 5000),
+        ("batch_size=1_000", 1000),
+        ("seed=-1", -1),
+        ("dropout=0", 0.0),
+        ("learning_rate=1e-3", 0.001),
+        ("min_lr=None", None),
+        ("min_lr=-1e-4", -1e-4),
+        ("top_k=none", None),
+        ("top_k=7", 7),
+        ("eval_only=true", True),
+        ("eval_only=False", False),
+        ("compile=auto", "auto"),
+        ("compile=true", True),
+        ("compile=False", False),
+        ("dtype=float32", "float32"),
+        ("out_dir=123", "123"),
+        ("out_dir=True", "True"),
+        ("out_dir=None", "None"),
+        ("out_dir=", ""),
+        ("out_dir=a=b --c", "a=b --c"),
+        ("note=None", None),
+        ("note=1e3", "1e3"),
+    ],
+)
+def test_flag_values(flag, value):
+    name, text = flag.split("=", 1)
+    for argv in ([f"--{flag}"], [f"--{name}", text]):
+        config, given = parse(Demo, argv)
+        assert (getattr(config, name), type(getattr(config, name))) == (value, type(value))
+        assert given == {name: value}
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--learning_rte=1", "no such key; did you mean --learning_rate?"),
+        ("--batch-size=1", "no such key; did you mean --batch_size?"),
+        ("--zzz=1", "no such key; --help lists them"),
+        ("--batch_size=abc", "expected a whole number, got 'abc'"),
+        ("--batch_size=2.5", "expected a whole number, got '2.5'"),
+        ("--batch_size=True", "expected a whole number, got 'True'"),
+        ("--batch_size=", "expected a whole number, got ''"),
+        ("--batch_size=0", "must be at least 1"),
+        ("--top_k=1001", "must be at most 1000"),
+        ("--dropout=1.5", "must be below 1"),
+        ("--learning_rate=0", "must be above 0"),
+        ("--learning_rate=nan", "expected a finite number, got 'nan'"),
+        ("--min_lr=1e999", "expected a finite number or None, got '1e999'"),
+        ("--eval_only=1", "expected True or False, got '1'"),
+        ("--compile=1", "expected auto or True or False, got '1'"),
+        ("--dtype=float8", "expected auto or float32, got 'float8'"),
+        ("--max_iters", "needs a value, as in --max_iters=100"),
+    ],
+)
+def test_flag_mistakes(flag, message):
+    assert errors(flag) == [f"{flag}: {message}"]
+
+
+def test_a_flag_followed_by_a_flag_has_no_value():
+    assert errors("--max_iters", "--seed", "-1") == ["--max_iters: needs a value, as in --max_iters=100"]
+
+
+def test_later_files_win_over_earlier_and_flags_over_files(write):
+    one = write("one.py", "batch_size = 1\nmax_iters = 5e3\nseed = 1")
+    two = write("two.py", "batch_size = batch_size + 1\ndropout = max_iters / 20_000\nseed += 1")
+    config, given = parse(Demo, ["--seed=9", one, "--seed", "8", two])
+    assert given == {"batch_size": 2, "max_iters": 5000, "dropout": 0.25, "seed": 8}
+    assert config == Demo(**given)
+
+
+def test_a_file_is_python_and_sets_only_what_it_assigns(write):
+    text = """
+import time, math as compile_time
+_half = 0.5
+def scaled(rate):
+    local = rate * _half
+    return local + 0 * batch_size
+if out_dir == "out":
+    max_iters = sum(n for n in range(4))
+else:
+    eval_only = True
+for _ in range(2):
+    learning_rate = scaled(learning_rate)
+note = "x" + str(time.time())
+min_lr = learning_rate / 10
+compile = False
+"""
+    config, given = parse(Demo, [write("recipe.py", text)])
+    assert set(given) == {"max_iters", "learning_rate", "note", "min_lr", "compile"}
+    assert (config.max_iters, config.learning_rate, config.min_lr) == (6, 1.5e-4, 1.5e-4 / 10)
+
+
+def test_a_key_imported_from_another_file_counts(write, monkeypatch):
+    write("shared_recipe_values.py", "seed = 5")
+    monkeypatch.syspath_prepend(".")
+    assert parse(Demo, [write("recipe.py", "from shared_recipe_values import seed")])[1] == {"seed": 5}
+
+
+def test_every_problem_of_files_and_flags_is_reported_at_once(write):
+    good = write("good_recipe.py", "seed = 3")
+    bad = write(
+        "bad.py", "max_itrs = 5\n\nout_dir = 123\ntokens = 1\nbatch_size = '8'\ndropout = 2\neval_only = 0\n1 / 0"
+    )
+    broken = write("broken.py", "seed = 1\nseed = = 2")
+    assert errors(bad, "--seed=x", broken, good, "god_recipe.py", "--seeed=1", "batch_size=3") == [
+        "bad.py:8: ZeroDivisionError: division by zero",
+        "bad.py:1: max_itrs: no such key; did you mean max_iters?",
+        "bad.py:3: out_dir: expected text, got 123",
+        "bad.py:4: tokens: no such key; a name that is not a key must begin with _",
+        "bad.py:5: batch_size: expected a whole number, got '8'",
+        "bad.py:6: dropout: must be below 1, is 2.0",
+        "bad.py:7: eval_only: expected True or False, got 0",
+        "broken.py:2: not valid Python: invalid syntax",
+        "god_recipe.py: no such file or directory; did you mean good_recipe.py?",
+        "batch_size=3: no such file; did you mean the flag --batch_size=3?",
+        "--seed=x: expected a whole number, got 'x'",
+        "--seeed=1: no such key; did you mean --seed?",
+    ]
+
+
+def test_a_missing_recipe_is_searched_for_in_config(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert errors("train_gtp2")[0].endswith(f"did you mean {Path('config/train_gpt2.py')}?")
+
+
+def test_settings_of_a_checkpoint_meet_the_same_validator():
+    assert build(Demo, {"dropout": 0, "max_iters": 5.0}, "state.json") == Demo(max_iters=5)
+    with pytest.raises(InputError) as caught:
+        build(Demo, {"batch_size": 0, "seed": "1", "drop": 0.1, "eval_only": None}, "state.json")
+    assert str(caught.value).splitlines() == [
+        "state.json: batch_size: must be at least 1, is 0",
+        "state.json: seed: expected a whole number, got '1'",
+        "state.json: drop: no such key; did you mean dropout?",
+        "state.json: eval_only: expected True or False, got None",
+    ]
+
+
+def test_help_lists_every_key_by_group_with_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(Demo, ["--nonsense", "--help"], "Shows keys.")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"Files: --out_dir .*Batches: --batch_size .*--seed .*Model: --dropout .*example: python", text)
+    assert "share of units left out, 10% = 0.1 (default: 0.0)" in text
+    assert all(f"--{field.name} " in text for field in dataclasses.fields(Demo))
+
+
+def train_keys(recipe):
+    from train import TrainConfig
+
+    return parse(TrainConfig, [str(ROOT / "config" / f"{recipe}.py")])[1]
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in ROOT.glob("config/*.py")))
+def test_recipes_suit_train(recipe):
+    assert len(train_keys(recipe)) >= 6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "values"),
+    [
+        ("train_gpt2", {"gradient_accumulation_steps": 40, "batch_size": 12, "max_iters": 600000}),
+        ("train_shakespeare_char", {"learning_rate": 1e-3, "beta2": 0.99, "n_embd": 384, "max_iters": 5000}),
+        ("train_shakespeare_char_cpu", {"learning_rate": 1e-3, "max_iters": 2000, "device": "cpu", "compile": False}),
+        ("finetune_shakespeare", {"init_from": "gpt2-xl", "learning_rate": 3e-5, "decay_lr": False}),
+        ("eval_gpt2_medium", {"init_from": "gpt2-medium", "eval_only": True, "eval_iters": 500}),
+    ],
+)
+def test_recipes_keep_the_values_that_nanogpt_gave_them(recipe, values):
+    given = train_keys(recipe)
+    assert {name: given[name] for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("recipe", "floor"), [("train_gpt2", 6e-5), ("train_shakespeare_char", 1e-4), ("train_shakespeare_char_cpu", 1e-4)]
+)
+def test_a_recipe_made_shorter_decays_all_the_same(recipe, floor):
+    from train import TrainConfig
+
+    config, _ = parse(TrainConfig, [str(ROOT / "config" / f"{recipe}.py"), "--max_iters=1000", "--warmup_iters=9"])
+    assert config.learning_rate_at(1000) == pytest.approx(floor)
