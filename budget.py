@@ -1,15 +1,18 @@
-"""The dial: `train.py --minutes=M` makes the best model that this machine can make of this data in M minutes.
+"""`train.py --minutes=M`: the best model for a time budget, on this machine and this data.
 
-It tries the machine and the text for a few seconds, asks the law of nanogpt/scaling.py for the width and the length of
-the run, and sees to it that the learning rate has fallen to its end when the time is up.
+It trains small models for a few seconds to measure the machine's speed and how hard the text is, asks the scaling law
+of nanogpt/scaling.py for the width and the length of the run, and starts the final decay of the learning rate so that
+it ends with the budget.
 """
 
+import itertools
 import math
 import os
 import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,39 +20,57 @@ from typing import Any
 import numpy as np
 import torch
 
-from load import MODEL_KEYS, Steps, document_separator_id, training_steps
-from model import GPT, GPTConfig
+from configurator import ExplicitKeys
+from load import (
+    document_separator_id,
+    make_schedule,
+    make_state,
+    micro_batch_sizes,
+    new_model_config,
+    prepare_model,
+)
+from model import GPT
 from nanogpt import scaling
+from nanogpt.compile import compile_model, should_compile
 from nanogpt.console import START_TIME, format_duration, print0
-from nanogpt.data.dataset import open_dataset
-from nanogpt.data.rows import EvalWindows
-from nanogpt.device import free_memory
+from nanogpt.data.dataset import Tokens, open_dataset
+from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.evaluation import evaluate
-from nanogpt.memory import estimate_training_memory
+from nanogpt.memory import estimate_training_memory, fits_in_memory, pick_micro_batch
+from nanogpt.metrics import DeferredRead, StepStats, Stopwatch
+from nanogpt.schedule import StepSchedule
 from nanogpt.text.tokenizer import GPT2_VOCAB
 
-PILOT = scaling.PILOT_WIDTH  # of the model that is trained to see how hard the text is
-PILOT_SHARE = 0.05
-PILOT_S = (1.5, 20.0)
-TRY_S = 0.6  # how long a width's speed is measured
-TRIES = 5  # widths at most
-LEAST_STEPS = 60  # without so many a width is not tried: a few of its steps would take the time of all
-EARLY_STOP_SHARE = 0.75  # share of the time: where a little text wants less, the run goes by steps and ends early
-MOST_WEIGHTS = 4  # in the blocks for a token of the text: the law has not been tried far beyond (scaling_laws.ipynb)
+WIDTHS = [*range(32, 256, 16), *range(256, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
+MAX_WEIGHTS_PER_TOKEN = 4  # of the text, in the blocks: the law was not fitted far beyond (scaling_laws.ipynb)
+MIN_STEPS = 60  # a width whose run would be shorter is not tried: a few of its steps would use up the budget
+EARLY_STOP_SHARE = 0.75  # of the time: if a small text needs less, the run goes by steps and ends early
+
+# The pilot: a small model whose loss shows how hard the text is.
+PILOT_WIDTH = scaling.PILOT_WIDTH
+PILOT_SHARE = 0.05  # of the time
+MIN_PILOT_S = 1.5
+MAX_PILOT_S = 20.0
+PILOT_WINDOWS = 512
+
+# Speed trials.
+TRIAL_S = 0.6  # of each width
+MAX_TRIALS = 5
+EXTRAPOLATION_EXPONENT = 0.85  # a token's seconds grow with its FLOPs to this power beyond the widths that were tried
+
+# The share of the time for the final decay, and its loss over that of half the time, which the law knows (runs/scaling,
+# "falls"). During the decay steps count, not the clock: a machine that slows down by a quarter then ends 5% late.
 DECAY_SHARE = 0.2
 SHORT_DECAY_PENALTY = 1.009
-EVALUATION_SHARE = 0.015  # of the time: what an evaluation may take
-LONG_MIN = 5.0  # minutes from which a run is evaluated on its way, and shorter at a time
-SHUTDOWN_S = 0.5  # for the last save and Python's end
-IMPORT_S = 2.0  # what passes before the program's first line, where the system does not tell
-EXTRAPOLATION_EXPONENT = (
-    0.85  # exponent by which a token's seconds grow with its FLOPs beyond the widths that were tried
-)
-PILOT_WINDOWS = 512
-WIDTHS = [*range(32, 256, 16), *range(256, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
-# Keys that the dial sets besides those of `scaling.recipe`.
+
+EVALUATION_SHARE = 0.015  # of the time, for each evaluation
+LONG_MINUTES = 5.0  # from here on the run is also evaluated on its way, with fewer windows each time
+SHUTDOWN_S = 0.5  # for the last save and the end of the interpreter
+IMPORT_S = 2.0  # before the program's first line, where the system does not know
+
+# Keys that a time budget sets besides those of `scaling.recipe`.
 DEFAULTS: dict[str, Any] = {
     "n_kv_head": 0,
     "head_dim": 0,
@@ -57,255 +78,393 @@ DEFAULTS: dict[str, Any] = {
     "bias": False,
     "dropout": 0.0,
     "batch_growth_tokens": 0,
+    "decay_lr": True,
+    "lr_decay_iters": None,
+    "decay_iters": None,
+    "eval_train": False,
+    "sample_chars": 0,
 }
-DEFAULTS |= {"decay_lr": True, "lr_decay_iters": None, "decay_iters": None, "eval_train": False, "sample_chars": 0}
-PATIENCE = "patience: minutes end a run by the clock, its rate at its lowest; leave one of the two out"
 BUDGET_KEYS = {*scaling.recipe(64, 1e6, 64), *DEFAULTS, "eval_interval", "eval_iters"}
+NO_PATIENCE = "patience: a time budget ends the run by the clock, at the lowest learning rate; leave one of the two out"
+
+TrainStep = Callable[..., StepStats]  # train.py's train_step
+Plan = dict[str, Any]  # minutes, expected_loss (None: unknown), evaluation_s, spent_s (by earlier processes)
 
 
-class Timer:
-    """Keeps a run to its minutes, over resumes too.
+# --- During the run
 
-    told: "minutes" for which the run was chosen; "expected_loss", None where it is unknown; "evaluation_s", what an
-    evaluation takes; "spent_s", the time spent by earlier processes.
+
+class ClockSchedule:
+    """A schedule that ends with a time budget: constant learning rate, then a decay that begins in time.
+
+    Until then it has no last step. The decay is counted in steps, so that a resumed run repeats it exactly.
     """
 
-    def __init__(self, config: Any, told: dict[str, Any]):
-        self.told, self.minutes = told, config.minutes
-        self.end = time.perf_counter() + 60 * self.minutes - told["spent_s"] - process_age()
-        self.last: float | None = None  # when the last update began
-        self.steps_s: deque[float] = deque(maxlen=100)
+    def __init__(self, steps: StepSchedule, plan: Plan, minutes: float, eval_interval: int):
+        """steps: by the run's keys; its name is "constant" until the decay has begun. plan: of `choose`."""
+        self.steps = steps
+        self.plan = plan
+        self.minutes = minutes
+        self.eval_interval = eval_interval
+        self.end = time.perf_counter() + 60 * minutes - plan["spent_s"] - process_age()
+        self.is_decaying = steps.name != "constant"
+        self.deadline = None if self.is_decaying else self.end
+        self.last_update_at: float | None = None
+        self.step_times: deque[float] = deque(maxlen=100)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; `told` of the process that goes on."""
-        return self.told | {"spent_s": 60 * self.minutes - (self.end - time.perf_counter())}
+    def lr(self, step: int) -> float:
+        return self.steps.lr(step)
 
-    def fall(self, eval_interval: int) -> int:
-        """How many updates may still begin if it is time for the learning rate to fall, else 0. To be asked at each
-        update."""
+    def lr_scale(self, step: int) -> float:
+        return self.steps.lr_scale(step)
+
+    def is_done(self, step: int) -> bool:
+        return self.is_decaying and self.steps.is_done(step)
+
+    def decay_due(self) -> int:
+        """Updates that fit into the remaining time, if it is time for the decay; else 0. Call it once an update."""
         now = time.perf_counter()
-        if self.last is not None:
-            self.steps_s.append(now - self.last)
-        self.last = now
-        left = self.end - now - self.told["evaluation_s"] - SHUTDOWN_S
-        if left > DECAY_SHARE * 60 * self.minutes or len(self.steps_s) < 5:
+        if self.last_update_at is not None:
+            self.step_times.append(now - self.last_update_at)
+        self.last_update_at = now
+        left = self.end - now - self.plan["evaluation_s"] - SHUTDOWN_S
+        if self.is_decaying or left > DECAY_SHARE * 60 * self.minutes or len(self.step_times) < 5:
             return 0
-        usual = 3 * statistics.median(self.steps_s)  # longer are those with an evaluation or a save between
-        step_s = statistics.mean(s for s in self.steps_s if s <= usual)
-        if eval_interval:
-            step_s += self.told["evaluation_s"] / eval_interval
+        limit = 3 * statistics.median(self.step_times)  # longer ones had an evaluation or a save in between
+        step_s = statistics.mean(seconds for seconds in self.step_times if seconds <= limit)
+        if self.eval_interval:
+            step_s += self.plan["evaluation_s"] / self.eval_interval
         return max(round(left / step_s), 1)
 
-    def report(self, val_loss: float) -> str:
-        """What became of the expectation."""
-        took, expected = format_duration(self.state()["spent_s"]), self.told["expected_loss"]
-        told = f"minutes={self.minutes:g}: took {took}; reached a validation loss of {val_loss:.4f}"
-        if self.minutes != self.told["minutes"]:
-            return f"{told}, sized for {self.told['minutes']:g} minutes"
-        return f"{told}, expected {expected:.4f} ({val_loss / expected - 1:+.1%})" if expected else told
+    def begin_decay(self, step: int, steps: int) -> bool:
+        """Begin the decay at `step`; False if it has begun. One of the `steps` has passed since they were counted."""
+        if self.is_decaying:
+            return False
+        self.is_decaying = True
+        return self.steps.begin_decay(step, max(steps - 1, 1))
+
+    def changed_keys(self) -> dict[str, Any]:
+        """The keys of TrainConfig that the decay settles, for checkpoints."""
+        if not self.is_decaying:
+            return {}
+        return {
+            "schedule": self.steps.name,
+            "max_iters": self.steps.max_iters,
+            "decay_iters": self.steps.decay_steps,
+        }
+
+    def state_dict(self) -> Plan:
+        """The plan for the process that resumes the run."""
+        return {**self.plan, "spent_s": self._spent_s()}
+
+    def summary(self, best_val_loss: float) -> str:
+        """Final message: time taken, loss reached vs. predicted."""
+        text = f"minutes={self.minutes:g}: took {format_duration(self._spent_s())}, validation loss {best_val_loss:.4f}"
+        if self.minutes != self.plan["minutes"]:
+            return f"{text}, sized for {self.plan['minutes']:g} minutes"
+        expected = self.plan["expected_loss"]
+        if not expected:
+            return text
+        return f"{text}, expected {expected:.4f} ({best_val_loss / expected - 1:+.1%})"
+
+    def _spent_s(self) -> float:
+        return 60 * self.minutes - (self.end - time.perf_counter())
 
 
-def without_chosen(given: dict[str, Any]) -> dict[str, Any]:
-    """What files and flags give, without the keys that the dial sets, which it tells."""
-    if ignored := [name for name in given if name in BUDGET_KEYS]:
-        print0(f"minutes: the dial chooses {', '.join(ignored)} itself; what is given does not count")
-    return {name: value for name, value in given.items() if name not in BUDGET_KEYS}
+def drop_budget_keys(explicit: ExplicitKeys) -> ExplicitKeys:
+    """The explicit keys without those that a time budget sets, which are printed."""
+    ignored = [name for name in explicit if name in BUDGET_KEYS]
+    if ignored:
+        print0(f"minutes: the time budget sets {', '.join(ignored)}; the given values are ignored")
+    return explicit.without(ignored)
 
 
-def to_resume(given: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """What files and flags give to a run that goes on from `state`. Raises InputError where minutes can change nothing:
-    in a run that goes on by steps, and once its steps are settled."""
-    minutes = given.get("minutes")
+def check_resume(explicit: ExplicitKeys, state: dict[str, Any]) -> ExplicitKeys:
+    """The explicit keys that can change a run resumed from `state`.
+
+    Raises InputError where --minutes cannot: in a run without a time budget, and after its decay has begun.
+    """
+    minutes = explicit.get("minutes")
     if not state.get("dial"):
         if minutes:
-            raise InputError("minutes: this run goes on by steps; leave --minutes out, or begin another --out_dir")
-        return given
-    if minutes not in (None, state["config"]["minutes"]) and state["config"]["schedule"] != "constant":
+            raise InputError("minutes: this run has no time budget; leave --minutes out, or start another --out_dir")
+        return explicit
+    saved = state["config"]
+    if minutes not in (None, saved["minutes"]) and saved["schedule"] != "constant":
         raise InputError(
-            f"minutes={minutes:g}: the steps are settled already, as {state['config']['minutes']:g} minutes had it; "
-            "leave --minutes out"
+            f"minutes={minutes:g}: the steps are settled already, for {saved['minutes']:g} minutes; leave it out"
         )
-    if given.get("patience"):
-        raise InputError(PATIENCE)
-    return without_chosen(given)
+    if explicit.get("patience"):
+        raise InputError(NO_PATIENCE)
+    return drop_budget_keys(explicit)
 
 
-class SpeedTrial:
-    """A run of any width on this text and this machine, tried for a few steps. config: train.py's."""
-
-    def __init__(self, config: Any, world: World):
-        self.config, self.world, self.alone = config, world, World(0, 1, world.device, world.dtype)
-        self.dataset = open_dataset(config.dataset, block_size=config.block_size)
-        self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
-        self.unique = len(self.dataset.train)
-        self.end_of_text = document_separator_id(config, self.dataset)
-
-    def settings(self, width: int, tokens: float, processes: int) -> Any:
-        """Of a run of this width and length, its rows shared by so many processes."""
-        keys = scaling.recipe(width, tokens, self.config.block_size)
-        keys |= {"batch_size": -(-keys["batch_size"] // processes), "gradient_accumulation_steps": processes}
-        return replace(self.config, **DEFAULTS | keys)
-
-    def model(self, config: Any) -> GPT:
-        return GPT(GPTConfig(vocab_size=self.vocab_size, **{name: getattr(config, name) for name in MODEL_KEYS}))
-
-    def steps(self, config: Any, model: GPT) -> Steps:
-        """One process's steps of a run."""
-        if "torch._dynamo" in sys.modules:  # what other widths were compiled to counts against a limit
-            torch._dynamo.reset()
-        torch.manual_seed(config.seed)
-        model.end_of_text = self.end_of_text
-        return training_steps(replace(config, gradient_accumulation_steps=1), model, self.dataset.train, self.alone)
-
-    def flops(self, width: int) -> float:
-        """Of a token, about: the blocks' weights and the output layer's."""
-        return 6 * (scaling.weights(scaling.shape(width)) + width * self.vocab_size)
-
-    def fits(self, config: Any, rows: int) -> bool:
-        """Whether memory will do for so many rows at a time, by the estimate."""
-        with torch.device("meta"):
-            model = self.model(config)
-        model.activation_checkpointing, model.loss_chunk = config.activation_checkpointing, config.loss_chunk
-        needed = estimate_training_memory(model, config, rows, config.block_size, self.world)
-        free = free_memory(self.world.device)
-        neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.world.device.type == "cpu" else 1
-        return free is None or needed * neighbors < 0.7 * free
-
-    def token_s(self, config: Any) -> float:
-        """Seconds a token, over all processes, if all are as fast as this one."""
-        steps = self.steps(config, self.model(config))
-
-        def step_s(count: int) -> float:
-            began = time.perf_counter()
-            for _ in range(count):
-                next(steps)
-            self.alone.synchronize()
-            return (time.perf_counter() - began) / count
-
-        step_s(1)  # which warms up
-        count = max(round(TRY_S / 8 / step_s(1)), 1)  # at a time, so that a GPU seldom waits for the host
-        began, seconds = time.perf_counter(), [step_s(count)]
-        while time.perf_counter() - began < TRY_S:
-            seconds.append(step_s(count))
-        return statistics.median(seconds) / (config.rows_per_step * config.block_size)
-
-    def plan(self, width: int, tokens: float) -> tuple[float, float]:
-        """The law's loss of a width that could read so many tokens, and how many of them it is to read."""
-        size = scaling.weights(scaling.shape(width))
-        best = scaling.LAW.length(size, tokens, self.unique)
-        best = tokens if best > EARLY_STOP_SHARE * tokens else best
-        if width > WIDTHS[0] and self.settings(width, tokens, self.world.size).max_iters < LEAST_STEPS:
-            return math.inf, best
-        return scaling.LAW.loss(size, best, self.unique), best
-
-    def agreed(self, value: float) -> float:
-        """The mean of what each process has found: all must choose the same."""
-        return self.world.all_reduce_sum(torch.tensor(float(value), device=self.world.device)).item() / self.world.size
-
-    def difficulty(self, seconds: float, token_s: float) -> float:
-        """How many times the law's loss this text's is, by a small model trained on it for so many seconds."""
-        size = scaling.weights(scaling.shape(PILOT))
-        tokens = scaling.LAW.length(size, seconds / token_s / self.world.size, self.unique)
-        one = self.settings(PILOT, tokens, processes=1)
-        torch.manual_seed(one.seed)
-        model = self.model(one)
-        steps = self.steps(one, model)
-        for _ in range(one.max_iters):
-            next(steps)
-        T, rows = one.block_size, one.batch_size
-        windows = EvalWindows(self.dataset.val, T, -(-PILOT_WINDOWS // rows), rows, self.vocab_size)
-        with torch.no_grad():
-            loss = evaluate(model, windows, rows, self.alone)
-        return scaling.difficulty(loss, one.max_iters * rows * T, self.unique, T)
+# --- Before the run
 
 
-def choose(config: Any, world: World) -> tuple[Any, dict[str, Any]]:
-    """The settings of the best run of `config.minutes`, and what a `Timer` is to be told.
+def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, Plan]:
+    """The settings of the best run of config.minutes, and its plan for `ClockSchedule`.
 
-    config: train.py's; its data, context, precision and logging stay. Raises InputError where minutes cannot be had:
-    weights that are there already, too little time or memory.
+    config: a TrainConfig; data, context, precision and logging stay. Raises InputError for a budget that cannot be
+    kept: weights that exist already, too little time or memory.
     """
     if config.init_from != "scratch":
         raise InputError(f"minutes: sizes a new model; leave out --init_from={config.init_from}, or give --max_iters")
     if config.patience:
-        raise InputError(PATIENCE)
-    whole_s, trial = 60 * config.minutes, SpeedTrial(config, world)
-    widths = [width for width in WIDTHS if scaling.weights(scaling.shape(width)) < MOST_WEIGHTS * trial.unique]
-    widths = widths or WIDTHS[:1]
-    speeds = {PILOT: trial.agreed(trial.token_s(trial.settings(PILOT, 1e6, world.size)))}  # seconds a token, by width
-    difficulty = trial.agreed(trial.difficulty(min(max(PILOT_SHARE * whole_s, PILOT_S[0]), PILOT_S[1]), speeds[PILOT]))
-    while True:  # until the best width, by the speeds that are known, is one of these
-        left_s = trial.agreed(whole_s - process_age() - SHUTDOWN_S - EVALUATION_SHARE * whole_s)
-        if left_s < whole_s / 2:
-            raise InputError(
-                f"minutes={config.minutes:g}: {process_age():.0f} s had passed before the first step; give at least "
-                f"{process_age() / 20:.1f}"
-            )
-        plans = {width: trial.plan(width, left_s / speed(trial, speeds, width)) for width in widths}
-        best = min(plans, key=lambda width: plans[width][0])
-        loss, tokens = plans[best]
-        chosen = trial.settings(best, tokens, world.size)
-        sizes = chosen.micro_batches(world.size)
-        if rows := next((rows for rows in sizes if trial.agreed(trial.fits(chosen, rows)) == 1), 0):
-            chosen = replace(chosen, micro_batch_size=rows)
-            if best in speeds or len(speeds) > TRIES:
-                break
-            speeds[best] = trial.agreed(trial.token_s(chosen))
-        elif not (widths := [width for width in widths if width < best]):
-            raise InputError(
-                f"minutes: too little memory for a row and {WIDTHS[0]} channels; give less than "
-                f"--block_size={config.block_size}"
-            )
-    token_s = speed(trial, speeds, best)
-    if by_steps := tokens * token_s < EARLY_STOP_SHARE * left_s:
-        whole_s += (tokens * token_s - left_s) / (1 - EVALUATION_SHARE)
+        raise InputError(NO_PATIENCE)
+    total_s = 60 * config.minutes
+    trial = SpeedTrial(config, world, train_step)
+    pilot_token_s = trial.agree(trial.token_s(trial.settings(PILOT_WIDTH, 1e6, world.size)))
+    speeds = {PILOT_WIDTH: pilot_token_s}  # seconds a token, by width
+    pilot_s = min(max(PILOT_SHARE * total_s, MIN_PILOT_S), MAX_PILOT_S)
+    difficulty = trial.agree(trial.difficulty(pilot_s, pilot_token_s))
+    chosen, width, tokens, loss, left_s = _best_run(trial, speeds, total_s)
+
+    token_s = interpolate_speed(trial, speeds, width)
+    ends_early = tokens * token_s < EARLY_STOP_SHARE * left_s
+    if ends_early:
+        total_s += (tokens * token_s - left_s) / (1 - EVALUATION_SHARE)
         print0(
-            f"minutes={config.minutes:g}: about {format_duration(whole_s)} will do: read longer, this text of "
-            f"{trial.unique:,} tokens would be learned by heart"
+            f"minutes={config.minutes:g}: stopping after about {format_duration(total_s)}: more epochs over these "
+            f"{trial.num_tokens:,} tokens would overfit"
         )
-    evaluations = 4 if whole_s >= 60 * LONG_MIN else 1
-    evaluation_s = EVALUATION_SHARE * whole_s / evaluations
-    batches = round(3 * evaluation_s / token_s / config.block_size / chosen.batch_size)  # forward is a third of a step
-    many = batches * chosen.batch_size * config.block_size >= len(trial.dataset.val)
+    num_evaluations = 4 if total_s >= 60 * LONG_MINUTES else 1
+    evaluation_s = EVALUATION_SHARE * total_s / num_evaluations
+    batch_s = token_s / 3 * config.block_size * chosen.batch_size  # forward is a third of a step
+    num_batches = round(evaluation_s / batch_s)
+    covers_split = num_batches * chosen.batch_size * config.block_size >= len(trial.dataset.val)
     chosen = replace(
         chosen,
-        schedule="trapezoid" if by_steps else "constant",  # until the fall begins
-        decay_iters=round(DECAY_SHARE * chosen.max_iters) if by_steps else None,
-        eval_interval=chosen.max_iters // evaluations if evaluations > 1 else 0,
-        eval_iters=0 if many else max(batches, 1),
+        schedule="trapezoid" if ends_early else "constant",  # until the decay begins
+        decay_iters=round(DECAY_SHARE * chosen.max_iters) if ends_early else None,
+        eval_interval=chosen.max_iters // num_evaluations if num_evaluations > 1 else 0,
+        eval_iters=0 if covers_split else max(num_batches, 1),
     )
-    expected = None if math.isnan(difficulty) else loss * difficulty * SHORT_DECAY_PENALTY
-    bpb = expected and trial.dataset.val.bits_per_byte(expected)
+    expected_loss = None if math.isnan(difficulty) else loss * difficulty * SHORT_DECAY_PENALTY
+    _print_choice(trial, chosen, tokens, speeds, token_s, difficulty, expected_loss)
+    plan = {
+        "minutes": config.minutes,
+        "expected_loss": expected_loss,
+        "evaluation_s": evaluation_s,
+        "spent_s": 0.0,
+    }
+    return chosen, plan
+
+
+def _best_run(trial: "SpeedTrial", speeds: dict[int, float], total_s: float) -> tuple[Any, int, float, float, float]:
+    """The settings of the best width, the width, its tokens, its loss by the law, and the seconds left for it.
+
+    Measures the speed of the width that is best by the speeds known so far, until that width is among them.
+    """
+    config = trial.config
+    widths = [w for w in WIDTHS if scaling.weights(scaling.shape(w)) < MAX_WEIGHTS_PER_TOKEN * trial.num_tokens]
+    widths = widths or WIDTHS[:1]
+    while True:
+        left_s = trial.agree(total_s - process_age() - SHUTDOWN_S - EVALUATION_SHARE * total_s)
+        if left_s < total_s / 2:
+            raise InputError(
+                f"minutes={config.minutes:g}: {process_age():.0f} s passed before the first step; give at least "
+                f"{process_age() / 20:.1f}"
+            )
+        runs = {width: trial.predict(width, left_s / interpolate_speed(trial, speeds, width)) for width in widths}
+        best = min(widths, key=lambda width: runs[width][0])
+        loss, tokens = runs[best]
+        chosen = trial.settings(best, tokens, trial.world.size)
+        micro_batch = trial.largest_micro_batch(chosen)
+        if micro_batch is None:
+            widths = [width for width in widths if width < best]
+            if not widths:
+                raise InputError(
+                    f"minutes: not enough memory for a row with {WIDTHS[0]} channels; give less than "
+                    f"--block_size={config.block_size}"
+                )
+            continue
+        chosen = replace(chosen, micro_batch_size=micro_batch)
+        if best in speeds or len(speeds) > MAX_TRIALS:
+            return chosen, best, tokens, loss, left_s
+        speeds[best] = trial.agree(trial.token_s(chosen))
+
+
+def _print_choice(
+    trial: "SpeedTrial",
+    chosen: Any,
+    tokens: float,
+    speeds: dict[int, float],
+    token_s: float,
+    difficulty: float,
+    expected_loss: float | None,
+) -> None:
+    tried = f"tried    {len(speeds)} widths, {1 / speeds[PILOT_WIDTH]:,.0f} to {1 / token_s:,.0f} tokens/s"
+    expected = "expected no particular loss: the pilot was too short"
+    if expected_loss:
+        tried += f"; this text is {difficulty:.3f} × as hard as the reference text"
+        expected = f"expected a validation loss of {expected_loss:.4f}"
+        bits_per_byte = trial.dataset.val.bits_per_byte(expected_loss)
+        if bits_per_byte:
+            expected += f", {bits_per_byte:.4f} bits per byte"
     print0(
-        f"tried    {len(speeds)} widths, {1 / speeds[PILOT]:,.0f} to {1 / token_s:,.0f} tokens/s"
-        + (f"; the text's loss is {difficulty:.3f} of the law's" if expected else ""),
-        f"chosen   {best} wide, {chosen.n_layer} layers; about {chosen.max_iters:,} steps of {chosen.rows_per_step} "
-        f"rows, {tokens:,.0f} tokens = {tokens / trial.unique:.3g} epochs; Muon's rate {chosen.muon_lr:.2e}",
-        (
-            f"expected a validation loss of {expected:.4f}"
-            if expected
-            else "expected no loss in particular: the pilot could read too little"
-        )
-        + (f", {bpb:.4f} bits per byte" if bpb else ""),
+        tried,
+        f"chosen   {chosen.n_embd} channels, {chosen.n_layer} layers; about {chosen.max_iters:,} steps of "
+        f"{chosen.rows_per_step} rows, {tokens:,.0f} tokens = {tokens / trial.num_tokens:.3g} epochs; Muon's learning "
+        f"rate {chosen.muon_lr:.2e}",
+        expected,
     )
-    told = {"minutes": config.minutes, "expected_loss": expected, "evaluation_s": evaluation_s, "spent_s": 0.0}
-    return chosen, told
 
 
-def speed(trial: SpeedTrial, speeds: dict[int, float], width: int) -> float:
-    """Seconds a token at a width: on a line between those known, by logarithms of FLOPs and seconds; beyond them
-    larger ones are taken for a little more efficient."""
-    known = sorted(speeds)
-    flops, seconds = (np.log([find(w) for w in known]) for find in (trial.flops, speeds.__getitem__))
+class SpeedTrial:
+    """Short runs of any width on this text and this machine. config: a TrainConfig."""
+
+    def __init__(self, config: Any, world: World, train_step: TrainStep):
+        self.config = config
+        self.world = world
+        self.train_step = train_step
+        self.single = World(0, 1, world.device, world.dtype)  # trials run in each process on its own
+        self.dataset = open_dataset(config.dataset, block_size=config.block_size)
+        self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
+        self.num_tokens = len(self.dataset.train)
+        self.separator_id = document_separator_id(self.dataset, config.mask_documents)
+
+    def settings(self, width: int, tokens: float, num_processes: int) -> Any:
+        """The config of a run of this width and length, its rows shared by num_processes."""
+        keys = {**DEFAULTS, **scaling.recipe(width, tokens, self.config.block_size)}
+        keys["batch_size"] = -(-keys["batch_size"] // num_processes)
+        keys["gradient_accumulation_steps"] = num_processes
+        return replace(self.config, **keys)
+
+    def new_model(self, config: Any) -> GPT:
+        return GPT(new_model_config(config, self.vocab_size))
+
+    def steps(self, config: Any, model: GPT) -> Iterator[list[float]]:
+        """One process's steps of a run."""
+        if "torch._dynamo" in sys.modules:  # the versions compiled for other widths count against a limit
+            torch._dynamo.reset()
+        torch.manual_seed(config.seed)
+        model.document_separator_id = self.separator_id
+        config = replace(config, gradient_accumulation_steps=1)
+        return training_steps(config, model, self.dataset.train, self.single, self.train_step)
+
+    def flops(self, width: int) -> float:
+        """FLOPs of a token, about: the blocks' weights and the output layer's."""
+        return 6 * (scaling.weights(scaling.shape(width)) + width * self.vocab_size)
+
+    def largest_micro_batch(self, config: Any) -> int | None:
+        """Rows of a forward pass that fit into memory on all ranks, by the estimate; None: not even one."""
+        with torch.device("meta"):
+            model = self.new_model(config)
+        model.activation_checkpointing = config.activation_checkpointing
+        model.loss_chunk = config.loss_chunk
+        for rows in micro_batch_sizes(config, self.world.size):
+            memory = estimate_training_memory(model, config.optimizer, rows, config.block_size, self.world.dtype)
+            if self.agree(fits_in_memory(memory, self.world.device)) == 1:
+                return rows
+        return None
+
+    def token_s(self, config: Any) -> float:
+        """Seconds a token over all processes, if all are as fast as this one."""
+        steps = self.steps(config, self.new_model(config))
+
+        def step_s(count: int) -> float:
+            start = time.perf_counter()
+            for _ in range(count):
+                next(steps)
+            self.single.synchronize()
+            return (time.perf_counter() - start) / count
+
+        step_s(1)  # warmup
+        count = max(round(TRIAL_S / 8 / step_s(1)), 1)  # at a time, so that a GPU seldom waits for the host
+        start = time.perf_counter()
+        seconds = [step_s(count)]
+        while time.perf_counter() - start < TRIAL_S:
+            seconds.append(step_s(count))
+        return statistics.median(seconds) / (config.rows_per_step * config.block_size)
+
+    def predict(self, width: int, tokens: float) -> tuple[float, float]:
+        """The law's loss of a width that has time for this many tokens, and how many of them are best read."""
+        size = scaling.weights(scaling.shape(width))
+        best = scaling.LAW.length(size, tokens, self.num_tokens)
+        if best > EARLY_STOP_SHARE * tokens:
+            best = tokens
+        if width > WIDTHS[0] and self.settings(width, tokens, self.world.size).max_iters < MIN_STEPS:
+            return math.inf, best
+        return scaling.LAW.loss(size, best, self.num_tokens), best
+
+    def agree(self, value: float) -> float:
+        """The mean over all processes, so that all choose the same."""
+        total = self.world.all_reduce_sum(torch.tensor(float(value), device=self.world.device))
+        return total.item() / self.world.size
+
+    def difficulty(self, seconds: float, token_s: float) -> float:
+        """This text's loss over the law's, from a small model trained on it for some seconds."""
+        size = scaling.weights(scaling.shape(PILOT_WIDTH))
+        tokens = scaling.LAW.length(size, seconds / token_s / self.world.size, self.num_tokens)
+        config = self.settings(PILOT_WIDTH, tokens, num_processes=1)
+        torch.manual_seed(config.seed)
+        model = self.new_model(config)
+        steps = self.steps(config, model)
+        for _ in range(config.max_iters):
+            next(steps)
+        T = config.block_size
+        rows = config.batch_size
+        windows = EvalWindows(self.dataset.val, T, -(-PILOT_WINDOWS // rows), rows, self.vocab_size)
+        with torch.no_grad():
+            loss = evaluate(model, windows, rows, self.single)
+        return scaling.difficulty(loss, config.max_iters * rows * T, self.num_tokens, T)
+
+
+def training_steps(config: Any, gpt: GPT, tokens: Tokens, world: World, train_step: TrainStep) -> Iterator[list[float]]:
+    """train.py's updates of a new run in one process, without log and checkpoints; for trials and bench.py.
+
+    Each `next` makes one update, and returns the losses that were read during it.
+    """
+    prepare_model(config, gpt, world)
+    rows = Rows(tokens, config.block_size, gpt.config.vocab_size, config.seed, config.row_order)
+    sizes = micro_batch_sizes(config, world.size)
+    micro_batch = sizes[0]
+    if config.micro_batch_size == "auto":
+        micro_batch = pick_micro_batch(gpt, config.optimizer, sizes, world)
+    model: torch.nn.Module = gpt
+    if should_compile(config.compile, world.device):
+        x, y = world.to_device(*rows[0:micro_batch])
+        model = compile_model(gpt, world, x, y, is_whole_step=micro_batch == config.rows_per_step)
+    state = make_state(config, gpt, world)
+    state.guard.max_bad_steps = sys.maxsize  # a trial that diverges is timed all the same
+    schedule = make_schedule(config)
+    deferred = DeferredRead(Stopwatch())
+    for step in itertools.count():
+        first_row = step * config.rows_per_step
+        batch = StepBatch(rows, first_row, config.rows_per_step, micro_batch, world, config.seed, step, config.dropout)
+        stats = train_step(
+            model,
+            batch,
+            state.optimizer,
+            state.scaler,
+            state.guard,
+            world,
+            lr_scale=schedule.lr_scale(step),
+            grad_clip=config.grad_clip,
+        )
+        deferred.put(step, stats.to_tensor())
+        yield [values[0] for _, values, _ in deferred.take()]
+
+
+def interpolate_speed(trial: SpeedTrial, speeds: dict[int, float], width: int) -> float:
+    """Seconds a token at a width: linear in the logarithms of FLOPs and seconds between the measured widths.
+
+    Beyond them, larger models are assumed to be a little more efficient.
+    """
+    measured = sorted(speeds)
+    log_flops = np.log([trial.flops(w) for w in measured])
+    log_seconds = np.log([speeds[w] for w in measured])
     x = math.log(trial.flops(width))
-    beyond = max(x - flops[-1], 0) + min(x - flops[0], 0)
-    return math.exp(np.interp(x, flops, seconds) + EXTRAPOLATION_EXPONENT * beyond)
+    beyond = max(x - log_flops[-1], 0) + min(x - log_flops[0], 0)
+    return math.exp(np.interp(x, log_flops, log_seconds) + EXTRAPOLATION_EXPONENT * beyond)
 
 
 def process_age() -> float:
     """Seconds since this process began."""
     try:
-        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return float(Path("/proc/uptime").read_text().split()[0]) - began
+        stat = Path("/proc/self/stat").read_text()
+        start_s = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - start_s
     except (OSError, ValueError, IndexError):  # not Linux
         return time.perf_counter() - START_TIME + IMPORT_S

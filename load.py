@@ -1,159 +1,290 @@
-"""What a run starts from: a dataset, a model that fits it, and how much of a step fits into memory at a time."""
+"""Load what a script starts from: a model with its tokenizer, the data and the model of a training run."""
 
-import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from configurator import Config, build
 from model import GPT, GPTConfig
-from nanogpt import checkpoint, optim
+from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.compile import compile_model
 from nanogpt.console import print0
-from nanogpt.data.dataset import Dataset, Tokens, open_dataset
-from nanogpt.data.rows import Rows
+from nanogpt.cpu_kernels import use_cpu_kernels
+from nanogpt.data.dataset import Dataset, open_dataset, resolve
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
+from nanogpt.files import read_json
 from nanogpt.guard import UpdateGuard
-from nanogpt.hashing import derive_seed
 from nanogpt.interop.huggingface import read_weights
-from nanogpt.memory import pick_micro_batch
-from nanogpt.metrics import DeferredRead, Stopwatch
+from nanogpt.optim import Optimizer
+from nanogpt.schedule import StepSchedule
+from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
+# The keys of TrainConfig that are sizes of GPTConfig. vocab_size comes from the data, dropout may change.
 MODEL_KEYS = (
-    *("arch", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner"),
-    *("rope_theta", "norm_eps", "tied", "bias", "block_size"),
+    "arch",
+    "n_layer",
+    "n_head",
+    "n_kv_head",
+    "head_dim",
+    "n_embd",
+    "n_inner",
+    "rope_theta",
+    "norm_eps",
+    "tied",
+    "bias",
+    "block_size",
 )
-Steps = Iterator[list[float]]  # next() makes one training step, and gives the losses that were read during it
+# Keys that are about one start of a run and are not taken from its checkpoint.
+START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data")
 
 
-def check_shape(given: dict[str, Any], there: dict[str, Any], where: str) -> None:
-    """Raises InputError for each given size that is not the one of weights that are there already."""
-    asked = {name for name in given.keys() & set(MODEL_KEYS) if given[name] or isinstance(given[name], bool)}
-    faults = [name for name in MODEL_KEYS if name in asked and given[name] != there[name]]  # a 0 leaves a size open
-    if faults:
-        told = (f"{k}={given[k]}: {where} has {k}={there[k]}, which cannot change; leave it out" for k in faults)
-        raise InputError("\n".join(told))
+MAX_OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 
 
-def resume_settings(config: Config, given: dict[str, Any], resumed: Checkpoint) -> Config:
-    """The run's own settings, and over them what files and flags give again; prints the differences. Raises InputError
-    where those saved are not this program's, or the sizes not those of the weights."""
+# --- A trained model
+
+
+class LoadedModel(NamedTuple):
+    """A model with its tokenizer, its source, and the settings of the run that trained it, as far as known."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    source: str
+    train_config: dict[str, Any]
+
+
+def load_model(init_from: str, out_dir: str, which: str, action: str) -> LoadedModel:
+    """Load a trained model and its tokenizer, and print `action` ("sampling from") with the source.
+
+    init_from: "resume" for the run in out_dir, or anything that `GPT.from_pretrained` takes, or another run's folder.
+    which: the checkpoint of a run, "best", "latest" or "step-NNNNNN". Raises InputError for whatever is missing.
+    """
+    from_run = init_from == "resume"
+    source = Path(out_dir if from_run else init_from)
+    tokenizer_folder: Path | None
+    if checkpoint.is_checkpoint(source) or (from_run and not (source / "ckpt.pt").exists()):
+        # From here on by the checkpoint's path: a run in progress may have a better one in a moment.
+        source = tokenizer_folder = checkpoint.find(source, which)
+        print(f"{action} {source}", file=sys.stderr)
+        model = GPT.from_checkpoint(source)
+        train_config = read_json(source / "state.json")["config"]
+    else:
+        print(f"{action} {source}", file=sys.stderr)
+        weights = read_weights(source if from_run else init_from)
+        for note in weights.notes:
+            print(note, file=sys.stderr)
+        model = GPT.from_pretrained(weights, dropout=0.0)
+        train_config = weights.train_config
+        tokenizer_folder = weights.tokenizer_folder
+        if tokenizer_folder is None and not weights.gpt2_encoding and train_config.get("dataset"):
+            tokenizer_folder = resolve(train_config["dataset"])  # nanoGPT keeps the characters beside the data
+
+    tokenizer = Tokenizer.load(tokenizer_folder) if tokenizer_folder else None
+    if tokenizer is None and model.config.vocab_size != GPT2_VOCAB:
+        raise InputError(
+            f"{source} has no tokenizer, and {model.config.vocab_size} ids are not GPT-2's: put its tokenizer.json "
+            "beside it"
+        )
+    return LoadedModel(model, tokenizer or Tokenizer.gpt2(), str(source), train_config)
+
+
+# --- A training run
+
+
+def resume_config(config: Config, explicit: Mapping[str, Any], flags: set[str], resumed: Checkpoint) -> Config:
+    """The run's own settings, updated by the explicit keys; prints what changes.
+
+    flags: the explicit keys that came from the command line. Sizes come from the checkpoint: a file that says otherwise
+    is overruled with a printed line. Raises InputError for a flag that contradicts them, and for a state.json that is
+    not a run's.
+    """
     source = str(resumed.path / "state.json")
+    model_config = _read_model_config(resumed, source)
+    sizes = asdict(model_config)
+    resumed.state["model"] = sizes
+
+    saved = {**resumed.state["config"], **{name: getattr(config, name) for name in START_KEYS}}
+    changed = {name: value for name, value in explicit.items() if saved.get(name) != value and name != "init_from"}
+    conflicts = conflicting_sizes(changed, sizes)
+    run_dir = resumed.path.parent.parent
+    raise_for_sizes({name: changed[name] for name in conflicts if name in flags}, sizes, f"the run in {run_dir}")
+
+    print0(f"resuming {resumed.path}")
+    for name in conflicts:
+        print0(f"  {name}: {changed.pop(name)} in a config file is ignored; the run has {sizes[name]}")
+    for name, value in changed.items():
+        print0(f"  {name}: {saved.get(name)} -> {value}")
+    return build(type(config), {**saved, **changed}, source)
+
+
+def _read_model_config(resumed: Checkpoint, source: str) -> GPTConfig:
+    """The GPTConfig of a checkpoint, checked against its tensors before anything of its size is allocated."""
     try:
-        shape = build(GPTConfig, resumed.state["model"], source)
-        if shape.n_layer > len(resumed.model):
-            raise ValueError(f"n_layer={shape.n_layer}, but there are {len(resumed.model)} tensors")
-        GPT.from_tensors(shape, resumed.model)  # which takes neither memory nor time
+        model_config = build(GPTConfig, resumed.state["model"], source)
+        if model_config.n_layer > len(resumed.model):
+            raise ValueError(f"n_layer={model_config.n_layer}, but there are {len(resumed.model)} tensors")
+        GPT.from_tensors(model_config, resumed.model)  # on the meta device: takes neither memory nor time
+        return model_config
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"{source}: no model of these sizes ({' '.join(str(error).split())[:200]})") from error
-    resumed.state["model"] = asdict(shape)
-    about_this_start = ("out_dir", "resume", "eval_only", "dry_run", "verify_data")
-    saved = resumed.state["config"] | {name: getattr(config, name) for name in about_this_start}
-    changed = {name: value for name, value in given.items() if saved.get(name) != value and name != "init_from"}
-    check_shape(changed, asdict(shape), f"the run in {resumed.path.parent.parent}")
-    print0(f"resuming {resumed.path}", *(f"  {name}: {saved.get(name)} -> {value}" for name, value in changed.items()))
-    return build(type(config), saved | changed, source)
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{source}: the sizes do not match the tensors ({reason})") from error
 
 
-def open_data_and_model(
-    config: Any, given: dict[str, Any], resumed: Checkpoint | None
+def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
+    """Names of explicit model keys that differ from the actual sizes. A 0 leaves a size open."""
+    conflicts = []
+    for name in MODEL_KEYS:
+        value = explicit.get(name)
+        is_open = value is None or (value == 0 and not isinstance(value, bool))
+        if not is_open and value != actual[name]:
+            conflicts.append(name)
+    return conflicts
+
+
+def raise_for_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for explicit model keys that contradict the sizes of existing weights."""
+    problems = [
+        f"{name}={explicit[name]}: {where} has {name}={actual[name]}, which cannot change; leave it out"
+        for name in conflicting_sizes(explicit, actual)
+    ]
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def load_data_and_model(
+    config: Any, explicit: Mapping[str, Any], resumed: Checkpoint | None
 ) -> tuple[Dataset, GPT, Tokenizer | None]:
-    """The dataset and the model, checked against each other, and the data's tokenizer where it can be had."""
-    known = None  # the tokenizer that the weights were trained with
+    """The dataset and the model of a training run, checked against each other, and the data's tokenizer if known."""
+    model_tokenizer = None  # the tokenizer that the weights were trained with
     if resumed:
-        model = GPT.from_tensors(replace(GPTConfig(**resumed.state["model"]), dropout=config.dropout), resumed.model)
-        known = Tokenizer.load(resumed.path)
+        model_config = GPTConfig(**resumed.state["model"])
+        model = GPT.from_tensors(replace(model_config, dropout=config.dropout), resumed.model)
+        model_tokenizer = Tokenizer.load(resumed.path)
     elif config.init_from != "scratch":
-        model, known = load_weights(config, given)
+        block_size = config.block_size if "block_size" in explicit else None
+        model, model_tokenizer = load_weights(config.init_from, config.dropout, block_size, explicit)
     else:
         vocab_size = open_dataset(config.dataset, block_size=config.block_size).vocab_size or GPT2_VOCAB
-        sizes = {name: getattr(config, name) for name in MODEL_KEYS}
-        model = GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes))
-    shape = model.config
+        model = GPT(new_model_config(config, vocab_size))
+
     dataset = open_dataset(
-        config.dataset, block_size=shape.block_size, vocab_size=shape.vocab_size, verify=config.verify_data
+        config.dataset,
+        block_size=model.config.block_size,
+        vocab_size=model.config.vocab_size,
+        verify=config.verify_data,
     )
     tokenizer = dataset.tokenizer
-    if known and tokenizer and not tokenizer.same_as(known):
+    if model_tokenizer and tokenizer and not tokenizer.has_same_vocab(model_tokenizer):
         if resumed:
             raise InputError(
                 f"dataset={config.dataset}: its tokenizer is not that of {resumed.path}; use the run's own data"
             )
-        print0(f"warning: {dataset.name} has another tokenizer than {config.init_from}: its ids stand for other tokens")
-    elif not known and dataset.vocab_size not in (None, shape.vocab_size):
-        print0(f"warning: {dataset.name} has {dataset.vocab_size} ids, the model {shape.vocab_size}: other tokenizers?")
-    if tokenizer is None and dataset.vocab_size is None and shape.vocab_size == GPT2_VOCAB:
-        print0(f"{dataset.name} has neither meta.json nor a tokenizer: its ids are taken for GPT-2's encoding")
-        try:
-            tokenizer = Tokenizer.gpt2() if config.sample_chars else None
-        except InputError as error:
-            print0(f"no samples will be printed: {error}")
+        print0(f"warning: {dataset.name} and {config.init_from} have different tokenizers: ids mean different tokens")
+    elif not model_tokenizer and dataset.vocab_size not in (None, model.config.vocab_size):
+        print0(f"warning: {dataset.name} has {dataset.vocab_size} ids, the model {model.config.vocab_size}")
+    if tokenizer is None and dataset.vocab_size is None and model.config.vocab_size == GPT2_VOCAB:
+        print0(f"{dataset.name} has neither meta.json nor a tokenizer: assuming GPT-2's encoding")
+        tokenizer = _gpt2_tokenizer_for_samples() if config.sample_chars else None
     return dataset, model, tokenizer
 
 
-def document_separator_id(config: Any, dataset: Dataset) -> int | None:
-    """The token that ends a document, if documents are to be kept apart. Raises InputError where there is none."""
-    if config.mask_documents and dataset.end_of_text is None:
-        raise InputError(f"mask_documents=True: {dataset.name} has no token that ends a document; leave it out")
-    return dataset.end_of_text if config.mask_documents else None
+def new_model_config(config: Any, vocab_size: int) -> GPTConfig:
+    """The GPTConfig of a new model by the keys of TrainConfig."""
+    sizes = {name: getattr(config, name) for name in MODEL_KEYS}
+    return GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
 
 
-def load_weights(config: Any, given: dict[str, Any]) -> tuple[GPT, Tokenizer | None]:
-    """The model that `init_from` names, its context cut to a given block_size, and its tokenizer where it has one."""
-    block_size = config.block_size if "block_size" in given else None
+def _gpt2_tokenizer_for_samples() -> Tokenizer | None:
     try:
-        if checkpoint.is_checkpoint(Path(config.init_from)):
-            folder: Path | None = checkpoint.find(Path(config.init_from))
-            model = GPT.from_checkpoint(str(folder), dropout=config.dropout, block_size=block_size)
+        return Tokenizer.gpt2()
+    except InputError as error:
+        print0(f"no samples will be printed: {error}")
+        return None
+
+
+def load_weights(
+    init_from: str, dropout: float, block_size: int | None, explicit: Mapping[str, Any]
+) -> tuple[GPT, Tokenizer | None]:
+    """The model that init_from names, its context cropped to block_size, and its tokenizer if it has one.
+
+    Raises InputError where it cannot be had, and for explicit keys that contradict its sizes.
+    """
+    folder: Path | None
+    try:
+        if checkpoint.is_checkpoint(Path(init_from)):
+            folder = checkpoint.find(Path(init_from))
+            model = GPT.from_checkpoint(str(folder), dropout=dropout, block_size=block_size)
         else:
-            weights = read_weights(config.init_from)
-            print0(*weights.notes)
-            model = GPT.from_pretrained(weights, dropout=config.dropout, block_size=block_size)
+            weights = read_weights(init_from)
+            for note in weights.notes:
+                print0(note)
             folder = weights.tokenizer_folder
+            model = GPT.from_pretrained(weights, dropout=dropout, block_size=block_size)
     except ValueError as error:
-        raise InputError(f"init_from={config.init_from}: {error}; leave --block_size out or give less") from error
-    check_shape(given, asdict(model.config), config.init_from)
+        raise InputError(f"init_from={init_from}: {error}; leave --block_size out or give less") from error
+    raise_for_sizes(explicit, asdict(model.config), init_from)
     return model, Tokenizer.load(folder) if folder else None
 
 
-def training_steps(config: Any, raw_model: GPT, tokens: Tokens, world: World) -> Steps:
-    """train.py's steps in one process, without its log; bench.py times them, the dial tries sizes by them;
-    tests/test_bench.py holds the two together."""
-    rows = Rows(tokens, config.block_size, raw_model.config.vocab_size, config.seed, config.row_order)
-    raw_model.to(world.device)
-    raw_model.activation_checkpointing, raw_model.loss_chunk = config.activation_checkpointing, config.loss_chunk
-    micro_batch = pick_micro_batch(config, raw_model, world)
-    micro_steps = config.rows_per_step // micro_batch
-    model = compile_model(config, raw_model, world, rows, micro_batch)
-    optimizer = optim.Optimizer(raw_model, config, world)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    guard, late = UpdateGuard(world.device, max_bad_steps=1 << 30), DeferredRead(Stopwatch())
-    for step in itertools.count():
-        loss_sum = torch.zeros((), device=world.device)
-        if rows.masked:
-            counted = max(rows.num_targets(slice(step * config.rows_per_step, (step + 1) * config.rows_per_step)), 1)
-        for micro_step in range(micro_steps):
-            first_row = step * config.rows_per_step + micro_step * micro_batch
-            x, y = world.to_device(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
-            if config.dropout:
-                torch.manual_seed(derive_seed(config.seed, step, micro_step, world.rank))
-            with world.autocast():
-                loss = model(x, y)[1]
-            share = (y >= 0).sum() / counted if rows.masked else 1 / micro_steps
-            scaler.scale(loss * share).backward()
-            loss_sum += loss.detach() * share
-        scaler.unscale_(optimizer)  # type: ignore[arg-type]
-        grad_norm = optim.gradient_norm(raw_model.parameters())
-        skip = guard.check(loss_sum, grad_norm)
-        factor = config.learning_rate_at(step) / config.learning_rate
-        optimizer.step(factor, optim.clip_divisor(config.grad_clip, grad_norm), skip)
-        scaler.update()
-        raw_model.zero_grad(set_to_none=True)
-        late.put(step, torch.stack([loss_sum, grad_norm, guard.bad_in_a_row]))
-        yield [values[0] for _, values, _ in late.take()]
+def prepare_model(config: Any, model: GPT, world: World) -> None:
+    """Move a model to its device and set the options of training; in place."""
+    model.to(world.device)
+    model.activation_checkpointing = config.activation_checkpointing
+    model.loss_chunk = config.loss_chunk
+    if world.device.type == "cpu":
+        use_cpu_kernels(model)
+
+
+def make_state(config: Any, model: GPT, world: World) -> TrainState:
+    """The state of a run before its first update; the model is on its device."""
+    optimizer = Optimizer(
+        model,
+        world,
+        kind=config.optimizer,
+        learning_rate=config.learning_rate,
+        muon_lr=config.muon_lr,
+        muon_momentum=config.muon_momentum,
+        weight_decay=config.weight_decay,
+        beta1=config.beta1,
+        beta2=config.beta2,
+    )
+    uses_float16 = world.dtype == torch.float16
+    scaler = torch.amp.GradScaler(world.device.type, enabled=uses_float16)
+    guard = UpdateGuard(world.device, MAX_OVERFLOWS if uses_float16 else 1, config.skip_spikes)
+    return TrainState(model, optimizer, scaler, guard)
+
+
+def make_schedule(config: Any) -> StepSchedule:
+    """The schedule of a run of max_iters updates."""
+    return StepSchedule(
+        config.schedule if config.decay_lr else "constant",
+        max_iters=config.max_iters,
+        max_lr=config.learning_rate,
+        min_lr=config.learning_rate / 10 if config.min_lr is None else config.min_lr,
+        warmup_steps=config.warmup_iters if config.decay_lr else 0,
+        end_step=config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters,
+        decay_steps=config.decay_iters,
+    )
+
+
+def micro_batch_sizes(config: Any, world_size: int) -> list[int]:
+    """Numbers of rows that can make up a forward pass, descending: they divide a rank's share of every step."""
+    smallest_step = config.batch_size if config.batch_growth_tokens else config.rows_per_step
+    share = smallest_step // world_size
+    limit = share if config.micro_batch_size == "auto" else config.micro_batch_size or config.batch_size
+    return [n for n in range(min(limit, share), 0, -1) if share % n == 0]
+
+
+def document_separator_id(dataset: Dataset, mask_documents: bool) -> int | None:
+    """The token that ends a document, if documents are to be masked. Raises InputError where there is none."""
+    if not mask_documents:
+        return None
+    if dataset.end_of_text is None:
+        raise InputError(f"mask_documents=True: {dataset.name} has no token that ends a document; leave it out")
+    return dataset.end_of_text

@@ -1,11 +1,11 @@
-"""A GPT in one file: the network, its initialization, and how many parameters and FLOPs it costs.
+"""A GPT in one file: the network, its initialization, and its parameter and FLOP counts.
 
-Two architectures share all code that is the same. `gpt2` is the function of Radford et al. 2019, "Language Models are
-Unsupervised Multitask Learners", as OpenAI released it. `modern` is that of Qwen3 (Yang et al. 2025): RMS norms, rotary
-positions, normed queries and keys, a gated MLP, key heads shared by query heads, no biases.
-Needs nothing but torch: copy this file into another project and it runs.
+Two architectures share all the code they can. `gpt2` is the network of Radford et al. 2019, "Language Models are
+Unsupervised Multitask Learners", as OpenAI released it. `modern` is Qwen3's (Yang et al. 2025): RMSNorm, rotary
+positions, QK norm, a gated MLP, grouped-query attention, no biases.
+Needs torch alone: copy this file into another project and it runs.
 
-Letters in shapes: B rows, T positions, C = n_embd channels, V = vocab_size.
+Letters in shapes: B rows, T positions, C = n_embd channels, D = head_dim, V = vocab_size.
 """
 
 import math
@@ -23,121 +23,106 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from nanogpt.interop.names import Weights
 
-# What takes the place of attention to all of a row up to here. One continues a text: it keeps the keys and values, and
-# attends to all that it has kept (nanogpt/generate/decoder.py). Another is `document_causal_attention`.
-# q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim).
+# Takes the place of plain causal attention. A KV cache is one (nanogpt/generate/decoder.py), a document mask another.
+# q (B, n_head, T, D), k and v (B, n_kv_head, T, D) -> (B, n_head, T, D).
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Up to this many positions a CPU attends by three plain operations: level with torch's fused kernel, which computes the
-# same function, in float32 and several times faster in bfloat16 (runs/cpu_step, docs/decisions.md).
-PLAIN_ATTENTION_UP_TO = 128
-# Where documents do not see one another, compiled FlexAttention (Dong et al. 2024) skips what is hidden.
-FLEX_ATTENTION_ON = "cuda"
+FLEX_ATTENTION_ON = "cuda"  # where compiled FlexAttention (Dong et al. 2024) runs for document masks
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that fixes the network's function; a 0 becomes the size it stands for. Raises ValueError where the
-    sizes contradict each other."""
+    """The sizes of a network; a 0 stands for the default in the comment. Raises ValueError for contradictions."""
 
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     vocab_size: int = 50257  # the true size; the network pads its own rows
-    block_size: int = 1024  # the longest context, in tokens
-    bias: bool = True  # in the linear layers and the norms; gpt2 alone has them
+    block_size: int = 1024  # context length in tokens
+    bias: bool = True  # gpt2: in linear layers and norms
     dropout: float = 0.0
-    gelu: str = "tanh"  # "tanh" as GPT-2 was trained; "erf" for weights trained with nanoGPT
+    gelu: str = "tanh"  # "tanh" as in GPT-2; "erf" for weights trained with nanoGPT
     arch: str = "gpt2"  # or "modern"
-    n_kv_head: int = 0  # heads of keys and values, each read by n_head / n_kv_head query heads; 0: n_head
+    n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head query heads; 0: n_head
     head_dim: int = 0  # channels of a head; 0: n_embd / n_head
-    n_inner: int = 0  # width of the MLP; 0: 4 n_embd, or as many weights in the gated MLP: 8/3 n_embd, to the next 64
-    rope_theta: float = 10000.0  # the longest wavelength of the rotary positions, over 2π
+    n_inner: int = 0  # width of the MLP; 0: 4 n_embd, modern: 8/3 n_embd rounded up to a multiple of 64
+    rope_theta: float = 10000.0  # base of the rotary positions
     norm_eps: float = 0.0  # 0: 1e-5 in gpt2, 1e-6 in modern
-    tied: bool = True  # whether the token embedding is the output layer too
+    tied: bool = True  # the token embedding is the output layer too
 
     def __post_init__(self) -> None:
+        self._check_sizes()
+        modern = self.arch == "modern"
+        self._set_default("n_kv_head", self.n_head)
+        self._set_default("head_dim", self.n_embd // self.n_head)
+        self._set_default("n_inner", round_up(-(-8 * self.n_embd // 3), 64) if modern else 4 * self.n_embd)
+        self._set_default("norm_eps", 1e-6 if modern else 1e-5)
+        if modern:
+            self._check_modern()
+        else:
+            self._check_gpt2()
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: change one of them")
+
+    def _set_default(self, name: str, default: float) -> None:
+        object.__setattr__(self, name, getattr(self, name) or default)  # the dataclass is frozen
+
+    def _check_sizes(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        modern = self.arch == "modern"
+        for name in ("n_kv_head", "head_dim", "n_inner", "norm_eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0, or 0 for the default")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta}: must be above 0")
         if self.arch not in ("gpt2", "modern"):
             raise ValueError(f"arch={self.arch!r}: must be 'gpt2' or 'modern'")
         if self.gelu not in ("tanh", "erf"):
             raise ValueError(f"gelu={self.gelu!r}: must be 'tanh' or 'erf'")
-        if self.n_embd % self.n_head and not (modern and self.head_dim):
+        if self.n_embd % self.n_head and not (self.arch == "modern" and self.head_dim):
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
-        defaults = {
-            "n_kv_head": self.n_head,
-            "head_dim": self.n_embd // self.n_head,
-            "n_inner": -(-8 * self.n_embd // (3 * 64)) * 64 if modern else 4 * self.n_embd,
-            "norm_eps": 1e-6 if modern else 1e-5,
-        }
-        for name, default in defaults.items():
-            object.__setattr__(self, name, getattr(self, name) or default)  # the way past frozen=True
-        for name in (*defaults, "rope_theta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
-        if modern and self.bias:
+
+    def _check_modern(self) -> None:
+        if self.bias:
             raise ValueError("bias=True: arch=modern has no biases; set bias=False")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: rotary positions rotate pairs of channels; make it even")
+
+    def _check_gpt2(self) -> None:
         for name, only in (("n_kv_head", self.n_head), ("head_dim", self.n_embd // self.n_head), ("tied", True)):
-            if not modern and getattr(self, name) != only:
+            if getattr(self, name) != only:
                 raise ValueError(f"{name}={getattr(self, name)}: arch=gpt2 has {only}; leave it out or set arch=modern")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: change one of them")
-        if modern and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim}: rotary positions cos_sin pairs of channels; make it even")
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: matrix products are fastest at multiples of 64. The surplus rows stay zero."""
-        return -(-self.vocab_size // 64) * 64
+        """Rows of the embedding: matrix products are fastest at multiples of 64. The padding stays zero."""
+        return round_up(self.vocab_size, 64)
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 class RMSNorm(nn.RMSNorm):
     """x over its root mean square along the last dimension, times a learned gain (Zhang and Sennrich 2019)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return scaled_rms_norm(x, self.weight, self.eps or 0.0)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
-def scaled_rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """`gain`, of any shape that broadcasts to x, times x over its root mean square along the last dimension."""
-    if x.device.type == "cpu":
-        return CPUNorm.apply(x, gain, eps)
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * gain
-
-
-class CPUNorm(torch.autograd.Function):
-    """RMS norm whose backward is five passes over memory; torch's own on a CPU takes twice the time (runs/cpu_step)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        kept = torch.promote_types(x.dtype, gain.dtype)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        normed = x * inverse
-        ctx.save_for_backward(normed, inverse, gain)
-        return (normed * gain).to(kept)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        normed, inverse, gain = ctx.saved_tensors
-        along = grad * normed
-        radial = (along * gain).mean(-1, keepdim=True)  # what the norm takes out of a change of x
-        return (grad * gain).addcmul_(normed, radial, value=-1).mul_(inverse), along.sum_to_size(gain.shape), None
-
-
-def norm(config: GPTConfig, channels: int) -> nn.Module:
-    """The architecture's normalization of the last dimension."""
+def make_norm(config: GPTConfig, channels: int) -> nn.Module:
+    """The architecture's norm over the last dimension."""
     if config.arch == "modern":
         return RMSNorm(channels, eps=config.norm_eps)
     return nn.LayerNorm(channels, eps=config.norm_eps, bias=config.bias)
 
 
 def rotary_cos_sin(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (..., head_dim) for positions (...), by which rotary positions (Su et al. 2021) cos_sin the
-    pairs of channels (i, i + head_dim/2); of the sine the first half is negated."""
+    """Cosines and sines, each (..., D), of the rotary angles (Su et al. 2021) of positions (...).
+
+    Channels i and i + D/2 form a pair. The first half of the sines is negated, as `rotate` needs it.
+    """
     channels = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequencies = 1 / config.rope_theta ** (channels / config.head_dim)
     angles = positions[..., None] * frequencies  # radians
@@ -145,47 +130,54 @@ def rotary_cos_sin(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the channel pairs of x (..., T, D) by the angles of `rotary_cos_sin`."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
 class Attention(nn.Module):
-    """Causal self-attention: each position gathers from itself and those before it, n_head times in parallel."""
+    """Causal multi-head self-attention, with grouped queries where n_kv_head < n_head."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.dropout, self.eps = config.dropout, config.norm_eps
-        heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, heads * config.head_dim, bias=config.bias)
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        num_heads = config.n_head + 2 * config.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, num_heads * config.head_dim, bias=config.bias)
         if config.arch == "modern":
-            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2))
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
         self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention: AttentionFn | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). cos_sin: of the rotary positions (arch=modern). attention: None for causal."""
         B, T, _ = x.shape
-        plain = x.device.type == "cpu" and T <= PLAIN_ATTENTION_UP_TO and attention is None
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim).permute(2, 0, 1, 3)  # (heads, B, T, head_dim)
-        if plain:
-            qkv = qkv.contiguous()  # one copy here, instead of several in what follows and in its backward
-        qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head))
-        if cos_sin is not None:  # arch=modern
-            gains = self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv_head, -1)
-            qk = rotate(scaled_rms_norm(qk, torch.cat(gains)[:, None, None], self.eps), *cos_sin)
-        q, k = qk.split((self.n_head, self.n_kv_head))
-        dropout = self.dropout if self.training else 0.0
-        if plain:
-            return self.out(plain_attention(q, k, v, dropout))
-        q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (B, heads, T, head_dim)
-        if attention is not None:
-            return self.out(attention(q, k, v).transpose(1, 2).reshape(B, T, -1))
-        shared = self.n_kv_head < self.n_head
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=shared)
+        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, D)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        if cos_sin is not None:
+            q = rotate(self.q_norm(q), *cos_sin)
+            k = rotate(self.k_norm(k), *cos_sin)
+        y = (attention or self.causal_attention)(q, k, v)  # (B, n_head, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
+    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q kᵀ / √D) v under the causal mask."""
+        dropout = self.dropout if self.training else 0.0
+        grouped = self.n_kv_head < self.n_head
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
 
-def document_causal_attention(idx: Tensor, end_of_text: int, dropout: float) -> tuple[Tensor, AttentionFn]:
-    """For rows idx (B, T) of documents that each end with the id end_of_text: the ids' positions (B, T) in their own
-    documents, and causal attention that does not leave these."""
-    (B, T), at = idx.shape, torch.arange(idx.shape[1], device=idx.device)
-    begins = F.pad(idx[:, :-1] == end_of_text, (1, 0), value=True)
-    first = torch.where(begins, at, 0).cummax(1).values  # (B, T): where each one's document begins
+
+def document_causal_attention(idx: Tensor, separator_id: int, dropout: float) -> tuple[Tensor, AttentionFn]:
+    """Causal attention within documents, for rows idx (B, T) of documents that each end with separator_id.
+
+    Returns the tokens' positions (B, T) in their own documents, and the attention function.
+    """
+    B, T = idx.shape
+    at = torch.arange(T, device=idx.device)
+    is_first = F.pad(idx[:, :-1] == separator_id, (1, 0), value=True)
+    first = torch.where(is_first, at, 0).cummax(1).values  # (B, T): where each token's document begins
     if idx.device.type == FLEX_ATTENTION_ON and torch.compiler.is_compiling() and not dropout:
         from torch.nn.attention import flex_attention as flex
 
@@ -193,24 +185,6 @@ def document_causal_attention(idx: Tensor, end_of_text: int, dropout: float) -> 
         return at - first, lambda q, k, v: flex.flex_attention(q.type_as(v), k.type_as(v), v, None, blocks, None, True)
     visible = ((at >= first[..., None]) & (at <= at[:, None]))[:, None]  # (B, 1, T, T): query, key
     return at - first, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, visible, dropout, enable_gqa=True)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., T, head_dim), turned by what `rotary_cos_sin` has made for its positions."""
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """softmax(q kᵀ / √head_dim) v under the causal mask. q: (n_head, B, T, head_dim); k and v: (n_kv_head, B, T,
-    head_dim). Returns (B, T, n_head · head_dim)."""
-    (n_head, B, T, head_dim), n_kv_head = q.shape, len(k)
-    group = n_head // n_kv_head  # query heads of one key head: to it they are so many more positions
-    q = q.view(n_kv_head, group, B, T, head_dim).transpose(1, 2).reshape(-1, group * T, head_dim)
-    k, v = k.flatten(0, 1), v.flatten(0, 1)  # (n_kv_head · B, T, head_dim)
-    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(group, 1)
-    weights = torch.baddbmm(future, q, k.mT, alpha=head_dim**-0.5).softmax(-1)  # (n_kv_head · B, group · T, T)
-    y = (F.dropout(weights, dropout) @ v).view(n_kv_head, B, group, T, head_dim)
-    return y.permute(1, 3, 0, 2, 4).reshape(B, T, n_head * head_dim)
 
 
 class MLP(nn.Module):
@@ -227,7 +201,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU (Shazeer 2020): one wide layer decides how much of the other passes."""
+    """SwiGLU (Shazeer 2020): the gate scales each channel of the wide layer."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -240,13 +214,13 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each read from a normalized copy and added to the residual stream."""
+    """One layer: attention, then the MLP, each applied to a normalized copy and added to the residual stream."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.norm1 = norm(config, config.n_embd)
+        self.norm1 = make_norm(config, config.n_embd)
         self.attention = Attention(config)
-        self.norm2 = norm(config, config.n_embd)
+        self.norm2 = make_norm(config, config.n_embd)
         self.mlp = GatedMLP(config) if config.arch == "modern" else MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -255,123 +229,167 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
+def make_embedding(num_rows: int, channels: int) -> nn.Embedding:
+    """An embedding; on the meta device without its random numbers, which would import torch's compiler (a second)."""
+    weight = torch.empty(num_rows, channels)
+    return nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(num_rows, channels)
+
+
 class GPT(nn.Module):
-    """Token embedding (gpt2: and position embedding), `n_layer` blocks, a last norm, and the output layer."""
+    """Token embedding (gpt2: plus position embedding), `n_layer` blocks, a final norm, and the output layer.
+
+    Training options, set from outside: `activation_checkpointing` recomputes a block's activations in the backward
+    pass; `loss_chunk` computes the loss in chunks of this many tokens (0: at once); `document_separator_id` restricts
+    attention to documents that end with this token.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.token_embedding = make_embedding(config.padded_vocab_size, config.n_embd)
         if config.arch == "gpt2":
-            self.positions = nn.Embedding(config.block_size, config.n_embd)
+            self.position_embedding = make_embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = norm(config, config.n_embd)
-        self.activation_checkpointing = False  # keep only the blocks' inputs for backward, and compute the rest again
-        self.end_of_text: int | None = None  # given, documents that end with it do not see one another
-        self.loss_chunk = 0  # tokens whose logits exist at a time where there are targets; 0: all
+        self.norm = make_norm(config, config.n_embd)
         self.head = None if config.tied else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.activation_checkpointing = False
+        self.loss_chunk = 0
+        self.document_separator_id: int | None = None
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """GPT-2's start: normal weights of deviation 0.02, zero biases, and the two layers of each block that write to
-        the residual stream scaled by 1/√(2 n_layer), so that its variance does not grow with depth."""
+        """GPT-2's initialization: normal weights of standard deviation 0.02, zero biases.
+
+        The two layers of each block that write to the residual stream are scaled by 1/√(2 n_layer), so that the
+        variance of the stream does not grow with depth.
+        """
+        if self.token_embedding.weight.is_meta:
+            return
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 2:
                 writes_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if writes_residual else 0.02)
-        # Zero rows get zero gradients, so padding stays zero for ever.
-        self.tokens.weight[self.config.vocab_size :].zero_()
+        # Zero rows get zero gradients, so the padding stays zero.
+        self.token_embedding.weight[self.config.vocab_size :].zero_()
         self.lm_head_weight[self.config.vocab_size :].zero_()
 
     def muon_params(self) -> dict[str, list[int]]:
-        """Names of the blocks' matrices, which Muon can train, each with the rows of the maps that it is made of."""
+        """Names of the blocks' matrices, which Muon can train, each with the rows of the maps it is made of.
+
+        The qkv matrix holds three maps, one below the other; every other matrix is one map.
+        """
         c = self.config
-        heads = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
-        matrices = {name: p for name, p in self.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
-        return {name: heads if name.endswith("qkv.weight") else [len(p)] for name, p in matrices.items()}
+        qkv_rows = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim]
+        params: dict[str, list[int]] = {}
+        for name, parameter in self.named_parameters():
+            if name.startswith("blocks.") and parameter.dim() == 2:
+                params[name] = qkv_rows if name.endswith("qkv.weight") else [len(parameter)]
+        return params
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """The matrix that makes logits of channels, (padded V, C)."""
-        return self.tokens.weight if self.head is None else self.head.weight
+        """The matrix of the output layer, (padded V, C)."""
+        return self.token_embedding.weight if self.head is None else self.head.weight
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Predict each next token.
 
-        idx: (B, T) token ids, T ≤ block_size. targets: (B, T) ids, −1 where the loss shall not look.
-        Returns logits (B, T, V; None where the loss is made in chunks) and the mean cross-entropy in nats (0 of none);
-        without targets only the last position's logits (B, 1, V), which is all that sampling reads, and None.
+        idx: (B, T) token ids, T ≤ block_size. targets: (B, T) ids, −1 where the loss ignores a position.
+        Returns logits (B, T, V; None where the loss is chunked) and the mean cross-entropy in nats (0 without any
+        target). Without targets: the last position's logits (B, 1, V), which is all that sampling needs, and None.
         """
         x = self.hidden_states(idx)
-        x = self.norm(x if targets is not None else x[:, -1:])
         if targets is None:
-            return self.logits(x), None
-        x, targets, count = x.flatten(0, 1), targets.flatten(), (targets >= 0).sum().clamp(min=1)
+            return self.logits(self.norm(x[:, -1:])), None
+        x = self.norm(x).flatten(0, 1)
+        targets = targets.flatten()
+        num_targets = (targets >= 0).sum().clamp(min=1)
         if self.loss_chunk:
-            return None, self.chunked_loss(x, targets) / count
+            return None, self.chunked_loss(x, targets) / num_targets
         logits = self.logits(x)
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        return logits.view(*idx.shape, -1), loss / count
+        return logits.view(*idx.shape, -1), loss / num_targets
 
     def hidden_states(
         self, idx: Tensor, positions: Tensor | None = None, attention: Sequence[AttentionFn] | None = None
     ) -> Tensor:
-        """What the last block gives for the ids idx (B, T), of shape (B, T, C).
+        """The last block's output (B, T, C) for ids idx (B, T), before the final norm.
 
-        positions: (B, T) of the ids in their rows; None: from 0 on. attention: one for each block (see `AttentionFn`).
+        positions: (B, T); None: 0 to T - 1. attention: a function for each block; None: causal.
         """
         T = idx.shape[1]
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit into a context of block_size={self.config.block_size}")
-        if self.end_of_text is not None and attention is None:
-            positions, inside = document_causal_attention(idx, self.end_of_text, self.config.dropout * self.training)
-            attention = [inside] * self.config.n_layer
-        x, cos_sin = self.tokens(idx), None  # (B, T, C)
+        if self.document_separator_id is not None and attention is None:
+            dropout = self.config.dropout if self.training else 0.0
+            positions, masked = document_causal_attention(idx, self.document_separator_id, dropout)
+            attention = [masked] * self.config.n_layer
+
+        x = self.token_embedding(idx)  # (B, T, C)
+        cos_sin = None
         if self.config.arch == "gpt2":
-            x = x + (self.positions.weight[:T] if positions is None else self.positions(positions))
+            x = x + (self.position_embedding.weight[:T] if positions is None else self.position_embedding(positions))
         else:
-            cos_sin = rotary_cos_sin(
-                torch.arange(T, device=idx.device) if positions is None else positions, self.config
-            )
+            # (T,) or (B, 1, T): every head has the same.
+            rotary_positions = torch.arange(T, device=idx.device) if positions is None else positions[:, None]
+            cos_sin = rotary_cos_sin(rotary_positions, self.config)
         x = self.dropout(x)
-        attends: Sequence[AttentionFn | None] = attention or [None] * self.config.n_layer
-        for block, attend in zip(self.blocks, attends, strict=True):
+        for i, block in enumerate(self.blocks):
+            attention_fn = attention[i] if attention else None
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, cos_sin, attend, use_reentrant=False)
+                x = checkpoint(block, x, cos_sin, attention_fn, use_reentrant=False)
             else:
-                x = block(x, cos_sin, attend)
+                x = block(x, cos_sin, attention_fn)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., V) of the last norm's (..., C)."""
-        made = F.linear(x, self.tokens.weight) if self.head is None else self.head(x)
-        return made[..., : self.config.vocab_size]
+        """Logits (..., V) of normalized hidden states (..., C)."""
+        padded = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
+        return padded[..., : self.config.vocab_size]
 
     def chunked_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The summed cross-entropy of x (tokens, C), `loss_chunk` tokens at a time; backward remakes their logits."""
+        """The summed cross-entropy of x (tokens, C), `loss_chunk` tokens at a time; backward recomputes the logits."""
 
-        def loss(x: Tensor, targets: Tensor) -> Tensor:
+        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="sum")
 
         chunks = zip(x.split(self.loss_chunk), targets.split(self.loss_chunk), strict=True)
-        return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+        return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+    @torch.no_grad()
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        """Append max_new_tokens sampled ids to each row of idx (B, T): the plain way, without a KV cache.
+
+        Call `eval()` first. temperature 0 takes the most likely token. sample.py is much faster (nanogpt/generate).
+        """
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, V)
+            if temperature == 0:
+                next_id = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    kth_largest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth_largest, -math.inf)
+                next_id = torch.multinomial((logits / temperature).softmax(-1), 1)
+            idx = torch.cat((idx, next_id), dim=1)
+        return idx
 
     @classmethod
     def from_tensors(cls, config: GPTConfig, tensors: dict[str, Tensor]) -> "GPT":
-        """A model whose parameters are these very tensors, by our names; the vocabulary's rows with or without padding.
+        """A model whose parameters are these very tensors; vocabulary rows with or without padding.
 
-        Raises RuntimeError where a name or a shape does not fit `config`.
+        Raises RuntimeError for a name or a shape that does not fit `config`.
         """
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+        with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
             model = cls(config)
-        for name in ("tokens.weight", "head.weight"):
-            padding = config.padded_vocab_size - config.vocab_size
+        padding = config.padded_vocab_size - config.vocab_size
+        for name in ("token_embedding.weight", "head.weight"):
             if padding and name in tensors and len(tensors[name]) == config.vocab_size:
-                tensors = tensors | {name: F.pad(tensors[name], (0, 0, 0, padding))}
+                tensors = {**tensors, name: F.pad(tensors[name], (0, 0, 0, padding))}
         model.load_state_dict(tensors, assign=True)
         return model
 
@@ -379,65 +397,80 @@ class GPT(nn.Module):
     def from_pretrained(
         cls, source: "str | Path | Weights", *, dropout: float | None = None, block_size: int | None = None
     ) -> "GPT":
-        """GPT-2 or Qwen3 as published or fine-tuned ("gpt2-xl", a Hugging Face id or folder), or nanoGPT's ckpt.pt.
+        """Load GPT-2 or Qwen3 as published or fine-tuned, or nanoGPT's ckpt.pt.
 
-        source: its name, or the `Weights` that nanogpt/interop has read. dropout: default as stored.
-        block_size: a shorter context. Raises InputError where the weights cannot be had or used, ValueError for a
+        source: "gpt2-xl", a Hugging Face id or folder, a ckpt.pt, or `Weights` read before. dropout: default as stored.
+        block_size: a shorter context. Raises InputError for weights that cannot be read or used, ValueError for a
         block_size beyond theirs.
         """
         from nanogpt.interop.huggingface import read_weights
         from nanogpt.interop.names import Weights
 
         weights = source if isinstance(source, Weights) else read_weights(source)
-        changes = {} if dropout is None else {"dropout": dropout}
-        model = cls.from_tensors(GPTConfig(**weights.config | changes), weights.tensors)
-        if block_size is not None:
-            model.crop_block_size(block_size)
-        return model
+        return cls._from_parts(GPTConfig(**weights.config), weights.tensors, dropout, block_size)
 
     @classmethod
     def from_checkpoint(
         cls, path: "str | Path", which: str = "best", *, dropout: float | None = None, block_size: int | None = None
     ) -> "GPT":
-        """A model that train.py saved. path: a run's out_dir or one of its ckpt/step-* folders. which: "best", "latest"
-        or "step-NNNNNN". dropout and block_size as in `from_pretrained`. Raises InputError where there is none, or it
-        is damaged."""
+        """Load a model that train.py saved.
+
+        path: a run's out_dir or one of its ckpt/step-* folders. which: "best", "latest" or "step-NNNNNN". dropout and
+        block_size as in `from_pretrained`. Raises InputError for a missing or damaged checkpoint.
+        """
         from nanogpt import checkpoint
 
-        found = checkpoint.load(checkpoint.find(path, which), with_optimizer=False)
-        changes = {} if dropout is None else {"dropout": dropout}
-        model = cls.from_tensors(GPTConfig(**found.state["model"] | changes), found.model)
+        loaded = checkpoint.load(checkpoint.find(path, which), with_optimizer=False)
+        return cls._from_parts(GPTConfig(**loaded.state["model"]), loaded.model, dropout, block_size)
+
+    @classmethod
+    def _from_parts(
+        cls, config: GPTConfig, tensors: dict[str, Tensor], dropout: float | None, block_size: int | None
+    ) -> "GPT":
+        if dropout is not None:
+            config = replace(config, dropout=dropout)
+        model = cls.from_tensors(config, tensors)
         if block_size is not None:
             model.crop_block_size(block_size)
         return model
-
-    def count_parameters(self) -> int:
-        """Parameters by formula: true rows only, a tied output layer counted once."""
-        c = self.config
-        modern, norms = c.arch == "modern", (2 * c.n_layer + 1) * c.n_embd
-        embeddings = c.vocab_size * c.n_embd * (1 if c.tied else 2) + (0 if modern else c.block_size * c.n_embd)
-        head_norms = 2 * c.n_layer * c.head_dim if modern else 0
-        biases = norms + c.n_layer * (5 * c.n_embd + c.n_inner) if c.bias else 0
-        return embeddings + c.n_layer * self.block_weights() + norms + head_norms + biases
-
-    def block_weights(self) -> int:
-        """Numbers in a block's matrices."""
-        c = self.config
-        heads, wide = 2 * c.n_head + 2 * c.n_kv_head, 3 if c.arch == "modern" else 2
-        return c.n_embd * (heads * c.head_dim + wide * c.n_inner)
-
-    def flops_per_token(self, T: int | None = None) -> int:
-        """FLOPs of forward and backward for one token in a row of T (default block_size): two per multiply-add, the
-        backward pass twice the forward, attention counted as the full square (as published figures are)."""
-        c, T = self.config, T or self.config.block_size
-        layer = 2 * self.block_weights() + 2 * 2 * T * c.n_head * c.head_dim
-        return 3 * (c.n_layer * layer + 2 * c.vocab_size * c.n_embd)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place, as when GPT-2 is fine-tuned on shorter rows."""
         if block_size > self.config.block_size:
             raise ValueError(f"block_size={block_size}: this model's context ends at {self.config.block_size}")
         self.config = replace(self.config, block_size=block_size)
-        if self.config.arch == "modern":
-            return
-        self.positions = nn.Embedding.from_pretrained(self.positions.weight[:block_size].detach().clone(), freeze=False)
+        if self.config.arch == "gpt2":
+            rows = self.position_embedding.weight[:block_size].detach().clone()
+            self.position_embedding = nn.Embedding.from_pretrained(rows, freeze=False)
+
+    def count_parameters(self) -> int:
+        """Parameters by formula: without padding, a tied output layer counted once."""
+        c = self.config
+        modern = c.arch == "modern"
+        embeddings = c.vocab_size * c.n_embd * (1 if c.tied else 2)
+        if not modern:
+            embeddings += c.block_size * c.n_embd
+        norms = (2 * c.n_layer + 1) * c.n_embd
+        if modern:
+            norms += 2 * c.n_layer * c.head_dim  # QK norm
+        biases = 0
+        if c.bias:
+            biases = norms + c.n_layer * (5 * c.n_embd + c.n_inner)
+        return embeddings + c.n_layer * self.block_weights() + norms + biases
+
+    def block_weights(self) -> int:
+        """Number of weights in a block's matrices."""
+        c = self.config
+        attention = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
+        mlp = (3 if c.arch == "modern" else 2) * c.n_inner
+        return c.n_embd * (attention + mlp)
+
+    def flops_per_token(self, T: int | None = None) -> int:
+        """FLOPs of forward and backward for one token in a row of T tokens (default block_size).
+
+        Two per multiply-add, backward twice the forward, attention as the full square, as published figures count it.
+        """
+        c = self.config
+        T = T or c.block_size
+        layer = 2 * self.block_weights() + 2 * 2 * T * c.n_head * c.head_dim
+        return 3 * (c.n_layer * layer + 2 * c.vocab_size * c.n_embd)

@@ -5,7 +5,7 @@ Several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt
 
 import contextlib
 import gc
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,420 +13,579 @@ from typing import Any, Literal
 import torch
 
 import budget
-from configurator import key, parse
-from load import MODEL_KEYS, document_separator_id, open_data_and_model, resume_settings
-from model import GPTConfig
-from nanogpt import checkpoint, distributed, optim
+from configurator import ExplicitKeys, key, parse
+from load import (
+    MODEL_KEYS,
+    document_separator_id,
+    load_data_and_model,
+    make_schedule,
+    make_state,
+    micro_batch_sizes,
+    new_model_config,
+    prepare_model,
+    resume_config,
+)
+from model import GPT
+from nanogpt import checkpoint, distributed
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.compile import compile_model
+from nanogpt.compile import compile_model, should_compile
 from nanogpt.console import is_main, print0
-from nanogpt.control import catch_signals, ignore_signal_to_save
-from nanogpt.data.rows import EvalWindows, Rows
+from nanogpt.control import NO_REQUESTS, Control, Requests, SignalCatcher, ignore_save_signal
+from nanogpt.data.dataset import Dataset
+from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.device import free_memory, seed_everything
-from nanogpt.distributed import World, explain_errors, processes
+from nanogpt.distributed import World, explain_errors, world_size
 from nanogpt.errors import InputError, RunStopped, run_script
-from nanogpt.evaluation import evaluate
-from nanogpt.generate.decoder import sample_text
+from nanogpt.evaluation import evaluate, sample_text
 from nanogpt.guard import LayerStats, UpdateGuard
-from nanogpt.hashing import derive_seed
-from nanogpt.memory import estimate_training_memory, memory_hint, pick_micro_batch
-from nanogpt.metrics import MetricsWriter, Stopwatch, missing_extras, read_stop_reason
+from nanogpt.memory import (
+    estimate_training_memory,
+    memory_hint,
+    optimizer_state_numel,
+    pick_micro_batch,
+    raise_if_cpu_memory_is_short,
+)
+from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
+from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.run_dir import RunLock, archive_previous_run, quarantine_damaged
-from nanogpt.schedule import learning_rate
-from nanogpt.train_log import REMEDY, StepLogger, format_losses, print_run_summary
-
-OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
+from nanogpt.schedule import RowSchedule
+from nanogpt.state import TrainState
+from nanogpt.text.tokenizer import Tokenizer
+from nanogpt.train_log import (
+    AFTER_A_STOP,
+    StepLogger,
+    format_losses,
+    print_model_summary,
+    print_run_summary,
+    warn_if_slow_on_cpu,
+)
 
 
 @dataclass
 class TrainConfig:
-    """Every key of a run. Files and --key=value flags set them; --help lists them."""
+    """Every key of a run. Config files and --key=value flags set them; --help lists them."""
 
-    out_dir: str = key("out", "folder for checkpoints and metrics", group="Run")
-    init_from: str = key("scratch", "weights of a new run: scratch, gpt2*, a hub id, a folder, nanoGPT's ckpt.pt")
-    resume: Literal["auto", True, False] = key(False, "go on with the run in out_dir; auto: if it holds one")
-    seed: int = key(1337, "seed of initialization, order of rows and dropout", ge=0)
-    eval_only: bool = key(False, "evaluate once and end; nothing is written")
-    dry_run: bool = key(False, "tell sizes and time, try ten steps, and end; nothing is written")
+    out_dir: str = key("out", "directory for checkpoints and metrics", group="Run")
+    init_from: str = key("scratch", "weights of a new run: scratch, gpt2*, a hub id, a directory, nanoGPT's ckpt.pt")
+    resume: Literal["auto", True, False] = key(False, "resume the run in out_dir; auto: resume if there is one")
+    seed: int = key(1337, "seed of initialization, row order and dropout", ge=0)
+    eval_only: bool = key(False, "evaluate once and exit; writes nothing")
+    dry_run: bool = key(False, "print sizes, time ten steps, exit; writes nothing")
 
-    dataset: str = key("openwebtext", "a folder, or its name under data/; a mixture: one:0.7,two:0.3", group="Data")
-    verify_data: bool = key(False, "compare the data with the SHA-256 in its meta.json first")
+    dataset: str = key("openwebtext", "a directory, its name under data/, or a mixture: one:0.7,two:0.3", group="Data")
+    verify_data: bool = key(False, "first check the data against the SHA-256 in its meta.json")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
-    mask_documents: bool = key(False, "documents do not see one another; each has positions of its own")
-    batch_size: int = key(12, "rows per micro-batch and process", ge=1)
+    mask_documents: bool = key(False, "restrict attention and positions to each document")
+    batch_size: int = key(12, "rows per micro-batch", ge=1)
     gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", ge=1)
-    batch_growth_tokens: int = key(0, "tokens over which rows per step grow from batch_size; 0 = full at once", ge=0)
-    block_size: int = key(1024, "tokens per row: the context length", ge=1)
+    batch_growth_tokens: int = key(
+        0, "tokens over which the batch grows from batch_size to its full size; 0: no growth", ge=0
+    )
+    block_size: int = key(1024, "context length: tokens per row", ge=1)
 
     arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
-    n_layer: int = key(12, "blocks", ge=1)
+    n_layer: int = key(12, "number of blocks", ge=1)
     n_head: int = key(12, "attention heads per block", ge=1)
-    n_kv_head: int = key(0, "modern: heads of keys and values; 0: n_head", ge=0)
-    head_dim: int = key(0, "modern: channels of a head; 0: n_embd / n_head", ge=0)
-    n_embd: int = key(768, "channels", ge=1)
-    n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd to the next 64", ge=0)
+    n_kv_head: int = key(0, "modern: key and value heads (grouped-query attention); 0: n_head", ge=0)
+    head_dim: int = key(0, "modern: channels per head; 0: n_embd / n_head", ge=0)
+    n_embd: int = key(768, "channels (embedding size)", ge=1)
+    n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd rounded up to 64", ge=0)
     rope_theta: float = key(1e4, "modern: base of the rotary positions", gt=0)
-    norm_eps: float = key(0.0, "added to variances in norms; 0: 1e-5, modern 1e-6", ge=0)
-    tied: bool = key(True, "the token embedding is the output layer too; modern may untie them")
-    dropout: float = key(0.0, "share of activations dropped in training", ge=0, lt=1)
+    norm_eps: float = key(0.0, "epsilon of the norms; 0: 1e-5, modern 1e-6", ge=0)
+    tied: bool = key(True, "tie token embedding and output layer; modern may untie them")
+    dropout: float = key(0.0, "dropout probability", ge=0, lt=1)
     bias: bool = key(False, "gpt2: biases in linear layers and norms")
 
     optimizer: Literal["adamw", "muon"] = key(
-        "adamw", "muon: for the blocks' matrices, AdamW elsewhere", group="Optimizer"
+        "adamw", "muon: Muon for the blocks' matrices, AdamW elsewhere", group="Optimizer"
     )
-    learning_rate: float = key(6e-4, "the highest learning rate", gt=0)
-    muon_lr: float | None = key(None, "Muon's highest learning rate; None: learning_rate", gt=0)
-    muon_momentum: float = key(0.95, "Muon's memory of gradients", ge=0, lt=1)
-    max_iters: int = key(600_000, "updates in all", ge=0)
-    minutes: float | None = key(None, "the best model in so many minutes: sizes, rates and max_iters by law", gt=0)
-    weight_decay: float = key(0.1, "of matrices and embeddings", ge=0)
-    beta1: float = key(0.9, "AdamW's memory of gradients", ge=0, lt=1)
-    beta2: float = key(0.95, "AdamW's memory of squared gradients", ge=0, lt=1)
-    grad_clip: float = key(1.0, "highest norm of the gradient; 0 = no clipping", ge=0)
-    skip_spikes: float = key(0.0, "skip updates whose norm is so many deviations above the median; 0 = none", ge=0)
-    decay_lr: bool = key(True, "warm up, then follow schedule; False: learning_rate throughout")
-    schedule: Literal["cosine", "trapezoid", "constant"] = key("cosine", "trapezoid: falls at the end alone")
-    decay_iters: int | None = key(None, "trapezoid: updates of its fall; None: half of those after warmup", ge=0)
-    warmup_iters: int = key(2000, "updates until learning_rate is reached", ge=0)
+    learning_rate: float = key(6e-4, "maximum learning rate", gt=0)
+    muon_lr: float | None = key(None, "maximum learning rate of Muon; None: learning_rate", gt=0)
+    muon_momentum: float = key(0.95, "Muon momentum", ge=0, lt=1)
+    max_iters: int = key(600_000, "total number of updates", ge=0)
+    minutes: float | None = key(None, "time budget: choose model size, learning rate and max_iters for it", gt=0)
+    weight_decay: float = key(0.1, "decoupled weight decay of matrices and embeddings", ge=0)
+    beta1: float = key(0.9, "AdamW beta1: decay of the first moment", ge=0, lt=1)
+    beta2: float = key(0.95, "AdamW beta2: decay of the second moment", ge=0, lt=1)
+    grad_clip: float = key(1.0, "clip the gradient norm to this; 0: no clipping", ge=0)
+    skip_spikes: float = key(
+        0.0, "skip updates whose gradient norm is this many deviations above the median; 0: off", ge=0
+    )
+    decay_lr: bool = key(True, "warm up, then follow schedule; False: constant learning_rate")
+    schedule: Literal["cosine", "trapezoid", "constant"] = key(
+        "cosine", "trapezoid (WSD): constant, then linear decay at the end"
+    )
+    decay_iters: int | None = key(None, "trapezoid: updates of the decay; None: half of those after warmup", ge=0)
+    warmup_iters: int = key(2000, "updates of linear warmup", ge=0)
     lr_decay_iters: int | None = key(None, "update at which min_lr is reached; None: max_iters", ge=0)
-    min_lr: float | None = key(None, "the last learning rate; None: learning_rate / 10", ge=0)
+    min_lr: float | None = key(None, "final learning rate; None: learning_rate / 10", ge=0)
 
-    eval_interval: int = key(2000, "updates between evaluations; 0 = at the end", group="Evaluation and logs", ge=0)
-    eval_iters: int = key(200, "batches per evaluation and split, at most the split once; 0 = all of it", ge=0)
-    eval_train: bool = key(True, "evaluate the train split too, not val alone")
-    patience: int = key(0, "stop after so many evaluations in a row without a new best; 0 = never", ge=0)
-    sample_chars: int = key(200, "characters of a sample printed at each evaluation; 0 = none", ge=0)
+    eval_interval: int = key(2000, "updates between evaluations; 0: only at the end", group="Evaluation and logs", ge=0)
+    eval_iters: int = key(200, "batches per evaluation and split; 0: the whole split", ge=0)
+    eval_train: bool = key(True, "evaluate the train split too")
+    patience: int = key(0, "early stopping: evaluations without a new best; 0: off", ge=0)
+    sample_chars: int = key(200, "characters of the sample printed at each evaluation; 0: none", ge=0)
     log_interval: int = key(10, "updates between log lines", ge=1)
-    log_layers: bool = key(False, "log norms of each layer's gradients and updates too, and clipped updates")
-    tensorboard: bool = key(False, "log to out_dir/tensorboard too")
-    wandb_log: bool = key(False, "log to wandb too")
-    wandb_project: str = key("owt", "wandb's project")
-    wandb_run_name: str = key("gpt2", "wandb's name of this run")
+    log_layers: bool = key(False, "log gradient and update norms of each layer, and clipped updates")
+    tensorboard: bool = key(False, "also log to out_dir/tensorboard")
+    wandb_log: bool = key(False, "also log to wandb")
+    wandb_project: str = key("owt", "wandb project")
+    wandb_run_name: str = key("gpt2", "wandb run name")
 
-    always_save_checkpoint: bool = key(True, "save at each evaluation, not only at the best", group="Checkpoints")
-    checkpoint_minutes: float = key(15.0, "save at least this often; 0 = only as above", ge=0)
-    keep_every: int = key(0, "also keep each checkpoint whose step is a multiple of this", ge=0)
+    always_save_checkpoint: bool = key(True, "save at every evaluation, not only at a new best", group="Checkpoints")
+    checkpoint_minutes: float = key(15.0, "also save this often; 0: only at evaluations", ge=0)
+    keep_every: int = key(0, "also keep checkpoints whose step is a multiple of this; 0: none", ge=0)
 
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of matrix products; weights stay float32")
-    compile: Literal["auto", True, False] = key("auto", "torch.compile; auto: on CUDA")
-    backend: Literal["auto", "nccl", "gloo"] = key("auto", "how processes talk")
-    deterministic: bool = key(False, "equal bits for equal runs on CUDA too, slower")
-    micro_batch_size: int | Literal["auto"] | None = key(
-        None, "rows at a time, steps stay as they are; None: batch_size; auto: the most that fit", ge=1
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "autocast dtype; master weights stay float32"
     )
-    activation_checkpointing: bool = key(False, "keep a block's input alone for backward: less memory, 1/3 more work")
-    loss_chunk: int = key(0, "tokens whose logits exist at a time, for less memory; 0 = all", ge=0)
-
-    def check(self) -> None:
-        """Raises InputError for what the single values allow but their combination does not, a line each."""
-        found = []
-        if self.init_from == "scratch":
-            try:
-                GPTConfig(**{name: getattr(self, name) for name in MODEL_KEYS})
-            except ValueError as error:
-                found.append(str(error))
-        if self.rows_per_step % processes():
-            found.append(
-                f"batch_size × gradient_accumulation_steps = {self.rows_per_step} rows per step do not divide by "
-                f"{processes()} processes: change one of the three"
-            )
-        if self.batch_growth_tokens and self.batch_size % processes():
-            found.append(
-                f"batch_growth_tokens: the first steps have batch_size={self.batch_size} rows, which do not divide by "
-                f"{processes()} processes: change batch_size"
-            )
-        if self.batch_growth_tokens and self.gradient_accumulation_steps == 1:
-            found.append(
-                "batch_growth_tokens: rows grow from batch_size to batch_size × gradient_accumulation_steps, the same "
-                "here: give more gradient_accumulation_steps"
-            )
-        if self.patience and not self.eval_interval:
-            found.append("patience: eval_interval=0 evaluates at the end alone, too late to stop: give --eval_interval")
-        if self.decay_iters is not None and self.schedule != "trapezoid":
-            found.append(f"decay_iters: schedule={self.schedule} has no such fall: give --decay_iters=None")
-        if found:
-            raise InputError("\n".join(found))
-
-    @property
-    def last_step(self) -> float:
-        """The step at which the run ends: open until the fall of the learning rate begins, if minutes are given."""
-        return math.inf if self.minutes and self.schedule == "constant" else self.max_iters
+    compile: Literal["auto", True, False] = key("auto", "torch.compile; auto: on CUDA")
+    backend: Literal["auto", "nccl", "gloo"] = key("auto", "torch.distributed backend")
+    deterministic: bool = key(False, "reproducible results on CUDA; slower")
+    micro_batch_size: int | Literal["auto"] | None = key(
+        None, "rows per forward pass, same steps; None: batch_size; auto: the most that fit", ge=1
+    )
+    activation_checkpointing: bool = key(False, "recompute activations in backward: less memory, +1/3 compute")
+    loss_chunk: int = key(0, "compute the loss in chunks of this many tokens: less memory; 0: off", ge=0)
 
     @property
     def rows_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 
-    def rows_at(self, samples: int) -> int:
-        """Rows of the step that begins after so many: in a line up to rows_per_step, by multiples of batch_size."""
-        if (tokens := samples * self.block_size) >= self.batch_growth_tokens:
-            return self.rows_per_step
-        grown = self.rows_per_step * tokens // self.batch_growth_tokens
-        return max(grown // self.batch_size, 1) * self.batch_size
 
-    def rows_in(self, steps: int) -> int:
-        """Rows of so many steps from the first."""
-        samples = 0
-        while steps and samples * self.block_size < self.batch_growth_tokens:
-            samples, steps = samples + self.rows_at(samples), steps - 1
-        return samples + steps * self.rows_per_step
+def train_step(
+    model: torch.nn.Module,  # compiled and wrapped as it may be
+    batch: StepBatch,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    guard: UpdateGuard,
+    world: World,
+    *,
+    lr_scale: float,  # share of the maximum learning rate
+    grad_clip: float,
+    control: Control = NO_REQUESTS,
+    layer_stats: LayerStats | None = None,
+) -> StepStats:
+    """One update: forward and backward over the micro-batches, then the optimizer. Nothing waits for the device."""
+    loss = torch.zeros((), device=world.device)
+    for i, (x, y, weight) in enumerate(batch.micro_batches()):  # weight: share of the step's targets
+        batch.seed_dropout(i)
+        if world.size > 1:  # DDP averages the gradients once, in the last backward pass
+            model.require_backward_grad_sync = i == batch.last  # type: ignore[assignment]
+        with world.autocast():
+            micro_loss = model(x, y)[1] * weight
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
 
-    def micro_batches(self, processes: int) -> list[int]:
-        """Rows that one of so many can take at a time, the most first: numbers that divide its share of a step."""
-        share = (self.batch_size if self.batch_growth_tokens else self.rows_per_step) // processes
-        most = share if self.micro_batch_size == "auto" else self.micro_batch_size or self.batch_size
-        return [n for n in range(min(most, share), 0, -1) if share % n == 0]
+    # The ranks agree on the loss and on requests in one all-reduce.
+    requests = world.to_device(torch.tensor(control, dtype=torch.float32))[0]
+    loss, *summed_control = world.all_reduce_sum(torch.cat((loss[None] / world.size, requests)))
+    scaler.unscale_(optimizer)  # type: ignore[arg-type]
+    grad_norm = gradient_norm(optimizer.parameters.values())
+    skip_update = guard.check(loss, grad_norm)
+    if layer_stats:
+        layer_stats.before_update(grad_norm)
+    optimizer.step(lr_scale, clip_divisor(grad_clip, grad_norm), skip_update)
+    scaler.update()
+    optimizer.zero_grad()
+    layers = layer_stats.after_update() if layer_stats else []
+    return StepStats(loss, grad_norm, guard.bad_steps, guard.skipped, Control(*summed_control), layers)
 
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of the update that follows `step` updates."""
-        if not self.decay_lr:
-            return self.learning_rate
-        end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
-        floor = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        bounds = {"max_lr": self.learning_rate, "min_lr": floor}
-        return learning_rate(
-            self.schedule, step, **bounds, warmup=self.warmup_iters, end=end, decay_steps=self.decay_iters
+
+@dataclass
+class Run:
+    """The parts of a run, ready to train."""
+
+    config: TrainConfig
+    world: World
+    schedule: Any  # StepSchedule, or budget.ClockSchedule
+    state: TrainState
+    model: torch.nn.Module  # state.model, compiled and wrapped in DDP as configured
+    micro_batch: int
+    rows: Rows
+    windows: dict[str, EvalWindows]  # for evaluation, by split
+    dataset: Dataset
+    tokenizer: Tokenizer | None
+    layer_stats: LayerStats | None
+    lock: RunLock
+    writer: MetricsWriter | None  # None: writes nothing, or not the main process
+    checkpoints: checkpoint.Writer | None
+    wandb_id: str | None
+    is_resumed: bool
+    memory_hint: str  # what to try if memory runs out
+
+
+def train(run: Run) -> int:
+    """The training loop. Returns the exit status: 0, or 130 or 143 after a signal."""
+    config = run.config
+    schedule = run.schedule
+    state = run.state
+    row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, config.block_size)
+    log = StepLogger(
+        state,
+        run.world,
+        run.writer,
+        log_interval=config.log_interval,
+        block_size=config.block_size,
+        total_rows=row_schedule.total_rows(config.max_iters),
+        deadline=schedule.deadline,
+        layer_names=list(run.layer_stats.layers) if run.layer_stats else [],
+    )
+    signals = SignalCatcher()
+    requests = Requests()
+    first_step = state.step
+    is_saved = run.is_resumed
+
+    while True:
+        # Once in a while, and at the end: evaluate.
+        is_last = schedule.is_done(state.step)
+        is_due = is_last or (config.eval_interval > 0 and state.step % config.eval_interval == 0)
+        if is_due and state.val_loss is None and not config.dry_run and not requests.exit_status:
+            requests.add(log.read(everything=True))  # waits for the device, so the clock stops when training does
+            state.clock.stop()
+            losses = {
+                split: evaluate(run.model, windows, run.micro_batch, run.world)
+                for split, windows in run.windows.items()
+            }
+            log.evaluation(losses, run.dataset.val.bits_per_byte(losses["val"]))
+            is_best = state.record_evaluation(losses["val"])
+            print_sample(run)
+            requests.save |= state.step > 0 and (config.always_save_checkpoint or is_best)
+            is_saved = False
+
+        # Save what is worth keeping; stop if this was the last step.
+        out_of_patience = 0 < config.patience <= state.evals_since_best
+        dry_run_is_over = config.dry_run and state.step >= first_step + 10
+        is_over = is_last or out_of_patience or dry_run_is_over or requests.exit_status != 0
+        if (requests.save or is_over) and not is_saved and not config.dry_run:
+            requests.add(log.read(everything=True))  # raises for a broken update, which is never saved
+            state.clock.stop()
+            save(run)
+            requests.save = False
+            is_saved = True
+        if is_over:
+            break
+
+        # One update.
+        state.clock.start()
+        first_row = state.samples
+        num_rows = row_schedule.rows_at(first_row)
+        batch = StepBatch(
+            run.rows, first_row, num_rows, run.micro_batch, run.world, config.seed, state.step, config.dropout
         )
+        control = signals.control(
+            save_due=run.checkpoints is not None and run.checkpoints.overdue(),
+            decay_steps=schedule.decay_due() if run.world.is_main else 0,
+        )
+        if run.layer_stats:
+            run.layer_stats.is_due = (state.step + 1) % config.log_interval == 0
+        with explain_errors(run.memory_hint, before_update=state.step == first_step):
+            stats = train_step(
+                run.model,
+                batch,
+                state.optimizer,
+                state.scaler,
+                state.guard,
+                run.world,
+                lr_scale=schedule.lr_scale(state.step),
+                grad_clip=config.grad_clip,
+                control=control,
+                layer_stats=run.layer_stats,
+            )
+        lr = schedule.lr(state.step)
+        state.record_update(num_rows)
+        is_saved = False
+
+        # Read, print and obey the previous update while this one runs.
+        log.put(state.step, first_row, state.samples, lr, stats)
+        requests.add(log.read())
+        if requests.decay_steps and schedule.begin_decay(state.step, requests.decay_steps):
+            requests.save = True  # or a killed run would begin its decay at another step
+
+    log.read(everything=True)
+    if run.checkpoints:
+        run.checkpoints.finish()
+    print_end(run, requests.exit_status, out_of_patience)
+    return requests.exit_status
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint in the background (the main process alone); returns when the state is copied."""
+    if run.writer is None or run.checkpoints is None:
+        return
+    run.writer.sync(run.lock)
+    model: Any = run.state.model
+    run.checkpoints.save(
+        *run.state.tensors(),
+        {
+            **run.state.state_dict(),
+            "processes": run.world.size,
+            "wandb_id": run.writer.wandb_id or run.wandb_id,
+            "dial": run.schedule.state_dict(),  # the name that version 0.1 gave the time budget
+            "model": asdict(model.config),
+            "config": {**asdict(run.config), **run.schedule.changed_keys()},
+        },
+    )
+
+
+def print_sample(run: Run) -> None:
+    if run.writer and run.tokenizer and run.config.sample_chars:
+        with run.world.autocast():
+            text = sample_text(run.state.model, run.tokenizer, run.config.sample_chars, run.config.seed)
+        print0("    " + text.replace("\n", "\n    ").strip())
+
+
+def print_end(run: Run, exit_status: int, out_of_patience: bool) -> None:
+    state = run.state
+    if exit_status and not run.config.dry_run:
+        print0(f"stopped at step {state.step} by a signal; saved: resume with --resume=True")
+    elif out_of_patience:
+        print0(f"step {state.step}: no new best in {state.evals_since_best} evaluations (patience); the best is kept")
+    if not exit_status and state.val_loss is not None and (summary := run.schedule.summary(state.best_val_loss)):
+        print0(summary)
+
+
+# --- Before the loop
 
 
 def main() -> int:
-    config, given = parse(TrainConfig, description="Train a GPT.")
-    ignore_signal_to_save()  # until there is something to save
-    with contextlib.ExitStack() as held:
-        return run(config, given, held)
+    config, explicit = parse(TrainConfig, description="Train a GPT.")
+    ignore_save_signal()  # until there is something to save
+    with contextlib.ExitStack() as stack:
+        return start_run(config, explicit, stack)
 
 
-def run(config: TrainConfig, given: dict[str, Any], held: contextlib.ExitStack) -> int:
-    """Settle what is to go on or to begin, and train; returns the exit status."""
-    lock = RunLock(Path(config.out_dir))
-    if is_main() and not (config.eval_only or config.dry_run):
-        held.enter_context(lock)  # before anything of the folder is read
-    if config.resume == "auto" and (why := read_stop_reason(Path(config.out_dir))):
-        raise RunStopped(f"{why}: --resume=auto does not repeat it; {REMEDY}")
-    resumed = checkpoint.load_latest(Path(config.out_dir), config.init_from == "resume" or config.resume)
+def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.ExitStack) -> int:
+    """Resume or start the run of a config, and train or evaluate it. Returns the exit status.
+
+    stack: closes what the run opens.
+    """
+    out_dir = Path(config.out_dir)
+    lock = RunLock(out_dir)
+    writes = not (config.eval_only or config.dry_run)
+    if is_main() and writes:
+        stack.enter_context(lock)  # before anything in out_dir is read
+    if config.resume == "auto" and (reason := read_stop_reason(out_dir)):
+        raise RunStopped(f"{reason}: --resume=auto does not repeat it; {AFTER_A_STOP}")
+    resumed = checkpoint.load_latest(out_dir, config.init_from == "resume" or config.resume)
     if resumed:
-        given = budget.to_resume(given, resumed.state)
-        config = resume_settings(config, given, resumed)
-    by_clock = config.minutes is not None and not config.eval_only
-    if resumed or not by_clock:  # what the dial chooses is checked below
-        config.check()
-    if missing := missing_extras(config):
-        raise InputError("\n".join(missing))
-    with explain_errors("too little memory for this model: use a smaller one"):
+        explicit = budget.check_resume(explicit, resumed.state)
+        config = resume_config(config, explicit, explicit.flags, resumed)
+    has_budget = config.minutes is not None and not config.eval_only
+    if resumed or not has_budget:  # what a new time budget chooses is checked below
+        check_config(config)
+    if writes and (problems := missing_trackers(config.tensorboard, config.wandb_log)):
+        raise InputError("\n".join(problems))
+
+    with explain_errors("not enough memory for this model: use a smaller one"):
         world = distributed.start(config.device, config.dtype, config.backend)
-        timer = None
-        if by_clock:
-            if resumed:
-                told = resumed.state["dial"]
-            else:
-                given = budget.without_chosen(given)
-                config, told = budget.choose(config, world)
-                config.check()
-            timer = budget.Timer(config, told)
-        status = train(config, given, resumed, world, timer, lock, held)
+        plan = resumed.state["dial"] if resumed and has_budget else None
+        if has_budget and not resumed:
+            explicit = budget.drop_budget_keys(explicit)
+            config, plan = budget.choose(config, world, train_step)
+            check_config(config)
+        schedule: Any = make_schedule(config)
+        if plan and config.minutes:
+            schedule = budget.ClockSchedule(schedule, plan, config.minutes, config.eval_interval)
+        status = open_run(config, explicit, resumed, schedule, world, lock, stack)
     world.close()
     return status
 
 
-def train(
-    config: TrainConfig,
-    given: dict[str, Any],
-    resumed: Checkpoint | None,
-    world: World,
-    timer: budget.Timer | None,  # of a run that was given minutes
-    lock: RunLock,  # of out_dir
-    held: contextlib.ExitStack,  # what is to be closed at the end, whatever comes
-) -> int:
-    """The whole of a run; returns the exit status."""
-    writes = not (config.eval_only or config.dry_run)
-    seed_everything(config.seed, config.deterministic)
-    dataset, raw_model, tokenizer = open_data_and_model(config, given, resumed)
-    shape = raw_model.config
-    config = replace(config, **{name: getattr(shape, name) for name in MODEL_KEYS})
-    raw_model.to(world.device)
-    raw_model.activation_checkpointing, raw_model.loss_chunk = config.activation_checkpointing, config.loss_chunk
-    raw_model.end_of_text = document_separator_id(config, dataset)
-
-    # --- What it will cost, and the folder it goes to
-    micro_batch = pick_micro_batch(config, raw_model, world)
-    if config.micro_batch_size == "auto":  # a resumed run keeps to it, whatever is free by then
-        config = replace(config, micro_batch_size=micro_batch)
-    most_rows, free = config.rows_per_step // world.size, free_memory(world.device)
-    remedy = memory_hint(micro_batch, most_rows, shape.block_size, free)
-    held.enter_context(explain_errors(remedy))
-    memory = estimate_training_memory(raw_model, config, micro_batch, shape.block_size, world)
-    print_run_summary(config, raw_model, micro_batch, memory, dataset.name, len(dataset.train), world, remedy)
-    out_dir = Path(config.out_dir)
-    # All ranks meet here: from now on the folder changes, which some may have read their weights from.
-    step = resumed.state["step"] if resumed else 0
-    if world.all_reduce_sum(torch.tensor(float(step), device=world.device)).item() != step * world.size:
-        raise InputError(
-            f"out_dir={out_dir} does not hold the same checkpoints for all ranks: share it between the nodes"
+def check_config(config: TrainConfig) -> None:
+    """Raise InputError, a line each, for values that are valid one by one but not together."""
+    problems = []
+    if config.init_from == "scratch":
+        try:
+            new_model_config(config, vocab_size=1)
+        except ValueError as error:
+            problems.append(str(error))
+    if config.rows_per_step % world_size():
+        problems.append(
+            f"batch_size × gradient_accumulation_steps = {config.rows_per_step} rows per step are not divisible by "
+            f"{world_size()} processes: change one of the three"
         )
-    if writes and world.is_main:
-        if resumed:
-            quarantine_damaged(out_dir, resumed.path)
-        elif moved := archive_previous_run(lock):
-            print0(f"{out_dir} held a run already: moved to {moved}")
+    if config.batch_growth_tokens and config.batch_size % world_size():
+        problems.append(
+            f"batch_growth_tokens: the first steps have batch_size={config.batch_size} rows, not divisible by "
+            f"{world_size()} processes: change batch_size"
+        )
+    if config.batch_growth_tokens and config.gradient_accumulation_steps == 1:
+        problems.append(
+            "batch_growth_tokens: the batch grows from batch_size to batch_size × gradient_accumulation_steps, here the "
+            "same: raise gradient_accumulation_steps"
+        )
+    if config.patience and not config.eval_interval:
+        problems.append("patience: eval_interval=0 evaluates only at the end, too late to stop: set --eval_interval")
+    if config.decay_iters is not None and config.schedule != "trapezoid":
+        problems.append(f"decay_iters: schedule={config.schedule} has no final decay: leave it out")
+    if problems:
+        raise InputError("\n".join(problems))
 
-    # --- Rows, model, optimizer; then the state of the run so far
-    rows = Rows(dataset.train, shape.block_size, shape.vocab_size, config.seed, config.row_order)
-    windows = {
-        split: EvalWindows(tokens, shape.block_size, config.eval_iters, config.batch_size, shape.vocab_size)
-        for split, tokens in (("train", dataset.train), ("val", dataset.val))
-        if split == "val" or config.eval_train
-    }
+
+def open_run(
+    config: TrainConfig,
+    explicit: Mapping[str, Any],
+    resumed: Checkpoint | None,
+    schedule: Any,
+    world: World,
+    lock: RunLock,
+    stack: contextlib.ExitStack,
+) -> int:
+    """Load data and model, check memory, set up out_dir, restore the state; then train. Returns the exit status."""
+    seed_everything(config.seed, config.deterministic)
+    dataset, gpt, tokenizer = load_data_and_model(config, explicit, resumed)
+    config = replace(config, **{name: getattr(gpt.config, name) for name in MODEL_KEYS})
+    gpt.document_separator_id = document_separator_id(dataset, config.mask_documents)
+    prepare_model(config, gpt, world)
+    rows, windows = open_rows(config, gpt, dataset)
+    print_model_summary(gpt, world)
     if config.eval_only:
-        losses = {split: evaluate(raw_model, windows[split], config.batch_size, world) for split in windows}
+        losses = {split: evaluate(gpt, windows[split], config.batch_size, world) for split in windows}
+        step = resumed.state["step"] if resumed else 0
         print0(f"step {step}: " + format_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
-    model = world.wrap_ddp(compile_model(config, raw_model, world, rows, micro_batch))
-    optimizer = optim.Optimizer(raw_model, config, world)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    guard = UpdateGuard(world.device, OVERFLOWS if scaler.is_enabled() else 1, config.skip_spikes)
-    layers = LayerStats(raw_model, config.grad_clip) if config.log_layers else None
-    samples, best_val_loss, clock = 0, math.inf, Stopwatch()
-    since_best = 0  # evaluations without a new best
-    clipped = 0  # updates since the last line in the log
-    evaluated = False  # whether the evaluation due at this step is behind us
+
+    micro_batch = settle_micro_batch(config, gpt, world)
+    if config.micro_batch_size == "auto":  # a resumed run keeps it, whatever is free by then
+        config = replace(config, micro_batch_size=micro_batch)
+    rows_per_rank = config.rows_per_step // world.size
+    hint = memory_hint(micro_batch, rows_per_rank, config.block_size, free_memory(world.device))
+    stack.enter_context(explain_errors(hint))
+    summarize(config, gpt, micro_batch, dataset, world, hint)
+    open_out_dir(config, resumed, world, lock)
+    model: torch.nn.Module = gpt
+    if should_compile(config.compile, world.device):
+        x, y = world.to_device(*rows[0:micro_batch])
+        model = compile_model(gpt, world, x, y, is_whole_step=micro_batch == config.rows_per_step)
+    state = make_state(config, gpt, world)
     if resumed:
-        state = resumed.state
-        optimizer.load_state_tensors(resumed.optimizer)
-        if scaler.is_enabled() and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        guard.load(state["guard"])
-        if state["processes"] != world.size:
-            print0(f"processes: {state['processes']} -> {world.size}; each step takes the same rows as before")
-        samples, clock = state["samples"], Stopwatch(state["time_s"])
-        best_val_loss = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
-        since_best, evaluated = state.get("since_best", 0), state["val_loss"] is not None
-        clipped = state.get("clipped", 0)
-        resumed.model.clear()  # what the model and the optimizer have copied need not stay
-        resumed.optimizer.clear()
+        restore(state, resumed, schedule, config, world)
+    writer = checkpoints = None
+    wandb_id = resumed.state["wandb_id"] if resumed else None
+    if world.is_main and not config.dry_run:
+        writer = MetricsWriter(
+            Path(config.out_dir),
+            state.step,
+            is_evaluated=state.val_loss is not None or not resumed,
+            tensorboard=config.tensorboard,
+            wandb_run=wandb_settings(config, wandb_id),
+        )
+        stack.callback(writer.close)
+        checkpoints = checkpoint.Writer(Path(config.out_dir), config.keep_every, config.checkpoint_minutes, tokenizer)
+        stack.enter_context(checkpoints)
+    gc.freeze()  # what exists now stays: the garbage collector need not scan it while a GPU waits
+    stack.callback(gc.unfreeze)
+    return train(
+        Run(
+            config=config,
+            world=world,
+            schedule=schedule,
+            state=state,
+            model=world.wrap_ddp(model),
+            micro_batch=micro_batch,
+            rows=rows,
+            windows=windows,
+            dataset=dataset,
+            tokenizer=tokenizer,
+            layer_stats=LayerStats(gpt, config.grad_clip) if config.log_layers else None,
+            lock=lock,
+            writer=writer,
+            checkpoints=checkpoints,
+            wandb_id=wandb_id,
+            is_resumed=resumed is not None,
+            memory_hint=hint,
+        )
+    )
 
-    tracker = writer = None
-    if writes and world.is_main:
-        wandb_id = resumed.state["wandb_id"] if resumed else None
-        tracker = MetricsWriter(out_dir, step, evaluated or not resumed, asdict(config), wandb_id)
-        held.callback(tracker.close)
-        writer = checkpoint.Writer(out_dir, config.keep_every, config.checkpoint_minutes, tokenizer)
-        held.enter_context(writer)
-    gc.freeze()  # what is here stays: the garbage collector need not look through it while a GPU waits
-    held.callback(gc.unfreeze)
-    signals = catch_signals()
-    names, end = list(layers.parts) if layers else [], timer.end if timer and config.last_step == math.inf else None
-    log = StepLogger(config, raw_model, world, tracker, clock, guard, step, samples, names, clipped, end)
-    first_step = step
-    val_loss = None
-    if resumed and step >= config.last_step:
-        more = "begin another --out_dir with more --minutes or text" if timer else "give a larger --max_iters"
-        print0(f"step {step} of max_iters={config.max_iters}: nothing is left to do; to go on, {more}")
 
-    while True:
-        # --- Evaluate at step 0, at each eval_interval and at the end
-        due = step == config.last_step or (config.eval_interval > 0 and step % config.eval_interval == 0)
-        if due and writes and not evaluated and not log.stop:
-            log.read(everything=True)  # which waits for the device, so the clock stops when training does
-            clock.stop()
-            losses = {split: evaluate(model, windows[split], micro_batch, world) for split in windows}
-            val_loss = losses["val"]
-            log.evaluation(step, losses, dataset.val.bits_per_byte(val_loss))
-            if tracker and tokenizer and config.sample_chars:
-                with world.autocast():
-                    text = sample_text(raw_model, tokenizer, config.sample_chars, config.seed)
-                print0("    " + text.replace("\n", "\n    ").strip())
-            log.save_due |= step > 0 and (config.always_save_checkpoint or val_loss < best_val_loss)
-            since_best = 0 if val_loss < best_val_loss else since_best + 1
-            best_val_loss = min(best_val_loss, val_loss)
-        in_vain = 0 < config.patience <= since_best
-        at_end = step >= (first_step + 10 if config.dry_run else config.last_step) or log.stop != 0 or in_vain
+def open_rows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> tuple[Rows, dict[str, EvalWindows]]:
+    """The training rows, and the windows of each split to evaluate on."""
+    T = gpt.config.block_size
+    vocab_size = gpt.config.vocab_size
+    rows = Rows(dataset.train, T, vocab_size, config.seed, config.row_order)
+    windows = {}
+    if config.eval_train:
+        windows["train"] = EvalWindows(dataset.train, T, config.eval_iters, config.batch_size, vocab_size)
+    windows["val"] = EvalWindows(dataset.val, T, config.eval_iters, config.batch_size, vocab_size)
+    return rows, windows
 
-        # --- Save what is worth keeping
-        if writes and (log.save_due or at_end) and (step > first_step or not resumed or val_loss is not None):
-            log.read(everything=True)  # raises for a broken step, which is never saved
-            clock.stop()
-            if tracker and writer:
-                tracker.sync(lock)
-                facts = {
-                    "step": step,
-                    "samples": samples,
-                    "time_s": clock.seconds,
-                    "val_loss": val_loss,  # None: not evaluated at this step
-                    "best_val_loss": best_val_loss if math.isfinite(best_val_loss) else None,
-                    "since_best": since_best,
-                    "clipped": log.clipped,
-                    "scaler": scaler.state_dict(),
-                    "guard": guard.state(),
-                    "processes": world.size,
-                    "wandb_id": tracker.wandb_id,
-                    "dial": timer.state() if timer else None,
-                    "model": asdict(shape),
-                    "config": asdict(config),
-                }
-                writer.save(raw_model.state_dict(), optimizer.state_tensors(), facts)
-            log.save_due = False
-        if at_end:
-            break
-        evaluated, val_loss = False, None
 
-        # --- One step: forward and backward over the micro-batches, then one update
-        clock.start()
-        factor = config.learning_rate_at(step) / config.learning_rate
-        loss_sum = torch.zeros((), device=world.device)
-        step_rows = config.rows_at(samples)
-        rows_per_rank = step_rows // world.size
-        micro_steps, first_row = rows_per_rank // micro_batch, samples + world.rank * rows_per_rank
-        with explain_errors(remedy, before_update=step == first_step):
-            share: float | torch.Tensor = 1 / micro_steps  # of a micro-batch in this process's part of the mean loss
-            if rows.masked:  # all tokens that count weigh the same, in whichever micro-batch they are
-                counted = torch.tensor(float(rows.num_targets(slice(first_row, first_row + rows_per_rank))))
-                one_token = world.size / world.all_reduce_sum(*world.to_device(counted)).clamp(min=1)
-            for micro_step in range(micro_steps):
-                x, y = world.to_device(*rows[first_row : first_row + micro_batch])  # (micro_batch, block_size) each
-                first_row += micro_batch
-                if rows.masked:
-                    share = (y >= 0).sum() * one_token
-                if config.dropout:
-                    torch.manual_seed(derive_seed(config.seed, step, micro_step, world.rank))
-                between = world.size > 1 and micro_step < micro_steps - 1  # gradients are averaged once, at the last
-                with model.no_sync() if between else contextlib.nullcontext():  # type: ignore[operator]
-                    with world.autocast():
-                        loss = model(x, y)[1]  # the logits are let go at once
-                    scaler.scale(loss * share).backward()
-                loss_sum += loss.detach() * share
-            # What the ranks must agree on: the loss, signals seen, time to save. All act on the sum, a step late.
-            asked, signals["SIGUSR1"] = signals["SIGUSR1"], False
-            save = asked or (writer is not None and writer.overdue())
-            fall = timer.fall(config.eval_interval) if timer and config.last_step == math.inf and world.is_main else 0
-            flags = torch.tensor([signals["SIGINT"], signals["SIGTERM"], save, fall], dtype=torch.float32)
-            status = world.all_reduce_sum(torch.cat([loss_sum[None] / world.size, *world.to_device(flags)]))
-            scaler.unscale_(optimizer)  # type: ignore[arg-type]
-            grad_norm = optim.gradient_norm(raw_model.parameters())
-            skip = guard.check(status[0], grad_norm)
-            if layers:
-                layers.before_update(grad_norm, whole=(step + 1) % config.log_interval == 0)
-            optimizer.step(factor, optim.clip_divisor(config.grad_clip, grad_norm), skip)
-            scaler.update()
-            raw_model.zero_grad(set_to_none=True)
-        step, samples = step + 1, samples + step_rows
-        told = [status[0], grad_norm, guard.bad_in_a_row, guard.skipped, *status[1:]]
-        log.put(step, samples, torch.stack(told + (layers.after_update() if layers else [])))
-        log.read()
-        if log.fall and config.last_step == math.inf:  # from here on the schedule is one of steps, exact on resume
-            fall = max(log.fall - 1, 1)  # one has begun since
-            config = replace(config, schedule="trapezoid", max_iters=step + fall, decay_iters=fall)
-            log.config, log.save_due = config, True  # or a run that is killed would begin its fall elsewhere
+def settle_micro_batch(config: TrainConfig, gpt: GPT, world: World) -> int:
+    """Rows of a forward pass on each rank."""
+    sizes = micro_batch_sizes(config, world.size)
+    return pick_micro_batch(gpt, config.optimizer, sizes, world) if config.micro_batch_size == "auto" else sizes[0]
 
-    log.read(everything=True)
-    if writer:
-        writer.finish()
-    if in_vain and not log.stop:
-        print0(f"step {step}: no better for {since_best} evaluations (patience={config.patience}); the best is kept")
-    if timer and val_loss is not None and not log.stop:
-        print0(timer.report(best_val_loss))
-    if log.stop and writes:
-        print0(f"stopped at step {step} by a signal; saved: go on with --resume=True")
-    return log.stop
+
+def summarize(config: TrainConfig, gpt: GPT, micro_batch: int, dataset: Dataset, world: World, hint: str) -> None:
+    """Print what the run will be, before it begins.
+
+    Raises InputError with `hint` where a CPU's memory is too small: the system would kill the process without a word.
+    """
+    T = gpt.config.block_size
+    row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
+    total_rows = row_schedule.total_rows(config.max_iters)
+    memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype)
+    print_run_summary(
+        gpt,
+        rows_per_step=config.rows_per_step,
+        first_rows=row_schedule.rows_at(0),
+        micro_batch=micro_batch,
+        max_iters=config.max_iters,
+        total_rows=total_rows,
+        dataset=dataset.name,
+        train_tokens=len(dataset.train),
+        step_memory=memory,
+        free=free_memory(world.device),
+        checkpoint_bytes=4 * (gpt.count_parameters() + optimizer_state_numel(gpt, config.optimizer)),
+        out_dir=config.out_dir,
+    )
+    end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
+    if config.decay_lr and config.warmup_iters > end_step:
+        print0(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end_step} updates")
+    if not config.minutes:
+        warn_if_slow_on_cpu(gpt, total_rows * T, world)
+    raise_if_cpu_memory_is_short(memory, world.device, hint)
+
+
+def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, lock: RunLock) -> None:
+    """Make out_dir ready to write. All ranks meet here, because some may have read their weights from it."""
+    out_dir = Path(config.out_dir)
+    step = resumed.state["step"] if resumed else 0
+    if world.all_reduce_sum(torch.tensor(float(step), device=world.device)).item() != step * world.size:
+        raise InputError(f"out_dir={out_dir} has different checkpoints on different ranks: share it between the nodes")
+    if not world.is_main or config.dry_run:
+        return
+    if resumed:
+        quarantine_damaged(out_dir, resumed.path)
+    elif archived := archive_previous_run(lock):
+        print0(f"{out_dir} held a run already: moved to {archived}")
+
+
+def restore(state: TrainState, resumed: Checkpoint, schedule: Any, config: TrainConfig, world: World) -> None:
+    """Continue from a checkpoint, whose tensors are let go."""
+    state.load_state_dict(resumed.state, resumed.optimizer)
+    resumed.model.clear()
+    resumed.optimizer.clear()
+    processes = resumed.state["processes"]
+    if processes != world.size:
+        print0(f"processes: {processes} -> {world.size}; each step takes the same rows as before")
+    if schedule.is_done(state.step):
+        how = "start another --out_dir with more --minutes or text" if config.minutes else "raise --max_iters"
+        print0(f"step {state.step} of max_iters={config.max_iters}: nothing left to do; to continue, {how}")
+
+
+def wandb_settings(config: TrainConfig, wandb_id: str | None) -> dict[str, Any] | None:
+    """The arguments of wandb.init; None where wandb is off."""
+    if not config.wandb_log:
+        return None
+    return {
+        "project": config.wandb_project,
+        "name": config.wandb_run_name,
+        "config": asdict(config),
+        "id": wandb_id,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""torch.compile, tried before it is relied on."""
+"""torch.compile, tried on a batch before a run relies on it."""
 
 import contextlib
 import os
@@ -9,64 +9,63 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.console import print0
-from nanogpt.data.rows import Rows
 from nanogpt.device import is_out_of_memory
 from nanogpt.distributed import World
 
+# FLOPs of a micro-batch below which a GPU's step runs as a CUDA graph: 10 ms at half of an H100's peak, about what the
+# host needs to launch the kernels one by one. A guess, not measured yet.
+CUDA_GRAPH_FLOPS = 5e12
+
+
+def should_compile(setting: bool | str, device: torch.device) -> bool:
+    """The value of the key `compile`: True, False, or "auto" for on CUDA."""
+    return setting is True or (setting == "auto" and device.type == "cuda")
+
+
+def compile_model(model: Any, world: World, x: Tensor, y: Tensor, *, is_whole_step: bool) -> nn.Module:
+    """The GPT compiled; itself, after a printed warning, if compiling fails on the micro-batch x, y (B, T).
+
+    is_whole_step: a step is this one micro-batch, which a CUDA graph requires.
+    """
+    flops = model.flops_per_token() * x.numel()
+    use_graphs = world.device.type == "cuda" and is_whole_step and flops < CUDA_GRAPH_FLOPS
+    compiled, problem = try_compile(model, world, x, y, use_graphs)
+    if problem:
+        print0(f"warning: torch.compile failed, continuing without it ({problem})")
+        return model
+    return compiled
+
 
 def try_compile(
-    model: nn.Module, world: World, x: Tensor, y: Tensor, graphs: bool = False
+    model: nn.Module, world: World, x: Tensor, y: Tensor, use_graphs: bool = False
 ) -> tuple[nn.Module, str | None]:
-    """`model` compiled, and tried forward and backward on one batch x, y (B, T); where that fails, `model` itself and
-    the reason in a line. Leaves no gradients.
+    """Compile `model`, run forward and backward on x, y (B, T); return it and what went wrong. Leaves no gradients.
 
-    graphs: a GPU replays each pass as one CUDA graph instead of being handed its kernels one by one. A gradient then
-    lies where the next pass puts its own, so each pass must be a whole step's. What was compiled is kept for later runs
-    in ~/.cache/nanogpt, unless TORCHINDUCTOR_CACHE_DIR says where: torch's own choice is /tmp, which a restart empties.
+    use_graphs: replay each pass as one CUDA graph. A gradient then lives where the next pass writes its own, so each
+    pass must be a whole step. The compiler's cache is ~/.cache/nanogpt, unless TORCHINDUCTOR_CACHE_DIR is set: torch's
+    default is /tmp, which a reboot empties.
     """
-    with contextlib.suppress(OSError, RuntimeError):  # no home, or none that can be written to
-        kept = Path.home() / ".cache" / "nanogpt" / "compiled"
-        kept.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
-    fast, reason = model, None
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or a read-only one
+        cache = Path.home() / ".cache" / "nanogpt" / "compiled"
+        cache.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    problem = None
+    compiled: Any = model
     try:
-        fast = torch.compile(model, mode="reduce-overhead" if graphs else None)  # type: ignore[assignment]
-        for _ in range(3 if graphs else 1):  # a graph is recorded in the second pass and replayed in the third
+        compiled = torch.compile(model, mode="reduce-overhead" if use_graphs else None)
+        for _ in range(3 if use_graphs else 1):  # a graph is recorded in the second pass and replayed in the third
             with world.autocast():
-                fast(x, y)[1].backward()
+                compiled(x, y)[1].backward()
                 with torch.no_grad():  # evaluation is another function to the compiler
                     model.eval()
-                    fast(x, y)
+                    compiled(x, y)
             model.train()
             model.zero_grad(set_to_none=True)
-    except Exception as error:  # the compiler and its backends raise whatever they like
+    except Exception as error:  # the compiler and its backends raise anything
         if is_out_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        lines = str(error).strip().splitlines() or [""]
+        problem = f"{type(error).__name__}: {lines[0][:200]}"
     model.train()
     model.zero_grad(set_to_none=True)
-    return (model if reason else fast), reason
-
-
-# FLOPs of a micro-batch below which a GPU's step is replayed as a CUDA graph: 10 ms at half of an H100's speed, about
-# what the host needs to hand over the kernels one by one. A guess: not measured yet.
-GRAPHS_BELOW = 5e12
-
-
-def should_compile(config: Any, world: World) -> bool:
-    """Whether torch.compile is asked for."""
-    return config.compile is True or (config.compile == "auto" and world.device.type == "cuda")
-
-
-def compile_model(config: Any, model: Any, world: World, rows: Rows, micro_batch: int) -> torch.nn.Module:
-    """The model compiled, where that is asked for and works on a micro-batch, the first of the rows."""
-    if not should_compile(config, world):
-        return model
-    whole_step = micro_batch == config.rows_per_step  # in one pass of one process
-    short = model.flops_per_token() * micro_batch * model.config.block_size < GRAPHS_BELOW
-    graphs = world.device.type == "cuda" and whole_step and short
-    x, y = world.to_device(*rows[0:micro_batch])
-    fast, failure = try_compile(model, world, x, y, graphs)
-    if failure:
-        print0(f"warning: torch.compile failed, going on without it ({failure})")
-    return fast
+    return compiled, problem

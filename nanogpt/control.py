@@ -1,29 +1,72 @@
-"""Signals: stop after this step, or save."""
+"""Requests to a running training: stop, save, begin the final decay. All ranks act on the same ones."""
 
 import signal
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from nanogpt.console import print0
 
 
-def ignore_signal_to_save() -> None:
-    """SIGUSR1, of which a process dies by default, does nothing until `catch_signals`."""
-    if hasattr(signal, "SIGUSR1"):  # Windows has none
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+class Control(NamedTuple):
+    """The requests of one step. Ranks may see a signal at different steps, so they act on the sum over all ranks,
+    which travels in the same all-reduce as the loss."""
+
+    interrupt: float = 0.0  # ranks that got SIGINT
+    terminate: float = 0.0  # ranks that got SIGTERM
+    save: float = 0.0  # ranks that want a checkpoint
+    decay_steps: float = 0.0  # updates of the final decay that is to begin now; 0: not yet (the main process alone)
 
 
-def catch_signals() -> dict[str, bool]:
-    """Which of SIGINT, SIGTERM and SIGUSR1, by name, have come from now on; a second Ctrl-C interrupts at once."""
-    seen = {"SIGINT": False, "SIGTERM": False, "SIGUSR1": False}
+NO_REQUESTS = Control()
 
-    def note(number: int, frame: Any) -> None:
+
+class Requests:
+    """The agreed requests, as the training loop obeys them: a step after they were made."""
+
+    def __init__(self) -> None:
+        self.exit_status = 0  # 130 after SIGINT, 143 after SIGTERM
+        self.save = False
+        self.decay_steps = 0
+
+    def add(self, controls: Iterable[Control]) -> None:
+        for control in controls:
+            if control.interrupt and not self.exit_status:
+                self.exit_status = 130
+            if control.terminate:
+                self.exit_status = 143
+            self.save |= bool(control.save)
+            self.decay_steps = int(control.decay_steps)
+
+
+class SignalCatcher:
+    """Remembers SIGINT, SIGTERM and SIGUSR1 from now on; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: set[str] = set()
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self._remember)
+
+    def _remember(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name
-        if name == "SIGINT" and seen[name]:
+        if name == "SIGINT" and name in self.received:
             raise KeyboardInterrupt
-        seen[name] = True
+        self.received.add(name)
         print0(f"{'saving' if name == 'SIGUSR1' else 'stopping'} after this step")
 
-    for name in seen:
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), note)
-    return seen
+    def control(self, save_due: bool, decay_steps: int) -> Control:
+        """This rank's requests for the coming step. SIGUSR1 asks for one checkpoint and is forgotten then."""
+        save_requested = "SIGUSR1" in self.received
+        self.received.discard("SIGUSR1")
+        return Control(
+            interrupt=float("SIGINT" in self.received),
+            terminate=float("SIGTERM" in self.received),
+            save=float(save_requested or save_due),
+            decay_steps=float(decay_steps),
+        )
+
+
+def ignore_save_signal() -> None:
+    """Ignore SIGUSR1, which would end the process, until there is something to save."""
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

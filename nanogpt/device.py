@@ -1,4 +1,4 @@
-"""The device: which one, in which dtype, how much memory is free, its peak FLOP/s."""
+"""The device: which one, its dtype, its free memory, its peak FLOP/s."""
 
 import contextlib
 import ctypes
@@ -11,7 +11,7 @@ import torch
 from nanogpt.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Dense bfloat16 peak of one GPU in FLOP/s, by a part of the device's name; the first match counts.
+# Dense bfloat16 peak of one GPU in FLOP/s, by a part of the device's name; the first match wins.
 # Source: NVIDIA's data sheets, the figures without sparsity.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -34,48 +34,61 @@ PEAK_FLOPS = {
 }
 
 
-def seed_everything(number: int, deterministic: bool) -> None:
-    """Seed torch; `deterministic` has CUDA use only algorithms that give equal bits each time."""
-    torch.manual_seed(number)
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed torch. deterministic: restrict CUDA to algorithms with reproducible results."""
+    torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS requires for it
         torch.use_deterministic_algorithms(True)
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The torch device for `name`; with a local rank, that process's own GPU. Raises InputError where there is none."""
+    """The torch device for auto, cpu, cuda, cuda:N or mps; each local rank has its own GPU.
+
+    Raises InputError for a device that this machine lacks.
+    """
     if name == "auto":
-        mps = local_rank is None and torch.backends.mps.is_available()  # several processes cannot share one
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = _best_device_type(is_single_process=local_rank is None)
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"device={name}: no such device; use auto, cpu, cuda, cuda:N or mps") from None
+        raise InputError(f"device={name}: unknown device; use auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise InputError(
-                f"device={name}: this machine has no usable CUDA device; use --device=cpu or --device=auto"
-            )
-        if device.index is not None and local_rank is not None:
-            raise InputError(f"device={name}: several processes take a GPU each; use --device=cuda")
-        if device.index is None:
-            device = torch.device("cuda", local_rank or 0)
-        if device.index is not None and device.index >= count:
-            raise InputError(
-                f"device=cuda:{device.index}: this machine has {count} CUDA device(s); start at most as many processes"
-            )
-    elif device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise InputError("device=mps: this machine has no Apple GPU that torch can use; use --device=cpu")
-    elif device.type != "cpu":
+        return _pick_cuda_device(device, name, local_rank)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device=mps: this machine has no Apple GPU that torch can use; use --device=cpu")
+    if device.type not in ("cpu", "mps"):
         raise InputError(f"device={name}: not supported; use auto, cpu, cuda, cuda:N or mps")
     return device
 
 
+def _best_device_type(is_single_process: bool) -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if is_single_process and torch.backends.mps.is_available():  # several processes cannot share one
+        return "mps"
+    return "cpu"
+
+
+def _pick_cuda_device(device: torch.device, name: str, local_rank: int | None) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise InputError(f"device={name}: this machine has no usable CUDA device; use --device=cpu or --device=auto")
+    if device.index is not None and local_rank is not None:
+        raise InputError(f"device={name}: each process takes its own GPU; use --device=cuda")
+    index = device.index if device.index is not None else local_rank or 0
+    if index >= count:
+        raise InputError(
+            f"device=cuda:{index}: this machine has {count} CUDA device(s); start at most {count} processes"
+        )
+    return torch.device("cuda", index)
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products. auto: CUDA bfloat16 from capability 8.0, else float16; a CPU bfloat16 only where
-    that is fast; else float32."""
+    """The dtype of matrix products.
+
+    auto: on CUDA bfloat16 from compute capability 8.0, else float16; on a CPU bfloat16 where it is fast; else float32.
+    """
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -86,8 +99,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has units for products of bfloat16 matrices. Emulated, they are far slower than float32; by
-    AVX-512's dot products alone they took 1.9 times as long on an Intel Xeon (runs/cpu_step)."""
+    """True if this CPU multiplies bfloat16 matrices in hardware.
+
+    Emulated, they are far slower than float32. By AVX-512's dot products alone (without AMX) they took 1.9 times as
+    long on an Intel Xeon (runs/cpu_step).
+    """
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_amx_tile_supported()
     if platform.machine() in ("aarch64", "arm64"):
@@ -96,32 +112,38 @@ def cpu_has_bfloat16() -> bool:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process can still take on `device` (a CPU's without swapping); None where unknown."""
+    """Bytes that this process can still allocate on `device`, on a CPU without swapping; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu":
-        try:
-            with open("/proc/meminfo") as file:
-                free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-        except (OSError, StopIteration):
-            return None
-        with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where it has none
-            limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-            free = min(free, limit - used)
-        return free
-    return None
+    if device.type != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container; "max" where there is none
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, limit - used)
+    return free
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, on any device."""
-    told = isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or told
+    """True if `error` means that memory ran out, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    message = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in message or "out of memory" in message)
 
 
 def disable_malloc_trim() -> None:
-    """Have the C library keep the memory that a step frees: it would return it to the system and, a page fault at a
-    time, fetch it again at the next step, which takes longer than some of the arithmetic (runs/cpu_step)."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
+    """Make the C library keep the memory that a step frees.
+
+    It would return it to the system and fetch it again at the next step, page fault by page fault, which takes longer
+    than some of the arithmetic (runs/cpu_step).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         library = ctypes.CDLL(None)
         library.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
         library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD

@@ -1,4 +1,4 @@
-"""Run metrics: metrics.jsonl always, TensorBoard and wandb on request."""
+"""Run metrics: read them from the device a step late; metrics.jsonl always, TensorBoard and wandb on request."""
 
 import contextlib
 import json
@@ -8,147 +8,193 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanogpt.console import print0
+from nanogpt.control import Control
 from nanogpt.errors import InputError
 from nanogpt.files import atomic_write
 
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
+# --- From the device
+
+
 class Stopwatch:
-    """Seconds of training so far; evaluation and saving are spent with it stopped."""
+    """Seconds of training; it stands still during evaluation and saving."""
 
     def __init__(self, seconds: float = 0.0):
-        self._before = seconds
-        self._since: float | None = None
+        self._elapsed = seconds
+        self._started_at: float | None = None
 
     def start(self) -> None:
-        if self._since is None:
-            self._since = time.perf_counter()
+        if self._started_at is None:
+            self._started_at = time.perf_counter()
 
     def stop(self) -> None:
-        self._before, self._since = self.seconds, None
+        self._elapsed = self.seconds
+        self._started_at = None
 
     @property
     def seconds(self) -> float:
-        return self._before + (time.perf_counter() - self._since if self._since is not None else 0.0)
+        if self._started_at is None:
+            return self._elapsed
+        return self._elapsed + time.perf_counter() - self._started_at
+
+
+class StepStats(NamedTuple):
+    """What the host reads of one update. On the device every number is a scalar tensor, after the read a float."""
+
+    loss: Any  # mean over all ranks
+    grad_norm: Any
+    bad_steps: Any  # non-finite updates in a row, this one included
+    skipped: Any  # spikes skipped so far
+    control: Control  # requests, summed over all ranks
+    layers: list[Any]  # of LayerStats; empty without it
+
+    def to_tensor(self) -> Tensor:
+        """All numbers in one tensor, for one copy to the host."""
+        scalars: list[Any] = [self.loss, self.grad_norm, self.bad_steps, self.skipped, *self.control, *self.layers]
+        return torch.stack(scalars)
+
+    @classmethod
+    def from_values(cls, values: list[float]) -> "StepStats":
+        loss, grad_norm, bad_steps, skipped, *rest = values
+        num_requests = len(Control._fields)
+        return cls(loss, grad_norm, bad_steps, skipped, Control(*rest[:num_requests]), rest[num_requests:])
 
 
 class DeferredRead:
-    """Reads device values on the host one step late, so that the device never waits for the host."""
+    """Reads tensors on the host one step late, so that the device never waits for the host."""
 
-    def __init__(self, clock: "Stopwatch"):
+    def __init__(self, clock: Stopwatch):
         self.clock = clock
-        self.pending: list[tuple[int, Tensor, torch.cuda.Event | None, float | None]] = []
+        self.pending: list[tuple[Any, Tensor, torch.cuda.Event | None, float | None]] = []
 
-    def put(self, step: int, values: Tensor) -> None:
-        """Start copying `values` (n,) of `step` to the host."""
+    def put(self, label: Any, values: Tensor) -> None:
+        """Start the copy of `values` (n,) to the host; `label` comes back with them."""
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             host.copy_(values, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-            self.pending.append((step, host, done, None))
-        else:  # on a CPU the step is over by now
-            self.pending.append((step, values, None, self.clock.seconds if values.device.type == "cpu" else None))
+            copied = torch.cuda.Event()
+            copied.record()
+            self.pending.append((label, host, copied, None))
+        else:  # a CPU has computed the step by now
+            seconds = self.clock.seconds if values.device.type == "cpu" else None
+            self.pending.append((label, values, None, seconds))
 
-    def take(self, everything: bool = False) -> list[tuple[int, list[float], float]]:
-        """(step, values, training seconds by then) of each step but the last one put; with `everything` of that too."""
-        ready, self.pending = (self.pending, []) if everything else (self.pending[:-1], self.pending[-1:])
+    def take(self, everything: bool = False) -> list[tuple[Any, list[float], float]]:
+        """(label, values, training seconds) of all but the last put; with `everything` of that too, which waits."""
+        count = len(self.pending) if everything else len(self.pending) - 1
+        ready = self.pending[: max(count, 0)]
+        self.pending = self.pending[max(count, 0) :]
         results = []
-        for step, values, done, seconds in ready:
-            if done is not None:
-                done.synchronize()
+        for label, values, copied, seconds in ready:
+            if copied is not None:
+                copied.synchronize()
             numbers = values.tolist()
-            results.append((step, numbers, self.clock.seconds if seconds is None else seconds))
+            results.append((label, numbers, self.clock.seconds if seconds is None else seconds))
         return results
 
 
+# --- To disk
+
+
 class MetricsWriter:
-    """Appends JSON objects, one a line, to `out_dir/metrics.jsonl`; TensorBoard and wandb get the same numbers."""
+    """Appends JSON objects, one a line, to out_dir/metrics.jsonl; TensorBoard and wandb get the same numbers."""
 
     def __init__(
-        self, out_dir: Path, step: int, evaluated: bool, settings: dict[str, Any], wandb_id: str | None = None
+        self,
+        out_dir: Path,
+        step: int,
+        is_evaluated: bool,
+        *,
+        tensorboard: bool = False,
+        wandb_run: dict[str, Any] | None = None,
     ):
-        """Lines that a run resumed at `step`, `evaluated` there or not yet, will write again are dropped first; wandb's
-        run goes on as `wandb_id`. Raises InputError where it cannot write."""
-        self.path, self.wandb_id = out_dir / "metrics.jsonl", wandb_id
+        """Drop the lines that a run resumed at `step` writes again, and open the trackers.
+
+        is_evaluated: the evaluation at `step` is done and its line stays. wandb_run: wandb.init's project, name,
+        config and id (None: a new run); None for no wandb. Raises InputError where metrics.jsonl cannot be written.
+        """
+        self.path = out_dir / "metrics.jsonl"
         try:
             if self.path.exists():
-                _keep_lines(self.path, step, evaluated)
-            self._file = os.open(self.path, APPEND)
+                _drop_lines_after(self.path, step, is_evaluated)
+            self._file = os.open(self.path, APPEND, 0o666)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error.strerror}): mend {out_dir} first") from error
-        self._waiting, self._told = b"", False  # what the disk did not take yet, and whether the user knows
-        self._tensorboard = self._wandb = None
-        if settings["tensorboard"]:
+            raise InputError(f"{self.path} cannot be written ({error.strerror}): make {out_dir} writable") from error
+        self._unwritten = b""  # what a full disk has not taken yet
+        self._has_warned = False
+        self._tensorboard: Any = None
+        if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
-        if settings["wandb_log"]:
-            import wandb
+        self._wandb = _start_wandb(out_dir, wandb_run) if wandb_run else None
 
-            project, name = settings["wandb_project"], settings["wandb_run_name"]
-            try:
-                self._wandb = wandb.init(
-                    project=project, name=name, config=settings, dir=str(out_dir), id=wandb_id, resume="allow"
-                )
-                self.wandb_id = self._wandb.id
-            except Exception as error:  # not logged in, no network
-                raise InputError(f"wandb_log=True: {error}; run `wandb login`, or give --wandb_log=False") from error
+    @property
+    def wandb_id(self) -> str | None:
+        return self._wandb.id if self._wandb else None
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write one line; numbers that are not finite become null. What a full disk does not take waits in memory."""
-        finite = {key: _finite(value) for key, value in line.items()}
-        self._waiting += (json.dumps(finite) + "\n").encode()
-        with self._faults_told():
+        """Append one line; numbers that are not finite become null."""
+        finite = _replace_non_finite(line)
+        self._unwritten += (json.dumps(finite) + "\n").encode()
+        with self._warn_of_disk_errors():
             self._write()
-        numbers = {key: value for key, value in finite.items() if isinstance(value, int | float) and key != "step"}
-        for key, parts in finite.items():
-            if isinstance(parts, dict):
-                numbers |= {f"{key}/{part}": value for part, value in parts.items() if value is not None}
+        if self._tensorboard is None and self._wandb is None:
+            return
+        scalars: dict[str, float] = {}
+        for key, value in finite.items():
+            parts = value if isinstance(value, dict) else {None: value}
+            for part, number in parts.items():
+                if isinstance(number, int | float) and key != "step":
+                    scalars[f"{key}/{part}" if part else key] = number
         if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, line["step"])
+            for key, number in scalars.items():
+                self._tensorboard.add_scalar(key, number, line["step"])
         if self._wandb is not None:
-            self._wandb.log(numbers, step=line["step"])
+            self._wandb.log(scalars, step=line["step"])
 
     def sync(self, lock: Any) -> None:
-        """Force what was logged to the disk, before a checkpoint that counts on it. lock: the folder's own
-        (nanogpt/checkpoint.py), taken again where the folder is made anew."""
-        with self._faults_told():
+        """Force the lines to disk, before a checkpoint that relies on them.
+
+        lock: the RunLock of out_dir, taken again if the directory has to be created again.
+        """
+        with self._warn_of_disk_errors():
             if not self.path.exists():
-                print0(f"warning: {self.path} is gone, and what it held with it: going on with a new one")
+                print0(f"warning: {self.path} was deleted, its lines are lost: continuing with a new file")
                 if not self.path.parent.exists():
                     self.path.parent.mkdir(parents=True)
                     lock.take()
                 os.close(self._file)
-                self._file = os.open(self.path, APPEND)
+                self._file = os.open(self.path, APPEND, 0o666)
             self._write()
             os.fsync(self._file)
 
     def _write(self) -> None:
-        while self._waiting:  # at the end of a disk a part of it may fit
-            self._waiting = self._waiting[os.write(self._file, self._waiting) :]
-        self._told = False
+        while self._unwritten:  # a disk that is nearly full takes a part of it
+            written = os.write(self._file, self._unwritten)
+            self._unwritten = self._unwritten[written:]
+        self._has_warned = False
 
     @contextlib.contextmanager
-    def _faults_told(self) -> Iterator[None]:
-        """No fault of the disk ends the run; the first one is told."""
+    def _warn_of_disk_errors(self) -> Iterator[None]:
+        """Disk errors do not end the run: warn once, and try again with the next line."""
         try:
             yield
         except OSError as error:
-            if not self._told:
-                print0(f"warning: {self.path} could not be written ({error.strerror}): its lines wait until it can be")
-                self._told = True
+            if not self._has_warned:
+                print0(f"warning: {self.path} cannot be written ({error.strerror}): its lines wait until it can")
+                self._has_warned = True
 
     def close(self) -> None:
-        with self._faults_told():
+        with self._warn_of_disk_errors():
             self._write()
             os.close(self._file)
         if self._tensorboard is not None:
@@ -157,38 +203,47 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-def missing_extras(config: Any) -> list[str]:
-    """A line for each tracker that the settings of a run (train.py's TrainConfig) ask for and that is not installed."""
-    asked = {"tensorboard": "tensorboard", "wandb_log": "wandb"}
-    return [
-        f"{key}=True: {module} is not installed; run `pip install -e .[tracking]`, or give --{key}=False"
-        for key, module in asked.items()
-        if getattr(config, key) and not (config.eval_only or config.dry_run) and find_spec(module) is None
-    ]
+def _start_wandb(out_dir: Path, wandb_run: dict[str, Any]) -> Any:
+    import wandb
+
+    try:
+        return wandb.init(dir=str(out_dir), resume="allow", **wandb_run)
+    except Exception as error:  # not logged in, no network
+        raise InputError(f"wandb_log=True: {error}; run `wandb login`, or give --wandb_log=False") from error
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no word for NaN and infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def missing_trackers(tensorboard: bool, wandb_log: bool) -> list[str]:
+    """A line for each tracker that is switched on and not installed."""
+    problems = []
+    for key, module, is_on in (("tensorboard", "tensorboard", tensorboard), ("wandb_log", "wandb", wandb_log)):
+        if is_on and find_spec(module) is None:
+            problems.append(f"{key}=True: {module} is not installed; run `pip install -e .[tracking]`")
+    return problems
 
 
 def read_stop_reason(out_dir: Path) -> str | None:
-    """Why the run in `out_dir` ended to protect itself; None where it did not, or has gone on since."""
+    """Why the run in out_dir stopped to protect itself; None if it did not, or was resumed since."""
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
-        return json.loads((out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]).get("stopped")
+        last_line = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        return json.loads(last_line).get("stopped")
     return None
 
 
-def _keep_lines(path: Path, step: int, evaluated: bool) -> None:
-    """Drop the lines after `step`, its evaluation unless `evaluated`, and a last line that a kill has cut; in one
-    rename."""
+def _replace_non_finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: they become None."""
+    if isinstance(value, dict):
+        return {key: _replace_non_finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _drop_lines_after(path: Path, step: int, is_evaluated: bool) -> None:
+    """Keep the lines up to `step`, its evaluation only if is_evaluated; drop a last line that a kill has cut."""
     kept = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             line = json.loads(text)
-            if line["step"] < step or (line["step"] == step and (evaluated or "val_loss" not in line)):
+            is_evaluation = "val_loss" in line
+            if line["step"] < step or (line["step"] == step and (is_evaluated or not is_evaluation)):
                 kept.append(text + "\n")
     with atomic_write(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")

@@ -10,27 +10,51 @@ from torch import Tensor, nn
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 
-# What a matrix's singular values pass through five times to come out near 1: x → a x + b x³ + c x⁵ (Jordan et al. 2024)
+# x -> a x + b x^3 + c x^5, applied five times, brings singular values near 1 (Jordan et al. 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) for all parameters; with optimizer=muon, Muon for the blocks' matrices.
+    """AdamW (Loshchilov and Hutter 2019) for all parameters; with kind="muon", Muon for the blocks' matrices.
 
-    model: its parameters are on their device; for Muon a GPT, which names its matrices. config: train.py's keys.
-    `state` holds each parameter's tensors by its name. Not a torch.optim.Optimizer, because that imports torch's
-    compiler, a second or more at each start; torch's own are the tests' oracle.
+    Background. AdamW divides each momentum by the root of its mean square, number by number. Muon (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon) treats a matrix as a whole: it replaces the momentum U S Vᵀ by U Vᵀ, so
+    that every direction of the matrix learns at the same rate, scaled to the size of an AdamW update (Liu et al. 2025,
+    arXiv:2502.16982). Embeddings, the output layer, gains and biases stay with AdamW.
+
+    model: its parameters are on their device; for Muon a GPT, which names its matrices. learning_rate, muon_lr: the
+    maxima of the schedule; muon_lr None means learning_rate. `state` has each parameter's tensors by name.
+
+    Not a torch.optim.Optimizer: importing one imports torch's compiler, a second or more at each start. The tests
+    compare it with torch's.
     """
 
-    def __init__(self, model: Any, config: Any, world: World):
-        self.config, self.world = config, world
+    def __init__(
+        self,
+        model: Any,
+        world: World,
+        *,
+        kind: str = "adamw",
+        learning_rate: float,
+        muon_lr: float | None = None,
+        muon_momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+    ):
+        self.world = world
+        self.learning_rate = learning_rate
+        self.muon_lr = muon_lr or learning_rate
+        self.muon_momentum = muon_momentum
+        self.weight_decay = weight_decay
+        self.beta1 = beta1
+        self.beta2 = beta2
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        # Where torch's loss scaler looks for gradients.
-        self.param_groups = [{"params": list(self.parameters.values())}]
-        self.maps: dict[str, list[int]] = model.muon_params() if config.optimizer == "muon" else {}
+        self.param_groups = [{"params": list(self.parameters.values())}]  # where torch's GradScaler finds gradients
+        self.row_splits: dict[str, list[int]] = model.muon_params() if kind == "muon" else {}
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, p in self.parameters.items():
-            if name in self.maps:
+            if name in self.row_splits:
                 self.state[name] = {"momentum": torch.zeros_like(p)}
             else:
                 step = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -38,38 +62,46 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr_scale: float, grad_divisor: Tensor, skip_update: Tensor) -> None:
-        """One update from the parameters' gradients, which are of no use after it.
+        """Update the parameters from their gradients, which it overwrites.
 
-        lr_scale: share of the peak learning rates. grad_divisor: scalar that divides the gradients. skip_update:
-        scalar, 1.0 leaves everything unchanged.
+        lr_scale: share of the maximum learning rates. grad_divisor: scalar; the gradients are divided by it.
+        skip_update: scalar; 1.0 leaves parameters and state unchanged.
         """
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        if skip_update.device.type == "mps":  # torch 2.13's fused AdamW there heeds neither; remove this once it does
+        if skip_update.device.type == "mps":  # where torch 2.13's fused AdamW ignores both scalars
             if skip_update:
                 return
             torch._foreach_div_(list(grads.values()), grad_divisor)
             grad_divisor = torch.ones_like(grad_divisor)
-        hidden = {name: grad for name, grad in grads.items() if name in self.maps}
-        matrices = {name: grad for name, grad in grads.items() if name not in hidden and grad.dim() >= 2}
-        vectors = {name: grad for name, grad in grads.items() if grad.dim() < 2}  # gains and biases do not decay
-        self._adamw(matrices, lr_scale * self.config.learning_rate, self.config.weight_decay, grad_divisor, skip_update)
-        self._adamw(vectors, lr_scale * self.config.learning_rate, 0.0, grad_divisor, skip_update)
-        self._muon(hidden, lr_scale * (self.config.muon_lr or self.config.learning_rate), grad_divisor, skip_update)
+
+        muon_grads: dict[str, Tensor] = {}
+        decayed: dict[str, Tensor] = {}
+        not_decayed: dict[str, Tensor] = {}  # gains and biases
+        for name, grad in grads.items():
+            group = muon_grads if name in self.row_splits else decayed if grad.dim() >= 2 else not_decayed
+            group[name] = grad
+        self._adamw(decayed, lr_scale * self.learning_rate, self.weight_decay, grad_divisor, skip_update)
+        self._adamw(not_decayed, lr_scale * self.learning_rate, 0.0, grad_divisor, skip_update)
+        self._muon(muon_grads, lr_scale * self.muon_lr, grad_divisor, skip_update)
 
     def _adamw(
-        self, grads: dict[str, Tensor], rate: float, decay: float, grad_divisor: Tensor, skip_update: Tensor
+        self, grads: dict[str, Tensor], lr: float, weight_decay: float, grad_divisor: Tensor, skip_update: Tensor
     ) -> None:
         if not grads:
             return
-        parameters = [self.parameters[name] for name in grads]
-        steps, first, second = ([self.state[n][key] for n in grads] for key in ("step", "exp_avg", "exp_avg_sq"))
+        steps = [self.state[name]["step"] for name in grads]
         torch._foreach_add_(steps, 1 - skip_update)
         torch._fused_adamw_(
-            *(parameters, list(grads.values()), first, second, [], steps),  # type: ignore[arg-type]
-            lr=rate,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
-            weight_decay=decay,
+            [self.parameters[name] for name in grads],
+            list(grads.values()),
+            [self.state[name]["exp_avg"] for name in grads],
+            [self.state[name]["exp_avg_sq"] for name in grads],
+            [],
+            steps,
+            lr=lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=weight_decay,
             eps=1e-8,
             amsgrad=False,
             maximize=False,
@@ -77,44 +109,48 @@ class Optimizer:
             found_inf=skip_update,
         )
 
-    def _muon(self, grads: dict[str, Tensor], rate: float, grad_divisor: Tensor, skip_update: Tensor) -> None:
-        """Momentum, each matrix of it replaced by the nearest one whose singular values are all 1, so that every
-        direction learns alike (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), at the size that an
-        update of AdamW's has (Liu et al. 2025, arXiv:2502.16982). Matrices of one shape share the products."""
-        momentum_kept = self.config.muon_momentum
-        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}  # weights, gradient, momentum
+    def _muon(self, grads: dict[str, Tensor], lr: float, grad_divisor: Tensor, skip_update: Tensor) -> None:
+        """Nesterov momentum, orthogonalized. Maps of one shape are stacked and share the matrix products."""
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}  # weights, gradient, momentum
         for name, grad in grads.items():
-            parts = (t.split(self.maps[name]) for t in (self.parameters[name], grad, self.state[name]["momentum"]))
-            for maps in zip(*parts, strict=True):
-                if maps[0].shape[0] > maps[0].shape[1]:  # a tall map goes with the wide ones, lying down
-                    maps = tuple(t.mT for t in maps)
-                alike.setdefault(tuple(maps[0].shape), []).append(maps)
-        for (_, columns), group in alike.items():
+            rows = self.row_splits[name]
+            tensors = (self.parameters[name], grad, self.state[name]["momentum"])
+            for views in zip(*(t.split(rows) for t in tensors), strict=True):
+                if views[0].shape[0] > views[0].shape[1]:  # tall maps join the wide ones, transposed
+                    views = tuple(t.mT for t in views)
+                by_shape.setdefault(tuple(views[0].shape), []).append(views)
+
+        for (_, columns), group in by_shape.items():
             weights, gradients, momenta = (list(tensors) for tensors in zip(*group, strict=True))
-            grad, momentum = torch.stack(gradients), torch.stack(momenta)  # (maps, rows, columns)
+            grad = torch.stack(gradients)  # (maps, rows, columns)
+            momentum = torch.stack(momenta)
             grad = torch.where(skip_update > 0, 0.0, grad / grad_divisor)
-            momentum.lerp_(grad, (1 - momentum_kept) * (1 - skip_update))
+            momentum.lerp_(grad, (1 - self.muon_momentum) * (1 - skip_update))
             torch._foreach_copy_(momenta, momentum.unbind())
-            update = self._orthogonalize(grad.lerp_(momentum, momentum_kept))
-            update *= -0.2 * math.sqrt(columns) * rate * (1 - skip_update)
-            torch._foreach_mul_(weights, 1 - rate * self.config.weight_decay * (1 - skip_update))
+            update = self._orthogonalize(grad.lerp_(momentum, self.muon_momentum))
+            update *= -0.2 * math.sqrt(columns) * lr * (1 - skip_update)
+            torch._foreach_mul_(weights, 1 - lr * self.weight_decay * (1 - skip_update))
             torch._foreach_add_(weights, update.unbind())
 
     def _orthogonalize(self, matrices: Tensor) -> Tensor:
-        """`orthogonalize` of (maps, rows, columns), each rank doing its share of the maps."""
-        count, size = len(matrices), self.world.size
-        share = -(-count // size)
+        """`orthogonalize` of (maps, rows, columns), each rank computing its share of the maps."""
+        count = len(matrices)
+        share = -(-count // self.world.size)
         mine = matrices[self.world.rank * share :][:share]
-        if len(mine) < share:  # gathering wants equal shares
+        if len(mine) < share:  # all-gather needs equal shares
             mine = torch.cat((mine, mine.new_zeros(share - len(mine), *mine.shape[1:])))
         return self.world.all_gather(orthogonalize(mine, self.world.dtype))[:count].to(matrices.dtype)
 
+    def zero_grad(self) -> None:
+        for p in self.parameters.values():
+            p.grad = None
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """The state by name, `<parameter>/<state>`."""
+        """The state as `<parameter>/<state>` -> tensor."""
         return {f"{name}/{key}": tensor for name, state in self.state.items() for key, tensor in state.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Copy in what `state_tensors` gave. Raises InputError where it is not this model's, or another optimizer's."""
+        """Copy in what `state_tensors` returned. Raises InputError for another model's or another optimizer's."""
         own = self.state_tensors()
         for name in sorted(own.keys() | tensors.keys()):
             if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
@@ -125,14 +161,17 @@ class Optimizer:
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """U Vᵀ, about, for each U S Vᵀ of (maps, rows, columns), rows ≤ columns: Newton–Schulz, most of whose singular
-    values end between 0.7 and 1.2 (the smallest of a square matrix below); its products run in `dtype`."""
+    """Approximate U Vᵀ of each U S Vᵀ in (maps, rows, columns), rows ≤ columns, by Newton-Schulz iteration.
+
+    Most singular values end between 0.7 and 1.2, the smallest of a square matrix below. The products run in `dtype`.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(torch.float32 if dtype == torch.float16 else dtype)  # float16 lacks the range
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
 
@@ -141,6 +180,6 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def clip_divisor(limit: float, norm: Tensor) -> Tensor:
-    """What divides gradients of this `norm`, a scalar, so that it is at most `limit` (0: any)."""
-    return (norm / limit).clamp(min=1.0) if limit > 0 else torch.ones_like(norm)
+def clip_divisor(grad_clip: float, norm: Tensor) -> Tensor:
+    """The scalar that divides gradients of this norm so that it is at most grad_clip (0: no clipping)."""
+    return (norm / grad_clip).clamp(min=1.0) if grad_clip > 0 else torch.ones_like(norm)

@@ -1,38 +1,145 @@
-"""Learning-rate schedules."""
+"""Schedules: the learning rate, the last update, and the rows of each update."""
 
 import math
 from collections.abc import Callable
 
 
-def learning_rate(
-    name: str, step: int, *, max_lr: float, min_lr: float, warmup: int, end: int, decay_steps: int | None = None
-) -> float:
-    """Learning rate of the update after `step` updates: up in a line for `warmup` updates, then by `SCHEDULES[name]`
-    from `max_lr` towards `min_lr`, which all but "constant" reach at `end` and hold.
-
-    decay_steps: updates that a trapezoid's last stretch takes; None: half of those after the warm-up.
-    """
-    if step < warmup:
-        return max_lr * (step + 1) / (warmup + 1)
-    left = 0.0 if step >= end else (end - step) / (end - warmup)  # of the way from warm-up to end
-    return min_lr + (max_lr - min_lr) * SCHEDULES[name](
-        left, 0.5 if decay_steps is None else decay_steps / max(end - warmup, 1)
-    )
+def cosine(remaining: float, decay_share: float) -> float:
+    """Half a cosine wave from 1 to 0 (Loshchilov and Hutter 2017)."""
+    return (1 - math.cos(math.pi * remaining)) / 2
 
 
-def cosine(left: float, fall: float) -> float:
-    """From 1 to 0 in half a cosine wave (Loshchilov and Hutter 2017)."""
-    return (1 - math.cos(math.pi * left)) / 2
+def trapezoid(remaining: float, decay_share: float) -> float:
+    """Constant 1, then linear decay to 0 over the last `decay_share` (WSD: Hu et al. 2024, Hägele et al. 2024)."""
+    if not decay_share:
+        return float(remaining > 0)
+    return min(1.0, remaining / decay_share)
 
 
-def trapezoid(left: float, fall: float) -> float:
-    """1, and over the last stretch of length `fall` to 0 in a line (Hu et al. 2024, Hägele et al. 2024)."""
-    return min(1.0, left / fall) if fall else 1.0 * (left > 0)
+def constant(remaining: float, decay_share: float) -> float:
+    return 1.0
 
 
-# What is left of the way from the highest to the lowest learning rate, by how much of the schedule is left.
+# From 1 at the maximum learning rate to 0 at the minimum, by the share of the schedule that remains after warmup.
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "cosine": cosine,
     "trapezoid": trapezoid,
-    "constant": lambda left, fall: 1.0,
+    "constant": constant,
 }
+
+
+def learning_rate(
+    name: str,
+    step: int,
+    *,
+    max_lr: float,
+    min_lr: float,
+    warmup_steps: int,
+    end_step: int,
+    decay_steps: int | None = None,
+) -> float:
+    """Learning rate of the update that follows `step` updates.
+
+    Linear warmup, then `SCHEDULES[name]` from max_lr to min_lr, which all but "constant" reach at end_step and keep.
+    decay_steps: length of trapezoid's decay; None: half of the updates after warmup.
+    """
+    if step < warmup_steps:
+        return max_lr * (step + 1) / (warmup_steps + 1)
+    length = end_step - warmup_steps
+    remaining = 0.0 if step >= end_step else (end_step - step) / length
+    decay_share = 0.5 if decay_steps is None else decay_steps / max(length, 1)
+    return min_lr + (max_lr - min_lr) * SCHEDULES[name](remaining, decay_share)
+
+
+class StepSchedule:
+    """A run of a fixed number of updates. budget.py has the one that follows the clock."""
+
+    deadline: float | None = None  # time.perf_counter() at the end of the run; None: it ends by steps
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_iters: int,
+        max_lr: float,
+        min_lr: float,
+        warmup_steps: int,
+        end_step: int,
+        decay_steps: int | None,
+    ):
+        self.name = name
+        self.max_iters = max_iters
+        self.max_lr = max_lr
+        self.min_lr = min_lr
+        self.warmup_steps = warmup_steps
+        self.end_step = end_step
+        self.decay_steps = decay_steps
+
+    def lr(self, step: int) -> float:
+        """Learning rate of the update that follows `step` updates."""
+        return learning_rate(
+            self.name,
+            step,
+            max_lr=self.max_lr,
+            min_lr=self.min_lr,
+            warmup_steps=self.warmup_steps,
+            end_step=self.end_step,
+            decay_steps=self.decay_steps,
+        )
+
+    def lr_scale(self, step: int) -> float:
+        """The same as a share of the maximum."""
+        return self.lr(step) / self.max_lr
+
+    def is_done(self, step: int) -> bool:
+        return step >= self.max_iters
+
+    def decay_due(self) -> int:
+        """Updates of the decay that should begin now; 0: none. A schedule by steps knows its decay from the start."""
+        return 0
+
+    def begin_decay(self, step: int, steps: int) -> bool:
+        """End the run with a linear decay of `steps` updates from `step` on."""
+        self.name = "trapezoid"
+        self.max_iters = step + steps
+        self.end_step = self.max_iters
+        self.decay_steps = steps
+        return True
+
+    def changed_keys(self) -> dict[str, object]:
+        """The keys of TrainConfig that have changed since the run began, for its checkpoints."""
+        return {}
+
+    def state_dict(self) -> dict[str, object] | None:
+        """What a checkpoint keeps beyond the config."""
+        return None
+
+    def summary(self, best_val_loss: float) -> str:
+        """What to print at the end of the run."""
+        return ""
+
+
+class RowSchedule:
+    """Rows of each update: constant, or growing linearly from `first` to `last` over the first growth_tokens tokens."""
+
+    def __init__(self, first: int, last: int, growth_tokens: int, block_size: int):
+        self.first = first
+        self.last = last
+        self.growth_tokens = growth_tokens
+        self.block_size = block_size
+
+    def rows_at(self, samples: int) -> int:
+        """Rows of the update that follows `samples` rows: a multiple of `first` while they grow."""
+        tokens = samples * self.block_size
+        if tokens >= self.growth_tokens:
+            return self.last
+        grown = self.last * tokens // self.growth_tokens
+        return max(grown // self.first, 1) * self.first
+
+    def total_rows(self, steps: int) -> int:
+        """Rows of the first `steps` updates together."""
+        samples = 0
+        while steps and samples * self.block_size < self.growth_tokens:
+            samples += self.rows_at(samples)
+            steps -= 1
+        return samples + steps * self.last

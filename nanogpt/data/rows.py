@@ -13,124 +13,187 @@ from nanogpt.hashing import derive_seed, hash64, permute
 if TYPE_CHECKING:
     import torch
 
+    from nanogpt.distributed import World
+
     Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Windows:
-    """Windows of a split by where they start, each id checked on the host so that no bad one reaches the device."""
+    """Read windows of a split by their start. Ids are checked on the host, before a bad one reaches the device."""
 
     def __init__(self, tokens: np.ndarray | Tokens, block_size: int, vocab_size: int):
-        self.tokens, self.block_size, self.vocab_size = Tokens.of(tokens), block_size, vocab_size
-        self.sources, self.masked = self.tokens.sources, self.tokens.masked
+        self.tokens = Tokens.of(tokens)
+        self.block_size = block_size
+        self.vocab_size = vocab_size
 
     def read(self, starts: np.ndarray) -> "Batch":
-        """Inputs and, one token on, targets, −1 where the loss mask is 0: int64, (len(starts), block_size). Raises
-        InputError for a bad id."""
+        """Inputs, and targets one token later, −1 where the loss mask is 0: int64, (len(starts), block_size).
+
+        Raises InputError for an id outside of the vocabulary.
+        """
         import torch
 
         T = self.block_size
         x, y = np.empty((2, len(starts), T), dtype=np.int64)
         for row, start in enumerate(starts.tolist()):
             ids = self.tokens[start : start + T + 1]
-            x[row], y[row] = ids[:-1], ids[1:]
+            x[row] = ids[:-1]
+            y[row] = ids[1:]
         if len(starts) and max(x.max(), y[:, -1].max()) >= self.vocab_size:
-            self._report(starts)
-        if self.masked:
+            self._raise_for_bad_id(starts)
+        if self.tokens.has_mask:
             y[self.target_mask(starts) == 0] = -1
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def target_mask(self, starts: np.ndarray) -> np.ndarray:
-        """0 for each target in the windows that does not count: uint8, (len(starts), block_size)."""
-        found = np.empty((len(starts), self.block_size), dtype=np.uint8)
-        for row, start in zip(found, starts.tolist(), strict=True):
-            row[:] = self.tokens.mask(start + 1, start + 1 + self.block_size)
-        return found
+        """1 for each target that counts in the windows, else 0: uint8, (len(starts), block_size)."""
+        T = self.block_size
+        mask = np.empty((len(starts), T), dtype=np.uint8)
+        for row, start in enumerate(starts.tolist()):
+            mask[row] = self.tokens.mask(start + 1, start + 1 + T)
+        return mask
 
-    def _report(self, starts: np.ndarray) -> None:
+    def _raise_for_bad_id(self, starts: np.ndarray) -> None:
         for start in starts.tolist():
             for shard, first, last in self.tokens.pieces(start, start + self.block_size + 1):
                 ids = shard.ids()[first:last]
-                if len(bad := np.flatnonzero(ids >= self.vocab_size)):
+                bad = np.flatnonzero(ids >= self.vocab_size)
+                if len(bad):
                     raise InputError(
                         f"{shard.name} holds id {ids[bad[0]]} at token {first + bad[0]:,}, but the model's vocab_size "
                         f"is {self.vocab_size}: use the dataset that the model was made for, or prepare it again"
                     )
 
 
-def _part_counts(index: np.ndarray, weights: Sequence[int]) -> np.ndarray:
-    """How many of the first `index` rows come from each source: int64, (sources, len(index)).
+def _rows_per_part(rows: np.ndarray, weights: Sequence[int]) -> np.ndarray:
+    """Of the first `rows` rows, the number that comes from each part: int64, (parts, len(rows)).
 
-    Each source takes its share of what those before it leave, rounded down, so that after any number of rows no
-    source is more than a row for each of them away from its share.
+    Each part takes its share of what the parts before it leave, rounded down. So after any number of rows no part is
+    more than one row per part away from its share.
     """
-    left, counts = index.astype(np.int64), []
+    left = rows.astype(np.int64)
+    counts = []
     for k, weight in enumerate(weights):
         counts.append(left * weight // sum(weights[k:]))
         left = left - counts[-1]
     return np.stack(counts)
 
 
-def _assign_rows(rows: slice, sources: Sequence[MixturePart]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each source, which of these rows are its own (a mask), and their numbers among all of its own (uint64)."""
+def _assign_rows(rows: slice, parts: Sequence[MixturePart]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each part a mask of the rows that are its own, and their numbers among all of its own (uint64)."""
     assert 0 <= rows.start <= rows.stop, rows
-    counts = _part_counts(np.arange(rows.start, rows.stop + 1), [source.weight for source in sources])
+    counts = _rows_per_part(np.arange(rows.start, rows.stop + 1), [part.weight for part in parts])
     return [(np.diff(own) > 0, np.arange(own[0], own[-1], dtype=np.uint64)) for own in counts]
 
 
 class Rows:
-    """Training rows without end, each a pure function of (seed, sample index): `x, y = rows[first:last]`.
+    """Endless training rows, each a pure function of (seed, sample index): `x, y = rows[first:last]`.
 
     x and y: int64, (last - first, block_size), y one token ahead. Order "random" starts each window anywhere; "epoch"
-    visits every window at a multiple of block_size once, in an order of its own each epoch, before any comes again.
-    In a mixture that holds for the rows of each source, which take turns.
+    visits every window at a multiple of block_size once per epoch, in an order of that epoch. In a mixture that holds
+    for the rows of each part.
     """
 
     def __init__(self, tokens: np.ndarray | Tokens, block_size: int, vocab_size: int, seed: int, order: str = "random"):
         assert order in ("random", "epoch"), order
         self._windows = Windows(tokens, block_size, vocab_size)
-        self.block_size, self.seed, self.order = block_size, seed, order
-        self.masked = self._windows.masked
+        self.block_size = block_size
+        self.seed = seed
+        self.order = order
+        self.has_mask = self._windows.tokens.has_mask
 
     def __getitem__(self, rows: slice) -> "Batch":
         """Raises InputError where the split holds an id outside of the vocabulary."""
         return self._windows.read(self.starts(rows))
 
     def num_targets(self, rows: slice) -> int:
-        """How many targets of the rows the loss looks at."""
+        """The number of targets of these rows that count in the loss."""
         return int(np.count_nonzero(self._windows.target_mask(self.starts(rows))))
 
     def starts(self, rows: slice) -> np.ndarray:
-        """The token of the split at which each row begins: int64, (last - first,)."""
+        """The token of the split at which each row starts: int64, (last - first,)."""
+        parts = self._windows.tokens.parts
         starts = np.empty(rows.stop - rows.start, dtype=np.int64)
-        for k, (own, index) in enumerate(_assign_rows(rows, self._windows.sources)):
-            seed, (first, tokens, _) = self.seed if k == 0 else derive_seed(self.seed, k), self._windows.sources[k]
+        for k, (own, index) in enumerate(_assign_rows(rows, parts)):
+            seed = self.seed if k == 0 else derive_seed(self.seed, k)
             if self.order == "random":
-                start = hash64(seed, index) % np.uint64(tokens - self.block_size)
+                start = hash64(seed, index) % np.uint64(parts[k].tokens - self.block_size)
             else:
-                per_epoch = (tokens - 1) // self.block_size  # windows that do not overlap
+                per_epoch = (parts[k].tokens - 1) // self.block_size  # windows that do not overlap
                 epoch, position = np.divmod(index, np.uint64(per_epoch))
                 start = permute(position, hash64(seed, epoch), per_epoch) * np.uint64(self.block_size)
-            starts[own] = first + start.astype(np.int64)
+            starts[own] = parts[k].first + start.astype(np.int64)
         return starts
 
 
+class StepBatch:
+    """The rows of one update that a rank reads, in micro-batches."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        first_row: int,
+        num_rows: int,  # of the update, over all ranks
+        micro_batch: int,  # rows of a forward pass
+        world: "World",
+        seed: int,
+        step: int,
+        dropout: float,
+    ):
+        self.rows = rows
+        self.micro_batch = micro_batch
+        self.world = world
+        self.noise_key = (seed, step) if dropout else None
+        rows_per_rank = num_rows // world.size
+        self.begin = first_row + world.rank * rows_per_rank
+        self.end = self.begin + rows_per_rank
+        self.last = rows_per_rank // micro_batch - 1  # number of the last micro-batch
+        self.num_targets = num_rows * rows.block_size
+        if rows.has_mask:
+            self.num_targets = max(rows.num_targets(slice(first_row, first_row + num_rows)), 1)
+
+    def micro_batches(self) -> "Iterator[tuple[torch.Tensor, torch.Tensor, float]]":
+        """Inputs and targets (micro_batch, block_size) on the device, and the weight of their mean loss.
+
+        The weight is their share of the update's targets, so that every target counts the same in whichever
+        micro-batch it is; times the number of ranks, over which the gradients are averaged.
+        """
+        for row in range(self.begin, self.end, self.micro_batch):
+            x, y = self.rows[row : row + self.micro_batch]
+            num_targets = int((y >= 0).sum()) if self.rows.has_mask else y.numel()
+            weight = num_targets * self.world.size / self.num_targets
+            x, y = self.world.to_device(x, y)
+            yield x, y, weight
+
+    def seed_dropout(self, i: int) -> None:
+        """Make the dropout of micro-batch i a function of seed, step, micro-batch and rank."""
+        if self.noise_key:
+            import torch
+
+            torch.manual_seed(derive_seed(*self.noise_key, i, self.world.rank))
+
+
 class EvalWindows:
-    """Fixed windows for evaluation: `batches` × `batch_size` of them, evenly spaced over the split, never overlapping
-    and so never more than the split holds; `batches` = 0 takes every full window. In a mixture its sources have their
-    shares of the windows, and the first to come to its end ends them. `len()` counts them; `x, y = windows[first:last]`
-    as in `Rows`, cut off at the end."""
+    """Fixed windows for evaluation, evenly spaced over the split and never overlapping: `x, y = windows[first:last]`.
+
+    `batches` × `batch_size` of them, at most all that the split holds; `batches` = 0 takes all. In a mixture the parts
+    have their shares of the windows, and there are no more once a part has no more. A slice is cut off at the end.
+    """
 
     def __init__(self, tokens: np.ndarray | Tokens, block_size: int, batches: int, batch_size: int, vocab_size: int):
         self._windows = Windows(tokens, block_size, vocab_size)
-        sources = self._windows.sources
-        full, weights = [(source.tokens - 1) // block_size for source in sources], [s.weight for s in sources]
-        most = min(-(-n * sum(weights) // weight) for n, weight in zip(full, weights, strict=True)) + len(sources)
-        while (_part_counts(np.array([most]), weights)[:, 0] > full).any():
-            most -= 1
-        count = min(most, batches * batch_size) or most
+        parts = self._windows.tokens.parts
+        weights = [part.weight for part in parts]
+        available = [(part.tokens - 1) // block_size for part in parts]
+
+        limit = min(-(-n * sum(weights) // weight) for n, weight in zip(available, weights, strict=True)) + len(parts)
+        while (_rows_per_part(np.array([limit]), weights)[:, 0] > available).any():
+            limit -= 1
+        count = min(limit, batches * batch_size) or limit
+
         self._starts = np.empty(count, dtype=np.int64)
-        for (own, index), n, source in zip(_assign_rows(slice(0, count), sources), full, sources, strict=True):
-            self._starts[own] = source.first + index.astype(np.int64) * n // max(len(index), 1) * block_size
+        for part, n, (own, index) in zip(parts, available, _assign_rows(slice(0, count), parts), strict=True):
+            self._starts[own] = part.first + index.astype(np.int64) * n // max(len(index), 1) * block_size
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -140,16 +203,21 @@ class EvalWindows:
 
 
 class SlidingWindows:
-    """All of a source in windows that advance by `stride` tokens (1 to block_size), in batches of so many rows:
-    iterating gives where in the source they start, (B,), and `x, y` as `Rows` has them, (B, block_size) and at the end
-    one shorter row. In y only the last `stride` targets of a window count, of the first all, so that each token after
-    the source's first is a target once; the others are −1. `len()` counts the batches."""
+    """All of a part in windows that advance by `stride` tokens (1 to block_size), in batches of `rows` rows.
 
-    def __init__(self, tokens: Tokens, source: MixturePart, block_size: int, stride: int, vocab_size: int, rows: int):
-        self._of = partial(Windows, tokens, vocab_size=vocab_size)
-        self.source, self.block_size, self.stride = source, block_size, stride
-        starts = np.arange(0, max(source.tokens - 1 - block_size, 0) + stride, stride)
-        self._batches = [starts[:-1][first : first + rows] for first in range(0, len(starts) - 1, rows)] + [starts[-1:]]
+    Iterating gives the starts of the rows in the part, (B,), and `x, y` as `Rows` has them, (B, block_size); the last
+    batch is a single row, perhaps shorter. Only the last `stride` targets of a window count, the others are −1; of the
+    first window all count. So each token after the first is a target once. `len()` counts the batches.
+    """
+
+    def __init__(self, tokens: Tokens, part: MixturePart, block_size: int, stride: int, vocab_size: int, rows: int):
+        self._make_windows = partial(Windows, tokens, vocab_size=vocab_size)
+        self.part = part
+        self.block_size = block_size
+        self.stride = stride
+        starts = np.arange(0, max(part.tokens - 1 - block_size, 0) + stride, stride)
+        full = starts[:-1]
+        self._batches = [full[first : first + rows] for first in range(0, len(full), rows)] + [starts[-1:]]
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -157,8 +225,8 @@ class SlidingWindows:
     def __iter__(self) -> "Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]":
         """Raises InputError where the split holds an id outside of the vocabulary."""
         for starts in self._batches:
-            length = min(self.block_size, self.source.tokens - 1 - int(starts[0]))
-            x, y = self._of(block_size=length).read(self.source.first + starts)
-            for row in y[int(starts[0] == 0) :]:
-                row[: self.block_size - self.stride] = -1
+            length = min(self.block_size, self.part.tokens - 1 - int(starts[0]))
+            x, y = self._make_windows(block_size=length).read(self.part.first + starts)
+            is_first = int(starts[0]) == 0
+            y[int(is_first) :, : self.block_size - self.stride] = -1
             yield starts, x, y
