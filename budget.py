@@ -42,6 +42,7 @@ from nanogpt.memory import estimate_training_memory, fits_in_memory, pick_micro_
 from nanogpt.metrics import DeferredRead, StepStats, Stopwatch
 from nanogpt.schedule import StepSchedule
 from nanogpt.text.tokenizer import GPT2_VOCAB
+from nanogpt.train_log import format_losses
 
 WIDTHS = [*range(32, 256, 16), *range(256, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
 MAX_WEIGHTS_PER_TOKEN = 4  # of the text, in the blocks: the law was not fitted far beyond (scaling_laws.ipynb)
@@ -214,13 +215,12 @@ def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, Plan]
         raise InputError(NO_PATIENCE)
     total_s = 60 * config.minutes
     trial = SpeedTrial(config, world, train_step)
-    pilot_token_s = trial.agree(trial.token_s(trial.settings(PILOT_WIDTH, 1e6, world.size)))
-    speeds = {PILOT_WIDTH: pilot_token_s}  # seconds a token, by width
+    trial.measure(PILOT_WIDTH, trial.settings(PILOT_WIDTH, 1e6, world.size))
     pilot_s = min(max(PILOT_SHARE * total_s, MIN_PILOT_S), MAX_PILOT_S)
-    difficulty = trial.agree(trial.difficulty(pilot_s, pilot_token_s))
-    chosen, width, tokens, loss, left_s = _best_run(trial, speeds, total_s)
+    difficulty = trial.agree(trial.difficulty(pilot_s))
+    chosen, loss, tokens, left_s = _best_run(trial, total_s)
 
-    token_s = interpolate_speed(trial, speeds, width)
+    token_s = trial.token_s(chosen.n_embd)
     ends_early = tokens * token_s < EARLY_STOP_SHARE * left_s
     if ends_early:
         total_s += (tokens * token_s - left_s) / (1 - EVALUATION_SHARE)
@@ -241,67 +241,15 @@ def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, Plan]
         eval_iters=0 if covers_split else max(num_batches, 1),
     )
     expected_loss = None if math.isnan(difficulty) else loss * difficulty * SHORT_DECAY_PENALTY
-    _print_choice(trial, chosen, tokens, speeds, token_s, difficulty, expected_loss)
-    plan = {
-        "minutes": config.minutes,
-        "expected_loss": expected_loss,
-        "evaluation_s": evaluation_s,
-        "spent_s": 0.0,
-    }
-    return chosen, plan
+    plan = {"minutes": config.minutes, "expected_loss": expected_loss, "evaluation_s": evaluation_s, "spent_s": 0.0}
 
-
-def _best_run(trial: "SpeedTrial", speeds: dict[int, float], total_s: float) -> tuple[Any, int, float, float, float]:
-    """The settings of the best width, the width, its tokens, its loss by the law, and the seconds left for it.
-
-    Measures the speed of the width that is best by the speeds known so far, until that width is among them.
-    """
-    config = trial.config
-    widths = [w for w in WIDTHS if scaling.weights(scaling.shape(w)) < MAX_WEIGHTS_PER_TOKEN * trial.num_tokens]
-    widths = widths or WIDTHS[:1]
-    while True:
-        left_s = trial.agree(total_s - process_age() - SHUTDOWN_S - EVALUATION_SHARE * total_s)
-        if left_s < total_s / 2:
-            raise InputError(
-                f"minutes={config.minutes:g}: {process_age():.0f} s passed before the first step; give at least "
-                f"{process_age() / 20:.1f}"
-            )
-        runs = {width: trial.predict(width, left_s / interpolate_speed(trial, speeds, width)) for width in widths}
-        best = min(widths, key=lambda width: runs[width][0])
-        loss, tokens = runs[best]
-        chosen = trial.settings(best, tokens, trial.world.size)
-        micro_batch = trial.largest_micro_batch(chosen)
-        if micro_batch is None:
-            widths = [width for width in widths if width < best]
-            if not widths:
-                raise InputError(
-                    f"minutes: not enough memory for a row with {WIDTHS[0]} channels; give less than "
-                    f"--block_size={config.block_size}"
-                )
-            continue
-        chosen = replace(chosen, micro_batch_size=micro_batch)
-        if best in speeds or len(speeds) > MAX_TRIALS:
-            return chosen, best, tokens, loss, left_s
-        speeds[best] = trial.agree(trial.token_s(chosen))
-
-
-def _print_choice(
-    trial: "SpeedTrial",
-    chosen: Any,
-    tokens: float,
-    speeds: dict[int, float],
-    token_s: float,
-    difficulty: float,
-    expected_loss: float | None,
-) -> None:
-    tried = f"tried    {len(speeds)} widths, {1 / speeds[PILOT_WIDTH]:,.0f} to {1 / token_s:,.0f} tokens/s"
+    tried = f"tried    {len(trial.speeds)} widths, {1 / trial.token_s(PILOT_WIDTH):,.0f} to {1 / token_s:,.0f} tokens/s"
     expected = "expected no particular loss: the pilot was too short"
     if expected_loss:
         tried += f"; this text is {difficulty:.3f} × as hard as the reference text"
-        expected = f"expected a validation loss of {expected_loss:.4f}"
-        bits_per_byte = trial.dataset.val.bits_per_byte(expected_loss)
-        if bits_per_byte:
-            expected += f", {bits_per_byte:.4f} bits per byte"
+        expected = (
+            f"expected {format_losses({'validation': expected_loss}, trial.dataset.val.bits_per_byte(expected_loss))}"
+        )
     print0(
         tried,
         f"chosen   {chosen.n_embd} channels, {chosen.n_layer} layers; about {chosen.max_iters:,} steps of "
@@ -309,6 +257,38 @@ def _print_choice(
         f"rate {chosen.muon_lr:.2e}",
         expected,
     )
+    return chosen, plan
+
+
+def _best_run(trial: "SpeedTrial", total_s: float) -> tuple[Any, float, float, float]:
+    """The settings of the best run, its loss by the law, its tokens, and the seconds left for it.
+
+    Measures the speed of the width that is best by the speeds known so far, until that width is among them.
+    """
+    minutes = trial.config.minutes
+    widths = [w for w in WIDTHS if scaling.weights(scaling.shape(w)) < MAX_WEIGHTS_PER_TOKEN * trial.num_tokens]
+    widths = widths or WIDTHS[:1]
+    while widths:
+        age_s = process_age()
+        left_s = trial.agree(total_s - age_s - SHUTDOWN_S - EVALUATION_SHARE * total_s)
+        if left_s < total_s / 2:
+            raise InputError(
+                f"minutes={minutes:g}: {age_s:.0f} s passed before the first step; give at least {age_s / 20:.1f}"
+            )
+        runs = {width: trial.predict(width, left_s) for width in widths}
+        best = min(widths, key=lambda width: runs[width][0])
+        loss, tokens = runs[best]
+        chosen = trial.settings(best, tokens, trial.world.size)
+        micro_batch = trial.largest_micro_batch(chosen)
+        if micro_batch is None:
+            widths = [width for width in widths if width < best]
+            continue
+        chosen = replace(chosen, micro_batch_size=micro_batch)
+        if best in trial.speeds or len(trial.speeds) > MAX_TRIALS:
+            return chosen, loss, tokens, left_s
+        trial.measure(best, chosen)
+    block_size = trial.config.block_size
+    raise InputError(f"minutes: not enough memory for a row with {WIDTHS[0]} channels; lower --block_size={block_size}")
 
 
 class SpeedTrial:
@@ -323,6 +303,7 @@ class SpeedTrial:
         self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
         self.num_tokens = len(self.dataset.train)
         self.separator_id = document_separator_id(self.dataset, config.mask_documents)
+        self.speeds: dict[int, float] = {}  # measured seconds a token, by width
 
     def settings(self, width: int, tokens: float, num_processes: int) -> Any:
         """The config of a run of this width and length, its rows shared by num_processes."""
@@ -359,8 +340,8 @@ class SpeedTrial:
                 return rows
         return None
 
-    def token_s(self, config: Any) -> float:
-        """Seconds a token over all processes, if all are as fast as this one."""
+    def measure(self, width: int, config: Any) -> None:
+        """Time a few steps: seconds a token over all processes, if all are as fast as this one."""
         steps = self.steps(config, self.new_model(config))
 
         def step_s(count: int) -> float:
@@ -376,11 +357,24 @@ class SpeedTrial:
         seconds = [step_s(count)]
         while time.perf_counter() - start < TRIAL_S:
             seconds.append(step_s(count))
-        return statistics.median(seconds) / (config.rows_per_step * config.block_size)
+        self.speeds[width] = self.agree(statistics.median(seconds) / (config.rows_per_step * config.block_size))
 
-    def predict(self, width: int, tokens: float) -> tuple[float, float]:
-        """The law's loss of a width that has time for this many tokens, and how many of them are best read."""
+    def token_s(self, width: int) -> float:
+        """Seconds a token: linear in the logarithms of FLOPs and seconds between the measured widths.
+
+        Beyond them, larger models are assumed to be a little more efficient.
+        """
+        measured = sorted(self.speeds)
+        log_flops = np.log([self.flops(w) for w in measured])
+        log_seconds = np.log([self.speeds[w] for w in measured])
+        x = math.log(self.flops(width))
+        beyond = max(x - log_flops[-1], 0) + min(x - log_flops[0], 0)
+        return math.exp(np.interp(x, log_flops, log_seconds) + EXTRAPOLATION_EXPONENT * beyond)
+
+    def predict(self, width: int, seconds: float) -> tuple[float, float]:
+        """The law's loss of a run of this width in this time, and its tokens: fewer where more epochs would overfit."""
         size = scaling.weights(scaling.shape(width))
+        tokens = seconds / self.token_s(width)
         best = scaling.LAW.length(size, tokens, self.num_tokens)
         if best > EARLY_STOP_SHARE * tokens:
             best = tokens
@@ -393,10 +387,11 @@ class SpeedTrial:
         total = self.world.all_reduce_sum(torch.tensor(float(value), device=self.world.device))
         return total.item() / self.world.size
 
-    def difficulty(self, seconds: float, token_s: float) -> float:
+    def difficulty(self, seconds: float) -> float:
         """This text's loss over the law's, from a small model trained on it for some seconds."""
         size = scaling.weights(scaling.shape(PILOT_WIDTH))
-        tokens = scaling.LAW.length(size, seconds / token_s / self.world.size, self.num_tokens)
+        tokens = seconds / self.speeds[PILOT_WIDTH] / self.world.size
+        tokens = scaling.LAW.length(size, tokens, self.num_tokens)
         config = self.settings(PILOT_WIDTH, tokens, num_processes=1)
         torch.manual_seed(config.seed)
         model = self.new_model(config)
@@ -445,19 +440,6 @@ def training_steps(config: Any, gpt: GPT, tokens: Tokens, world: World, train_st
         )
         deferred.put(step, stats.to_tensor())
         yield [values[0] for _, values, _ in deferred.take()]
-
-
-def interpolate_speed(trial: SpeedTrial, speeds: dict[int, float], width: int) -> float:
-    """Seconds a token at a width: linear in the logarithms of FLOPs and seconds between the measured widths.
-
-    Beyond them, larger models are assumed to be a little more efficient.
-    """
-    measured = sorted(speeds)
-    log_flops = np.log([trial.flops(w) for w in measured])
-    log_seconds = np.log([speeds[w] for w in measured])
-    x = math.log(trial.flops(width))
-    beyond = max(x - log_flops[-1], 0) + min(x - log_flops[0], 0)
-    return math.exp(np.interp(x, log_flops, log_seconds) + EXTRAPOLATION_EXPONENT * beyond)
 
 
 def process_age() -> float:

@@ -1,13 +1,13 @@
-"""Runs side by side: a table of validation losses at equal steps, tokens and seconds, and a picture of the curves.
+"""Compare runs: validation loss at equal steps, tokens and seconds, as a table and a picture.
 
     python compare.py out-a out-b out-c --out=compare.png
 
-Runs that differ in their seed alone are repeats: they become one row and one curve, mean ± standard error. Below stand
-the norms of the layers' gradients and updates, of runs that have logged them (--log_layers=True).
+Runs that differ only in their seed are repeats: they share a row and a curve, mean ± standard error. For runs trained
+with --log_layers=True the picture also shows the gradient and update norms of each layer.
 """
 
-import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,27 +15,39 @@ from typing import Any
 
 import numpy as np
 
+from configurator import key, parse
 from nanogpt.errors import InputError, run_script
 
 AXES = {"step": "steps", "tokens": "tokens", "time_s": "seconds"}
-MOST_SETTINGS = 5  # that a label names
-NORMS = {"layer_grad_norms": "norm of a layer's gradient", "layer_update_norms": "norm of a layer's update"}
-FRACTIONS = (0.25, 0.5, 0.75, 1.0)
-# What a run is called, shows and keeps does not change what it learns.
-UNCOUNTED = {
+OPTIONAL_FIELDS = {"train_loss": None, "val_bpb": None}
+EVAL_FIELDS = (*AXES, "val_loss", *OPTIONAL_FIELDS)
+NORMS = {"layer_grad_norms": "gradient norm of a layer", "layer_update_norms": "update norm of a layer"}
+GRID = np.array([0.25, 0.5, 0.75, 1.0])  # rows of the table, as fractions of the shortest run
+MAX_LABEL_SETTINGS = 5  # a longer label would not be read
+STYLE: Any = {"axes.grid": True, "grid.color": "0.9", "axes.spines.top": False, "axes.spines.right": False}
+
+# Keys that do not change what a run learns: names, logging, saving.
+KEYS_WITHOUT_EFFECT = {
     *("seed", "out_dir", "resume", "dry_run", "eval_only", "eval_interval", "log_interval", "sample_chars"),
     *("wandb_log", "wandb_project", "wandb_run_name", "tensorboard"),
     *("always_save_checkpoint", "checkpoint_minutes", "keep_every", "log_layers", "verify_data"),
 }
-CLOCKED = {"max_iters", "decay_iters", "eval_iters", "micro_batch_size"}  # as time and memory have it, with --minutes
+# Keys that --minutes derives from measured speed and free memory, so repeats may differ in them.
+MEASURED_KEYS = {"max_iters", "decay_iters", "eval_iters", "micro_batch_size"}
+
+
+@dataclass
+class CompareConfig:
+    runs: list[str] = key(..., "folders of the runs (their out_dir)")
+    out: str = key("compare.png", "file for the picture")
 
 
 @dataclass
 class Run:
     path: Path
-    settings: dict[str, Any] | None  # None where no checkpoint tells them
-    evals: dict[str, np.ndarray]  # step tokens time_s train_loss val_loss val_bpb, one value an evaluation
-    layered: list[dict[str, Any]]  # its lines that tell the norms of layers
+    settings: dict[str, Any] | None  # None: no readable checkpoint
+    evals: dict[str, np.ndarray]  # for each of EVAL_FIELDS one value per evaluation, NaN where unknown
+    layer_norms: list[dict[str, Any]]  # lines of metrics.jsonl that hold the NORMS
 
 
 @dataclass
@@ -44,220 +56,224 @@ class Group:
     runs: list[Run]
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    config, _ = parse(CompareConfig, argv, "Compare runs by their validation losses.", positional="runs")
+    runs = []
+    problems = []
+    for path in dict.fromkeys(config.runs):
+        try:
+            runs.append(read_run(Path(path)))
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+
+    groups = group_repeats(runs)
+    print(format_table(groups))
+    draw_picture(groups, config.out)
+    print(f"\npicture: {config.out}")
+
+
 def read_run(path: Path) -> Run:
-    """The evaluations and the settings of the run in a folder. Raises InputError if they are missing or damaged."""
+    """Read the evaluations, layer norms and settings of the run in folder `path`.
+
+    Raises InputError if metrics.jsonl is missing or damaged or holds no evaluation.
+    """
     file = path / "metrics.jsonl"
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{file}: {(error.strerror or 'unreadable').lower()}; give the out_dir of a run") from None
-    layered = []
-    evals: dict[str, list[float]] = {name: [] for name in (*AXES, "train_loss", "val_loss", "val_bpb")}
+
+    evaluations = []
+    layer_norms = []
     for number, line in enumerate(lines, 1):
         try:
-            record = {"train_loss": None, "val_bpb": None} | json.loads(line)  # which not every run tells
-            if set(NORMS) <= record.keys():
-                layered.append(record)
+            record = OPTIONAL_FIELDS | json.loads(line)
+            if record.keys() >= NORMS.keys():
+                layer_norms.append(record)
             if "val_loss" in record:
-                values = [np.nan if record[name] is None else float(record[name]) for name in evals]
-                for column, value in zip(evals.values(), values, strict=True):
-                    column.append(value)
+                evaluations.append(np.array([record[field] for field in EVAL_FIELDS], dtype=float))  # null becomes NaN
         except (ValueError, TypeError, KeyError):
-            if number == len(lines):  # a run that goes on, or was killed, may leave half a line
-                break
-            raise InputError(f"{file}:{number}: damaged line; remove it or restore the file") from None
-    if not evals["step"]:
+            # The last line of a live or killed run may be incomplete.
+            if number < len(lines):
+                raise InputError(f"{file}:{number}: damaged line; remove it or restore the file") from None
+    if not evaluations:
         raise InputError(f"{file}: no evaluation yet; wait for the run's first one")
-    return Run(path, _settings(path), {name: np.array(column) for name, column in evals.items()}, layered)
+
+    evals = dict(zip(EVAL_FIELDS, np.stack(evaluations, axis=1), strict=True))
+    return Run(path, _read_settings(path), evals, layer_norms)
 
 
-def _settings(path: Path) -> dict[str, Any] | None:
-    """What the newest readable checkpoint says of the run's settings."""
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    """Read a run's settings from its newest checkpoint; None if there is none or it is damaged."""
     states = [file for file in path.glob("ckpt/step-*/state.json") if file.parent.name[5:].isdigit()]
-    for state in sorted(states, key=lambda file: int(file.parent.name[5:]), reverse=True):
-        try:
-            return dict(json.loads(state.read_bytes())["config"])
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
-    return None
+    try:
+        newest = max(states, key=lambda file: int(file.parent.name[5:]))
+        return dict(json.loads(newest.read_bytes())["config"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def group_repeats(runs: Sequence[Run]) -> list[Group]:
-    """Repeats together, each group labeled with the settings that tell it from the others; with its folder where there
-    are none, or so many that nobody would read them."""
-    groups: dict[str, list[Run]] = {}
-    uncounted = UNCOUNTED | (CLOCKED if all((run.settings or {}).get("minutes") for run in runs) else set())
+    """Group the runs whose settings differ only in keys without effect.
+
+    A group's label lists the settings that distinguish it, or its first folder if they are none, unknown or too many.
+    """
+    ignored = set(KEYS_WITHOUT_EFFECT)
+    if all(run.settings and run.settings.get("minutes") for run in runs):
+        ignored |= MEASURED_KEYS
+
+    known = [run.settings for run in runs if run.settings is not None]
+    names = dict.fromkeys(name for settings in known for name in settings if name not in ignored)
+    differing = [name for name in names if len({json.dumps(settings.get(name, "unset")) for settings in known}) > 1]
+
+    repeats: dict[str, list[Run]] = {}
     for run in runs:
-        counted = {name: value for name, value in (run.settings or {}).items() if name not in uncounted}
-        same = json.dumps(counted, sort_keys=True) if run.settings is not None else f"folder {run.path}"
-        groups.setdefault(same, []).append(run)
-    known = [members[0].settings for members in groups.values() if members[0].settings is not None]
-    names = dict.fromkeys(name for settings in known for name in settings if name not in uncounted)
-    differing = [name for name in names if len({json.dumps(s.get(name, "unset")) for s in known}) > 1]
-    labeled = []
-    if len(differing) > MOST_SETTINGS:
-        differing = []
-    for members in groups.values():
-        settings = members[0].settings
-        parts = [f"{name}={settings.get(name, 'unset')}" for name in differing] if settings is not None else []
-        count = f" ({len(members)} runs)" if len(members) > 1 else ""
-        labeled.append(Group((" ".join(parts) or members[0].path.resolve().name) + count, members))
-    return labeled
+        label = str(run.path)
+        if run.settings is not None:
+            label = " ".join(f"{name}={run.settings.get(name, 'unset')}" for name in differing)
+        repeats.setdefault(label, []).append(run)
 
-
-def interpolate(run: Run, axis: str, at: np.ndarray, what: str = "val_loss") -> np.ndarray:
-    """The loss at points of an axis, on straight lines between evaluations; NaN outside of them."""
-    return np.interp(at, run.evals[axis], run.evals[what], left=np.nan, right=np.nan)
+    groups = []
+    for label, members in repeats.items():
+        if members[0].settings is None or not 0 < len(differing) <= MAX_LABEL_SETTINGS:
+            label = members[0].path.resolve().name
+        if len(members) > 1:
+            label += f" ({len(members)} runs)"
+        groups.append(Group(label, members))
+    return groups
 
 
 def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first dimension, the runs, and its standard error: NaN for a single run."""
-    n = len(values)
-    error = values.std(axis=0, ddof=1) / n**0.5 if n > 1 else np.full(values.shape[1:], np.nan)
-    return values.mean(axis=0), error
+    """Mean and standard error over the first dimension, the runs; the error of a single run is NaN."""
+    if len(values) == 1:
+        return values[0], np.full(values.shape[1:], np.nan)
+    return values.mean(axis=0), values.std(axis=0, ddof=1) / len(values) ** 0.5
 
 
-def curve(group: Group, axis: str, what: str = "val_loss") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, mean and standard error over the stretch of the axis that all runs of a group have covered."""
-    points = [run.evals[axis] for run in group.runs]
-    x = np.unique(np.concatenate(points))
-    x = x[(x >= max(p[0] for p in points)) & (x <= min(p[-1] for p in points))]
-    return x, *mean_and_error(np.stack([interpolate(run, axis, x, what) for run in group.runs]))
+def mean_loss(group: Group, axis: str, x: np.ndarray, field: str = "val_loss") -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error of a group at points x of an axis, (len(x),) each.
+
+    Interpolates linearly between evaluations; NaN where a run of the group has none on both sides.
+    """
+    losses = [np.interp(x, run.evals[axis], run.evals[field], left=np.nan, right=np.nan) for run in group.runs]
+    return mean_and_error(np.stack(losses))
 
 
-def common_grid(groups: Sequence[Group], axis: str) -> np.ndarray:
-    """A few points of an axis that every run has reached; the last is where the shortest run ends."""
-    end = min(run.evals[axis][-1] for group in groups for run in group.runs)
-    points = end * np.array(FRACTIONS)
-    return np.unique(points if axis == "time_s" else points.round())
+def format_table(groups: Sequence[Group]) -> str:
+    """Validation losses at equal steps, tokens and seconds, then the best loss of each group."""
+    rows = []
+    for axis in AXES:
+        rows += [*_loss_rows(groups, axis), [""]]
+    rows += _best_rows(groups)
+    label_width = max(len(row[0]) for row in rows)
+    cell_width = max(len(cell) for row in rows for cell in row[1:]) + 2
+    lines = [label.ljust(label_width) + "".join(cell.rjust(cell_width) for cell in cells) for label, *cells in rows]
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def table(groups: Sequence[Group]) -> str:
-    """Validation losses at equal steps, tokens and seconds, then the best of each."""
-    blocks = []
-    for axis, unit in AXES.items():
-        grid = common_grid(groups, axis)
-        losses = [np.stack([interpolate(run, axis, grid) for run in group.runs]) for group in groups]
-        seen = np.isfinite(np.concatenate(losses)).any(axis=0)  # by any: a short run may be evaluated at its end alone
-        rows = [[f"validation loss at equal {unit}", *(_amount(x, axis) for x in grid[seen])]]
-        for group, found in zip(groups, losses, strict=True):
-            mean, error = mean_and_error(found[:, seen])
-            rows.append([group.label, *(_loss(*pair) for pair in zip(mean.tolist(), error.tolist(), strict=True))])
-        blocks.append(rows)
+def _loss_rows(groups: Sequence[Group], axis: str) -> list[list[str]]:
+    grid = GRID * min(run.evals[axis][-1] for group in groups for run in group.runs)
+    grid = np.unique(grid if axis == "time_s" else grid.round())
+    amount = "{:,.1f}" if axis == "time_s" else "{:,.0f}"
+    rows = [[f"validation loss at equal {AXES[axis]}", *map(amount.format, grid)]]
+    for group in groups:
+        rows.append([group.label, *map(_format_loss, *mean_loss(group, axis, grid))])
+    return rows
+
+
+def _best_rows(groups: Sequence[Group]) -> list[list[str]]:
     rows = [["best validation loss", "loss", "at step", "bits per byte"]]
     for group in groups:
-        best = np.array([_best(run) for run in group.runs])
-        (loss, _, bpb), errors = mean_and_error(best)
-        low, high = best[:, 1].min(), best[:, 1].max()
-        at_step = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
-        rows.append([group.label, _loss(loss, errors[0]), at_step, "" if np.isnan(bpb) else _loss(bpb, errors[2])])
-    blocks.append(rows if any(row[3] for row in rows[1:]) else [row[:3] for row in rows])
-    first = max(len(row[0]) for rows in blocks for row in rows)
-    others = max(len(cell) for rows in blocks for row in rows for cell in row[1:]) + 2
-    lines = [[row[0].ljust(first) + "".join(cell.rjust(others) for cell in row[1:]) for row in rows] for rows in blocks]
-    return "\n\n".join("\n".join(block) for block in lines)
+        best = []
+        for run in group.runs:
+            losses = run.evals["val_loss"]
+            index = np.where(np.isnan(losses), np.inf, losses).argmin()
+            best.append([run.evals[field][index] for field in ("val_loss", "val_bpb", "step")])
+        mean, error = mean_and_error(np.array(best))
+        steps = sorted({int(step) for _, _, step in best})
+        at_step = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+        rows.append([group.label, _format_loss(mean[0], error[0]), at_step, _format_loss(mean[1], error[1])])
+    return rows
 
 
-def _best(run: Run) -> list[float]:
-    """The best loss, its step, and its bits per byte, NaN where nothing tells them."""
-    losses = run.evals["val_loss"]
-    at = int(np.where(np.isnan(losses), np.inf, losses).argmin())
-    return [run.evals[name][at] for name in ("val_loss", "step", "val_bpb")]
+def _format_loss(mean: float, error: float) -> str:
+    if np.isnan(mean):
+        return "–"
+    return f"{mean:.4f}" if np.isnan(error) else f"{mean:.4f} ±{error:.4f}"
 
 
-def _loss(mean: float, error: float) -> str:
-    return f"{mean:.4f}" + ("" if np.isnan(error) else f" ±{error:.4f}")
-
-
-def _amount(x: float, axis: str) -> str:
-    return f"{x:,.1f}" if axis == "time_s" else f"{x:,.0f}"
-
-
-def draw(groups: Sequence[Group], out: Path) -> None:
-    """Three panels, one an axis: validation loss (bold) and training loss (thin) of every group. Below them a row for
-    each run that has logged its layers."""
+def draw_picture(groups: Sequence[Group], out: str) -> None:
+    """Write the loss curves of all groups, and below them the layer norms of each run that logged them."""
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
     except ImportError:
-        raise InputError("no picture without matplotlib; install it with: pip install -e .[plots]") from None
-    legend_rows, layered = -(-len(groups) // 3), [run for group in groups for run in group.runs if run.layered]
-    heights = [4.4 + 0.25 * legend_rows, *[3.6] * len(layered)]
-    whole = Figure(figsize=(13, sum(heights)), layout="constrained")
-    figure, *rows = whole.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for run, row in zip(layered, rows, strict=True):
-        draw_layers(run, row)
-    panels = figure.subplots(1, 3, sharey=True)
-    seen = []
-    for panel, (axis, unit) in zip(panels, AXES.items(), strict=True):
-        for number, group in enumerate(groups):
-            color = f"C{number % 10}"
-            x, mean, error = curve(group, axis)
-            panel.plot(x, mean, color=color, linewidth=2, label=group.label)
-            panel.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
-            panel.plot(*curve(group, axis, "train_loss")[:2], color=color, linewidth=0.8, alpha=0.7)
-            seen += [loss[x >= 0.05 * x[-1]] for loss in (mean, curve(group, axis, "train_loss")[1]) if len(x)]
-        panel.set_xlabel(f"{unit} of training" if axis == "time_s" else unit)
-        panel.set_xlim(left=0)
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        panel.grid(color="0.9")
-        panel.spines[["top", "right"]].set_visible(False)
-    # The fall from a random network's loss would flatten all that follows: the picture starts after it.
-    shown = np.concatenate(seen)
-    shown = shown[np.isfinite(shown)]
-    if len(shown) and np.ptp(shown) > 0:
-        panels[0].set_ylim(shown.min() - 0.05 * np.ptp(shown), shown.max() + 0.05 * np.ptp(shown))
-    panels[0].set_ylabel("loss: validation bold, training thin")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(groups)), frameon=False)
+        raise InputError("matplotlib is not installed, so there is no picture; run: pip install -e .[plots]") from None
+
+    with_norms = [run for group in groups for run in group.runs if run.layer_norms]
+    legend_height = 0.25 * math.ceil(len(groups) / 3)
+    heights = [4.4 + legend_height] + [3.6] * len(with_norms)
+    picture = Figure(figsize=(13, sum(heights)), layout="constrained")
+    losses, *norms = picture.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    with rc_context(STYLE):
+        draw_losses(losses, groups)
+        for run, figure in zip(with_norms, norms, strict=True):
+            draw_layer_norms(figure, run)
+
     try:
-        whole.savefig(out, dpi=120)
+        picture.savefig(out, dpi=120)
     except (OSError, ValueError) as error:
         raise InputError(f"--out={out}: {error}; give a writable path that ends in .png, .svg or .pdf") from None
 
 
-def draw_layers(run: Run, figure: Any) -> None:
-    """Two panels, of gradients and of updates: a line a layer, from the first (dark) to the last (light), and marks on
-    the axis at the steps since which updates were clipped."""
+def draw_losses(figure: Any, groups: Sequence[Group]) -> None:
+    """Draw a panel for each axis, of validation loss (bold) and training loss (thin)."""
+    from matplotlib.ticker import EngFormatter
+
+    panels = figure.subplots(1, len(AXES), sharey=True)
+    for panel, (axis, unit) in zip(panels, AXES.items(), strict=True):
+        for number, group in enumerate(groups):
+            x = np.unique(np.concatenate([run.evals[axis] for run in group.runs]))
+            if len(x) > 10:
+                x = x[x >= 0.05 * x[-1]]  # the steep drop of the first steps would flatten the rest
+            val, error = mean_loss(group, axis, x)
+            train, _ = mean_loss(group, axis, x, "train_loss")
+            color = f"C{number % 10}"
+            panel.plot(x, val, color=color, linewidth=2, marker=".", label=group.label)
+            panel.fill_between(x, val - error, val + error, color=color, alpha=0.2, linewidth=0)
+            panel.plot(x, train, color=color, linewidth=0.8, alpha=0.7)
+        panel.set(xlabel=unit, xlim=(0, None))
+        if axis == "tokens":
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100M instead of 1e8
+    panels[0].set_ylabel("loss: validation bold, training thin")
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=min(3, len(groups)), frameon=False)
+
+
+def draw_layer_norms(figure: Any, run: Run) -> None:
+    """Draw two panels, gradient and update norms: a line per layer, from the first (dark) to the last (light).
+
+    Ticks above the x axis mark the logged steps before which updates were clipped.
+    """
     from matplotlib import colormaps
 
-    panels, steps = figure.subplots(1, 2), [line["step"] for line in run.layered]
-    clipped = [line["step"] for line in run.layered if line.get("clipped")]
-    for panel, (what, label) in zip(panels, NORMS.items(), strict=True):
-        layers = list(run.layered[-1][what])
+    steps = [record["step"] for record in run.layer_norms]
+    clipped = [record["step"] for record in run.layer_norms if record.get("clipped")]
+    panels = figure.subplots(1, len(NORMS))
+    for panel, (field, label) in zip(panels, NORMS.items(), strict=True):
+        layers = list(run.layer_norms[-1][field])
         for number, layer in enumerate(layers):
-            norms = [np.nan if (x := line[what].get(layer)) is None else x for line in run.layered]
+            norms = np.array([record[field].get(layer) for record in run.layer_norms], dtype=float)
             color = colormaps["viridis"](0.9 * number / max(len(layers) - 1, 1))
             panel.plot(steps, norms, color=color, linewidth=1, label=layer)
-        panel.plot(
-            clipped, [0.02] * len(clipped), "|", color="C3", transform=panel.get_xaxis_transform(), label="clipped"
-        )
+        bottom = [0.02] * len(clipped)
+        panel.plot(clipped, bottom, "|", color="C3", transform=panel.get_xaxis_transform(), label="clipped")
         panel.set(xlabel="steps", ylabel=label, yscale="log")
-        panel.grid(color="0.9")
-        panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(run.path.resolve().name, fontsize="medium")
-    panels[1].legend(
-        loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small", ncols=-(-len(layers) // 14)
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Compare runs by their validation losses.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="out_dir of a run")
-    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
-    options = parser.parse_args(argv)
-    runs, faults = [], []
-    for path in dict.fromkeys(options.runs):
-        try:
-            runs.append(read_run(path))
-        except InputError as error:
-            faults.append(str(error))
-    if faults:
-        raise InputError("\n".join(faults))
-    groups = group_repeats(runs)
-    print(table(groups))
-    draw(groups, options.out)
-    print(f"\npicture: {options.out}")
+    columns = math.ceil(len(layers) / 14)
+    panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small", ncols=columns)
 
 
 if __name__ == "__main__":

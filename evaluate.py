@@ -1,56 +1,59 @@
-"""How good is a model? python evaluate.py --out_dir=out-shakespeare-char --split=val
+"""Evaluate a model: python evaluate.py --out_dir=out-shakespeare-char --split=val
 
-Loss, perplexity and bits per byte of a whole split, or with --text=FILE of a text, for a run of train.py or with
---init_from for GPT-2, a Hugging Face folder or nanoGPT's ckpt.pt: every token counts once, the first alone being
-given. Windows of block_size tokens stand side by side, so a token sees what its window shows of its past; with
---stride=N they advance by N, only the last N tokens of each count, and each token beyond the first window sees at least
-block_size - N.
+Prints the loss, perplexity and bits per byte of a split or, with --text=FILE, of a text, for a run of train.py or, with
+--init_from, for GPT-2, a Hugging Face folder or nanoGPT's ckpt.pt. Every token but the first is a target once. Windows
+of block_size tokens follow each other; with --stride=N they overlap, advancing by N tokens, and only the last N of each
+are targets, so that each token beyond the first window sees at least block_size - N before it.
 
-Behind each figure stands its standard error. A split is cut into 64 stretches of whole windows (or a window each, where
-it has fewer), and the loss is the mean over these, weighted by the tokens of each that count; its error follows from
-how far the stretches are apart, as if each were drawn by itself. (Single windows of one text are not: neighbors are
-alike, and an error from them is too small by half on tiny Shakespeare.) Bits per byte follow by scaling, the first
-token, which nothing predicts, taken at the mean of the others; perplexity to first order. In a mixture the sources
-weigh by their shares.
+Standard errors come from blocks: a split is cut into at most 64 blocks of whole windows, taken as independent (single
+windows are not: on tiny Shakespeare they would halve the standard error). The loss is a ratio of sums over the blocks;
+its error and the perplexity's are to first order, that of bits per byte is scaled. A mixture's parts count by weight.
 
---tasks=hellaswag,lambada_openai: the tasks of EleutherAI's lm-evaluation-harness instead (pip install -e ".[eval]").
+--tasks=hellaswag,lambada_openai runs tasks of EleutherAI's lm-evaluation-harness (Gao et al. 2024) instead, by its own
+Hugging Face backend on a temporary export of the model (pip install -e ".[eval]").
 """
 
-import contextlib
+import difflib
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tempfile
+import traceback
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from configurator import key, parse
+from configurator import ExplicitKeys, key, parse
+from load import LoadedModel, load_model
 from model import GPT
 from nanogpt import checkpoint, distributed
-from nanogpt.data.dataset import Shard, Tokens, open_dataset
+from nanogpt.data.dataset import MixturePart, Tokens, open_dataset
 from nanogpt.data.rows import SlidingWindows
+from nanogpt.device import is_out_of_memory
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
 from nanogpt.evaluation import score
+from nanogpt.generate.sampling import check_finite
+from nanogpt.interop.huggingface import write_huggingface
 from nanogpt.memory import rows_to_score
 from nanogpt.text.tokenizer import Tokenizer
-from sample import opened
 
-OF_TASKS = ("limit", "num_fewshot", "include_path", "unsafe_code")
-OF_LOSS = ("dataset", "split", "text", "stride")
-BLOCKS = 64  # of a split, at most: enough to know the error to 9%, and each as long as can be
-MEMORY = "too little memory: try --dtype=bfloat16, or a machine with more"
+LOSS_KEYS = ("dataset", "split", "text", "stride")
+TASK_KEYS = ("limit", "num_fewshot", "chat", "include_path", "unsafe_code")
+MAX_BLOCKS = 64  # enough to know the standard error to 9%, and each as long as possible
+MAX_TASK_ROWS = 32  # texts in a batch of the harness: all wait for the longest
+MEMORY_HINT = "too little memory: try --dtype=bfloat16, or a machine with more"
 
 
 @dataclass
 class EvaluateConfig:
-    """What to evaluate, and on what."""
+    """The model to evaluate, and the data or the tasks."""
 
     init_from: str = key(
         "resume", "resume: out_dir's run; or gpt2*, a hub id, a folder, nanoGPT's ckpt.pt", group="Model"
@@ -59,189 +62,260 @@ class EvaluateConfig:
     checkpoint: str = key("best", "of the run: best, latest, step-NNNNNN or its folder")
 
     dataset: str | None = key(None, "a folder, a name under data/, a mixture; None: the run's own", group="Loss")
-    split: Literal["val", "train"] = key("val", "which split of it, all of which is read")
+    split: Literal["val", "train"] = key("val", "the split of it to read, whole")
     text: str | None = key(None, "a UTF-8 file to evaluate on instead")
-    stride: int = key(0, "tokens by which windows advance, and that count in each; 0: block_size", ge=0)
+    stride: int = key(0, "tokens by which windows advance, and targets of each; 0: block_size", ge=0)
 
-    tasks: str | None = key(None, "lm-evaluation-harness's instead: hellaswag,lambada_openai", group="Tasks")
+    tasks: str | None = key(None, "tasks of lm-evaluation-harness instead: hellaswag,lambada_openai", group="Tasks")
     limit: int | None = key(None, "examples of each task; None: all", ge=1)
     num_fewshot: int | None = key(None, "solved examples before each; None: as the task says", ge=0)
-    include_path: str | None = key(None, "folder of YAML files with tasks of your own")
-    unsafe_code: bool = key(False, "let tasks run the code that the model writes")
+    chat: bool = key(False, "put each example into the model's chat template")
+    include_path: str | None = key(None, "folder with tasks of your own as YAML files")
+    unsafe_code: bool = key(False, "let tasks run code that the model writes")
 
-    json: str | None = key(None, "a file to write the results to, too", group="Machine")
+    json: str | None = key(None, "also write the results to this file", group="Machine")
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of matrix products; weights stay float32")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "autocast dtype; weights stay float32")
 
 
 def main() -> None:
-    config, given = parse(EvaluateConfig, description="Tell how good a model is.")
-    check(config, given)
-    with distributed.explain_errors(MEMORY):
+    config, explicit = parse(EvaluateConfig, description="Evaluate a trained GPT.")
+    validate(config, explicit)
+    with distributed.explain_errors(MEMORY_HINT):
         world = distributed.start(config.device, config.dtype)
-        model, tokenizer, source, run = opened(config, "evaluating")
-        model.to(world.device).eval()
+        loaded = load_model(config.init_from, config.out_dir, config.checkpoint, "evaluating")
         if config.tasks:
-            results = tell_tasks(config, model, tokenizer, world)
+            results = run_tasks(config, loaded, world)
         else:
-            tokens, name = read_text(config, tokenizer) if config.text else open_split(config, run, model, tokenizer)
-            results = told_loss(name, tokens, *split_loss(model, tokens, config.stride, world))
+            loaded.model.to(world.device).eval()
+            name, tokens = read_text(config.text, loaded.tokenizer) if config.text else open_split(config, loaded)
+            results = print_loss(name, tokens, *split_loss(loaded.model, tokens, config.stride, world))
     if config.json:
-        results = {"model": source} | results
+        text = json.dumps({"model": loaded.source} | results, indent=2, default=str)
         try:
-            Path(config.json).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+            Path(config.json).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"json={config.json}: cannot be written ({error.strerror}); give another file") from error
+            raise InputError(
+                f"--json={config.json}: cannot be written ({error.strerror}); give another file"
+            ) from error
 
 
-def check(config: EvaluateConfig, given: dict[str, Any]) -> None:
-    """Raises InputError for keys that have no say in what is asked for, and for what is not there."""
-    useless = dict.fromkeys(OF_LOSS, "tasks bring their own texts") if config.tasks else {}
-    useless |= {} if config.tasks else dict.fromkeys(OF_TASKS, "is for --tasks alone")
-    useless |= dict.fromkeys(("dataset", "split"), f"text={config.text} takes its place") if config.text else {}
+def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
+    """Raise InputError for keys that would have no effect, and for files and packages that are missing."""
+    unused: dict[str, str] = {}
+    if config.tasks:
+        unused |= dict.fromkeys(LOSS_KEYS, "tasks bring their own texts")
+    else:
+        unused |= dict.fromkeys(TASK_KEYS, "has no effect without --tasks")
+    if config.text:
+        unused |= dict.fromkeys(("dataset", "split"), f"--text={config.text} takes its place")
     if config.init_from != "resume":
-        of_run = ("out_dir",) if checkpoint.is_checkpoint(Path(config.init_from)) else ("out_dir", "checkpoint")
-        useless |= dict.fromkeys(of_run, f"init_from={config.init_from} takes its place")
-    faults = [f"{name}: {why}; leave it out" for name, why in useless.items() if name in given]
-    if distributed.processes() > 1:
-        faults.append("evaluation runs in one process: start it by `python evaluate.py`, without torchrun")
-    if config.tasks is not None and not task_names(config):
-        faults.append("tasks: names none; give --tasks=hellaswag, or leave it out")
-    if config.text == "":
-        faults.append("text: names no file; give --text=FILE, or leave it out")
-    if config.tasks and find_spec("lm_eval") is None:
-        faults.append(f"tasks={config.tasks}: lm_eval is not installed; run `pip install -e .[eval]`")
+        is_run = checkpoint.is_checkpoint(Path(config.init_from))
+        replaced = ("out_dir",) if is_run else ("out_dir", "checkpoint")
+        unused |= dict.fromkeys(replaced, f"--init_from={config.init_from} takes its place")
+    problems = [f"--{name}: {reason}; leave it out" for name, reason in unused.items() if name in explicit]
+
+    problems += [f"--{name} is empty; leave it out" for name in ("tasks", "text") if getattr(config, name) == ""]
+    if distributed.world_size() > 1:
+        problems.append("evaluation runs in one process; start it by `python evaluate.py`, without torchrun")
+    if config.tasks and not (find_spec("lm_eval") and find_spec("accelerate")):
+        problems.append(f"--tasks={config.tasks}: lm_eval is not installed; run `pip install -e .[eval]`")
     if config.include_path and not Path(config.include_path).is_dir():
-        faults.append(f"include_path={config.include_path}: is no folder; give one that holds tasks as YAML files")
-    if config.json and not Path(config.json).absolute().parent.is_dir():
-        faults.append(f"json={config.json}: its folder is not there; make it, or give another file")
-    if config.json and Path(config.json).is_dir():
-        faults.append(f"json={config.json}: is a folder; give a file")
-    if faults:
-        raise InputError("\n".join(faults))
+        problems.append(f"--include_path={config.include_path}: is not a folder; give one that holds YAML files")
+    if config.json and (Path(config.json).is_dir() or not Path(config.json).absolute().parent.is_dir()):
+        problems.append(f"--json={config.json}: is a folder, or its folder is missing; give another file")
+    if problems:
+        raise InputError("\n".join(problems))
 
 
-# ---- loss
+# --- Loss
 
 
-def open_split(config: EvaluateConfig, run: dict[str, Any], model: GPT, tokenizer: Tokenizer) -> tuple[Tokens, str]:
-    """The split to evaluate on, and its name. Documents do not see one another where they did not in the run.
-    Raises InputError where it is not known, or not for this model."""
-    dataset = config.dataset or run.get("dataset")
-    if not dataset:
-        raise InputError("dataset: the model does not say what it was trained on; give --dataset=NAME or --text=FILE")
-    found = open_dataset(dataset, block_size=1, vocab_size=model.config.vocab_size, splits=[config.split])
-    if found.tokenizer and not found.tokenizer.same_as(tokenizer):
+def open_split(config: EvaluateConfig, loaded: LoadedModel) -> tuple[str, Tokens]:
+    """Open the split to evaluate on, and name it. Documents are masked as in the model's training.
+
+    Raises InputError if the dataset is unknown, or belongs to another model.
+    """
+    name = config.dataset or loaded.train_config.get("dataset")
+    if not name:
+        raise InputError("--dataset is unknown: the model does not state it; give --dataset=NAME or --text=FILE")
+    vocab_size = loaded.model.config.vocab_size
+    dataset = open_dataset(name, block_size=1, vocab_size=vocab_size, splits=[config.split])
+    if dataset.tokenizer and not dataset.tokenizer.has_same_vocab(loaded.tokenizer):
         raise InputError(
-            f"dataset={dataset}: its ids are not those of the model's tokenizer; prepare its text with that one, or "
-            "evaluate on the text itself by --text=FILE"
+            f"--dataset={name}: its tokenizer is not the model's; prepare its text with the model's tokenizer, or "
+            "evaluate on the text by --text=FILE"
         )
-    if run.get("mask_documents"):
-        model.end_of_text = found.end_of_text
-    return getattr(found, config.split), f"{config.split} of {found.name}"
+    if loaded.train_config.get("mask_documents"):
+        loaded.model.document_separator_id = dataset.end_of_text
+    return f"{config.split} of {dataset.name}", getattr(dataset, config.split)
 
 
-def read_text(config: EvaluateConfig, tokenizer: Tokenizer) -> tuple[Tokens, str]:
-    """A text as a split, and its name: after an end of text, where the tokenizer has one, so that the first token
-    counts as well. Raises InputError where it cannot be read or is empty."""
-    path = str(config.text)
+def read_text(file: str, tokenizer: Tokenizer) -> tuple[str, Tokens]:
+    """Read a text as a split. Its first token is a target too if the tokenizer has an end of text to put before it."""
     try:
-        text = Path(path).read_bytes()
-        ids = tokenizer.encode_ordinary(text.decode("utf-8"))
+        content = Path(file).read_bytes()
+        ids = tokenizer.encode_ordinary(content.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"text={path}: cannot be read as UTF-8 text ({error}); give another file") from error
-    end = tokenizer.end_of_text
-    after = ids if end is None else np.concatenate([np.array([end], dtype=ids.dtype), ids])
-    if len(after) < 2:
-        raise InputError(f"text={path}: has no token to predict; give a longer text")
-    tokens = Tokens([Shard(path, len(after), lambda: after)])
-    tokens.bytes_per_token = len(text) / len(ids)
-    return tokens, path
+        raise InputError(f"--text={file}: cannot be read as UTF-8 ({error}); give another file") from error
+    num_ids = len(ids)
+    if tokenizer.end_of_text is not None:
+        ids = np.insert(ids, 0, tokenizer.end_of_text)
+    if len(ids) < 2:
+        raise InputError(f"--text={file}: has no token to predict; give a longer text")
+    tokens = Tokens.of(ids)
+    tokens.bytes_per_token = len(content) / num_ids
+    return file, tokens
 
 
 def split_loss(model: GPT, tokens: Tokens, stride: int, world: World) -> tuple[float, float, int]:
-    """The mean loss over a split in nats per token, its standard error (NaN: of one stretch there is none), and how
-    many tokens count. stride: see above. Raises InputError for a stride beyond block_size, and where no token counts.
+    """Return the mean loss of a split in nats, its standard error (NaN for a single block), and the number of targets.
+
+    Raises InputError for a stride above block_size, and if there are no targets.
     """
-    T, vocab_size = model.config.block_size, model.config.vocab_size
-    if stride > T:
-        raise InputError(f"stride={stride}: tokens between windows would not count; give --stride={T} or less")
-    stride = stride or T
-    parts = []  # of each source: a token's weight; nats and tokens that count in each stretch, (2, stretches)
-    for source in tokens.sources:
-        targets = source.tokens - 1
-        stretch = T * -(-targets // (T * BLOCKS))  # tokens
-        sums = np.zeros((2, -(-targets // stretch)))
-        batches = SlidingWindows(tokens, source, T, stride, vocab_size, rows_to_score(model, T))
-        for starts, x, y in tqdm(batches, unit="batch", disable=None):
-            where = (starts[:, None] + np.arange(x.shape[1]))[y.numpy() >= 0] // stretch
-            with world.autocast():
-                logprobs, _ = score(model, *world.to_device(x, y))
-            np.add.at(sums[0], where, -logprobs.cpu().double().numpy())
-            np.add.at(sums[1], where, 1)
-        parts.append((source.weight / targets, sums))
+    block_size = model.config.block_size
+    if stride > block_size:
+        raise InputError(f"--stride={stride}: would skip tokens between windows; give --stride={block_size} or less")
+    parts = [(part.weight / (part.tokens - 1), block_sums(model, tokens, part, stride, world)) for part in tokens.parts]
     nats, weight = sum(share * sums.sum(1) for share, sums in parts)
     if not weight:
-        raise InputError("the loss mask leaves no token to evaluate on: give another split")
-    loss, variance = nats / weight, 0.0
-    for share, sums in parts:  # of a ratio of sums, to first order: that of what each stretch has above the mean
-        above, n = share * (sums[0] - loss * sums[1]), sums.shape[1]
-        variance += n * above.var(ddof=1) if n > 1 else math.nan
-    return float(loss), math.sqrt(variance) / float(weight), int(sum(sums[1].sum() for _, sums in parts))
+        raise InputError("the loss mask leaves no token to evaluate on; give another split")
+
+    # The variance of a ratio of sums, to first order, is that of the blocks' nats above the mean loss.
+    loss = nats / weight
+    variance = 0.0
+    for share, (block_nats, block_targets) in parts:
+        excess = share * (block_nats - loss * block_targets)
+        variance += len(excess) * excess.var(ddof=1) if len(excess) > 1 else math.nan
+    num_targets = sum(sums[1].sum() for _, sums in parts)
+    return float(loss), math.sqrt(variance) / float(weight), int(num_targets)
 
 
-def told_loss(name: str, tokens: Tokens, loss: float, error: float, counted: int) -> dict[str, Any]:
-    """Prints the result of `split_loss`, and returns it by names."""
-    perplexity = float(np.exp(loss))
-    figures = {
-        "loss": (loss, error, " nats per token"),
-        "perplexity": (perplexity, perplexity * error, ""),
-        "bits_per_byte": (tokens.bits_per_byte(loss), tokens.bits_per_byte(error), ""),
-    }
-    results: dict[str, Any] = {"on": name, "tokens": counted}
-    print(f"{name}: {counted:,} tokens")
-    for what, (value, deviation, unit) in figures.items():
-        spread = "" if deviation is None or math.isnan(deviation) else f" ± {deviation:.4f}"
-        results |= {what: value, f"{what}_stderr": deviation if spread else None}
+def block_sums(model: GPT, tokens: Tokens, part: MixturePart, stride: int, world: World) -> np.ndarray:
+    """Return the summed loss in nats and the number of targets of each block of a part, (2, blocks)."""
+    block_size = model.config.block_size
+    windows_per_block = math.ceil((part.tokens - 1) / (block_size * MAX_BLOCKS))
+    block_tokens = block_size * windows_per_block
+    sums = np.zeros((2, math.ceil((part.tokens - 1) / block_tokens)))
+
+    rows = rows_to_score(model, block_size)
+    windows = SlidingWindows(tokens, part, block_size, stride or block_size, model.config.vocab_size, rows)
+    for starts, x, y in tqdm(windows, unit="batch", disable=None):
+        positions = starts[:, None] + np.arange(x.shape[1])
+        blocks = positions[y.numpy() >= 0] // block_tokens
+        with world.autocast():
+            logprobs, _ = score(model, *world.to_device(x, y))
+        np.add.at(sums[0], blocks, -logprobs.cpu().double().numpy())
+        np.add.at(sums[1], blocks, 1)
+    return sums
+
+
+def print_loss(name: str, tokens: Tokens, loss: float, stderr: float, num_targets: int) -> dict[str, Any]:
+    """Print the result of `split_loss`, and return it by names."""
+    perplexity = math.exp(min(loss, 700))
+    rows = [
+        ("loss", loss, stderr, " nats per token"),
+        ("perplexity", perplexity, perplexity * stderr, ""),
+        ("bits_per_byte", tokens.bits_per_byte(loss), tokens.bits_per_byte(stderr), ""),
+    ]
+    print(f"{name}: {num_targets:,} tokens")
+    results: dict[str, Any] = {"on": name, "tokens": num_targets}
+    for metric, value, error, unit in rows:
+        has_error = error is not None and not math.isnan(error)
+        results[metric] = value
+        results[f"{metric}_stderr"] = error if has_error else None
         if value is not None:
-            print(f"{what.replace('_', ' '):<15}{value:.4f}{spread}{unit}")
+            spread = f" ± {error:.4f}" if has_error else ""
+            print(f"{metric.replace('_', ' '):<15}{value:.4f}{spread}{unit}")
     return results
 
 
-# ---- tasks
+# --- Tasks
 
 
-def tell_tasks(config: EvaluateConfig, model: GPT, tokenizer: Tokenizer, world: World) -> dict[str, Any]:
-    """Prints the harness's table of its tasks, and returns its results by names. Raises InputError for unknown ones."""
+def run_tasks(config: EvaluateConfig, loaded: LoadedModel, world: World) -> dict[str, Any]:
+    """Run tasks of lm-evaluation-harness on a temporary export of the model; print its tables, return its results.
+
+    Raises InputError for an unknown task and for a task that fails.
+    """
+    # Some tasks import Hugging Face's `evaluate` and must not find this file.
+    sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     if config.unsafe_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # without which the metric that runs the code refuses to
-    with others_first():
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # else the metric that runs the code refuses to
+    try:
+        from lm_eval import simple_evaluate
         from lm_eval.utils import make_table
 
-        from nanogpt import harness
+        task_manager, tasks = find_tasks(config)
+        results = simple_evaluate(
+            load_for_harness(loaded, world),
+            tasks=tasks,
+            task_manager=task_manager,
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            apply_chat_template=config.chat,
+            confirm_run_unsafe_code=config.unsafe_code,
+            bootstrap_iters=1000,
+        )
+    except Exception as error:  # a task is a program with data of its own: it can raise anything
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = reason.replace("confirm_run_unsafe_code", "--unsafe_code")
+        raise InputError(
+            f"--tasks={config.tasks}: a task failed ({reason}, {Path(place.filename).name}:{place.lineno}); check its "
+            "data, its code and the network, or leave it out"
+        ) from error
+    assert results is not None
+    for column in ("results", "groups"):
+        if results.get(column):
+            print(make_table(results, column))
+    return {name: results.get(name) for name in ("results", "groups", "versions", "n-shot", "n-samples")}
 
-        asked, options = harness.NanoGPTLM(model, tokenizer, world), {"limit": config.limit}
-        options |= {"num_fewshot": config.num_fewshot, "confirm_run_unsafe_code": config.unsafe_code}
-        found = harness.run_tasks(asked, task_names(config), config.include_path, **options)
-        print(make_table(found))
-        if found.get("groups"):
-            print(make_table(found, "groups"))
-    return {name: found.get(name) for name in ("results", "groups", "versions", "n-shot", "n-samples")}
+
+def find_tasks(config: EvaluateConfig) -> tuple[Any, list[str]]:
+    """Return the harness's task manager and the names of tasks; * in --tasks matches anything."""
+    from lm_eval.tasks import TaskManager
+
+    names = [name.strip() for name in (config.tasks or "").split(",") if name.strip()]
+    manager = TaskManager(include_path=config.include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_subtasks):  # the harness's own take seconds to list
+        manager = TaskManager(include_path=config.include_path)
+    unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=1)
+        hint = f"did you mean {close[0]}?" if close else "`lm_eval ls tasks` lists them"
+        raise InputError(f"--tasks={','.join(unknown)}: unknown; {hint}")
+    return manager, manager.match_tasks(names)
 
 
-def task_names(config: EvaluateConfig) -> list[str]:
-    return [name.strip() for name in (config.tasks or "").split(",") if name.strip()]
+def load_for_harness(loaded: LoadedModel, world: World) -> Any:
+    """Load a model into the harness's Hugging Face backend. Leaves no memory to `loaded.model`."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
 
-
-@contextlib.contextmanager
-def others_first() -> Iterator[None]:
-    """Nothing is imported from this folder: some tasks import Hugging Face's `evaluate`, and would get this file."""
-    kept, here = [*sys.path], Path(__file__).resolve().parent
-    sys.path[:] = [path for path in kept if Path(path).resolve() != here]
-    try:
-        yield
-    finally:
-        sys.path[:] = kept
+    model = loaded.model
+    with tempfile.TemporaryDirectory() as folder:
+        write_huggingface(Path(folder), asdict(model.config), model.state_dict(), loaded.tokenizer)
+        model.to("meta")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.eos_token_id is None:  # a character tokenizer; the backend needs one, and one to pad with
+            tokenizer.pad_token_id = 0
+            tokenizer.add_special_tokens({"eos_token": "<|never generated|>"})  # an id beyond the model's
+        backend = HFLM(
+            pretrained=folder,
+            tokenizer=tokenizer,
+            prefix_token_id=loaded.tokenizer.end_of_text or 0,  # stands before an empty context
+            device=str(world.device),
+            dtype="float32",
+            mixed_precision_dtype=None if world.dtype == torch.float32 else world.dtype,
+            softmax_dtype="float32",
+            batch_size=min(MAX_TASK_ROWS, rows_to_score(model, min(model.config.block_size, 1024))),
+            logits_cache=False,  # its scores can be wrong: findings/lm_eval_logits_cache.sh
+        )
+    backend.model.register_forward_hook(lambda module, inputs, output: check_finite(output.logits))
+    return backend
 
 
 if __name__ == "__main__":

@@ -262,11 +262,12 @@ def make_state(config: Any, model: GPT, world: World) -> TrainState:
 
 def make_schedule(config: Any) -> StepSchedule:
     """The schedule of a run of max_iters updates."""
+    min_lr = config.learning_rate / 10 if config.min_lr is None else config.min_lr
     return StepSchedule(
         config.schedule if config.decay_lr else "constant",
         max_iters=config.max_iters,
         max_lr=config.learning_rate,
-        min_lr=config.learning_rate / 10 if config.min_lr is None else config.min_lr,
+        min_lr=min_lr if config.decay_lr else config.learning_rate,  # so that a constant rate is exact
         warmup_steps=config.warmup_iters if config.decay_lr else 0,
         end_step=config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters,
         decay_steps=config.decay_iters,

@@ -55,8 +55,10 @@ from nanogpt.train_log import (
     AFTER_A_STOP,
     StepLogger,
     format_losses,
+    print_cost_summary,
     print_model_summary,
     print_run_summary,
+    print_step_summary,
     warn_if_slow_on_cpu,
 )
 
@@ -211,8 +213,6 @@ class Run:
     lock: RunLock
     writer: MetricsWriter | None  # None: writes nothing, or not the main process
     checkpoints: checkpoint.Writer | None
-    wandb_id: str | None
-    is_resumed: bool
     memory_hint: str  # what to try if memory runs out
 
 
@@ -222,20 +222,12 @@ def train(run: Run) -> int:
     schedule = run.schedule
     state = run.state
     row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, config.block_size)
-    log = StepLogger(
-        state,
-        run.world,
-        run.writer,
-        log_interval=config.log_interval,
-        block_size=config.block_size,
-        total_rows=row_schedule.total_rows(config.max_iters),
-        deadline=schedule.deadline,
-        layer_names=list(run.layer_stats.layers) if run.layer_stats else [],
-    )
+    total_rows = row_schedule.total_rows(config.max_iters)
+    log = StepLogger(state, run.world, run.writer, config.log_interval, total_rows, schedule.deadline, run.layer_stats)
     signals = SignalCatcher()
     requests = Requests()
     first_step = state.step
-    is_saved = run.is_resumed
+    is_saved = first_step > 0  # a resumed state is on disk
 
     while True:
         # Once in a while, and at the end: evaluate.
@@ -321,7 +313,7 @@ def save(run: Run) -> None:
         {
             **run.state.state_dict(),
             "processes": run.world.size,
-            "wandb_id": run.writer.wandb_id or run.wandb_id,
+            "wandb_id": run.writer.wandb_id,
             "dial": run.schedule.state_dict(),  # the name that version 0.1 gave the time budget
             "model": asdict(model.config),
             "config": {**asdict(run.config), **run.schedule.changed_keys()},
@@ -330,6 +322,7 @@ def save(run: Run) -> None:
 
 
 def print_sample(run: Run) -> None:
+    """Print a text that the model writes."""
     if run.writer and run.tokenizer and run.config.sample_chars:
         with run.world.autocast():
             text = sample_text(run.state.model, run.tokenizer, run.config.sample_chars, run.config.seed)
@@ -413,8 +406,8 @@ def check_config(config: TrainConfig) -> None:
         )
     if config.batch_growth_tokens and config.gradient_accumulation_steps == 1:
         problems.append(
-            "batch_growth_tokens: the batch grows from batch_size to batch_size × gradient_accumulation_steps, here the "
-            "same: raise gradient_accumulation_steps"
+            "batch_growth_tokens: the batch grows from batch_size to batch_size × gradient_accumulation_steps, which "
+            "are equal here: raise gradient_accumulation_steps"
         )
     if config.patience and not config.eval_interval:
         problems.append("patience: eval_interval=0 evaluates only at the end, too late to stop: set --eval_interval")
@@ -447,9 +440,11 @@ def open_run(
         print0(f"step {step}: " + format_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
 
-    micro_batch = settle_micro_batch(config, gpt, world)
-    if config.micro_batch_size == "auto":  # a resumed run keeps it, whatever is free by then
-        config = replace(config, micro_batch_size=micro_batch)
+    sizes = micro_batch_sizes(config, world.size)
+    micro_batch = sizes[0]
+    if config.micro_batch_size == "auto":
+        micro_batch = pick_micro_batch(gpt, config.optimizer, sizes, world)
+        config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, whatever is free by then
     rows_per_rank = config.rows_per_step // world.size
     hint = memory_hint(micro_batch, rows_per_rank, config.block_size, free_memory(world.device))
     stack.enter_context(explain_errors(hint))
@@ -463,41 +458,20 @@ def open_run(
     if resumed:
         restore(state, resumed, schedule, config, world)
     writer = checkpoints = None
-    wandb_id = resumed.state["wandb_id"] if resumed else None
     if world.is_main and not config.dry_run:
-        writer = MetricsWriter(
-            Path(config.out_dir),
-            state.step,
-            is_evaluated=state.val_loss is not None or not resumed,
-            tensorboard=config.tensorboard,
-            wandb_run=wandb_settings(config, wandb_id),
-        )
+        out_dir = Path(config.out_dir)
+        writer = MetricsWriter(out_dir, state.step, is_evaluated=state.val_loss is not None or not resumed)
         stack.callback(writer.close)
-        checkpoints = checkpoint.Writer(Path(config.out_dir), config.keep_every, config.checkpoint_minutes, tokenizer)
+        wandb_id = resumed.state["wandb_id"] if resumed else None
+        writer.open_trackers(asdict(config) if config.wandb_log else None, wandb_id, config.tensorboard)
+        checkpoints = checkpoint.Writer(out_dir, config.keep_every, config.checkpoint_minutes, tokenizer)
         stack.enter_context(checkpoints)
     gc.freeze()  # what exists now stays: the garbage collector need not scan it while a GPU waits
     stack.callback(gc.unfreeze)
-    return train(
-        Run(
-            config=config,
-            world=world,
-            schedule=schedule,
-            state=state,
-            model=world.wrap_ddp(model),
-            micro_batch=micro_batch,
-            rows=rows,
-            windows=windows,
-            dataset=dataset,
-            tokenizer=tokenizer,
-            layer_stats=LayerStats(gpt, config.grad_clip) if config.log_layers else None,
-            lock=lock,
-            writer=writer,
-            checkpoints=checkpoints,
-            wandb_id=wandb_id,
-            is_resumed=resumed is not None,
-            memory_hint=hint,
-        )
-    )
+    layer_stats = LayerStats(gpt, config.grad_clip) if config.log_layers else None
+    model = world.wrap_ddp(model)
+    parts = (state, model, micro_batch, rows, windows, dataset, tokenizer, layer_stats, lock, writer, checkpoints, hint)
+    return train(Run(config, world, schedule, *parts))
 
 
 def open_rows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> tuple[Rows, dict[str, EvalWindows]]:
@@ -512,12 +486,6 @@ def open_rows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> tuple[Rows, di
     return rows, windows
 
 
-def settle_micro_batch(config: TrainConfig, gpt: GPT, world: World) -> int:
-    """Rows of a forward pass on each rank."""
-    sizes = micro_batch_sizes(config, world.size)
-    return pick_micro_batch(gpt, config.optimizer, sizes, world) if config.micro_batch_size == "auto" else sizes[0]
-
-
 def summarize(config: TrainConfig, gpt: GPT, micro_batch: int, dataset: Dataset, world: World, hint: str) -> None:
     """Print what the run will be, before it begins.
 
@@ -525,27 +493,16 @@ def summarize(config: TrainConfig, gpt: GPT, micro_batch: int, dataset: Dataset,
     """
     T = gpt.config.block_size
     row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
-    total_rows = row_schedule.total_rows(config.max_iters)
     memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype)
-    print_run_summary(
-        gpt,
-        rows_per_step=config.rows_per_step,
-        first_rows=row_schedule.rows_at(0),
-        micro_batch=micro_batch,
-        max_iters=config.max_iters,
-        total_rows=total_rows,
-        dataset=dataset.name,
-        train_tokens=len(dataset.train),
-        step_memory=memory,
-        free=free_memory(world.device),
-        checkpoint_bytes=4 * (gpt.count_parameters() + optimizer_state_numel(gpt, config.optimizer)),
-        out_dir=config.out_dir,
-    )
+    checkpoint_bytes = 4 * (gpt.count_parameters() + optimizer_state_numel(gpt, config.optimizer))
+    print_step_summary(gpt, row_schedule, micro_batch)
+    print_run_summary(gpt, row_schedule, config.max_iters, dataset.name, len(dataset.train))
+    print_cost_summary(memory, free_memory(world.device), checkpoint_bytes, config.out_dir)
     end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
     if config.decay_lr and config.warmup_iters > end_step:
         print0(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end_step} updates")
     if not config.minutes:
-        warn_if_slow_on_cpu(gpt, total_rows * T, world)
+        warn_if_slow_on_cpu(gpt, row_schedule.total_rows(config.max_iters) * T, world)
     raise_if_cpu_memory_is_short(memory, world.device, hint)
 
 
@@ -574,18 +531,6 @@ def restore(state: TrainState, resumed: Checkpoint, schedule: Any, config: Train
     if schedule.is_done(state.step):
         how = "start another --out_dir with more --minutes or text" if config.minutes else "raise --max_iters"
         print0(f"step {state.step} of max_iters={config.max_iters}: nothing left to do; to continue, {how}")
-
-
-def wandb_settings(config: TrainConfig, wandb_id: str | None) -> dict[str, Any] | None:
-    """The arguments of wandb.init; None where wandb is off."""
-    if not config.wandb_log:
-        return None
-    return {
-        "project": config.wandb_project,
-        "name": config.wandb_run_name,
-        "config": asdict(config),
-        "id": wandb_id,
-    }
 
 
 if __name__ == "__main__":

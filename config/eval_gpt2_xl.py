@@ -1,4 +1,4 @@
-# Losses of OpenAI's GPT-2 with 1,558M parameters on both splits of OpenWebText; nothing is trained:
+# Evaluate OpenAI's GPT-2 (1,558M parameters) on both splits of OpenWebText; trains nothing:
 #   python train.py config/eval_gpt2_xl.py
 
 init_from = "gpt2-xl"

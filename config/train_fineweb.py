@@ -1,12 +1,12 @@
-# Towards a validation loss of 3.28 on FineWeb, the mark of the community's speed runs for a network of GPT-2's size; meant
-# for eight large GPUs, on which it has not been run:
+# Aims at a validation loss of 3.28 on FineWeb, the target of the community's speedruns for a model of GPT-2's size. For
+# eight large GPUs; not run yet:
 #   python data/openwebtext/prepare.py --repo=HuggingFaceFW/fineweb --under=sample/10BT --out=data/fineweb
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_fineweb.py
-# The speed runs validate on tokens of their own choice, so a loss on this split is near theirs, not the same.
+# The speedruns validate on other tokens, so a loss on this split is near theirs, not equal.
 
 out_dir = "out-fineweb"
 dataset = "fineweb"
-row_order = "epoch"  # no text twice
+row_order = "epoch"  # reads no text twice
 
 arch = "modern"
 n_layer = 12
@@ -14,12 +14,12 @@ n_head = 6
 head_dim = 128
 n_embd = 768
 
-# 480 rows of 1,024 tokens a step.
+# 480 rows of 1,024 tokens per step.
 batch_size = 30
 block_size = 1024
 gradient_accumulation_steps = 16
 
-# Muon's rate gives square matrices the updates that 0.02 gives in the unscaled form of Jordan et al.
+# For square matrices this muon_lr equals 0.02 in the unscaled form of Jordan et al.
 optimizer = "muon"
 learning_rate = 3e-3
 muon_lr = 3.6e-3

@@ -1,4 +1,4 @@
-# A ten-million-parameter network that learns to spell Shakespeare:
+# A character-level GPT of ten million parameters on tiny Shakespeare, for a GPU:
 #   python train.py config/train_shakespeare_char.py
 
 out_dir = "out-shakespeare-char"
@@ -16,12 +16,12 @@ batch_size = 64
 block_size = 256
 gradient_accumulation_steps = 1
 
-learning_rate = 1e-3  # falls to a tenth of it at max_iters
+learning_rate = 1e-3  # decays to a tenth of this at max_iters
 warmup_iters = 100
 max_iters = 5000
-beta2 = 0.99  # steps are small, so the second moment averages over more of them
+beta2 = 0.99  # batches are small, so average the second moment over more of them
 
-# One megabyte of text is soon learned by heart: look often, and keep what validates best.
+# It overfits one megabyte of text soon: evaluate often, and keep only the best.
 eval_interval = 250
 eval_iters = 200
 log_interval = 10

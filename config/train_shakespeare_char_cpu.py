@@ -1,4 +1,4 @@
-# The smaller sister of train_shakespeare_char.py, for a laptop without a GPU:
+# A smaller train_shakespeare_char.py, for a laptop without a GPU:
 #   python train.py config/train_shakespeare_char_cpu.py
 
 out_dir = "out-shakespeare-char-cpu"
@@ -15,7 +15,7 @@ batch_size = 12
 block_size = 64
 gradient_accumulation_steps = 1
 
-learning_rate = 1e-3  # falls to a tenth of it at max_iters
+learning_rate = 1e-3  # decays to a tenth of this at max_iters
 warmup_iters = 100
 max_iters = 2000
 beta2 = 0.99

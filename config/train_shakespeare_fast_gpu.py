@@ -1,11 +1,11 @@
-# The loss of train_shakespeare_char.py, and below it, sooner; meant for one GPU, on which it has not been run:
+# Aims at the validation loss of train_shakespeare_char.py, or below, in less time. For one GPU; not run yet:
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_fast_gpu.py
 
 out_dir = "out-shakespeare-fast-gpu"
 dataset = "shakespeare_char"
 
-# No more parameters than the 10.6 million of train_shakespeare_char.py.
+# At most the 10.6 million parameters of train_shakespeare_char.py.
 arch = "modern"
 n_layer = 6
 n_head = 6

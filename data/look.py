@@ -1,16 +1,18 @@
-"""What a dataset holds: python data/look.py data/mine [--split=val]
+"""Show the contents of a dataset: python data/look.py data/mine [--split=val]
 
-And what the model saw: python data/look.py data/mine --run=out --step=100 shows the rows of that update.
+And the rows that a run trained on: python data/look.py data/mine --run=out --step=100 shows those of the update at step
+100.
 """
 
-import argparse
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
+from configurator import key, parse
 from nanogpt import checkpoint
 from nanogpt.data.dataset import Dataset, Tokens, open_dataset
 from nanogpt.data.rows import Rows
@@ -18,141 +20,162 @@ from nanogpt.errors import InputError, run_script
 from nanogpt.files import read_json
 from nanogpt.text.tokenizer import Tokenizer
 
-BLOCK = 2**22  # tokens read at once
-BAR = 40  # characters of the longest one
-COUNTED = ("\033[7m", "\033[0m")  # around what the loss looks at, in a terminal: reversed colors
-# What decides on the rows of a step; the defaults are train.py's.
-KEYS = {"seed": 1337, "batch_size": 12, "gradient_accumulation_steps": 40, "block_size": 1024, "row_order": "random"}
+BLOCK_TOKENS = 2**22  # counted at once
+BAR_WIDTH = 40  # characters of the longest bar
+ROW_KEYS = ("seed", "batch_size", "gradient_accumulation_steps", "block_size", "row_order")  # decide the rows of a step
+
+
+@dataclass
+class LookConfig:
+    """Dataset, and tokens or rows to show."""
+
+    dataset: str = key("", "a folder, a name under data/, or a mixture; default: that of --run", group="Dataset")
+    split: Literal["train", "val"] = key("train", "split to show")
+    count: int = key(100_000_000, "tokens to count, evenly spread", ge=1)
+    windows: int = key(3, "random windows to show", ge=0)
+    length: int = key(100, "tokens to show of each window or row", ge=1)
+    seed: int | None = key(None, "of the windows, None: random; of the rows of a step, None: 1337")
+
+    step: int | None = key(None, "show the training rows of the update after this many", group="Step", ge=0)
+    run: str = key("", "out_dir of a run, whose settings are the defaults of the keys below and of the seed")
+    batch_size: int = key(12, "as of train.py", ge=1)
+    gradient_accumulation_steps: int = key(40, "as of train.py", ge=1)
+    block_size: int = key(1024, "as of train.py", ge=1)
+    row_order: Literal["random", "epoch"] = key("random", "as of train.py")
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    add = parser.add_argument
-    add("dataset", nargs="?", help="a folder, a name under data/, or a mixture (default: that of --run)")
-    add("--split", choices=("train", "val"), default="train", help="(default: %(default)s)")
-    add("--count", type=int, default=100_000_000, help="tokens to count, evenly spread (default: %(default)s)")
-    add("--windows", type=int, default=3, help="random windows to show (default: %(default)s)")
-    add("--length", type=int, default=100, help="tokens to show of each window or row (default: %(default)s)")
-    add("--seed", type=int, help="of the random windows; of the rows of a step (default: that of --run, or 1337)")
-    add("--run", type=Path, help="out_dir of a run, whose settings decide on the rows of a step")
-    add("--step", type=int, help="show the rows of the update after this many")
-    for name in list(KEYS)[1:]:
-        add(f"--{name}", type=type(KEYS[name]), help="of a step without --run")
-    args = parser.parse_args()
-    if min(args.count, args.length, args.windows + 1, (args.step or 0) + 1) < 1:
-        raise InputError("--count and --length count from 1 up, --windows and --step from 0")
-    settings: dict[str, Any] = KEYS
-    if args.run:
-        settings = read_json(checkpoint.find(args.run, "latest") / "state.json")["config"]
-    settings = settings | {name: getattr(args, name) for name in KEYS if getattr(args, name) is not None}
-    if settings["row_order"] not in ("random", "epoch"):
-        raise InputError(f"--row_order={settings['row_order']}: it is random or epoch")
-    name = args.dataset or settings.get("dataset")
-    if not name:
-        raise InputError("no dataset was named: give a folder, or a run by --run=OUT_DIR")
-    is_step = args.step is not None
-    split = "train" if is_step else args.split
-    dataset = open_dataset(name, block_size=settings["block_size"] if is_step else 1, splits=[split])
-    tokenizer = dataset.tokenizer or Tokenizer.gpt2()  # which nanoGPT's folders without any file are of
+    config, explicit = parse(LookConfig, description="Show the contents of a dataset.", positional="dataset")
+    if config.run:
+        settings = read_json(checkpoint.find(Path(config.run), "latest") / "state.json")["config"]
+        for name in ("dataset", *ROW_KEYS):
+            if name not in explicit:
+                setattr(config, name, settings[name])
+    if not config.dataset:
+        raise InputError("no dataset: give a folder, or a run with --run=OUT_DIR")
+
+    is_step = config.step is not None
+    split = "train" if is_step else config.split
+    dataset = open_dataset(config.dataset, block_size=config.block_size if is_step else 1, splits=[split])
+    tokenizer = dataset.tokenizer or Tokenizer.gpt2()  # nanoGPT's folders without meta.pkl are in GPT-2's encoding
     tokens = getattr(dataset, split)
     if is_step:
-        show_step(tokens, tokenizer, args.step, settings, args.length)
+        show_step(tokens, tokenizer, config)
         return
-    described(dataset, split, tokens, tokenizer)
-    counted(dataset, tokens, tokenizer, args.count)
-    draw = np.random.default_rng(args.seed)
-    for start in sorted(draw.integers(0, max(1, len(tokens) - args.length), args.windows).tolist()):
-        print(f"\n--- {place(tokens, start)}\n{text_at(tokens, tokenizer, start, start + args.length)}")
+    show_summary(dataset, split, tokens, tokenizer)
+    show_counts(dataset, tokens, tokenizer, config.count)
+    rng = np.random.default_rng(config.seed)
+    for start in sorted(rng.integers(0, max(1, len(tokens) - config.length), config.windows).tolist()):
+        text = format_text(tokens, tokenizer, start, start + config.length)
+        print(f"\n--- {format_place(tokens, start)}\n{text}")
 
 
-def described(dataset: Dataset, split: str, tokens: Tokens, tokenizer: Tokenizer) -> None:
-    facts = dataset.meta.get("splits", {}).get(split, {})
-    told = [f"{len(tokens):,} tokens", f"{len(tokens.shards):,} files" if len(tokens.shards) > 1 else ""]
-    told += [f"{facts['documents']:,} documents" if "documents" in facts else ""]
-    told += [f"{tokens.bytes_per_token:.3f} bytes of text a token" if tokens.bytes_per_token else ""]
-    print(f"{dataset.name}, {split}: {', '.join(filter(None, told))}")
-    kind = dataset.meta.get("tokenizer") or ("read as GPT-2's" if dataset.tokenizer is None else tokenizer.name)
-    print(f"vocabulary: {dataset.vocab_size or tokenizer.vocab_size:,} ids ({kind})")
+def show_summary(dataset: Dataset, split: str, tokens: Tokens, tokenizer: Tokenizer) -> None:
+    facts = [f"{len(tokens):,} tokens"]
+    if len(tokens.shards) > 1:
+        facts.append(f"{len(tokens.shards):,} files")
+    documents = dataset.meta.get("splits", {}).get(split, {}).get("documents")
+    if documents is not None:
+        facts.append(f"{documents:,} documents")
+    if tokens.bytes_per_token:
+        facts.append(f"{tokens.bytes_per_token:.3f} bytes of text a token")
+    print(f"{dataset.name}, {split}: {', '.join(facts)}")
+
+    name = dataset.meta.get("tokenizer") or ("read as GPT-2's" if dataset.tokenizer is None else tokenizer.name)
+    print(f"vocabulary: {dataset.vocab_size or tokenizer.vocab_size:,} ids ({name})")
 
 
-def counted(dataset: Dataset, tokens: Tokens, tokenizer: Tokenizer, most: int) -> None:
-    """The most frequent tokens, and how long documents are; of up to about `most` tokens in evenly spread blocks."""
-    starts = range(0, len(tokens), max(BLOCK, BLOCK * math.ceil(len(tokens) / max(most, BLOCK))))
-    counts, lengths, looked_at = np.zeros(0, dtype=np.int64), [], 0
-    before, end = -1, 0  # where the last document ended; where the last block did
-    for start in starts:
-        ids = tokens[start : start + BLOCK]
-        new = np.bincount(ids, minlength=len(counts))
-        new[: len(counts)] += counts
-        counts = new
-        if tokens.masked:
-            looked_at += int(np.count_nonzero(tokens.mask(start, start + len(ids))))
-        ends = start + np.flatnonzero(ids == (-1 if dataset.end_of_text is None else dataset.end_of_text))
-        if start > end:  # a gap, in which documents may end
-            before, ends = (ends[0], ends[1:]) if len(ends) else (None, ends)
+def show_counts(dataset: Dataset, tokens: Tokens, tokenizer: Tokenizer, limit: int) -> None:
+    """Print the most frequent tokens and the lengths of documents, of about `limit` tokens in evenly spread blocks."""
+    stride = BLOCK_TOKENS * math.ceil(len(tokens) / max(limit, BLOCK_TOKENS))
+    counts = np.zeros(0, dtype=np.int64)
+    lengths = []
+    targets = 0
+    document_end: int | None = -1  # last token of the document before; None: in a gap between blocks
+    block_end = 0
+    for start in range(0, len(tokens), stride):
+        ids = tokens[start : start + BLOCK_TOKENS]
+        block_counts = np.bincount(ids, minlength=len(counts))
+        block_counts[: len(counts)] += counts
+        counts = block_counts
+        if tokens.has_mask:
+            targets += int(np.count_nonzero(tokens.mask(start, start + len(ids))))
+
+        ends = np.zeros(0, dtype=np.int64)
+        if dataset.end_of_text is not None:
+            ends = start + np.flatnonzero(ids == dataset.end_of_text)
+        if start > block_end:
+            document_end = None
+        if document_end is None and len(ends):
+            document_end = int(ends[0])
+            ends = ends[1:]
         if len(ends):
-            lengths.append(np.diff(ends, prepend=[] if before is None else [before]))
-            before = ends[-1]
-        end = start + len(ids)
+            lengths.append(np.diff(ends, prepend=document_end))
+            document_end = int(ends[-1])
+        block_end = start + len(ids)
+
     total = int(counts.sum())
     if total < len(tokens):
         print(f"counted: {total:,} tokens, evenly spread")
-    if tokens.masked:
-        print(f"the loss looks at {100 * looked_at / total:.1f}% of the tokens")
-    if unused := (dataset.vocab_size or len(counts)) - int(np.count_nonzero(counts)):
+    if tokens.has_mask:
+        print(f"targets of the loss: {100 * targets / total:.1f}% of the tokens")
+    unused = (dataset.vocab_size or len(counts)) - int(np.count_nonzero(counts))
+    if unused:
         print(f"ids that do not occur: {unused:,}")
     print("\nmost frequent tokens")
     for token_id in np.argsort(-counts, kind="stable")[:20].tolist():
         if counts[token_id]:
             print(f"{100 * counts[token_id] / total:7.3f}%  {token_id:>6}  {tokenizer.label(token_id)!r}")
     if lengths:
-        histogram(np.concatenate(lengths))
+        show_histogram(np.concatenate(lengths))
 
 
-def histogram(lengths: np.ndarray) -> None:
-    """How many documents have 1, 2 to 3, 4 to 7 … tokens."""
+def show_histogram(lengths: np.ndarray) -> None:
+    """Print how many documents have 1, 2 to 3, 4 to 7 … tokens."""
     print(f"\nlengths of {len(lengths):,} documents in tokens: median {int(np.median(lengths)):,}, ", end="")
     print(f"mean {lengths.mean():,.1f}, longest {lengths.max():,}")
     bins = np.bincount(np.log2(np.maximum(lengths, 1)).astype(int))
     for power in range(int(np.flatnonzero(bins)[0]), len(bins)):
-        bar = "█" * math.ceil(BAR * bins[power] / bins.max())
+        bar = "█" * math.ceil(BAR_WIDTH * bins[power] / bins.max())
         print(f"{2**power:>12,} to {2 ** (power + 1) - 1:<12,} {bar} {bins[power]:,}")
 
 
-def show_step(tokens: Tokens, tokenizer: Tokenizer, step: int, settings: dict[str, Any], length: int) -> None:
-    """The rows of the update after `step`, which is right where the batch size never changed."""
-    block_size, per_step = settings["block_size"], settings["batch_size"] * settings["gradient_accumulation_steps"]
-    vocab_size = 2**32  # ids are not checked here
-    rows = Rows(tokens, block_size, vocab_size, settings["seed"], settings["row_order"])
-    starts = rows.starts(slice(step * per_step, (step + 1) * per_step))
-    print(f"update {step:,} to {step + 1:,}: {per_step:,} rows of {block_size:,} tokens")
-    for number, start in enumerate(starts.tolist(), step * per_step):
-        told = f"\n--- row {number:,}: {place(tokens, start)}"
-        if tokens.masked:
-            share = np.mean(tokens.mask(start + 1, start + block_size + 1))
-            told += f", {100 * share:.1f}% counted"
-        print(f"{told}\n{text_at(tokens, tokenizer, start, start + min(length, block_size))}")
+def show_step(tokens: Tokens, tokenizer: Tokenizer, config: LookConfig) -> None:
+    """Print the rows of the update after `step`, for runs whose batch size never changed."""
+    assert config.step is not None
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    seed = 1337 if config.seed is None else config.seed
+    rows = Rows(tokens, config.block_size, 2**32, seed, config.row_order)  # 2**32: any id will do here
+    first = config.step * rows_per_step
+    print(f"update {config.step:,} to {config.step + 1:,}: {rows_per_step:,} rows of {config.block_size:,} tokens")
+    for number, start in enumerate(rows.starts(slice(first, first + rows_per_step)).tolist(), first):
+        title = f"row {number:,}: {format_place(tokens, start)}"
+        if tokens.has_mask:
+            targets = np.mean(tokens.mask(start + 1, start + config.block_size + 1))
+            title += f", {100 * targets:.1f}% targets"
+        text = format_text(tokens, tokenizer, start, start + min(config.length, config.block_size))
+        print(f"\n--- {title}\n{text}")
 
 
-def place(tokens: Tokens, at: int) -> str:
-    shard, first, _ = next(tokens.pieces(at, at + 1))
+def format_place(tokens: Tokens, position: int) -> str:
+    shard, first, _ = next(tokens.pieces(position, position + 1))
     return f"{shard.name}, token {first:,}"
 
 
-def text_at(tokens: Tokens, tokenizer: Tokenizer, first: int, last: int) -> str:
-    """The text of some tokens; where the loss looks at a part of them alone, with that marked."""
-    ids, mask = tokens[first:last], tokens.mask(first, min(last, len(tokens)))
-    if not tokens.masked:
+def format_text(tokens: Tokens, tokenizer: Tokenizer, first: int, last: int) -> str:
+    """The text of some tokens; if there is a loss mask, with the targets marked, in a terminal by reversed colors."""
+    ids = tokens[first:last]
+    if not tokens.has_mask:
         return tokenizer.decode(ids.tolist())
-    begin, end = COUNTED if sys.stdout.isatty() else ("⟦", "⟧")
-    runs = np.split(ids, np.flatnonzero(np.diff(mask)) + 1)
-    counts = bool(mask[0])
-    told = []
-    for run in runs:
-        told.append(begin + tokenizer.decode(run.tolist()) + end if counts else tokenizer.decode(run.tolist()))
-        counts = not counts
-    return "".join(told)
+    start, end = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    mask = tokens.mask(first, min(last, len(tokens)))
+    is_target = bool(mask[0])
+    text = ""
+    for run in np.split(ids, np.flatnonzero(np.diff(mask)) + 1):
+        decoded = tokenizer.decode(run.tolist())
+        text += f"{start}{decoded}{end}" if is_target else decoded
+        is_target = not is_target
+    return text
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,82 +13,52 @@ from typing import Any
 
 from nanogpt.errors import InputError
 
-SMALL = 16 * 2**20  # bytes; JSON takes up to a hundred times its size in memory
+SMALL_BYTES = 16 * 2**20  # JSON takes up to a hundred times its size in memory
 
 
 def regular_file_size(path: Path) -> int:
-    """A file's bytes. Raises OSError where it is missing, or a folder, a pipe or a device, which may never end."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "is not a plain file", str(path))
-    return found.st_size
+    """A file's size in bytes. Raises OSError for a directory, and for a pipe or device, which may never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return status.st_size
 
 
-def read_small(path: Path, most: int = SMALL) -> bytes:
-    """What a plain file holds. Raises OSError, and ValueError where that is more than `most` bytes."""
-    if regular_file_size(path) > most:
-        raise ValueError(f"{path.name} is larger than {most:,} bytes")
+def read_small(path: Path, max_bytes: int = SMALL_BYTES) -> bytes:
+    """Read a regular file. Raises OSError, and ValueError for one of more than `max_bytes`."""
+    if regular_file_size(path) > max_bytes:
+        raise ValueError(f"{path.name} is larger than {max_bytes:,} bytes")
     return path.read_bytes()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; numbers that are not finite become None. Raises OSError, and ValueError for anything
-    else than an object."""
+    """Read a JSON object, NaN and infinities as None. Raises OSError, and ValueError for anything but an object."""
     try:
-        found = json.loads(read_small(path).decode("utf-8"), parse_constant=lambda _: None)
+        content = json.loads(read_small(path).decode("utf-8"), parse_constant=lambda _: None)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError("not a JSON object")
-    return found
-
-
-def matches_schema(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of a kind: int (0 to 2**63 - 1), float (any finite number), str, dict, None, a
-    tuple of kinds (one of them), [kind] (a list of it), {name: kind} (an object with these at least; {}: an empty one).
-    """
-    if isinstance(kind, tuple):
-        return any(matches_schema(value, option) for option in kind)
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(matches_schema(item, kind[0]) for item in value)
-    if isinstance(kind, dict):
-        known = isinstance(value, dict) and (kind or not value)
-        return bool(known) and all(matches_schema(value.get(name, ...), inner) for name, inner in kind.items())
-    if kind is int:
-        return type(value) is int and 0 <= value < 2**63
-    if kind is float:
-        return matches_schema(value, int) or (type(value) is float and math.isfinite(value))
-    return value is None if kind is None else type(value) is kind
-
-
-def sync_and_hash(path: Path) -> str:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_directory(path: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    return content
 
 
 def file_sha256(path: Path) -> str:
+    """The SHA-256 of a regular file. Raises OSError."""
+    regular_file_size(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextlib.contextmanager
-def output_directory(folder: Path) -> Iterator[None]:
-    """Makes `folder`. Raises InputError where that, or what the block writes into it, fails."""
+def sync(path: Path) -> None:
+    """Force a file's content, or a directory's names, to disk."""
+    is_directory = path.is_dir()
+    if is_directory and os.name != "posix":  # Windows cannot open a directory
+        return
+    handle = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{folder} could not be written ({error}): make room there, or give another folder by --out"
-        ) from error
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -97,8 +67,61 @@ def atomic_write(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(final: Path, replace: bool = False) -> Iterator[Path]:
+    """A new directory beside `final`: synced and renamed to it at the end, deleted if the block raises.
+
+    With `replace` the caller alone writes here: a directory that a kill left is deleted, and an earlier `final` gives
+    way; `recover_directories` undoes a kill between its two renames. Otherwise both raise OSError, unless empty.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    old = final.with_name(f".{final.name}.old.partial")
+    new_parents = [parent for parent in final.parents if not parent.exists()]
+    if replace:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        if replace and final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        elif final.exists():
+            final.rmdir()
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        sync(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty
+            for parent in new_parents:
+                parent.rmdir()
+        raise
+
+
+def recover_directories(folder: Path) -> None:
+    """Give back its name to each directory that a kill in `atomic_directory` left without one."""
+    for old in folder.glob(".*.old.partial"):
+        final = old.with_name(old.name.removeprefix(".").removesuffix(".old.partial"))
+        if not final.exists():
+            with contextlib.suppress(OSError):  # another rank was first, or the folder cannot be written
+                old.rename(final)
+
+
+@contextlib.contextmanager
+def output_directory(folder: Path) -> Iterator[None]:
+    """Create `folder` for the block to write into. Raises InputError where either fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder} could not be written ({error}): free some disk space, or choose another folder with --out"
+        ) from error

@@ -6,8 +6,11 @@ import numpy as np
 
 
 def hash64(*values: Any) -> np.ndarray:
-    """64 well mixed bits, uint64, of integers or arrays of them: SplitMix64 (Steele, Lea and Flood 2014; its constants
-    are the golden ratio's and David Stafford's "Mix13") absorbing one value after another."""
+    """Hash integers, or arrays of uint64, to 64 random bits (uint64).
+
+    SplitMix64 (Steele, Lea and Flood 2014; its constants are the golden ratio's and David Stafford's "Mix13"),
+    absorbing one value after another.
+    """
     state = np.zeros(1, dtype=np.uint64)
     for value in values:
         if not isinstance(value, np.ndarray):
@@ -25,24 +28,26 @@ def derive_seed(*ints: int) -> int:
 
 
 def hashed_uniform(*values: Any) -> np.ndarray:
-    """A number of [0, 1) for each set of integers, of which some or all are given as arrays (n,) of uint64."""
+    """Uniform random numbers in [0, 1), (n,), one for each set of integers; arrays among them are (n,) of uint64."""
     return (hash64(*values) >> np.uint64(11)) * 2.0**-53
 
 
 def permute(positions: np.ndarray, keys: np.ndarray, n: int) -> np.ndarray:
-    """Where a shuffle of range(n), one for each key, puts each position, without building the shuffle.
+    """Map each position of range(n) to its place in the shuffle that its key selects, without building the shuffle.
 
-    A Feistel network permutes a power of four that holds n; what falls outside of n goes through it again until it
-    falls inside ("cycle walking", Black and Rogaway 2002). Arrays of uint64.
+    A Feistel network permutes a power of four that is at least n; results outside of range(n) pass through it again
+    until they are inside ("cycle walking", Black and Rogaway 2002). positions, keys: arrays of uint64.
     """
-    half = np.uint64(max(4, ((n - 1).bit_length() + 1) // 2))  # below four bits not every order is as likely
+    half = np.uint64(max(4, ((n - 1).bit_length() + 1) // 2))  # with fewer than 4 bits orders are not equally likely
     low = (np.uint64(1) << half) - np.uint64(1)
-    out = positions.copy()
-    outside = np.arange(len(out))
+    shuffled = positions.copy()
+    outside = np.arange(len(shuffled))
     while len(outside):
-        left, right = out[outside] >> half, out[outside] & low
-        for turn in range(6):
-            left, right = right, left ^ (hash64(turn, keys[outside], right) & low)
-        out[outside] = left << half | right
-        outside = outside[out[outside] >= n]
-    return out
+        left = shuffled[outside] >> half
+        right = shuffled[outside] & low
+        for round_number in range(6):
+            mixed = left ^ (hash64(round_number, keys[outside], right) & low)
+            left, right = right, mixed
+        shuffled[outside] = left << half | right
+        outside = outside[shuffled[outside] >= n]
+    return shuffled

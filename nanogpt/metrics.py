@@ -107,21 +107,13 @@ class DeferredRead:
 class MetricsWriter:
     """Appends JSON objects, one a line, to out_dir/metrics.jsonl; TensorBoard and wandb get the same numbers."""
 
-    def __init__(
-        self,
-        out_dir: Path,
-        step: int,
-        is_evaluated: bool,
-        *,
-        tensorboard: bool = False,
-        wandb_run: dict[str, Any] | None = None,
-    ):
-        """Drop the lines that a run resumed at `step` writes again, and open the trackers.
+    def __init__(self, out_dir: Path, step: int, is_evaluated: bool):
+        """Drop the lines that a run resumed at `step` writes again; is_evaluated: its evaluation there is not.
 
-        is_evaluated: the evaluation at `step` is done and its line stays. wandb_run: wandb.init's project, name,
-        config and id (None: a new run); None for no wandb. Raises InputError where metrics.jsonl cannot be written.
+        Raises InputError where metrics.jsonl cannot be written.
         """
         self.path = out_dir / "metrics.jsonl"
+        self.step = step
         try:
             if self.path.exists():
                 _drop_lines_after(self.path, step, is_evaluated)
@@ -131,15 +123,29 @@ class MetricsWriter:
         self._unwritten = b""  # what a full disk has not taken yet
         self._has_warned = False
         self._tensorboard: Any = None
+        self._wandb: Any = None
+        self.wandb_id: str | None = None
+
+    def open_trackers(self, wandb_config: dict[str, Any] | None, wandb_id: str | None, tensorboard: bool) -> None:
+        """wandb_config: the settings of the run; None for no wandb. wandb_id: of the wandb run to resume.
+
+        Raises InputError where wandb does not start.
+        """
+        self.wandb_id = wandb_id
+        out_dir = self.path.parent
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
-        self._wandb = _start_wandb(out_dir, wandb_run) if wandb_run else None
+            self._tensorboard = SummaryWriter(str(out_dir / "tensorboard"), purge_step=self.step + 1)
+        if wandb_config:
+            import wandb
 
-    @property
-    def wandb_id(self) -> str | None:
-        return self._wandb.id if self._wandb else None
+            names = {"project": wandb_config["wandb_project"], "name": wandb_config["wandb_run_name"]}
+            try:
+                self._wandb = wandb.init(**names, config=wandb_config, dir=str(out_dir), id=wandb_id, resume="allow")
+            except Exception as error:  # not logged in, no network
+                raise InputError(f"wandb_log=True: {error}; run `wandb login`, or give --wandb_log=False") from error
+            self.wandb_id = self._wandb.id
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line; numbers that are not finite become null."""
@@ -171,7 +177,7 @@ class MetricsWriter:
                 print0(f"warning: {self.path} was deleted, its lines are lost: continuing with a new file")
                 if not self.path.parent.exists():
                     self.path.parent.mkdir(parents=True)
-                    lock.take()
+                    lock.acquire()
                 os.close(self._file)
                 self._file = os.open(self.path, APPEND, 0o666)
             self._write()
@@ -201,15 +207,6 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _start_wandb(out_dir: Path, wandb_run: dict[str, Any]) -> Any:
-    import wandb
-
-    try:
-        return wandb.init(dir=str(out_dir), resume="allow", **wandb_run)
-    except Exception as error:  # not logged in, no network
-        raise InputError(f"wandb_log=True: {error}; run `wandb login`, or give --wandb_log=False") from error
 
 
 def missing_trackers(tensorboard: bool, wandb_log: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 
 def cosine(remaining: float, decay_share: float) -> float:
@@ -28,64 +29,31 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 }
 
 
-def learning_rate(
-    name: str,
-    step: int,
-    *,
-    max_lr: float,
-    min_lr: float,
-    warmup_steps: int,
-    end_step: int,
-    decay_steps: int | None = None,
-) -> float:
-    """Learning rate of the update that follows `step` updates.
+@dataclass
+class StepSchedule:
+    """A run of a fixed number of updates. budget.py has the one that follows the clock.
 
     Linear warmup, then `SCHEDULES[name]` from max_lr to min_lr, which all but "constant" reach at end_step and keep.
     decay_steps: length of trapezoid's decay; None: half of the updates after warmup.
     """
-    if step < warmup_steps:
-        return max_lr * (step + 1) / (warmup_steps + 1)
-    length = end_step - warmup_steps
-    remaining = 0.0 if step >= end_step else (end_step - step) / length
-    decay_share = 0.5 if decay_steps is None else decay_steps / max(length, 1)
-    return min_lr + (max_lr - min_lr) * SCHEDULES[name](remaining, decay_share)
 
-
-class StepSchedule:
-    """A run of a fixed number of updates. budget.py has the one that follows the clock."""
-
-    deadline: float | None = None  # time.perf_counter() at the end of the run; None: it ends by steps
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        max_iters: int,
-        max_lr: float,
-        min_lr: float,
-        warmup_steps: int,
-        end_step: int,
-        decay_steps: int | None,
-    ):
-        self.name = name
-        self.max_iters = max_iters
-        self.max_lr = max_lr
-        self.min_lr = min_lr
-        self.warmup_steps = warmup_steps
-        self.end_step = end_step
-        self.decay_steps = decay_steps
+    name: str
+    max_iters: int
+    max_lr: float
+    min_lr: float
+    warmup_steps: int
+    end_step: int
+    decay_steps: int | None = None
+    deadline: None = None  # the run ends by steps, not by the clock
 
     def lr(self, step: int) -> float:
         """Learning rate of the update that follows `step` updates."""
-        return learning_rate(
-            self.name,
-            step,
-            max_lr=self.max_lr,
-            min_lr=self.min_lr,
-            warmup_steps=self.warmup_steps,
-            end_step=self.end_step,
-            decay_steps=self.decay_steps,
-        )
+        if step < self.warmup_steps:
+            return self.max_lr * (step + 1) / (self.warmup_steps + 1)
+        length = self.end_step - self.warmup_steps
+        remaining = 0.0 if step >= self.end_step else (self.end_step - step) / length
+        decay_share = 0.5 if self.decay_steps is None else self.decay_steps / max(length, 1)
+        return self.min_lr + (self.max_lr - self.min_lr) * SCHEDULES[self.name](remaining, decay_share)
 
     def lr_scale(self, step: int) -> float:
         """The same as a share of the maximum."""
@@ -95,14 +63,13 @@ class StepSchedule:
         return step >= self.max_iters
 
     def decay_due(self) -> int:
-        """Updates of the decay that should begin now; 0: none. A schedule by steps knows its decay from the start."""
+        """Updates of a decay that should begin now; 0: none. A schedule by steps knows its decay from the start."""
         return 0
 
     def begin_decay(self, step: int, steps: int) -> bool:
         """End the run with a linear decay of `steps` updates from `step` on."""
         self.name = "trapezoid"
-        self.max_iters = step + steps
-        self.end_step = self.max_iters
+        self.max_iters = self.end_step = step + steps
         self.decay_steps = steps
         return True
 
@@ -115,18 +82,18 @@ class StepSchedule:
         return None
 
     def summary(self, best_val_loss: float) -> str:
-        """What to print at the end of the run."""
+        """The last line that a run prints."""
         return ""
 
 
+@dataclass
 class RowSchedule:
     """Rows of each update: constant, or growing linearly from `first` to `last` over the first growth_tokens tokens."""
 
-    def __init__(self, first: int, last: int, growth_tokens: int, block_size: int):
-        self.first = first
-        self.last = last
-        self.growth_tokens = growth_tokens
-        self.block_size = block_size
+    first: int
+    last: int
+    growth_tokens: int
+    block_size: int
 
     def rows_at(self, samples: int) -> int:
         """Rows of the update that follows `samples` rows: a multiple of `first` while they grow."""

@@ -12,7 +12,9 @@ from nanogpt.control import Control
 from nanogpt.device import describe_device
 from nanogpt.distributed import World
 from nanogpt.errors import RunStopped
+from nanogpt.guard import LayerStats
 from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats
+from nanogpt.schedule import RowSchedule
 from nanogpt.state import TrainState
 
 AFTER_A_STOP = (
@@ -40,24 +42,23 @@ class StepLogger:
         state: TrainState,
         world: World,
         writer: MetricsWriter | None,  # None: print only
-        *,
         log_interval: int,
-        block_size: int,
         total_rows: int,  # of the whole run, for the ETA
         deadline: float | None,  # time.perf_counter() at the end of the run; None: it ends by steps
-        layer_names: list[str],  # of the norms in StepStats.layers
+        layer_stats: LayerStats | None,
     ):
+        model: Any = state.model
         self.state = state
         self.world = world
         self.writer = writer
         self.log_interval = log_interval
-        self.block_size = block_size
-        self.total_tokens = total_rows * block_size
+        self.block_size = model.config.block_size
+        self.total_tokens = total_rows * self.block_size
         self.deadline = deadline
-        self.layer_names = layer_names
+        self.layer_names = list(layer_stats.layers) if layer_stats else []
         self.deferred = DeferredRead(state.clock)
         self.first_step = state.step
-        self.last_line = (state.samples * block_size, state.clock.seconds)  # tokens, training seconds
+        self.last_line = (state.samples * self.block_size, state.clock.seconds)  # tokens, training seconds
         self.after_warmup = self.last_line  # the same when the first step, which warms up, was done
         self.skipped = int(state.guard.skipped.item())
 
@@ -191,32 +192,27 @@ def print_model_summary(model: Any, world: World) -> None:
     )
 
 
-def print_run_summary(
-    model: Any,
-    *,
-    rows_per_step: int,
-    first_rows: int,  # rows of the first step, if they grow
-    micro_batch: int,
-    max_iters: int,
-    total_rows: int,
-    dataset: str,
-    train_tokens: int,
-    step_memory: float,  # bytes per process
-    free: int | None,  # bytes; None: unknown
-    checkpoint_bytes: float,
-    out_dir: str,
-) -> None:
-    """Print the size of a step, the length of the run, its memory and its disk."""
-    T = model.config.block_size
-    tokens = total_rows * T
-    growth = f", from {first_rows} rows at first" if first_rows < rows_per_step else ""
-    per_parameter = tokens / model.count_parameters()
-    step = f"{rows_per_step} rows of {T} = {rows_per_step * T:,} tokens"
+def print_step_summary(model: Any, rows: RowSchedule, micro_batch: int) -> None:
+    text = f"step        {rows.last} rows of {rows.block_size} = {rows.last * rows.block_size:,} tokens"
+    text += f", micro-batches of {micro_batch}"
+    if rows.rows_at(0) < rows.last:
+        text += f", from {rows.rows_at(0)} rows at first"
+    print0(text)
+
+
+def print_run_summary(model: Any, rows: RowSchedule, max_iters: int, dataset: str, train_tokens: int) -> None:
+    tokens = rows.total_rows(max_iters) * rows.block_size
     print0(
-        f"step        {step}, micro-batches of {micro_batch}{growth}",
         f"run         {max_iters:,} steps = {tokens:,} tokens = {tokens / train_tokens:.3g} epochs of {dataset} "
-        f"= {per_parameter:.3g} tokens per parameter",
-        f"memory      about {format_bytes(step_memory)} per process" + (f", {format_bytes(free)} free" if free else ""),
+        f"= {tokens / model.count_parameters():.3g} tokens per parameter"
+    )
+
+
+def print_cost_summary(memory: float, free: int | None, checkpoint_bytes: float, out_dir: str) -> None:
+    """memory: of a step, bytes per process. free: bytes, None where unknown."""
+    free_text = f", {format_bytes(free)} free" if free else ""
+    print0(
+        f"memory      about {format_bytes(memory)} per process{free_text}",
         f"checkpoint  {format_bytes(checkpoint_bytes)} in {out_dir}/ckpt",
     )
 

@@ -1,50 +1,67 @@
 """FineWeb in GPT-2's encoding, by datatrove: python data/fineweb/prepare.py [--workers=16] [--slurm=PARTITION]
 
-Takes the 10 billion tokens of FineWeb-Edu's sample unless told otherwise; docs/scaling.md has the sizes and times.
-The same command goes on where the last one stopped. With --slurm it queues the tasks and ends; run it again with --join
-when they are done.
+The default is the 10 billion tokens of FineWeb-Edu's sample; docs/scaling.md has other sizes and times. After an
+interruption, run the same command again to resume. With --slurm it queues the tasks and exits; when they are done, run
+it again with --join.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
+from configurator import key, parse
 from nanogpt.data.write import format_summary
 from nanogpt.errors import InputError, run_script
 from nanogpt.text.pipeline import Shards, join
-from nanogpt.text.prepare import check_numbers, known_tokenizer
+from nanogpt.text.prepare import is_hub_id, load_tokenizer
+
+
+@dataclass
+class FineWebConfig:
+    """Documents to prepare, and the machines for it."""
+
+    input: str = key("hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT", "folder of parquet files", group="Data")
+    out: str = key(str(Path(__file__).parent), "folder to write to, shared by all machines")
+    tokenizer: str = key("gpt2", "an encoding of tiktoken's, a tokenizer.json, a hub id")
+    val_share: float = key(0.001, "fraction for validation, by hash", gt=0, lt=1)
+    shard_tokens: int = key(100_000_000, "tokens in a file", ge=1)
+
+    tasks: int = key(64, "parts of the work; an interrupted one starts over", group="Machines", ge=1)
+    workers: int = key(2, "tasks at a time", ge=1)
+    slurm: str = key("", "Slurm partition to queue the tasks in")
+    join: bool = key(False, "only join the output of the tasks")
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    add = parser.add_argument
-    add("--input", default="hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT", help="folder of parquet files")
-    add("--out", type=Path, default=Path(__file__).parent, help="folder to write to, shared by all machines")
-    add("--tokenizer", default="gpt2", help="gpt2 or others of tiktoken's, a tokenizer.json, a hub id")
-    add("--val_share", type=float, default=0.001, help="part for validation, by hash (default: %(default)s)")
-    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a file (default: %(default)s)")
-    add("--tasks", type=int, default=64, help="parts that are done, or done again, as a whole (default: %(default)s)")
-    add("--workers", type=int, default=2, help="tasks at a time (default: %(default)s)")
-    add("--slurm", metavar="PARTITION", help="queue the tasks there")
-    add("--join", action="store_true", help="only put together what the tasks made")
-    args = parser.parse_args()
-    check_numbers(args.val_share, min(args.workers, args.tasks), shard_tokens=args.shard_tokens)
-    tokenizer = known_tokenizer(args.tokenizer)
-    if not args.join:
-        try:
-            from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
-            from datatrove.pipeline.readers import ParquetReader
-        except ImportError as error:
-            raise InputError(f"it needs datatrove ({error}): run `pip install -e .[scale]`") from error
-        steps = [ParquetReader(args.input, glob_pattern="**/*.parquet"), None]
-        steps[1] = Shards(args.out, tokenizer, args.val_share, args.shard_tokens)
-        shared = {"pipeline": steps, "tasks": args.tasks, "logging_dir": str(args.out / "preparing" / "logs")}
-        if args.slurm:
-            more = {"time": "24:00:00", "partition": args.slurm, "job_name": "prepare"}
-            SlurmPipelineExecutor(**shared, **more, workers=args.workers).run()
+    config, _ = parse(FineWebConfig, description="Prepare FineWeb, or other parquet files, by datatrove.")
+    out = Path(config.out)
+    if is_hub_id(config.tokenizer):
+        from nanogpt.interop.huggingface import read_tokenizer
+
+        tokenizer = read_tokenizer(config.tokenizer)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    if not config.join:
+        run_tasks(config, Shards(out, tokenizer, config.val_share, config.shard_tokens))
+        if config.slurm:
             return
-        LocalPipelineExecutor(**shared, workers=args.workers).run()
-    print(f"{args.out}\n{format_summary(join(args.out, tokenizer))}")
+    print(f"{out}\n{format_summary(join(out, tokenizer))}")
+
+
+def run_tasks(config: FineWebConfig, shards: Shards) -> None:
+    """Run the tasks here, or queue them."""
+    try:
+        from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+        from datatrove.pipeline.readers import ParquetReader
+    except ImportError as error:
+        raise InputError(f"datatrove is not installed ({error}): run `pip install -e .[scale]`") from error
+
+    steps = [ParquetReader(config.input, glob_pattern="**/*.parquet"), shards]
+    settings = {"tasks": config.tasks, "workers": config.workers, "logging_dir": str(shards.out / "preparing/logs")}
+    if config.slurm:
+        queue = {"time": "24:00:00", "partition": config.slurm, "job_name": "prepare"}
+        SlurmPipelineExecutor(pipeline=steps, **settings, **queue).run()
+    else:
+        LocalPipelineExecutor(pipeline=steps, **settings).run()
 
 
 if __name__ == "__main__":

@@ -3,19 +3,31 @@
 In the tokens of another model: --tokenizer=Qwen/Qwen3-0.6B --out=data/shakespeare_qwen3
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt.data.write import format_summary, tiny_shakespeare, write_text
+from configurator import key, parse
+from nanogpt.data.write import format_summary, read_tiny_shakespeare, write_text
 from nanogpt.errors import run_script
 from nanogpt.interop.huggingface import read_tokenizer
 from nanogpt.text.tokenizer import Tokenizer
 
 
+@dataclass
+class ShakespeareConfig:
+    """Text to prepare, and where."""
+
+    input: str = key("", "your own UTF-8 text, instead of the download")
+    out: str = key(str(Path(__file__).parent), "folder to write to")
+    tokenizer: str = key("", "folder or hub id of the model whose tokenizer.json to use; default: GPT-2's encoding")
+
+
 def main() -> None:
-    told = "folder or Hugging Face id of the model whose tokenizer.json to use (default: GPT-2's encoding)"
-    text, args = tiny_shakespeare(__doc__, Path(__file__).parent, tokenizer=told)
-    tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else Tokenizer.gpt2()
-    print(format_summary(write_text(args.out, text, tokenizer)))
+    config, _ = parse(ShakespeareConfig, description="Prepare Tiny Shakespeare.")
+    text = read_tiny_shakespeare(config.input, Path(config.out))
+    print(f"{config.out}: {len(text):,} characters")
+    tokenizer = read_tokenizer(config.tokenizer) if config.tokenizer else Tokenizer.gpt2()
+    print(format_summary(write_text(config.out, text, tokenizer)))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,27 @@
 """Tiny Shakespeare, one token a character: python data/shakespeare_char/prepare.py [--input=FILE] [--out=FOLDER]"""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt.data.write import format_summary, tiny_shakespeare, write_text
+from configurator import key, parse
+from nanogpt.data.write import format_summary, read_tiny_shakespeare, write_text
 from nanogpt.errors import run_script
 from nanogpt.text.tokenizer import Tokenizer
 
 
+@dataclass
+class ShakespeareCharConfig:
+    """Text to prepare, and where."""
+
+    input: str = key("", "your own UTF-8 text, instead of the download")
+    out: str = key(str(Path(__file__).parent), "folder to write to")
+
+
 def main() -> None:
-    text, args = tiny_shakespeare(__doc__, Path(__file__).parent)
-    print(format_summary(write_text(args.out, text, Tokenizer.characters(text))))
+    config, _ = parse(ShakespeareCharConfig, description="Prepare Tiny Shakespeare, one token a character.")
+    text = read_tiny_shakespeare(config.input, Path(config.out))
+    print(f"{config.out}: {len(text):,} characters")
+    print(format_summary(write_text(config.out, text, Tokenizer.characters(text))))
 
 
 if __name__ == "__main__":

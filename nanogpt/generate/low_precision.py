@@ -1,17 +1,19 @@
-"""Weights in low precision for decoding."""
+"""Low-precision weights for decoding, which waits for weights to come from memory."""
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nanogpt.distributed import World
+from nanogpt.errors import InputError
+
 
 class PackedLinear(nn.Module):
-    """A linear layer for a CPU: float16 weights in the order in which FBGEMM reads them, float32 arithmetic.
-
-    Decoding waits for weights to come from memory, and these are half of float32's bytes.
-    """
+    """A linear layer for x86 CPUs: float16 weights in FBGEMM's packed order, float32 arithmetic."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -22,12 +24,12 @@ class PackedLinear(nn.Module):
 
 
 def can_pack() -> bool:
-    """Whether this machine's torch has FBGEMM (x86 alone has)."""
+    """Return True where this build of torch has FBGEMM, that is on x86."""
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def rounded_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer that keeps its weights in `dtype`: what autocast to it would make of them at each use."""
+    """Make a linear layer with weights in `dtype`, the same function as autocast to it."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     if bias is not None:
@@ -37,10 +39,34 @@ def rounded_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> n
 
 @torch.no_grad()
 def replace_linears(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module] = PackedLinear) -> None:
-    """Replace all matrices of `model`, in place, by `layer` of weight and bias. Embeddings and norms stay."""
+    """Replace all linear layers of a GPT in place by `layer(weight, bias)`; embeddings and norms stay.
+
+    Tied weights are untied: the output layer becomes a `layer` of its own.
+    """
     head = layer(model.lm_head_weight, None)
-    for module in [*model.modules()]:
-        for name, child in [*module.named_children()]:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, layer(child.weight, child.bias))
     model.head = head
+
+
+def to_inference_precision(
+    model: Any, world: World, dtype: str, compiled: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Move a GPT to its device with linear layers in the dtype that decodes fastest there, or in `dtype`.
+
+    Returns the context to run it in. On a CPU without bfloat16 units "auto" and "float16" mean packed float16 weights.
+    Raises InputError if this machine cannot do that.
+    """
+    model.to(world.device).eval()
+    if world.device.type == "cpu" and world.dtype != torch.bfloat16 and dtype != "float32":
+        if can_pack() and not compiled:
+            replace_linears(model)
+        elif dtype == "float16":
+            raise InputError("--dtype=float16: on a CPU needs x86 and --compile=False; use --dtype=float32")
+        return contextlib.nullcontext()
+
+    if world.dtype != torch.float32:
+        replace_linears(model, partial(rounded_linear, dtype=world.dtype))
+    return world.autocast()

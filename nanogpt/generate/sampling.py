@@ -1,13 +1,12 @@
-"""Draw the next token: temperature, top-k, top-p, min-p."""
+"""Sample the next token: temperature, top-k, top-p, min-p."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanogpt.errors import InputError
 from nanogpt.hashing import hashed_uniform
@@ -15,12 +14,13 @@ from nanogpt.hashing import hashed_uniform
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. The filters work in the order in which they stand here, each on what the last one left.
+    """Sampling parameters. The filters apply in this order, each to the tokens that the one before it kept.
 
-    temperature: 1 is the unscaled probabilities, 0 (and below 1e-6) always the likeliest token. top_k: that many of the
-    likeliest. top_p: the likeliest that together have this probability (Holtzman et al. 2019). min_p: those at least
-    this share as likely as the likeliest (Nguyen et al. 2024). vocab_size: ids from there on are never drawn (a
-    tokenizer may know fewer than the model).
+    temperature: divides the logits; below 1e-6 sampling is greedy.
+    top_k: keep this many of the most probable tokens; None keeps all.
+    top_p: keep the most probable tokens that together have this probability (Holtzman et al. 2019).
+    min_p: drop tokens less probable than min_p times the most probable one (Nguyen et al. 2024).
+    vocab_size: never sample ids from here on; a tokenizer may have fewer ids than the model.
     """
 
     temperature: float = 1.0
@@ -31,104 +31,101 @@ class Sampling:
     vocab_size: int | None = None
 
 
-PLAIN = Sampling()  # from the model's own filtered_probs
-
-
 def filtered_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """What may be drawn from logits (B, V): in shares (B, K), which need not sum to 1, and the ids (B, K) that have
-    them, each row's in order; None: all of them, K = V. temperature must be above 0."""
-    logits, ids = logits.float() / sampling.temperature, None
-    most = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    if most < logits.shape[-1] or sampling.top_p < 1:
-        logits, ids = logits.topk(most)  # the likeliest first
-    shares = logits.softmax(-1)
+    """Return the probabilities (B, K) that the filters leave of logits (B, V), and their ids (B, K).
+
+    Filtered rows sum to less than 1. The ids ascend in each row; None stands for all of them, K = V.
+    The temperature must be above 0.
+    """
+    logits = logits.float() / sampling.temperature
+    V = logits.shape[-1]
+    k = min(sampling.top_k or V, V)
+    ids = None
+    if k < V or sampling.top_p < 1:
+        logits, ids = logits.topk(k)  # most probable first
+    probs = logits.softmax(-1)
+
     if sampling.top_p < 1:
-        shares = shares * (shares.cumsum(-1) - shares < sampling.top_p)  # unless those before it are enough
+        before = probs.cumsum(-1) - probs
+        probs = probs * (before < sampling.top_p)
     if sampling.min_p > 0:
-        shares = shares * (shares >= sampling.min_p * shares.amax(-1, keepdim=True))
-    if ids is not None:  # back in order: which of two is a hair likelier must not decide what is drawn
-        kept = int((shares > 0).sum(-1).max())
-        ids, order = ids[:, :kept].sort(-1)
-        shares = shares[:, :kept].gather(-1, order)
-    return shares, ids
+        probs = probs * (probs >= sampling.min_p * probs.amax(-1, keepdim=True))
+
+    if ids is not None:
+        # Sort by id again: rounding may swap two equally probable tokens, which must not change the sample.
+        num_kept = int((probs > 0).sum(-1).max())
+        ids, order = ids[:, :num_kept].sort(-1)
+        probs = probs[:, :num_kept].gather(-1, order)
+    return probs, ids
 
 
-def sample_tokens(logits: Tensor, sampling: Sampling, places: Sequence[tuple[int, int]]) -> Tensor:
-    """One id (B,) for each row of logits (B, V).
+def sample_tokens(
+    logits: Tensor, sampling: Sampling, sample_indices: Sequence[int], positions: Sequence[int]
+) -> Tensor:
+    """Sample one id for each row of logits (B, V). Returns (B,).
 
-    places: for each row the number of its sample and the position of the id in its text. They and the seed alone
-    decide the noise, so that a sample is the same in any batch. Raises InputError for logits that are no numbers.
+    The noise is a function of the seed, the index of the row's sample and the position of the new token in it, so a
+    sample is the same in any batch. Raises InputError for logits that are not finite.
     """
     logits = logits[:, : sampling.vocab_size]
-    if not logits.isfinite().all():
-        raise InputError(
-            "what the model gives is no number: its weights are broken, or too large for the number format; "
-            "try --dtype=float32"
-        )
-    if sampling.temperature < 1e-6:  # which would overflow
+    check_finite(logits)
+    if sampling.temperature < 1e-6:  # dividing by it would overflow
         return logits.argmax(-1)
-    shares, ids = filtered_probs(logits, sampling)
-    shares = (shares.cpu() if shares.device.type == "mps" else shares).double()  # which MPS lacks
-    below = shares.cumsum(-1)
-    # Less than 1, and by so much that no rounding makes the product the sum itself, above which there is no id.
-    noise = hashed_uniform(sampling.seed, *np.array(places, dtype=np.uint64).T).clip(max=1 - 1e-12)
-    target = torch.from_numpy(noise).to(below.device)[:, None] * below[:, -1:]
-    found = torch.searchsorted(below, target, right=True).to(logits.device)
-    return (found if ids is None else ids.gather(-1, found))[:, 0]
+
+    probs, ids = filtered_probs(logits, sampling)
+    if probs.device.type == "mps":  # has no float64
+        probs = probs.cpu()
+    cumulative = probs.double().cumsum(-1)
+    noise = hashed_uniform(
+        sampling.seed, np.array(sample_indices, dtype=np.uint64), np.array(positions, dtype=np.uint64)
+    )
+    noise = noise.clip(max=1 - 1e-12)  # so that rounding never makes the product below the whole sum
+    threshold = torch.from_numpy(noise).to(cumulative.device)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, threshold, right=True).to(logits.device)
+    return (index if ids is None else ids.gather(-1, index))[:, 0]
+
+
+def check_finite(values: Tensor) -> None:
+    """Raise InputError for logits or log-probabilities that are NaN or infinite."""
+    if not values.isfinite().all():
+        raise InputError(
+            "the model produced NaN or inf logits: its weights are corrupt or overflow this dtype; try --dtype=float32"
+        )
 
 
 class Token(NamedTuple):
-    """A token that was drawn. logprob: the log of the probability (in nats) that the model itself gave it, whatever the
-    temperature and the filters; None where it was not asked for. rivals: the likeliest ids with theirs, best first."""
+    """A sampled token.
+
+    logprob: its log-probability in nats under the model alone, without temperature and filters; None if not wanted.
+    top_logprobs: the most probable ids with theirs, best first.
+    """
 
     id: int
     logprob: float | None = None
-    rivals: Sequence[tuple[int, float]] = ()
+    top_logprobs: Sequence[tuple[int, float]] = ()
 
 
-def to_tokens(ids: Tensor, logits: Tensor, rivals: int) -> list[Token]:
-    """What was drawn, with so many rivals; -1: without the log-probability too."""
-    if rivals < 0:
-        return [Token(each) for each in ids.tolist()]
+def to_tokens(ids: Tensor, logits: Tensor, top_logprobs: int | None) -> list[Token]:
+    """Describe the sampled ids (B,), with log-probabilities unless top_logprobs is None."""
+    if top_logprobs is None:
+        return [Token(id) for id in ids.tolist()]
     logprobs = logits.float().log_softmax(-1)
-    best = logprobs.topk(min(rivals, logprobs.shape[-1]))
-    drawn = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
-    pairs = [list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-    return [Token(*fields) for fields in zip(ids.tolist(), drawn, pairs, strict=True)]
+    sampled = logprobs.gather(-1, ids[:, None])[:, 0]
+    best = logprobs.topk(min(top_logprobs, logprobs.shape[-1]))
+    tokens = []
+    for id, logprob, best_ids, best_logprobs in zip(
+        ids.tolist(), sampled.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+    ):
+        tokens.append(Token(id, logprob, list(zip(best_ids, best_logprobs, strict=True))))
+    return tokens
 
 
 def window_start(length: int, block_size: int) -> int:
-    """Where the window begins in which the id after `length` others is predicted.
+    """Return where the context window begins that predicts the token after `length` others.
 
-    When the context is full, its last half is kept. (nanoGPT slides by one token, with which all that a cache keeps
-    would be void at each step: every position changes.)
+    When the context is full, its last half is kept. (nanoGPT slides by one token; that moves every position, so a
+    KV cache would have to be filled again for each token.)
     """
     stride = block_size + 1 - max(1, block_size // 2)
-    return stride * max(0, -(-(length - block_size) // stride))
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    if not model.training:  # to walk through all modules would take its time at each token
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-
-
-@torch.inference_mode()
-def generate(model: Any, idx: Tensor, max_new_tokens: int, sampling: Sampling = PLAIN) -> Iterator[Tensor]:
-    """Continue the texts idx (B, T), T ≥ 1, yielding the next ids (B, 1) of all rows at a time: the plain way.
-
-    Row i is sample i. Dropout is off while it runs; the model's mode is put back afterwards.
-    """
-    with eval_mode(model):
-        for _ in range(max_new_tokens):
-            length = idx.shape[1]
-            logits, _ = model(idx[:, window_start(length, model.config.block_size) :])
-            new = sample_tokens(logits[:, -1], sampling, [(row, length) for row in range(len(idx))])[:, None]
-            idx = torch.cat([idx, new], dim=1)
-            yield new
+    num_strides = -(-(length - block_size) // stride)
+    return stride * max(0, num_strides)

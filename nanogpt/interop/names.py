@@ -1,10 +1,17 @@
-"""Names and shapes of tensors in other programs' checkpoints, and ours."""
+"""Tensor names, sizes and settings in other programs' checkpoints, beside ours.
+
+To add an architecture of Hugging Face:
+
+1. Make `GPTConfig` and the network in model.py compute it.
+2. Describe it in `ARCHITECTURES`; reading, writing and the error messages follow from that table.
+3. Add its shapes to tests/oracles/test_huggingface_models.py, which compares logits with transformers in both directions.
+"""
 
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,65 +21,127 @@ from nanogpt.errors import InputError
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")  # of DDP, torch.compile, the headed model
 CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # buffers, not parameters
-TRANSPOSED = ".c_"  # in the names of those that Hugging Face stores as (in, out)
-# For each architecture of ours: their name of a tensor -> ours, its rows and columns (`_layout` tells the letters).
-# Several of the same name of ours follow each other in its rows.
-TENSORS: dict[str, dict[str, tuple[str, ...]]] = {
-    "gpt2": {
-        "wte": ("tokens", "V", "C"),
-        "wpe": ("positions", "T", "C"),
-        "h.*.ln_1": ("blocks.*.norm1", "C"),
-        "h.*.attn.c_attn": ("blocks.*.attention.qkv", "QKV", "C"),
-        "h.*.attn.c_proj": ("blocks.*.attention.out", "C", "Q"),
-        "h.*.ln_2": ("blocks.*.norm2", "C"),
-        "h.*.mlp.c_fc": ("blocks.*.mlp.up", "I", "C"),
-        "h.*.mlp.c_proj": ("blocks.*.mlp.down", "C", "I"),
-        "ln_f": ("norm", "C"),
+MAX_LAYERS = 10_000  # each layer takes memory for its tensors' names, before any file is looked at
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}  # transformers' name -> GPTConfig.gelu
+
+
+class TensorSpec(NamedTuple):
+    """A tensor of ours: its name and its shape, whose sizes are fields of GPTConfig or those that `_sizes` adds."""
+
+    name: str
+    rows: str
+    columns: str | None = None  # None: a vector
+    is_transposed: bool = False  # Hugging Face stores it as (in, out), we as (out, in)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture as Hugging Face stores it. `*` in a tensor's name stands for the number of the layer."""
+
+    arch: str  # GPTConfig.arch
+    model_type: str  # in config.json
+    model_class: str  # transformers', in config.json
+    prefix: str  # of all stored names but lm_head's
+    has_biases: bool  # every layer but the embeddings has a bias, or none has one
+    tensors: dict[
+        str, TensorSpec
+    ]  # their name -> ours; several with the same name of ours follow each other in its rows
+    sizes: dict[str, str]  # GPTConfig's field -> key in config.json
+    supported: dict[str, tuple]  # key in config.json -> values that model.py computes; first transformers' default
+    written: dict[str, Any] = field(default_factory=dict)  # further keys of an exported config.json
+
+
+GPT2 = Architecture(
+    arch="gpt2",
+    model_type="gpt2",
+    model_class="GPT2LMHeadModel",
+    prefix="transformer.",
+    has_biases=True,
+    tensors={
+        "wte": TensorSpec("token_embedding", "vocab_size", "n_embd"),
+        "wpe": TensorSpec("position_embedding", "block_size", "n_embd"),
+        "h.*.ln_1": TensorSpec("blocks.*.norm1", "n_embd"),
+        "h.*.attn.c_attn": TensorSpec("blocks.*.attention.qkv", "qkv_size", "n_embd", is_transposed=True),
+        "h.*.attn.c_proj": TensorSpec("blocks.*.attention.out", "n_embd", "q_size", is_transposed=True),
+        "h.*.ln_2": TensorSpec("blocks.*.norm2", "n_embd"),
+        "h.*.mlp.c_fc": TensorSpec("blocks.*.mlp.up", "n_inner", "n_embd", is_transposed=True),
+        "h.*.mlp.c_proj": TensorSpec("blocks.*.mlp.down", "n_embd", "n_inner", is_transposed=True),
+        "ln_f": TensorSpec("norm", "n_embd"),
     },
-    "modern": {
-        "embed_tokens": ("tokens", "V", "C"),
-        "layers.*.input_layernorm": ("blocks.*.norm1", "C"),
-        "layers.*.self_attn.q_proj": ("blocks.*.attention.qkv", "Q", "C"),
-        "layers.*.self_attn.k_proj": ("blocks.*.attention.qkv", "KV", "C"),
-        "layers.*.self_attn.v_proj": ("blocks.*.attention.qkv", "KV", "C"),
-        "layers.*.self_attn.q_norm": ("blocks.*.attention.q_norm", "D"),
-        "layers.*.self_attn.k_norm": ("blocks.*.attention.k_norm", "D"),
-        "layers.*.self_attn.o_proj": ("blocks.*.attention.out", "C", "Q"),
-        "layers.*.post_attention_layernorm": ("blocks.*.norm2", "C"),
-        "layers.*.mlp.gate_proj": ("blocks.*.mlp.gate", "I", "C"),
-        "layers.*.mlp.up_proj": ("blocks.*.mlp.up", "I", "C"),
-        "layers.*.mlp.down_proj": ("blocks.*.mlp.down", "C", "I"),
-        "norm": ("norm", "C"),
-        "lm_head": ("head", "V", "C"),
+    sizes={
+        "n_layer": "n_layer",
+        "n_head": "n_head",
+        "n_embd": "n_embd",
+        "n_inner": "n_inner",
+        "vocab_size": "vocab_size",
+        "block_size": "n_positions",
+        "norm_eps": "layer_norm_epsilon",
     },
-}
-# For each model_type: GPTConfig's sizes and their keys in config.json.
-SIZES = {
-    "gpt2": {name: name for name in ("n_layer", "n_head", "n_embd", "n_inner", "vocab_size")}
-    | {"block_size": "n_positions", "norm_eps": "layer_norm_epsilon"},
-    "qwen3": {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads"}
-    | {"head_dim": "head_dim", "n_embd": "hidden_size", "n_inner": "intermediate_size", "vocab_size": "vocab_size"}
-    | {"block_size": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps"},
-}
-# What this network can compute of other settings; the first is what transformers takes for a missing key.
-GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
-ALLOWED: dict[str, dict[str, tuple]] = {
-    "gpt2": {"activation_function": tuple(GELU), "tie_word_embeddings": (True,)}
-    | {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
-    "qwen3": {"hidden_act": ("silu",), "attention_bias": (False,), "tie_word_embeddings": (False, True)}
-    | {"use_sliding_window": (False,), "layer_types": ("full_attention", None)}
-    | {"rope_type": ("default",), "partial_rotary_factor": (1.0,)},
-}
+    supported={
+        "activation_function": tuple(GELU),
+        "tie_word_embeddings": (True,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+)
+
+QWEN3 = Architecture(
+    arch="modern",
+    model_type="qwen3",
+    model_class="Qwen3ForCausalLM",
+    prefix="model.",
+    has_biases=False,
+    tensors={
+        "embed_tokens": TensorSpec("token_embedding", "vocab_size", "n_embd"),
+        "layers.*.input_layernorm": TensorSpec("blocks.*.norm1", "n_embd"),
+        "layers.*.self_attn.q_proj": TensorSpec("blocks.*.attention.qkv", "q_size", "n_embd"),
+        "layers.*.self_attn.k_proj": TensorSpec("blocks.*.attention.qkv", "kv_size", "n_embd"),
+        "layers.*.self_attn.v_proj": TensorSpec("blocks.*.attention.qkv", "kv_size", "n_embd"),
+        "layers.*.self_attn.q_norm": TensorSpec("blocks.*.attention.q_norm", "head_dim"),
+        "layers.*.self_attn.k_norm": TensorSpec("blocks.*.attention.k_norm", "head_dim"),
+        "layers.*.self_attn.o_proj": TensorSpec("blocks.*.attention.out", "n_embd", "q_size"),
+        "layers.*.post_attention_layernorm": TensorSpec("blocks.*.norm2", "n_embd"),
+        "layers.*.mlp.gate_proj": TensorSpec("blocks.*.mlp.gate", "n_inner", "n_embd"),
+        "layers.*.mlp.up_proj": TensorSpec("blocks.*.mlp.up", "n_inner", "n_embd"),
+        "layers.*.mlp.down_proj": TensorSpec("blocks.*.mlp.down", "n_embd", "n_inner"),
+        "norm": TensorSpec("norm", "n_embd"),
+        "lm_head": TensorSpec("head", "vocab_size", "n_embd"),
+    },
+    sizes={
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
+        "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings",
+        "rope_theta": "rope_theta",
+        "norm_eps": "rms_norm_eps",
+    },
+    supported={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "tie_word_embeddings": (False, True),
+        "use_sliding_window": (False,),
+        "layer_types": ("full_attention", None),
+        "rope_type": ("default",),
+        "partial_rotary_factor": (1.0,),
+    },
+    written={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+)
+
+ARCHITECTURES = (GPT2, QWEN3)
 
 
 @dataclass
 class Weights:
     """A model read from elsewhere.
 
-    config: arguments of GPTConfig. tensors: float32 in our names, in their own memory; the token embedding has its true
-    vocab_size rows. tokenizer_folder: a folder with its tokenizer.json. gpt2_encoding: no tokenizer came along, and it
-    is GPT-2's. notes: lines that the user should see. train_config: of nanoGPT's checkpoints, the run's settings (such
-    as "dataset").
+    config: arguments of GPTConfig. tensors: float32 under our names, in their own memory; the token embedding has its
+    true vocab_size rows. tokenizer_folder: where its tokenizer.json is. gpt2_encoding: it has no tokenizer files and
+    its ids are GPT-2's. notes: lines for the user. train_config: nanoGPT's settings of the run (such as "dataset").
     """
 
     source: str
@@ -84,83 +153,129 @@ class Weights:
     train_config: dict[str, Any] = field(default_factory=dict)
 
 
-def checked_sizes(source: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    wrong = []
-    for name, value in sizes.items():
-        kinds = (int, float) if name in ("rope_theta", "norm_eps") else (int,)
-        # A name for each tensor of each layer will be made: millions of layers would take the memory.
-        most = 10_000 if name == "n_layer" else math.inf
-        if type(value) not in kinds or not 0 < value <= most or (name == "head_dim" and value % 2):
-            wrong.append(f"{name}={value!r}")
-    whole, part = ("n_head", "n_kv_head") if "n_kv_head" in sizes else ("n_embd", "n_head")
-    if wrong or sizes[whole] % sizes[part]:
-        wrong = wrong or [f"{whole}={sizes[whole]} is not divisible by {part}={sizes[part]}"]
-        raise InputError(f"{source} has impossible sizes ({', '.join(wrong)}): restore it or use another")
+class Placement(NamedTuple):
+    """The place of one of their tensors in ours."""
+
+    name: str  # ours
+    shape: tuple[int, ...]  # as we store it: matrices as (out, in)
+    is_transposed: bool
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape[::-1] if self.is_transposed else self.shape
+
+
+def find_architecture(arch: str) -> Architecture:
+    return next(architecture for architecture in ARCHITECTURES if architecture.arch == arch)
+
+
+def tensor_layout(model_config: dict[str, Any], *, transposed: bool = True) -> dict[str, Placement]:
+    """Their name of each tensor, without the prefix -> its place in ours.
+
+    model_config: arguments of GPTConfig. transposed: the matrices that Hugging Face stores as (in, out) are so.
+    """
+    architecture = find_architecture(model_config.get("arch", "gpt2"))
+    sizes = _sizes(model_config)
+    layout: dict[str, Placement] = {}
+    for stored_name, spec in architecture.tensors.items():
+        if stored_name == "lm_head" and model_config.get("tied", True):
+            continue
+        shape = tuple(sizes[size] for size in (spec.rows, spec.columns) if size)
+        has_bias = model_config["bias"] and not spec.name.endswith("_embedding")
+
+        for layer in range(sizes["n_layer"] if "*" in stored_name else 1):
+            theirs = stored_name.replace("*", str(layer))
+            ours = spec.name.replace("*", str(layer))
+            layout[f"{theirs}.weight"] = Placement(f"{ours}.weight", shape, transposed and spec.is_transposed)
+            if has_bias:
+                layout[f"{theirs}.bias"] = Placement(f"{ours}.bias", shape[:1], False)
+    return layout
+
+
+def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
+    """GPTConfig's sizes with their defaults, and the widths of queries, of keys or values, and of all three."""
+    n_embd, n_head = model_config["n_embd"], model_config["n_head"]
+    sizes = {"n_kv_head": n_head, "n_inner": 4 * n_embd, "head_dim": n_embd // n_head} | model_config
+    sizes["q_size"] = n_head * sizes["head_dim"]
+    sizes["kv_size"] = sizes["n_kv_head"] * sizes["head_dim"]
+    sizes["qkv_size"] = sizes["q_size"] + 2 * sizes["kv_size"]
     return sizes
 
 
+def validate_sizes(source: str, sizes: dict[str, Any]) -> None:
+    """Raise InputError for sizes that no network can have."""
+    wrong = []
+    for name, value in sizes.items():
+        types = (int, float) if name in ("rope_theta", "norm_eps") else (int,)
+        limit = MAX_LAYERS if name == "n_layer" else math.inf
+        if type(value) not in types or not 0 < value <= limit or (name == "head_dim" and value % 2):
+            wrong.append(f"{name}={value!r}")
+
+    whole, part = ("n_head", "n_kv_head") if "n_kv_head" in sizes else ("n_embd", "n_head")
+    if not wrong and sizes[whole] % sizes[part]:
+        wrong = [f"{whole}={sizes[whole]} is not divisible by {part}={sizes[part]}"]
+    if wrong:
+        raise InputError(f"{source}: impossible sizes ({', '.join(wrong)}); restore it or use another model")
+
+
 def strip_wrappers(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by the names that TENSORS has, without wrappers' prefixes and without mask buffers."""
+    """Remove the prefixes that wrappers add to names, and the causal mask's buffers."""
     plain = {WRAPPERS.sub("", name, count=1): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
-        raise InputError(f"{source} holds tensors of the same name under different prefixes: save the model again")
+        raise InputError(f"{source}: the same tensor name under two prefixes; save the model again")
     return {name: tensor for name, tensor in plain.items() if not CAUSAL_MASK.fullmatch(name)}
 
 
-def translate(source: str, stored: dict[str, Tensor], config: dict[str, Any], transposed: bool) -> dict[str, Tensor]:
-    """Float32 copies under our names, matrices as (out, in); `transposed`: a block of GPT-2's has them as (in, out).
+def translate(
+    source: str, stored: dict[str, Tensor], model_config: dict[str, Any], transposed: bool
+) -> dict[str, Tensor]:
+    """Copy stored tensors to float32 under our names, matrices as (out, in).
 
-    Raises InputError with the names of tensors that are missing, left over, or of a wrong shape or dtype.
+    stored: as `strip_wrappers` returns them. transposed: as in `tensor_layout`. Raises InputError with the names of
+    tensors that are missing, unexpected, or of a wrong shape or dtype.
     """
-    expected = tensor_layout(config)
-    tied = config.get("tied", True)
-    head = stored.pop("lm_head.weight", None) if tied else None  # the embedding, stored twice by some programs
-    missing = [name for name in expected if name not in stored]
-    unexpected = [name for name in stored if name not in expected]
-    misshapen = []
+    layout = tensor_layout(model_config, transposed=transposed)
+    stored_head = None
+    if model_config.get("tied", True):  # some programs store a tied embedding twice
+        stored = dict(stored)
+        stored_head = stored.pop("lm_head.weight", None)
+    _check_tensors(source, stored, layout)
+
     parts: dict[str, list[Tensor]] = {}
-    for theirs in [name for name in expected if name in stored]:
-        (ours, shape), tensor = expected[theirs], stored[theirs]
-        is_flipped = transposed and TRANSPOSED in theirs
-        there = shape[::-1] if is_flipped else shape
-        if tensor.shape != there or tensor.dtype not in FLOATS:
-            misshapen.append(f"{theirs} ({tensor.dtype} {tuple(tensor.shape)} instead of float {there})")
-        else:
-            parts.setdefault(ours, []).append(tensor.t() if is_flipped else tensor)
-    faults = {"missing": missing, "unexpected": unexpected, "of another shape or dtype": misshapen}
-    if any(faults.values()):
-        told = "; ".join(f"{fault}: {few(names)}" for fault, names in faults.items() if names)
-        raise InputError(f"{source} is no model of the sizes it states ({told}): save the model again or use another")
-    tensors = {ours: torch.cat(rows).float() for ours, rows in parts.items()}
-    if head is not None and not torch.equal(head.float(), tensors["tokens.weight"]):
-        raise InputError(
-            f"{source} has an lm_head.weight of its own, which should be the token embedding: use another model"
-        )
+    for their_name, place in layout.items():
+        tensor = stored[their_name]
+        parts.setdefault(place.name, []).append(tensor.t() if place.is_transposed else tensor)
+    tensors = {name: torch.cat(rows).float() for name, rows in parts.items()}
+
+    if stored_head is not None and not torch.equal(stored_head.float(), tensors["token_embedding.weight"]):
+        raise InputError(f"{source}: lm_head.weight is not the token embedding, although tied; use another model")
     return tensors
 
 
-def tensor_layout(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Their name of each tensor -> ours and its shape, matrices as (out, in), for GPTConfig's arguments `config`."""
-    c = {"arch": "gpt2", "tied": True, "n_kv_head": config["n_head"], "n_inner": 4 * config["n_embd"]} | config
-    D = c.get("head_dim", c["n_embd"] // c["n_head"])
-    sizes = {"V": c["vocab_size"], "T": c["block_size"], "C": c["n_embd"], "I": c["n_inner"], "D": D}
-    sizes |= {"Q": c["n_head"] * D, "KV": c["n_kv_head"] * D, "QKV": (c["n_head"] + 2 * c["n_kv_head"]) * D}
-    names: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for theirs, (ours, *letters) in TENSORS[c["arch"]].items():
-        shape = tuple(sizes[letter] for letter in letters)
-        for i in map(str, range(c["n_layer"] if "*" in theirs else 1)):
-            name, our_name = theirs.replace("*", i), ours.replace("*", i)
-            names[f"{name}.weight"] = (f"{our_name}.weight", shape)
-            if c["bias"] and ours not in ("tokens", "positions"):
-                names[f"{name}.bias"] = (f"{our_name}.bias", shape[:1])
-    if c["tied"]:
-        names.pop("lm_head.weight", None)
-    return names
+def _check_tensors(source: str, stored: dict[str, Tensor], layout: dict[str, Placement]) -> None:
+    misshapen = []
+    for name, place in layout.items():
+        tensor = stored.get(name)
+        if tensor is not None and (tensor.shape != place.stored_shape or tensor.dtype not in FLOATS):
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            misshapen.append(f"{name} ({found} instead of float {place.stored_shape})")
+
+    problems = {
+        "missing": [name for name in layout if name not in stored],
+        "unexpected": [name for name in stored if name not in layout],
+        "of another shape or dtype": misshapen,
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{problem}: {shorten(names)}" for problem, names in problems.items() if names)
+        raise InputError(
+            f"{source}: tensors do not match the sizes it states ({listed}); save the model again or use another"
+        )
 
 
-def few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def shorten(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
-def brief(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -8,55 +8,67 @@ from typing import Any
 import torch
 
 from nanogpt.errors import InputError
-from nanogpt.files import matches_schema, regular_file_size
-from nanogpt.interop.names import Weights, brief, checked_sizes, strip_wrappers, translate
+from nanogpt.files import regular_file_size
+from nanogpt.interop.names import Weights, first_line, strip_wrappers, translate, validate_sizes
 from nanogpt.interop.safe_pickle import refuse_code
+from nanogpt.schema import matches
 from nanogpt.text.tokenizer import GPT2_VOCAB
 
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 NANOGPT_PADDED_VOCAB = 50304
+HINT = "give a ckpt.pt that nanoGPT's train.py wrote"
 
 
 def read_nanogpt(path: str | Path) -> Weights:
-    """A checkpoint of nanoGPT: `ckpt.pt` or the folder that holds it. Its GELU is the exact one ("erf").
+    """Read the model in nanoGPT's `ckpt.pt`, or in the folder that holds it. Its GELU is the exact one ("erf").
 
-    Raises InputError where the file is missing, damaged, asks to run code, or is no checkpoint of nanoGPT.
+    Raises InputError if the file is missing or damaged, would run code, or is not a checkpoint of nanoGPT.
     """
     path = Path(path) / "ckpt.pt" if os.path.isdir(path) else Path(path)
-    remedy = "give a ckpt.pt that nanoGPT's train.py wrote"
-    try:
-        size = regular_file_size(path)
-        refuse_code(path, size)
-        # Memory-mapped (which the oldest format cannot be), so that the optimizer's state inside costs nothing.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # broken pickles raise whatever their bytes happen to mean
-        raise InputError(f"{path} was not read ({brief(error)}): {remedy}") from error
-    content: Any = checkpoint if isinstance(checkpoint, dict) else {}
-    model, args, settings = content.get("model"), content.get("model_args"), content.get("config")
-    named = isinstance(model, dict) and all(isinstance(n, str) and torch.is_tensor(t) for n, t in model.items())
-    if not named or not isinstance(args, dict):
-        raise InputError(f"{path} has no weights under 'model', or no 'model_args': {remedy}")
-    # A view of a single number can be of any shape; but tied weights are stored once.
-    if sum(tensor.nbytes for tensor in model.values()) > 2 * size:
-        raise InputError(f"{path} states tensors larger than itself: {remedy}")
+    content = _read_pickle(path)
+    model: Any = content.get("model")
+    model_args: Any = content.get("model_args")
+    train_config: Any = content.get("config")
+    has_tensors = isinstance(model, dict) and all(isinstance(n, str) and torch.is_tensor(t) for n, t in model.items())
+    if not has_tensors or not isinstance(model_args, dict):
+        raise InputError(f"{path}: no weights under 'model', or no 'model_args'; {HINT}")
+    # A view of a single number can have any shape; tied weights are stored once.
+    if sum(tensor.nbytes for tensor in model.values()) > 2 * path.stat().st_size:
+        raise InputError(f"{path}: states tensors larger than the file; {HINT}")
 
-    sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    config = checked_sizes(str(path), {name: args.get(name) for name in sizes})
-    config |= {"dropout": args.get("dropout", 0.0), "bias": args.get("bias", True), "gelu": "erf"}
-    if not matches_schema(config, {"dropout": float, "bias": bool}):
-        raise InputError(f"{path}: dropout or bias in 'model_args' is neither number nor switch: {remedy}")
-    tensors = translate(str(path), strip_wrappers(str(path), model), config, transposed=False)
+    config = {name: model_args.get(name) for name in SIZES}
+    validate_sizes(str(path), config)
+    config |= {"dropout": model_args.get("dropout", 0.0), "bias": model_args.get("bias", True), "gelu": "erf"}
+    if not matches(config["dropout"], float) or not matches(config["bias"], bool):
+        raise InputError(f"{path}: dropout or bias in 'model_args' is not a number or a boolean; {HINT}")
+
+    has_dataset = isinstance(train_config, dict) and isinstance(train_config.get("dataset"), str)
     weights = Weights(
         source=str(path),
         config=config,
-        tensors=tensors,
-        notes=[f"{path}: nanoGPT's optimizer state is not taken over; the optimizer starts afresh"],
-        train_config=settings if matches_schema(settings, {"dataset": str}) else {},
+        tensors=translate(str(path), strip_wrappers(str(path), model), config, transposed=False),
+        notes=[f"{path}: nanoGPT's optimizer state is not used; the optimizer starts anew"],
+        train_config=train_config if has_dataset else {},
     )
     if config["vocab_size"] == NANOGPT_PADDED_VOCAB:
-        config["vocab_size"] = GPT2_VOCAB
-        tensors["tokens.weight"] = tensors["tokens.weight"][:GPT2_VOCAB].clone()
-        weights.notes.append(
-            f"{path}: {NANOGPT_PADDED_VOCAB} rows are GPT-2's {GPT2_VOCAB} and padding, which is dropped"
-        )
+        _drop_padding(weights)
     weights.gpt2_encoding = config["vocab_size"] == GPT2_VOCAB
     return weights
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        refuse_code(path, regular_file_size(path))
+        # Memory-mapped (which the oldest format cannot be), so that the optimizer state inside takes no memory.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a broken pickle raises anything
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); {HINT}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _drop_padding(weights: Weights) -> None:
+    weights.config["vocab_size"] = GPT2_VOCAB
+    embedding = weights.tensors["token_embedding.weight"]
+    weights.tensors["token_embedding.weight"] = embedding[:GPT2_VOCAB].clone()
+    padding = NANOGPT_PADDED_VOCAB - GPT2_VOCAB
+    weights.notes.append(f"{weights.source}: dropped {padding} padding rows; GPT-2's vocabulary has {GPT2_VOCAB}")

@@ -1,63 +1,70 @@
-"""More machines than one: a step for datatrove's pipelines, which spread documents over tasks; what joins its files.
+"""Prepare data on many machines: a step for datatrove's pipelines, and the function that joins its output.
 
-The ids of a document are those of nanogpt/prepare.py, by the same function; datatrove starts tasks, here or by Slurm,
-and starts those again that did not end. A task writes to a folder of its own, whole or anew.
+Documents are encoded by the same function as in nanogpt/text/prepare.py. datatrove starts the tasks, here or with
+Slurm, and restarts those that failed. Each task writes to its own folder and starts over if it is restarted.
 """
 
-import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nanogpt.data.dataset import token_dtype
+from nanogpt.data.write import SPLITS, SplitState, SplitWriter, move_into_place, write_meta
 from nanogpt.errors import InputError
 from nanogpt.files import atomic_write, output_directory
-from nanogpt.text.prepare import SPLITS, ChunkEncoder, Position, Progress, Writer, describe, move, write_chunk
-from nanogpt.text.sources import BLOCK, Chunk, ReadOptions
+from nanogpt.text.documents import Omissions
+from nanogpt.text.prepare import BatchEncoder
+from nanogpt.text.sources import CHUNK_BYTES, Chunk, ReadOptions, ValSplit
 from nanogpt.text.tokenizer import Tokenizer
 
 
 class Shards:
-    """The last step of a pipeline: documents become shards in `<out>/preparing/task-NNNNN/`.
+    """The last step of a pipeline: write documents to shards in `<out>/preparing/task-NNNNN/`.
 
-    val_share: part of the documents for validation, by their hash.
+    val_share: fraction of the documents for validation, by their hash.
     """
 
     def __init__(self, out: Path, tokenizer: Tokenizer, val_share: float = 0.001, shard_tokens: int = 100_000_000):
-        self.out, self.shard_tokens = Path(out).absolute(), shard_tokens
-        self.encoder = ChunkEncoder(tokenizer, ReadOptions(), val_share)
+        self.out = Path(out).absolute()
+        self.shard_tokens = shard_tokens
+        self.encoder = BatchEncoder(tokenizer, ReadOptions(), ValSplit(val_share))
 
     def __call__(self, data: Iterable[Any], rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        """data: datatrove's documents, of which the text counts. Yields nothing."""
+        """data: datatrove's documents, of which only the text is used. Yields nothing."""
         folder = task_folder(self.out, rank)
         shutil.rmtree(folder, ignore_errors=True)
         with output_directory(folder):
-            dtype, begun = token_dtype(self.encoder.tokenizer.vocab_size), Progress()
-            writers = [Writer(folder, split, dtype, self.shard_tokens, False, begun.splits[split]) for split in SPLITS]
-            done = begun
-            for part in parts(data, f"task {rank}"):
-                done = write_chunk(self.encoder.encode([part]), Position(), done, writers)
-            for writer in writers:
-                writer.close()
-            done.splits = {writer.split: writer.state for writer in writers}
+            dtype = token_dtype(self.encoder.tokenizer.vocab_size)
+            writers = {split: SplitWriter(folder, split, dtype, shard_tokens=self.shard_tokens) for split in SPLITS}
+            omissions = Omissions()
+            for chunk in _chunks(data, f"task {rank}"):
+                self.encoder.encode([chunk]).append_to(writers, omissions)
+            for writer in writers.values():
+                writer.finish_shard()
+            splits = {split: asdict(writer.state) for split, writer in writers.items()}
+            done = {"tasks": world_size, "splits": splits, "omissions": asdict(omissions)}
             with atomic_write(folder / "done.json") as path:
-                path.write_text(json.dumps(dataclasses.asdict(done) | {"tasks": world_size}), encoding="utf-8")
+                path.write_text(json.dumps(done), encoding="utf-8")
         yield from ()
 
 
-def parts(data: Iterable[Any], name: str) -> Iterator[Chunk]:
-    """About BLOCK bytes of documents at a time."""
+def _chunks(data: Iterable[Any], name: str) -> Iterator[Chunk]:
+    """Collect documents into chunks of about CHUNK_BYTES."""
+    first = 1
     texts: list[str] = []
-    first, size = 1, 0
+    size = 0
     for document in data:
         texts.append(document.text)
         size += len(document.text)
-        if size >= BLOCK:
+        if size >= CHUNK_BYTES:
             yield Chunk("rows", name, first, texts, len(texts))
-            first, size, texts = first + len(texts), 0, []
+            first += len(texts)
+            texts = []
+            size = 0
     if texts:
         yield Chunk("rows", name, first, texts, len(texts))
 
@@ -67,34 +74,44 @@ def task_folder(out: Path, rank: int) -> Path:
 
 
 def join(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What all tasks wrote becomes the dataset in `out`, in the order of their ranks. Returns its meta.
+    """Join the output of all tasks, in the order of their ranks, into the dataset in `out`; return its meta.json.
 
-    Interrupted, it can be called again. Raises InputError where a task is not done.
+    After an interruption, call it again. Raises InputError if a task is not done.
     """
     out = Path(out).absolute()
-    folder = out / "preparing"
-    if not (folder / "meta.json").exists():
-        found: list[dict[str, Any]] = []
-        while not found or len(found) < found[0]["tasks"]:
-            path = task_folder(out, len(found)) / "done.json"
-            if not path.exists():
-                raise InputError(f"task {len(found)} is not done ({path} is missing): run the pipeline again")
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-        whole = Progress(largest_id=max(task["largest_id"] for task in found))
-        for split in SPLITS:
-            together = whole.splits[split]
-            for rank, task in enumerate(found):
-                for shard in task["splits"][split]["shards"]:
-                    name = f"{split}-{len(together['shards']):05}.bin"
-                    if (task_folder(out, rank) / shard["file"]).exists():  # not moved before
-                        os.replace(task_folder(out, rank) / shard["file"], folder / name)
-                    together["shards"].append(shard | {"file": name})
-                together["bytes"] += task["splits"][split]["bytes"]
-                together["documents"] += task["splits"][split]["documents"]
-        for task in found:
-            whole.replaced = [whole.replaced[0] + task["replaced"][0], whole.replaced[1] or task["replaced"][1]]
-        tokenizer.save(folder)
-        describe(folder, tokenizer, whole)
-    meta = move(out, folder)
-    shutil.rmtree(folder)
+    staging = out / "preparing"
+    if not (staging / "meta.json").exists():
+        splits = {split: SplitState() for split in SPLITS}
+        omissions = Omissions()
+        for rank, done in enumerate(_read_done(out)):
+            omissions.merge(Omissions(**done["omissions"]))
+            for split, state in splits.items():
+                _append(state, SplitState(**done["splits"][split]), split, task_folder(out, rank), staging)
+        tokenizer.save(staging)
+        write_meta(staging, tokenizer, splits, omissions.get("replaced"), omissions.get("bad"))
+    meta = move_into_place(staging, out)
+    shutil.rmtree(staging)
     return meta
+
+
+def _read_done(out: Path) -> list[dict[str, Any]]:
+    """The done.json of every task. Raises InputError if one is missing."""
+    tasks: list[dict[str, Any]] = []
+    while not tasks or len(tasks) < tasks[0]["tasks"]:
+        path = task_folder(out, len(tasks)) / "done.json"
+        if not path.exists():
+            raise InputError(f"task {len(tasks)} is not done ({path} is missing): run the pipeline again")
+        tasks.append(json.loads(path.read_text(encoding="utf-8")))
+    return tasks
+
+
+def _append(state: SplitState, task: SplitState, split: str, folder: Path, staging: Path) -> None:
+    """Move the shards of a task behind those of the tasks before it."""
+    for shard in task.shards:
+        name = f"{split}-{len(state.shards):05}.bin"
+        if (folder / shard["file"]).exists():  # otherwise moved before an interruption
+            os.replace(folder / shard["file"], staging / name)
+        state.shards.append(shard | {"file": name})
+    state.bytes = (state.bytes or 0) + (task.bytes or 0)
+    state.documents = (state.documents or 0) + (task.documents or 0)
+    state.largest_id = max(state.largest_id, task.largest_id)

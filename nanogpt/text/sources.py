@@ -1,22 +1,22 @@
-"""Documents wherever they lie: text and JSON lines, compressed, in archives, in parquet files, on the hub.
+"""Read documents from text and JSON lines, compressed or in archives, from parquet files and from the hub.
 
-A source is a file or a dataset on the hub. `parts` reads one as a stream of parts of about a megabyte, which workers
-parse and encode: what is read here is never a whole file in memory.
+`find_inputs` lists the files that the command line names. `read_chunks` reads one as a stream of chunks of about a
+megabyte, for workers to parse and encode: no file is in memory as a whole. Nothing is left out silently: a file that is
+damaged, binary or of an unknown kind becomes a chunk of the kind "bad" or "ignored", which DocumentParser counts.
 """
 
 import codecs
-import contextlib
+import fnmatch
 import glob
 import gzip
-import io
+import hashlib
 import lzma
 import os
 import re
 import tarfile
-import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,465 +24,254 @@ from typing import IO, Any, NamedTuple
 from nanogpt.errors import InputError
 from nanogpt.files import file_sha256, regular_file_size
 
-BLOCK = 2**20  # bytes of text in a part, about
-PIECE = 2**22  # bytes of a document that are encoded in one go
-LONGEST_ROW = 2**28  # bytes; more is no line of JSON but a file without line ends
-KINDS = {".txt": "text", ".md": "text", ".jsonl": "lines", ".parquet": "parquet", ".tar": "tar", ".zip": "zip"}
-SHORT = {".tgz": ".tar.gz", ".txz": ".tar.xz"}
-KNOWN = ".txt .md .jsonl .parquet .zip .tar, and .gz .xz .zst of these"
-# Before the y of "x\ny", where neither is a space, the split patterns of GPT-2 and its successors cut in any case,
-# unless y is a slash (o200k): the ids on both sides are those of the whole. In UTF-8, without some rare letters:
+CHUNK_BYTES = 2**20  # of text in a chunk, about
+PIECE_BYTES = 2**22  # longer documents are encoded in pieces
+MAX_LINE_BYTES = 2**28  # a longer line is not JSON but a file without line ends
+FILE_KINDS = {".txt": "text", ".md": "text", ".jsonl": "lines", ".parquet": "parquet", ".tar": "tar", ".zip": "zip"}
+COMPRESSIONS = (".gz", ".xz", ".zst")
+ALIASES = {".tgz": ".tar.gz", ".txz": ".tar.xz"}
+SUPPORTED = ".txt .md .jsonl .parquet .zip .tar, and .gz .xz .zst of these"
+CONVERTED = "refs/convert/parquet"  # the branch for the hub's own conversions, as CONFIG/SPLIT/NNNN.parquet
+READ_ERRORS = (
+    *(OSError, EOFError, ValueError, RuntimeError),
+    *(zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile),
+)
+
+# In "x\ny", where neither x nor y is white space, the split patterns of GPT-2 and its successors always split before y,
+# unless y is a slash (o200k). So the ids of the two sides are those of the whole. In UTF-8, without some rare letters:
 _NOT_SPACE = (
     rb"[!-~]|[\xc3-\xdf][\x80-\xbf]|[\xe0\xe4-\xef][\x80-\xbf]{2}|\xe3[\x81-\xbf][\x80-\xbf]|\xe3\x80[\x81-\xbf]"
+    rb"|\xe2\x80[\x90-\xa7]|\xf0[\x80-\xbf]{3}"
 )
-_NOT_SPACE += rb"|\xe2\x80[\x90-\xa7]|\xf0[\x80-\xbf]{3}"
-_BORDER = re.compile(rb"(?:" + _NOT_SPACE + rb")\n(?=[!-.0-~\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf])")
+_BOUNDARY = re.compile(rb"(?:" + _NOT_SPACE + rb")\n(?=[!-.0-~\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf])")
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How sources are read: the column of the text; the encoding of text and JSON lines; whether what is bad is
-    counted and left out instead of an error; whether rows are conversations."""
+    """Options of reading: the column of the text, the encoding, and what to do with bad rows and conversations."""
 
     text_key: str = "text"
-    encoding: str = "utf-8"
-    skip_bad: bool = False
-    chat: bool = False
+    encoding: str = "utf-8"  # of text files and JSON lines
+    skip_bad: bool = False  # count bad rows and files and leave them out, instead of an error
+    chat: bool = False  # rows are conversations
 
     @property
     def is_utf8(self) -> bool:
         return codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig", "ascii")
 
 
-class InputFile(NamedTuple):
-    """A file, or where `repo` is set a dataset on the hub, or where `sha256` is set too one parquet file of it."""
+@dataclass(frozen=True)
+class ValSplit:
+    """The rule for which documents are for validation.
 
-    name: str  # path, hf:..., or path inside the repository
-    size: int = 0  # bytes as it lies there, 0 where unknown
-    stamp: int = 0  # time of its last change, ns
+    A document is if its hash is below `share`, whatever other documents there are. In a single text it is instead all
+    that follows the first `tail_start` bytes.
+    """
+
+    share: float
+    tail_start: int | None = None
+
+    def is_val(self, document: bytes) -> bool:
+        return hash_fraction(document) < self.share
+
+
+def hash_fraction(document: bytes) -> float:
+    """Hash a document to a number in [0, 1)."""
+    return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "little") / 2**64
+
+
+class InputFile(NamedTuple):
+    """A file on disk, or if `repo` is set a parquet file of a dataset on the hub."""
+
+    name: str  # path, or path in the repository
+    size: int = 0  # bytes; 0: unknown
+    mtime_ns: int = 0
     repo: str = ""
     revision: str = ""
     sha256: str = ""
+    origin: str = ""  # the input that named it on the hub
 
 
 class Chunk(NamedTuple):
-    """Some documents, or a piece of one, as they were read."""
+    """Some documents, or a piece of one, as read.
 
-    kind: str  # "text": one document or a piece of it; "lines": JSON lines; "rows": strings or objects; "bad": a reason
+    kind: "text" (a document or a piece of it, bytes), "lines" (JSON lines, bytes), "rows" (a list of strings or
+    objects); or "bad" or "ignored" (a file that is left out; the reason).
+    """
+
+    kind: str
     name: str  # the file, and the member of an archive
-    first: int  # number of the first row, from 1; of a text: the piece's offset in bytes
-    data: Any  # bytes, a list of rows, or what is bad
+    first: int  # number of the first row, from 1; of a text: offset of the piece in bytes
+    data: Any
     items: int = 1  # pieces, or rows and empty lines
-    begins: bool = True  # a text's first piece
-    ends: bool = True  # a text's last piece
-    in_val: bool | None = None  # None: its hash tells
-    read: int = 0  # bytes of the source that were read until here
-    state: Any = None  # of a stream from the hub: where to go on
+    is_start: bool = True  # whether it begins a document
+    is_end: bool = True
+    in_val: bool | None = None  # None: the hash of each document decides
+    bytes_read: int = 0  # of the file so far
 
     @property
     def documents(self) -> int:
-        return int(self.begins) if self.kind == "text" else self.items if self.kind != "bad" else 0
+        if self.kind == "text":
+            return int(self.is_start)
+        return self.items if self.kind in ("lines", "rows") else 0
 
     @property
     def size(self) -> int:
-        """Bytes, about."""
+        """Bytes of text, about."""
         if self.kind != "rows":
             return len(self.data)
         return sum(len(row) if isinstance(row, str) else len(str(row)) for row in self.data)
 
-    def rest(self, skip: int) -> "Chunk":
-        """Without the first `skip` items, fewer than it has."""
-        if not skip:
+    def slice(self, start: int, end: int) -> "Chunk":
+        """The items from `start` to `end`, of lines or rows; a text has one item, which stays whole."""
+        if self.kind not in ("lines", "rows") or (start, end) == (0, self.items):
             return self
-        if self.kind == "rows":
-            return self._replace(data=self.data[skip:], items=self.items - skip, first=self.first + skip)
-        return self._replace(data=self.data.split(b"\n", skip)[-1], items=self.items - skip, first=self.first + skip)
-
-    def head(self, keep: int) -> "Chunk":
-        """The first `keep` rows alone."""
-        if self.kind == "rows":
-            return self._replace(data=self.data[:keep], items=keep)
-        return self._replace(data=b"\n".join(self.data.split(b"\n", keep)[:keep]), items=keep)
+        data = self.data[start:end] if self.kind == "rows" else b"\n".join(self.data.split(b"\n")[start:end])
+        return self._replace(data=data, items=end - start, first=self.first + start)
 
 
-def kind_of(name: str) -> tuple[str | None, list[str]]:
-    """What a file of that name holds (of KINDS, or None), and its compressions, the outer one first."""
+# ---- what to read
+
+
+def file_kind(name: str) -> tuple[str | None, list[str]]:
+    """The kind of a file by its name (a value of FILE_KINDS, or None), and its compressions, the outer one first."""
     stem, suffix = os.path.splitext(name.lower())
-    stem, suffix = os.path.splitext(stem + SHORT.get(suffix, suffix))
+    stem, suffix = os.path.splitext(stem + ALIASES.get(suffix, suffix))
     compressions = []
-    while suffix in (".gz", ".xz", ".zst"):
+    while suffix in COMPRESSIONS:
         compressions.append(suffix)
         stem, suffix = os.path.splitext(stem)
-    return KINDS.get(suffix), compressions
+    return FILE_KINDS.get(suffix), compressions
 
 
-def find(inputs: list[str], earlier: Sequence[InputFile] = ()) -> list[InputFile]:
-    """The sources that `inputs` name: files, folders with all below them, globs, hf:OWNER/NAME[@CONFIG][:SPLIT].
+def is_supported(path: str) -> bool:
+    """Whether a file of a folder or an archive is read: not hidden, and of a known kind."""
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in path.replace("\\", "/").split("/"))
+    return not is_hidden and file_kind(path)[0] is not None
 
-    Files of a folder or a glob come in the order of their names. A file's own suffix counts only where it is one of
-    KNOWN; a file that was named itself is else read as text. Raises InputError for what is not there, and for a folder
-    that holds nothing of these. earlier: sources of the run to continue, whose commit on the hub stays.
+
+def find_inputs(inputs: list[str], earlier: Sequence[InputFile] = ()) -> list[InputFile]:
+    """List the files that `inputs` name: files, folders with all below them, globs, hf:OWNER/NAME[@CONFIG][:SPLIT].
+
+    Files of a folder or a glob are sorted by name. A folder gives the files of SUPPORTED kinds; a file named by itself
+    is read as text if its kind is unknown. earlier: the files of the preparation to resume, which keeps its revisions
+    on the hub. Raises InputError for an input that does not exist or holds nothing to read.
     """
-    found: dict[str, InputFile] = {}
+    files: dict[str, InputFile] = {}
     for name in inputs:
         if name.startswith("hf:"):
-            before = [source for source in earlier if source.name == name]
-            found[name] = before[0] if before else _on_hub(name)
+            files |= {f"{name}/{file.name}": file for file in find_on_hub(name, earlier)}
             continue
         try:
-            if os.path.isdir(name):
-                paths = sorted(
-                    os.path.join(folder, file)
-                    for folder, _, files in os.walk(name)
-                    for file in files
-                    if _wanted(os.path.relpath(os.path.join(folder, file), name))
-                )
-                if not paths:
-                    raise InputError(f"{name} holds no text: files {KNOWN} are taken; name others by a glob")
-            elif os.path.lexists(name) or not glob.has_magic(name):
-                paths = [name]
-            else:
-                paths = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
-                if not paths:
-                    raise InputError(f"no file is named like {name}: check the pattern")
-            for path in paths:
+            for path in _expand(name):
                 size = regular_file_size(Path(path))
-                found[path] = InputFile(path, size, os.stat(path).st_mtime_ns)
-                with open(path, "rb"):
-                    pass
+                with open(path, "rb"):  # raises OSError if the file cannot be read
+                    files[path] = InputFile(path, size, os.stat(path).st_mtime_ns)
         except OSError as error:
             raise InputError(
                 f"{error.filename or name} cannot be read ({error.strerror}): give files, folders, globs or "
                 "hf:OWNER/NAME with --input"
             ) from error
-    return list(found.values())
+    return list(files.values())
 
 
-def _wanted(path: str) -> bool:
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.replace("\\", "/").split("/"))
-    return not hidden and kind_of(path)[0] is not None
+def _expand(name: str) -> list[str]:
+    """The paths of a file, a folder or a glob."""
+    if os.path.isdir(name):
+        below = [os.path.join(folder, file) for folder, _, files in os.walk(name) for file in files]
+        paths = sorted(path for path in below if is_supported(os.path.relpath(path, name)))
+        if not paths:
+            raise InputError(f"{name} holds no text: the kinds {SUPPORTED} are read; name other files by a glob")
+        return paths
+    if os.path.lexists(name) or not glob.has_magic(name):
+        return [name]
+    paths = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+    if not paths:
+        raise InputError(f"no file matches {name}: check the pattern")
+    return paths
 
 
-def _hub_parts(name: str) -> tuple[str, str | None, str]:
-    """Repository, configuration and split of hf:OWNER/NAME[@CONFIG][:SPLIT]."""
+# ---- the hub
+
+
+def find_on_hub(name: str, earlier: Sequence[InputFile] = ()) -> list[InputFile]:
+    """List the parquet files of hf:OWNER/NAME[@CONFIG][:SPLIT]; the split is train if not given.
+
+    They are those that the dataset's card gives for the configuration, or else the hub's own conversion.
+    """
     match = re.fullmatch(r"hf:([^@:]+)(?:@([^:]+))?(?::(.+))?", name)
     if not match:
-        raise InputError(f"{name} names no dataset: hf:OWNER/NAME, hf:OWNER/NAME@CONFIG:SPLIT")
-    return match[1], match[2], match[3] or "train"
+        raise InputError(f"{name} is not a dataset on the hub: write hf:OWNER/NAME or hf:OWNER/NAME@CONFIG:SPLIT")
+    repo, config, split = match[1], match[2], match[3] or "train"
+
+    def choose(revision: str, paths: list[str], card: Any) -> list[str]:
+        if revision == CONVERTED:
+            configs = {path.split("/")[0] for path in paths}
+            only = next(iter(configs)) if len(configs) == 1 else "default"
+            patterns = [f"{config or only}/{split}/*.parquet"]
+        else:
+            patterns = _card_patterns(card, config, split)
+        return [path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
+
+    return list_parquet(name, repo, choose, earlier)
 
 
-def _on_hub(name: str) -> InputFile:
-    """The dataset at its present commit, at which a continued run stays."""
-    repo = _hub_parts(name)[0]
-    try:
-        from huggingface_hub import HfApi
+def _card_patterns(card: Any, config: str | None, split: str) -> list[str]:
+    """Globs of the files of a split, as the metadata of a dataset's card (README.md) names them."""
+    patterns: list[str] = []
+    configs = (card or {}).get("configs") or []
+    for entry in configs:
+        is_default = entry.get("default") or entry.get("config_name") == "default" or len(configs) == 1
+        if entry.get("config_name") != config and (config or not is_default):
+            continue
+        data_files = entry.get("data_files") or []
+        for group in data_files if isinstance(data_files, list) else [data_files]:
+            if isinstance(group, str):
+                group = {"split": "train", "path": group}
+            if group.get("split", "train") == split:
+                patterns += [group["path"]] if isinstance(group["path"], str) else group["path"]
+    return patterns
 
-        return InputFile(name, repo=repo, revision=str(HfApi().dataset_info(repo).sha))
-    except Exception as error:  # the library's network errors have no class in common
-        told = " ".join(str(error).split())[:300]
-        raise InputError(f"{repo} was not found on the hub ({told}): check its name and the network") from error
 
+def list_parquet(
+    origin: str,
+    repo: str,
+    choose: Callable[[str, list[str], Any], list[str]],
+    earlier: Sequence[InputFile] = (),
+) -> list[InputFile]:
+    """List parquet files of a dataset on the hub: on its main branch, or else in the hub's conversion.
 
-def hub_files(repo: str, under: str, earlier: Sequence[InputFile] = ()) -> list[InputFile]:
-    """The parquet files of a dataset on the hub whose path begins with `under`; `earlier` as in `find`."""
+    choose: (revision, paths, the card's metadata) -> the paths to take; none: look in the other branch.
+    earlier: the files of the preparation to resume, whose own list of this `origin` is kept.
+    Raises InputError if the hub cannot be reached or no file is chosen.
+    """
     from huggingface_hub import HfApi
 
-    if known := [source for source in earlier if source.repo == repo and source.name.startswith(under)]:
+    if known := [file for file in earlier if file.origin == origin]:
         return known
     try:
-        for revision in ("main", "refs/convert/parquet"):
-            found: Any = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
-            parquet = [file for file in found.siblings if file.rfilename.endswith(".parquet")]
-            files = {file.rfilename: file.lfs for file in parquet if file.rfilename.startswith(under)}
-            if files and not any("partial" in name for name in files):
+        for revision in ("main", CONVERTED):
+            info: Any = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+            parquet = {file.rfilename: file for file in info.siblings if file.rfilename.endswith(".parquet")}
+            chosen = [parquet[path] for path in choose(revision, sorted(parquet), info.card_data)]
+            if chosen:
                 return [
-                    InputFile(name, getattr(lfs, "size", None) or 0, 0, repo, found.sha, lfs.sha256)
-                    for name, lfs in sorted(files.items())
+                    InputFile(
+                        file.rfilename, file.size or 0, 0, repo, info.sha, getattr(file.lfs, "sha256", ""), origin
+                    )
+                    for file in chosen
                 ]
-    except Exception as error:  # the library's network errors have no class in common
-        raise InputError(f"{repo} could not be listed ({error}): check the network, or give --input") from error
-    raise InputError(f"{repo} has no whole set of parquet files under {under!r}: give --input")
-
-
-def parts(
-    source: InputFile,
-    reading: ReadOptions,
-    skip: int = 0,
-    state: Any = None,
-    folder: Path | None = None,
-    cut: int | None = None,
-) -> Iterator[Chunk]:
-    """The parts of a source from its item `skip` on; an item is a row, a line, or a piece of a text.
-
-    `state` is that of the last part before; what has to be downloaded whole goes to `folder` and is deleted after its
-    last part. cut: of a source that is one text, as `text_pieces` takes it.
-
-    Raises InputError for what cannot be read, unless reading.skip_bad: then a part says so.
-    """
-    path, is_open = source.name, False
-    try:
-        if source.sha256:
-            assert folder is not None
-            path = str(download(source, folder))
-        if source.repo and not source.sha256:
-            yield from _stream_hub(source, skip, state)
-        elif kind_of(path)[0] == "parquet":
-            yield from _parquet(path, source.name, reading, skip)
-        else:
-            for part in _file(path, reading, cut):
-                is_open = not part.ends
-                if skip < part.items:
-                    yield part.rest(skip)
-                skip = max(0, skip - part.items)
-    except (*_damage(), OSError, EOFError, ValueError, RuntimeError) as error:
-        told = " ".join(str(error).split())[:300] or type(error).__name__
-        bad = _bad(reading, source.name, f"cannot be read to its end ({told}), so it is damaged or cut short")
-        if is_open:
-            yield Chunk("text", source.name, 0, b"", 0, begins=False)
-        if not skip:
-            yield bad
-    if source.sha256:
-        Path(path).unlink()
-
-
-def _bad(reading: ReadOptions, name: str, why: str) -> Chunk:
-    if not reading.skip_bad:
-        raise InputError(f"{name} {why}: replace it, or leave it out with --skip_bad=True")
-    return Chunk("bad", name, 0, f"{name} {why}")
-
-
-def _damage() -> tuple[Any, ...]:
-    """The errors of damaged files that are not of Python's common kinds."""
-    errors: list[Any] = [zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile]
-    with contextlib.suppress(ImportError):
-        import zstandard
-
-        errors.append(zstandard.ZstdError)
-    return tuple(errors)
-
-
-def _file(path: str, reading: ReadOptions, cut: int | None) -> Iterator[Chunk]:
-    """Any file but parquet."""
-    kind, compressions = kind_of(path)
-    with open(path, "rb") as raw:
-        if kind == "zip" and not compressions:
-            with zipfile.ZipFile(raw) as archive:
-                for info in archive.infolist():
-                    if not info.is_dir() and _wanted(info.filename):
-                        with archive.open(info) as stream:
-                            yield from _stream(f"{path}:{info.filename}", info.filename, stream, raw, reading)
-            return
-        yield from _stream(path, path, raw, raw, reading, cut)
-
-
-def _stream(
-    name: str, file: str, stream: IO[bytes], raw: IO[bytes], reading: ReadOptions, cut: int | None = None
-) -> Iterator[Chunk]:
-    """What a stream of bytes holds, by the name of its file; `raw` is the file that tells how much was read."""
-    kind, compressions = kind_of(file)
-    for compression in compressions:
-        stream = _decompressed(stream, compression)
-    if kind == "tar":
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK) as archive:
-            for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # which it would collect
-                if (
-                    member.isfile()
-                    and _wanted(member.name)
-                    and kind_of(member.name)[0] not in ("tar", "zip", "parquet")
-                ):
-                    inner = archive.extractfile(member)
-                    assert inner is not None
-                    yield from _stream(f"{name}:{member.name}", member.name, inner, raw, reading)
-    elif kind == "lines":
-        for part in _lines(name, stream, reading):
-            yield part._replace(read=raw.tell())
-    elif kind in ("zip", "parquet"):
-        yield _bad(reading, name, "lies inside of another file, where it cannot be read: unpack it first")
-    else:
-        for part in text_pieces(name, stream, reading, cut):
-            yield part._replace(read=raw.tell())
-
-
-def _decompressed(stream: IO[bytes], compression: str) -> IO[bytes]:
-    if compression == ".gz":
-        return gzip.GzipFile(fileobj=stream, mode="rb")  # type: ignore[return-value]
-    if compression == ".xz":
-        return lzma.LZMAFile(stream)  # type: ignore[return-value]
-    return io.BufferedReader(_Zstandard(stream), BLOCK)
-
-
-class _Zstandard(io.RawIOBase):
-    """The library's own reader takes a file that is cut short for a whole one; this one raises EOFError."""
-
-    def __init__(self, stream: IO[bytes]):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise InputError("reading .zst files needs zstandard: run `pip install -e .[data]`") from error
-        self._stream, self._library = stream, zstandard.ZstdDecompressor()
-        self._frame: Any = None
-        self._packed, self._text = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._text:
-            self._packed = self._packed or self._stream.read(2**16)
-            if not self._packed:
-                if self._frame:
-                    raise EOFError("its last frame is not complete")
-                return 0
-            frame = self._frame = self._frame or self._library.decompressobj()
-            self._text = memoryview(frame.decompress(self._packed))
-            self._packed = frame.unused_data
-            if frame.eof:
-                self._frame = None
-        n = min(len(buffer), len(self._text))
-        buffer[:n], self._text = self._text[:n], self._text[n:]
-        return n
-
-
-def _utf8(stream: IO[bytes], reading: ReadOptions) -> Iterator[bytes]:
-    """Blocks of a stream in UTF-8, without the mark that some programs put before it; what is wrong in UTF-8 stays so,
-    what is wrong in another encoding becomes U+FFFD."""
-    decoder = None if reading.is_utf8 else codecs.getincrementaldecoder(reading.encoding)("replace")
-    mark: bytes = codecs.BOM_UTF8
-    done = False
-    while not done:
-        block = stream.read(BLOCK)
-        done = not block
-        if decoder:
-            block = decoder.decode(block, done).encode("utf-8", "surrogatepass")
-        block, mark = block.removeprefix(mark), b"" if block else mark
-        yield block
-
-
-def _lines(name: str, stream: IO[bytes], reading: ReadOptions) -> Iterator[Chunk]:
-    first, held, size = 1, [b""], 0
-    for block in _utf8(stream, reading):
-        end = block.rfind(b"\n") + 1
-        if end:
-            data = b"".join([*held, block[:end]])
-            count = data.count(b"\n")
-            yield Chunk("lines", name, first, data, count)
-            first, held, size = first + count, [], 0
-        held.append(block[end:])
-        size += len(held[-1])
-        if size > LONGEST_ROW:
-            raise ValueError(f"line {first:,} is longer than {LONGEST_ROW:,} bytes")
-    if size:
-        yield Chunk("lines", name, first, b"".join(held))
-
-
-def text_pieces(name: str, stream: IO[bytes], reading: ReadOptions, cut: int | None = None) -> Iterator[Chunk]:
-    """One document: its line ends turned to newlines, in pieces at whose borders its tokens end too.
-
-    cut: bytes of the text (in UTF-8, line ends turned) of which all that comes later is for the validation split, and
-    all before for the training split.
-    """
-    text, offset, held, begins = b"", 0, b"", True
-    for block in _utf8(stream, reading):
-        block, held = held + block, b""
-        if b"\r" in block:
-            if block.endswith(b"\r"):  # a newline may follow
-                block, held = block[:-1], b"\r"
-            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        text += block
-        if begins and not offset and b"\0" in text[:PIECE]:
-            yield _bad(reading, name, f"is binary, not text: byte 0 at offset {text.index(0):,}")
-            return
-        while len(text) > PIECE:
-            end = border(text)
-            if cut is not None and offset < cut < offset + end:
-                end = _character(text, cut - offset)
-            yield Chunk("text", name, offset, text[:end], 1, begins, False, None if cut is None else offset >= cut)
-            text, offset, begins = text[end:], offset + end, False
-    text += b"\n" if held else b""
-    if cut is not None and offset < cut < offset + len(text):
-        end = _character(text, cut - offset)
-        yield Chunk("text", name, offset, text[:end], 1, begins, False, False)
-        text, offset, begins = text[end:], offset + end, False
-    yield Chunk("text", name, offset, text, 1, begins, True, None if cut is None else offset >= cut)
-
-
-def border(text: bytes, size: int = PIECE) -> int:
-    """Where a piece of at most `size` bytes of a longer text ends: ids of pieces are those of the whole text."""
-    for start in (max(0, size - 2**14), 0):  # most texts have a border there
-        if ends := [match.end() for match in _BORDER.finditer(text, start, size)]:
-            return ends[-1]
-    return _character(text, size)
-
-
-def _character(text: bytes, at: int) -> int:
-    """The start of the character around byte `at`."""
-    return next((i for i in range(at, max(0, at - 4), -1) if text[i] & 0xC0 != 0x80), at)
-
-
-def _parquet(path: str, name: str, reading: ReadOptions, skip: int) -> Iterator[Chunk]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError("reading parquet files needs pyarrow: run `pip install -e .[data]`") from error
-    columns = ["messages", "prompt", "completion"] if reading.chat else [reading.text_key]
-    with pyarrow.parquet.ParquetFile(path) as file:
-        there = file.schema_arrow.names
-        if not (found := [column for column in columns if column in there]):
-            bad = _bad(reading, name, f"has no column {' or '.join(map(repr, columns))}, but {', '.join(there)}")
-            if not skip:
-                yield bad
-            return
-        rows, group = 0, 0
-        while group < file.num_row_groups and rows + file.metadata.row_group(group).num_rows <= skip:
-            rows += file.metadata.row_group(group).num_rows
-            group += 1
-        share = os.path.getsize(path) / max(1, file.metadata.num_rows)
-        groups = list(range(group, file.num_row_groups))
-        for batch in file.iter_batches(128, row_groups=groups, columns=found):
-            data = batch.to_pylist() if reading.chat else batch.column(0).to_pylist()
-            if rows + len(data) > skip:
-                part = Chunk("rows", name, rows + 1, data, len(data), read=int(share * (rows + len(data))))
-                yield part.rest(max(0, skip - rows))
-            rows += len(data)
-
-
-def _stream_hub(source: InputFile, skip: int, state: Any) -> Iterator[Chunk]:
-    """Rows of a dataset on the hub as they come. A network that fails is asked again, with pauses."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("hf: needs Hugging Face datasets: run `pip install -e .[data]`") from error
-    repo, config, split = _hub_parts(source.name)
-    rows, failures = skip, 0
-    while True:
-        try:
-            stream = datasets.load_dataset(repo, config, split=split, revision=source.revision, streaming=True)
-            if state is not None:
-                stream.load_state_dict(state)
-            data: list[Any] = []
-            for row in stream:
-                data.append(row)
-                if len(data) == 128:
-                    rows, state, failures = rows + 128, stream.state_dict(), 0
-                    yield Chunk("rows", source.name, rows - 127, data, 128, state=state)
-                    data = []
-            if data:
-                yield Chunk("rows", source.name, rows + 1, data, len(data), state=stream.state_dict())
-            return
-        except Exception as error:  # the libraries' network errors have no class in common
-            failures += 1
-            if failures > 4:
-                told = " ".join(str(error).split())[:300]
-                raise InputError(
-                    f"{source.name} could not be read on from row {rows + 1:,} ({told}): run the command again to go "
-                    "on there"
-                ) from error
-            time.sleep(2**failures)
+    except Exception as error:  # the library's network errors have no common class
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{origin} could not be listed ({reason}): check its name and the network") from error
+    raise InputError(
+        f"{origin} has no complete set of parquet files on the hub: check configuration and split, or download the "
+        "files and name them with --input"
+    )
 
 
 def download(source: InputFile, folder: Path) -> Path:
-    """A file of the hub, checked, in `folder`. Raises InputError where the network fails or its SHA-256 differs."""
+    """Download a file from the hub. Raises InputError if the network fails or the file is damaged."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -491,10 +280,248 @@ def download(source: InputFile, folder: Path) -> Path:
         )
     except Exception as error:  # as above
         raise InputError(
-            f"{source.name} could not be downloaded ({error}): run the command again to go on here; should commit "
-            f"{source.revision} be gone from the hub, delete {folder} to begin anew"
+            f"{source.name} could not be downloaded ({error}): run the command again to resume; if the hub no longer "
+            f"has revision {source.revision}, delete {folder} to start over"
         ) from error
-    if file_sha256(path) != source.sha256:
+    if source.sha256 and file_sha256(path) != source.sha256:
         path.unlink()
-        raise InputError(f"{source.name} came damaged (its SHA-256 differs) and was deleted: run the command again")
+        raise InputError(f"{source.name} was damaged on the way (its SHA-256 differs): run the command again")
     return path
+
+
+# ---- reading
+
+
+def read_chunks(
+    source: InputFile, options: ReadOptions, split: ValSplit, skip: int = 0, staging: Path | None = None
+) -> Iterator[Chunk]:
+    """Read a file after its first `skip` items: rows, lines, pieces of texts, and omissions.
+
+    A file on the hub is downloaded to `staging` and deleted at the end.
+    """
+    for chunk in _read_source(source, options, split, staging):
+        if skip < chunk.items:
+            yield chunk.slice(skip, chunk.items)
+        skip = max(0, skip - chunk.items)
+
+
+def _read_source(source: InputFile, options: ReadOptions, split: ValSplit, staging: Path | None) -> Iterator[Chunk]:
+    path = source.name
+    if source.repo:
+        assert staging is not None
+        path = str(download(source, staging))
+
+    chunk = None
+    try:
+        for chunk in _read_file(path, source.name, options, split):
+            yield chunk
+    except READ_ERRORS as error:
+        if chunk and not chunk.is_end:  # end the document that was being read
+            yield chunk._replace(data=b"", is_start=False, is_end=True)
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        yield Chunk("bad", source.name, 0, f"cannot be read to its end ({reason}), so it is damaged or cut short")
+
+    if source.repo:
+        Path(path).unlink()
+
+
+def _read_file(path: str, name: str, options: ReadOptions, split: ValSplit) -> Iterator[Chunk]:
+    kind, compressions = file_kind(path)
+    if kind == "parquet":
+        yield from _read_parquet(path, name, options)
+        return
+    with open(path, "rb") as file:
+        stream = _Stream(name, file, file.tell)
+        if kind == "zip" and not compressions:
+            yield from _read_zip(stream, options, split)
+        else:
+            yield from _read_stream(stream, options, split)
+
+
+class _Stream(NamedTuple):
+    """Bytes to read: a file, or a member of an archive."""
+
+    name: str
+    file: IO[bytes]
+    bytes_read: Callable[[], int]  # of the file on disk
+
+
+def _read_stream(stream: _Stream, options: ReadOptions, split: ValSplit) -> Iterator[Chunk]:
+    kind, compressions = file_kind(stream.name)
+    for compression in compressions:
+        stream = stream._replace(file=_decompress(stream.file, compression))
+
+    if kind == "tar":
+        yield from _read_tar(stream, options, split)
+    elif kind in ("zip", "parquet"):
+        yield Chunk("bad", stream.name, 0, "is inside another file, where it cannot be read; unpack it first")
+    else:
+        chunks = _read_lines(stream, options) if kind == "lines" else _read_text(stream, options, split)
+        for chunk in chunks:
+            yield chunk._replace(bytes_read=stream.bytes_read())
+
+
+def _read_zip(stream: _Stream, options: ReadOptions, split: ValSplit) -> Iterator[Chunk]:
+    with zipfile.ZipFile(stream.file) as archive:
+        for info in archive.infolist():
+            name = f"{stream.name}:{info.filename}"
+            if is_supported(info.filename) and not info.is_dir():
+                with archive.open(info) as member:
+                    yield from _read_stream(_Stream(name, member, stream.bytes_read), options, split)
+            elif not info.is_dir():
+                yield Chunk("ignored", name, 0, "is hidden or of an unknown kind")
+
+
+def _read_tar(stream: _Stream, options: ReadOptions, split: ValSplit) -> Iterator[Chunk]:
+    with tarfile.open(fileobj=stream.file, mode="r|", bufsize=CHUNK_BYTES) as archive:
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined]  # or the list grows with the archive
+            name = f"{stream.name}:{member.name}"
+            is_archive = file_kind(member.name)[0] in ("tar", "zip", "parquet")
+            if member.isfile() and is_supported(member.name) and not is_archive:
+                content = archive.extractfile(member)
+                assert content is not None
+                yield from _read_stream(_Stream(name, content, stream.bytes_read), options, split)
+            elif not member.isdir():
+                yield Chunk("ignored", name, 0, "is hidden or of an unknown kind")
+
+
+def _decompress(stream: IO[bytes], compression: str) -> IO[bytes]:
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=stream, mode="rb")  # type: ignore[return-value]
+    if compression == ".xz":
+        return lzma.LZMAFile(stream)  # type: ignore[return-value]
+    pyarrow = _import_pyarrow(".zst")  # unlike zstandard's reader it notices that a file is cut short
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd")
+
+
+def _import_pyarrow(kind: str) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"reading {kind} files needs pyarrow: run `pip install -e .[data]`") from error
+    return pyarrow
+
+
+def _read_utf8(stream: IO[bytes], options: ReadOptions) -> Iterator[bytes]:
+    """Read blocks and convert them to UTF-8, without a byte order mark; the last block is empty.
+
+    Bytes that are invalid in UTF-8 stay, for the workers to count; in another encoding they become U+FFFD here.
+    """
+    decoder = None if options.is_utf8 else codecs.getincrementaldecoder(options.encoding)("replace")
+    is_first = True
+    is_last = False
+    while not is_last:
+        block = stream.read(CHUNK_BYTES)
+        is_last = not block
+        if decoder:
+            block = decoder.decode(block, is_last).encode("utf-8", "surrogatepass")
+        if is_first and block:
+            block = block.removeprefix(codecs.BOM_UTF8)
+            is_first = False
+        yield block
+
+
+def _read_lines(stream: _Stream, options: ReadOptions) -> Iterator[Chunk]:
+    """Cut a stream into chunks of whole lines."""
+    first = 1
+    incomplete: list[bytes] = []  # blocks of the line that is not at its end
+    for block in _read_utf8(stream.file, options):
+        end = block.rfind(b"\n") + 1
+        if end:
+            data = b"".join([*incomplete, block[:end]])
+            count = data.count(b"\n")
+            yield Chunk("lines", stream.name, first, data, count)
+            first += count
+            incomplete = []
+        incomplete.append(block[end:])
+        if sum(map(len, incomplete)) > MAX_LINE_BYTES:
+            raise ValueError(f"line {first:,} is longer than {MAX_LINE_BYTES:,} bytes")
+    if any(incomplete):
+        yield Chunk("lines", stream.name, first, b"".join(incomplete))
+
+
+def _read_text(stream: _Stream, options: ReadOptions, split: ValSplit) -> Iterator[Chunk]:
+    """Read a text as one document, in pieces whose ids are those of the whole, with newlines as line ends.
+
+    A document of several pieces gets its split here, by the first one: the workers see each piece alone.
+    """
+    offset = 0
+    text = b""
+    tail_start = split.tail_start
+    in_val = None if tail_start is None else tail_start == 0
+    for block in _normalize_newlines(_read_utf8(stream.file, options)):
+        text += block
+        if offset == 0 and b"\0" in text[:PIECE_BYTES]:
+            reason = f"is binary, not text: byte 0 at offset {text.index(0):,}"
+            yield Chunk("bad", stream.name, 0, reason)
+            return
+        while True:
+            end = find_boundary(text) if len(text) > PIECE_BYTES else len(text)
+            reaches_tail = False
+            if tail_start is not None and not in_val and tail_start < offset + end:
+                reaches_tail = True
+                end = _character_start(text, tail_start - offset)
+            if end == len(text):
+                break
+            if tail_start is None and offset == 0:
+                in_val = split.is_val(text[:end].decode(errors="replace").encode())
+            yield Chunk("text", stream.name, offset, text[:end], 1, offset == 0, False, in_val)
+            in_val = in_val or reaches_tail
+            offset += end
+            text = text[end:]
+    yield Chunk("text", stream.name, offset, text, 1, offset == 0, True, in_val)
+
+
+def _normalize_newlines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    carriage_return = b""  # at the end of the block before: a newline may follow
+    for block in blocks:
+        is_last = not block
+        block = carriage_return + block
+        carriage_return = b""
+        if block.endswith(b"\r") and not is_last:
+            block = block[:-1]
+            carriage_return = b"\r"
+        yield block.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in block else block
+
+
+def find_boundary(text: bytes, size: int = PIECE_BYTES) -> int:
+    """Find where to cut a longer text, after at most `size` bytes, such that both sides have the ids of the whole."""
+    for start in (max(0, size - 2**14), 0):  # most texts have a boundary in the last 16 KB
+        ends = [match.end() for match in _BOUNDARY.finditer(text, start, size)]
+        if ends:
+            return ends[-1]
+    return _character_start(text, size)
+
+
+def split_pieces(text: bytes) -> Iterator[bytes]:
+    """Cut a long text into pieces whose ids are those of the whole."""
+    while len(text) > PIECE_BYTES:
+        end = find_boundary(text)
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
+def _character_start(text: bytes, position: int) -> int:
+    """The start of the UTF-8 character around a byte."""
+    candidates = range(position, max(-1, position - 4), -1)
+    return next((i for i in candidates if text[i] & 0xC0 != 0x80), position)
+
+
+def _read_parquet(path: str, name: str, options: ReadOptions) -> Iterator[Chunk]:
+    pyarrow = _import_pyarrow(".parquet")
+    columns = ["messages", "prompt", "completion"] if options.chat else [options.text_key]
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        present = [column for column in columns if column in names]
+        if not present:
+            yield Chunk("bad", name, 0, f"has no column {' or '.join(map(repr, columns))}, but {', '.join(names)}")
+            return
+        bytes_per_row = os.path.getsize(path) / max(1, file.metadata.num_rows)
+        first = 1
+        for batch in file.iter_batches(128, columns=present):
+            rows = batch.to_pylist() if options.chat else batch.column(0).to_pylist()
+            bytes_read = int(bytes_per_row * (first + len(rows) - 1))
+            yield Chunk("rows", name, first, rows, len(rows), bytes_read=bytes_read)
+            first += len(rows)

@@ -1,15 +1,15 @@
-"""Text to ids and back: characters, bytes, byte pairs (GPT-2's or one's own), or whatever a `tokenizer.json` describes.
+"""Text to ids and back: characters, bytes, byte pairs (GPT-2's or trained), or any `tokenizer.json`.
 
-Every tokenizer is a Hugging Face `tokenizers.Tokenizer` inside, so that other programs load what `save` writes.
-Fast paths for preparing data stand beside it: lookup tables for characters and bytes, and tiktoken and gigatoken (where
-it is installed) wherever they are shown to give the same ids.
+Every tokenizer wraps a Hugging Face `tokenizers.Tokenizer`, so other programs can load what `save` writes. Preparing
+data takes faster paths: lookup tables for characters and bytes, tiktoken and gigatoken where they give the same ids.
 """
 
-import difflib
+import copy
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,14 @@ from nanogpt.errors import InputError
 from nanogpt.files import read_json, read_small
 from nanogpt.interop.safe_pickle import PlainUnpickler
 from nanogpt.text.fast_bpe import (
+    BYTE_DECODER,
+    BYTE_ENCODER,
     PATTERNS,
-    TIKTOKEN_GPT2_PATTERN,
-    byte_letters,
-    has_new_code_points,
-    merges_of_ranks,
-    portable_pattern,
-    split_pattern,
+    has_unicode_17,
+    make_pre_tokenizer,
+    recover_merges,
+    to_gigatoken,
+    to_oniguruma,
     to_tiktoken,
 )
 
@@ -34,45 +35,54 @@ if TYPE_CHECKING:
     import tiktoken
     import tokenizers
 
+GPT2_VOCAB = 50257
 END_OF_TEXT = "<|endoftext|>"
-TURNS = ("<|im_start|>", "<|im_end|>")  # around each turn of a conversation, as Qwen's models have them
-TEMPLATE = "chat_template.jinja"
-MOST_BYTES = 64 * 2**20  # of a tokenizer.json; the largest published ones have half of that
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each message of a conversation, as in Qwen's models
+TEMPLATE_FILE = "chat_template.jinja"
+MAX_JSON_BYTES = 64 * 2**20  # of a tokenizer.json; the largest published ones have half of that
 _UNKNOWN = 2**32 - 1  # marks code points without an id in a lookup table
 
 
 class Tokenizer:
     """Encodes and decodes text.
 
-    Attributes: `name` ("char", "byte", tiktoken's, such as "gpt2", or the kind of model in tokenizer.json, such as
-    "bpe"), `vocab_size` (the largest id + 1), `end_of_text` (the id of <|endoftext|>, or None), `template` (Jinja, for
-    nanogpt/chat.py, or None).
+    Attributes: `name` ("char", "byte", tiktoken's, such as "gpt2", or the type of model in tokenizer.json, such as
+    "bpe"), `vocab_size` (the largest id + 1), `special_tokens` (their ids by name), `end_of_text` (the id of
+    <|endoftext|>, or None), `template` (the Jinja chat template, or None).
     """
 
-    def __init__(self, inner: "tokenizers.Tokenizer", name: str | None = None):
+    def __init__(self, inner: "tokenizers.Tokenizer"):
         vocab = inner.get_vocab()
-        kind = type(inner.model).__name__
-        is_char = kind == "WordLevel" and all(len(token) == 1 for token in vocab)
-        letters = byte_letters()
-        is_byte = kind == "BPE" and len(vocab) == 257 and all(vocab.get(letters[byte]) == byte for byte in range(256))
-        self.name = "char" if is_char else "byte" if is_byte else name or kind.lower()
+        model_type = type(inner.model).__name__
+        is_char = model_type == "WordLevel" and all(len(token) == 1 for token in vocab)
+        if is_char:
+            self.name = "char"
+        elif vocab == BYTE_DECODER | {END_OF_TEXT: 256}:
+            self.name = "byte"
+        else:
+            self.name = model_type.lower()
         self.vocab_size = max(vocab.values()) + 1
         self.end_of_text: int | None = vocab.get(END_OF_TEXT)
         self.template: str | None = None
-        inner.no_truncation()  # which a model's own tokenizer.json may ask for
+        added = inner.get_added_tokens_decoder()
+        self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
+        # tokenizers finds these in ordinary text too; tiktoken does not.
+        self._ordinary_added_tokens = [token.content for token in added.values() if not token.special]
+
+        inner.no_truncation()  # a model's own tokenizer.json may set either
         inner.no_padding()
         self._inner = inner
-        self._table: np.ndarray | None = None  # code point -> id
+
+        self._id_table: np.ndarray | None = None  # the id of each code point
         if is_char:
-            self._table = np.full(max(map(ord, vocab)) + 1, _UNKNOWN, dtype=np.uint32)
-            for character, token_id in vocab.items():
-                self._table[ord(character)] = token_id
+            self._id_table = np.full(max(map(ord, vocab)) + 1, _UNKNOWN, dtype=np.uint32)
+            self._id_table[[ord(character) for character in vocab]] = [*vocab.values()]
 
     @classmethod
     def characters(cls, text: str) -> "Tokenizer":
-        """The distinct characters of `text`, sorted; ids from 0 on, as nanoGPT's. Raises InputError for no text."""
+        """The distinct characters of `text`, sorted, with ids from 0, as in nanoGPT. Raises InputError for no text."""
         if not text:
-            raise InputError("the text is empty, so there are no characters to make a vocabulary of: give another text")
+            raise InputError("the text is empty, so it has no characters for a vocabulary: give another text")
         return cls._from_characters({character: i for i, character in enumerate(sorted(set(text)))})
 
     @classmethod
@@ -80,310 +90,253 @@ class Tokenizer:
         import tokenizers
 
         inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
-        any_character = tokenizers.Regex(r"[\s\S]")  # a plain dot would leave newlines out
+        any_character = tokenizers.Regex(r"[\s\S]")  # a plain dot does not match newlines
         inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(any_character, behavior="isolated")
         inner.decoder = tokenizers.decoders.Fuse()
         return cls(inner)
 
     @classmethod
     def bytes(cls) -> "Tokenizer":
-        """Each byte of UTF-8 by its own value, and <|endoftext|>: 257 ids."""
-        return cls._byte_level({letter: byte for byte, letter in enumerate(byte_letters())}, [], None, [END_OF_TEXT])
+        """The 256 bytes of UTF-8, by value, and <|endoftext|>: 257 ids."""
+        return cls._from_merges(BYTE_DECODER, [], None, [END_OF_TEXT])
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int, pattern: str = "gpt2") -> "Tokenizer":
-        """Byte pairs learned from `texts`: the 256 bytes, merges of what is most frequent inside the words that a
-        pattern of PATTERNS cuts, and at the end <|endoftext|>, <|im_start|> and <|im_end|>.
+        """Byte-level BPE trained on `texts`: 256 bytes, merges, <|endoftext|>, <|im_start|> and <|im_end|>.
 
-        vocab_size counts all of them; texts with too few pairs that occur twice give less. The same texts give the
-        same tokenizer. Raises InputError for an impossible vocab_size and for texts without any character.
+        vocab_size: ids, all of these included; fewer if too few pairs occur twice. pattern: a name in PATTERNS.
+        The same texts give the same tokenizer. Raises InputError for an impossible vocab_size and for empty texts.
         """
         import tokenizers
 
-        specials = [END_OF_TEXT, *TURNS]
-        least = 256 + len(specials)
-        if not least <= vocab_size <= 2**24:
+        special_tokens = [END_OF_TEXT, *CHATML_TOKENS]
+        smallest, largest = 256 + len(special_tokens), 2**24
+        if not smallest <= vocab_size <= largest:
             raise InputError(
-                f"a vocabulary of {vocab_size:,} byte pairs cannot be: give {least} (256 bytes and {len(specials)} "
-                f"special tokens) or more, such as bpe:8192, and no more than {2**24:,}"
+                f"--tokenizer=bpe:{vocab_size}: the vocabulary must have {smallest} (256 bytes and "
+                f"{len(special_tokens)} special tokens) to {largest:,} ids; give such a size, for example bpe:8192"
             )
-        seen = False
+        nonempty = filter(None, texts)
+        first = next(nonempty, None)
+        if first is None:
+            raise InputError("the texts are empty, so there are no byte pairs to learn: give other texts")
 
-        def cleaned() -> Iterator[str]:
-            nonlocal seen
-            for text in texts:
-                seen = seen or bool(text)
-                yield _without_surrogates(text)
-
-        learning = tokenizers.Tokenizer(tokenizers.models.BPE())
-        learning.pre_tokenizer = _cut_by(PATTERNS[pattern])
+        trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+        trained.pre_tokenizer = make_pre_tokenizer(PATTERNS[pattern])
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size - len(specials),
+            vocab_size=vocab_size - len(special_tokens),
             min_frequency=2,
-            initial_alphabet=byte_letters(),
+            initial_alphabet=[*BYTE_DECODER],
             show_progress=False,
         )
-        learning.train_from_iterator(cleaned(), trainer)
-        if not seen:
-            raise InputError("the texts are empty, so there are no byte pairs to learn: give other texts")
-        model = json.loads(learning.to_str())["model"]
-        merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
-        return cls._byte_level(model["vocab"], merges, PATTERNS[pattern], specials)
+        trained.train_from_iterator(map(_replace_surrogates, itertools.chain([first], nonempty)), trainer)
+        model = json.loads(trained.to_str())["model"]
+        merges = [(left, right) for left, right in model["merges"]]
+        return cls._from_merges(model["vocab"], merges, PATTERNS[pattern], special_tokens)
 
     @classmethod
-    def _byte_level(
+    def _from_merges(
         cls,
         vocab: dict[str, int],
-        merges: Sequence[tuple[str, ...]],
+        merges: Sequence[tuple[str, str]],
         pattern: str | None,
-        specials: Sequence[str],
-        name: str | None = None,
+        special_tokens: Sequence[str],
     ) -> "Tokenizer":
         import tokenizers
 
-        inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [(left, right) for left, right in merges]))
-        inner.pre_tokenizer = _cut_by(pattern)
+        inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [*merges]))
+        inner.pre_tokenizer = make_pre_tokenizer(pattern)
         inner.decoder = tokenizers.decoders.ByteLevel()
-        inner.add_special_tokens([*specials])
-        return cls(inner, name)
-
-    @classmethod
-    def gpt2(cls) -> "Tokenizer":
-        """GPT-2's byte pair encoding, 50,257 ids. Raises InputError where its files can not be had."""
-        return cls._from_tiktokens("gpt2")
-
-    @classmethod
-    def named(cls, spec: str | Path) -> "Tokenizer":
-        """A tiktoken encoding by its name (gpt2, cl100k_base …), else a tokenizer.json or a folder that holds one.
-
-        Raises InputError where it is none of them, is damaged, or cannot be downloaded.
-        """
-        import tiktoken
-
-        names = tiktoken.list_encoding_names()
-        if spec in names:
-            return cls._from_tiktokens(str(spec))
-        is_other = os.path.isfile(spec) and Path(spec).name != "tokenizer.json"
-        found = cls.read(Path(spec)) if is_other else cls.load(Path(spec).parent if os.path.isfile(spec) else spec)
-        if found:
-            return found
-        close = difflib.get_close_matches(str(spec), names, n=1)
-        if os.path.isdir(spec):
-            raise InputError(f"{spec} has no tokenizer.json: give a folder that has one, or the file itself")
-        hint = f"did you mean {close[0]}?" if close else f"give one's path, or of tiktoken's {', '.join(names)}"
-        raise InputError(f"there is no tokenizer {str(spec)!r} (a tokenizer.json, or a folder that holds one): {hint}")
-
-    @classmethod
-    def _from_tiktokens(cls, name: str) -> "Tokenizer":
-        import tiktoken
-
-        try:
-            return cls.from_tiktoken(tiktoken.get_encoding(name))
-        except (OSError, ValueError) as error:  # no network; a file whose hash is wrong
-            told = "GPT-2's encoding" if name == "gpt2" else f"the encoding {name}"
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{told} could not be downloaded ({reason}): connect to the network, or set "
-                "TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it"
-            ) from error
+        inner.add_special_tokens([*special_tokens])
+        return cls(inner)
 
     @classmethod
     def from_tiktoken(cls, encoding: "tiktoken.Encoding") -> "Tokenizer":
         """The same encoding as tiktoken's, id for id."""
-        letters = byte_letters()
-        spell = {token: "".join(letters[byte] for byte in token) for token in encoding._mergeable_ranks}
-        vocab = {spell[token]: rank for token, rank in encoding._mergeable_ranks.items()} | encoding._special_tokens
-        merges = [(spell[left], spell[right]) for left, right in merges_of_ranks(encoding._mergeable_ranks)]
-        made = cls._byte_level(
-            vocab, merges, portable_pattern(encoding._pat_str), [*encoding._special_tokens], encoding.name
-        )
-        made._fast = encoding
-        return made
+        ranks, special_tokens = encoding._mergeable_ranks, encoding._special_tokens
+        spellings = {token: "".join(BYTE_ENCODER[byte] for byte in token) for token in ranks}
+        vocab = {spellings[token]: rank for token, rank in ranks.items()} | special_tokens
+        merges = [(spellings[left], spellings[right]) for left, right in recover_merges(ranks)]
+        tokenizer = cls._from_merges(vocab, merges, to_oniguruma(encoding._pat_str), [*special_tokens])
+        tokenizer.name = encoding.name
+        tokenizer._tiktoken = encoding
+        return tokenizer
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer | None":
-        """What `folder` holds: `tokenizer.json` and a chat template, else nanoGPT's `meta.pkl`, else None.
+    def gpt2(cls) -> "Tokenizer":
+        """GPT-2's byte pair encoding, 50,257 ids. Raises InputError if it cannot be downloaded."""
+        return cls.from_name_or_path("gpt2")
+
+    @classmethod
+    def from_name_or_path(cls, name: str) -> "Tokenizer":
+        """A tiktoken encoding by its name (gpt2, cl100k_base …), or a tokenizer.json, or a folder with one.
+
+        Raises InputError if it is none of them, is damaged, or cannot be downloaded.
+        """
+        import tiktoken
+
+        encodings = tiktoken.list_encoding_names()
+        if name in encodings:
+            try:
+                return cls.from_tiktoken(tiktoken.get_encoding(name))
+            except (OSError, ValueError) as error:  # no network; a file with a wrong hash
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(
+                    f"tiktoken's encoding {name} could not be downloaded ({reason}): connect to the network, or set "
+                    "TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it"
+                ) from error
+
+        path = Path(name)
+        tokenizer = cls.load(path.parent, path.name) if os.path.isfile(name) else cls.load(path)
+        if tokenizer is None:
+            raise InputError(
+                f"there is no tokenizer {name!r}: give a tokenizer.json, a folder that has one, or an encoding of "
+                f"tiktoken's: {', '.join(encodings)}"
+            )
+        return tokenizer
+
+    @classmethod
+    def load(cls, folder: str | Path, name: str = "tokenizer.json") -> "Tokenizer | None":
+        """Load tokenizer.json and a chat template, else nanoGPT's meta.pkl; None if `folder` has neither.
 
         Nothing in a pickle is executed. Raises InputError for a damaged file.
         """
-        path, old = Path(folder) / "tokenizer.json", Path(folder) / "meta.pkl"
-        if os.path.exists(path):
-            found = cls.read(path)
-            found.template = _read_template(Path(folder))
-            return found
-        return _read_meta_pkl(old) if os.path.exists(old) else None
-
-    @classmethod
-    def read(cls, path: Path) -> "Tokenizer":
-        """A tokenizer.json of whatever name. Raises InputError for a damaged one."""
         import tokenizers
 
+        path, old_path = Path(folder, name), Path(folder, "meta.pkl")
+        if not os.path.exists(path):
+            return _read_meta_pkl(old_path) if os.path.exists(old_path) else None
         try:
-            return cls(tokenizers.Tokenizer.from_buffer(read_small(path, MOST_BYTES)))
-        except BaseException as error:  # the library raises nothing narrower, and its panics are no Exceptions
+            tokenizer = cls(tokenizers.Tokenizer.from_buffer(read_small(path, MAX_JSON_BYTES)))
+        except BaseException as error:  # the library raises nothing narrower, and its panics are not Exceptions
             if isinstance(error, KeyboardInterrupt):
                 raise
-            told = " ".join(str(error).split())[:200]
-            raise InputError(f"{path} is damaged ({told}): prepare the dataset again, or restore it") from error
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path} is damaged ({reason}): prepare the dataset again, or restore it") from error
+        tokenizer.template = _read_template(Path(folder))
+        return tokenizer
 
     def save(self, folder: str | Path, name: str = "tokenizer.json") -> None:
-        """Write what `load` and other programs read. Raises OSError where the disk does not take it."""
+        """Write the files that `load` and other programs read. Raises OSError if the disk refuses."""
         Path(folder, name).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
-        self._save_template(folder)
-
-    def _save_template(self, folder: str | Path) -> None:
         if self.template is None:
-            Path(folder, TEMPLATE).unlink(missing_ok=True)
+            Path(folder, TEMPLATE_FILE).unlink(missing_ok=True)
         else:
-            Path(folder, TEMPLATE).write_text(self.template, encoding="utf-8", newline="")
+            Path(folder, TEMPLATE_FILE).write_text(self.template, encoding="utf-8", newline="")
 
     def save_pretrained(self, folder: str | Path, context: int) -> None:
-        """Write it as transformers' AutoTokenizer wants it: that one's ids are `encode`'s, and its texts `decode`'s.
+        """Write the files of transformers' AutoTokenizer, which then encodes and decodes as this one does.
 
-        context: tokens of the longest text that the model reads. Raises OSError where the disk does not take it.
+        context: tokens of the longest text that the model reads. Raises OSError if the disk refuses.
         """
-        import tokenizers
+        plain = copy.deepcopy(self)
+        plain._inner.post_processor = None  # it could add tokens around a text, which `encode` does not
+        plain.save(folder)
 
-        plain = tokenizers.Tokenizer.from_str(self._inner.to_str())
-        plain.post_processor = None  # which could put tokens before and after a text that `encode` does not put there
-        Path(folder, "tokenizer.json").write_text(plain.to_str(pretty=True), encoding="utf-8")
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
-        settings["clean_up_tokenization_spaces"] = False
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": context,
+            "clean_up_tokenization_spaces": False,
+        }
         if self.end_of_text is not None:
             settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
         Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        self._save_template(folder)
 
-    def same_as(self, other: "Tokenizer") -> bool:
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for another process, without gigatoken's encoder, which cannot be pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "_gigatoken"}
+
+    def has_same_vocab(self, other: "Tokenizer") -> bool:
         """Whether both have the same id for every token."""
         return self._inner.get_vocab() == other._inner.get_vocab()
 
+    @cached_property
+    def _tiktoken(self) -> "tiktoken.Encoding | None":
+        return to_tiktoken(self._inner)
+
+    @cached_property
+    def _gigatoken(self) -> Any:
+        return to_gigatoken(self._inner) if self._tiktoken is not None else None
+
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, those of <|endoftext|> and its like included. Raises InputError as `encode_ordinary` does."""
-        if self._table is not None:
+        """Ids of `text`, with <|endoftext|> and the like as special tokens. Raises InputError as `encode_ordinary`."""
+        if self._id_table is not None:
             return self.encode_ordinary(text).tolist()
-        return self._ids(_without_surrogates(text))
+        return self._encode_slowly(_replace_surrogates(text))
 
     def encode_ordinary(self, text: str) -> np.ndarray:
         """Ids of `text`, uint32 of shape (tokens,), the names of special tokens taken as plain text; fast.
 
         Raises InputError for characters that the tokenizer does not have.
         """
-        if self._table is not None:
-            points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-            ids = self._table.take(points, mode="clip")
-            ids[points >= len(self._table)] = _UNKNOWN
-            if (ids == _UNKNOWN).any():
-                unknown = [chr(point) for point in np.unique(points[ids == _UNKNOWN])]
-                names = " ".join(map(repr, unknown[:10])) + (" …" if len(unknown) > 10 else "")
-                raise InputError(
-                    f"the character tokenizer has no id for {names}: leave such characters out, or use a dataset "
-                    f"whose text holds them ({self.vocab_size} characters are known)"
-                )
-            return ids
-        text = _without_surrogates(text)
+        if self._id_table is not None:
+            return self._encode_characters(text)
+        text = _replace_surrogates(text)
         if self.name == "byte":
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
-        if self._fast is not None and not any(name in text for name in self._always_found):
-            if self._fastest is not None and not has_new_code_points(text):
-                return self._fastest.encode(text)
+
+        if self._tiktoken is not None and not any(token in text for token in self._ordinary_added_tokens):
+            if self._gigatoken is not None and not has_unicode_17(text):
+                return self._gigatoken.encode(text)
             try:
-                return self._fast.encode_to_numpy(text, disallowed_special=())
-            except BaseException as error:  # a panic, no Exception, where a run of white space is too long for it
+                return self._tiktoken.encode_to_numpy(text, disallowed_special=())
+            except BaseException as error:  # it panics, not with an Exception, on a very long run of white space
                 if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
                     raise
+
         self._inner.encode_special_tokens = True  # the library's name for "special tokens are plain text"
         try:
-            return np.array(self._ids(text), dtype=np.uint32)
+            return np.array(self._encode_slowly(text), dtype=np.uint32)
         finally:
             self._inner.encode_special_tokens = False
 
-    @cached_property
-    def special_tokens(self) -> dict[str, int]:
-        """The ids of special tokens by their names."""
-        added = self._inner.get_added_tokens_decoder().items()
-        return {token.content: token_id for token_id, token in added if token.special}
+    def _encode_characters(self, text: str) -> np.ndarray:
+        assert self._id_table is not None
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        ids = self._id_table.take(points, mode="clip")
+        ids[points >= len(self._id_table)] = _UNKNOWN
+        is_unknown = ids == _UNKNOWN
+        if is_unknown.any():
+            unknown = [repr(chr(point)) for point in np.unique(points[is_unknown])]
+            names = " ".join(unknown[:10]) + (" …" if len(unknown) > 10 else "")
+            raise InputError(
+                f"the character tokenizer has no id for {names}: leave such characters out, or use a dataset "
+                f"whose text has them (its vocabulary has {self.vocab_size} characters)"
+            )
+        return ids
 
-    @cached_property
-    def _always_found(self) -> list[str]:
-        """Added tokens that are not special ones, and so are found in ordinary text, which tiktoken does not do."""
-        added = self._inner.get_added_tokens_decoder().values()
-        return [token.content for token in added if not token.special]
-
-    @cached_property
-    def _fast(self) -> "tiktoken.Encoding | None":
-        """tiktoken's encoder, where it gives the same ids as the tokenizer.json."""
-        return to_tiktoken(self._inner)
-
-    @cached_property
-    def _fastest(self) -> Any:
-        """gigatoken's encoder, forty times as fast as tiktoken's, where it is installed and the words are GPT-2's."""
-        told = json.loads(self._inner.to_str())
-        if self._fast is None or split_pattern(told["pre_tokenizer"] or {}) not in (
-            PATTERNS["gpt2"],
-            TIKTOKEN_GPT2_PATTERN,
-        ):
-            return None
-        try:
-            import gigatoken
-        except ImportError:
-            return None
-        added = {token["content"] for token in told["added_tokens"]}
-        told["added_tokens"] = []
-        told["model"]["vocab"] = {token: rank for token, rank in told["model"]["vocab"].items() if token not in added}
-        told["pre_tokenizer"] = {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": True,
-        }
-        return gigatoken.Tokenizer.from_json(json.dumps(told))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what cannot be sent to another process."""
-        return {name: value for name, value in self.__dict__.items() if name != "_fastest"}
-
-    def _ids(self, text: str) -> list[int]:
+    def _encode_slowly(self, text: str) -> list[int]:
         try:
             return self._inner.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # such as a table of words without one for those unknown
+        except Exception as error:  # such as a word-level model without a token for unknown words
             raise InputError(f"the tokenizer has no ids for this text ({error}): use another tokenizer.json") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens by their names; bytes that are not UTF-8 become U+FFFD.
+        """Text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD.
 
-        Raises InputError for an id outside of the vocabulary.
+        Raises InputError for an id outside the vocabulary.
         """
-        if wrong := [token_id for token_id in ids if not 0 <= token_id < self.vocab_size]:
+        invalid = [token_id for token_id in ids if not 0 <= token_id < self.vocab_size]
+        if invalid:
             raise InputError(
-                f"id {wrong[0]} is not in the tokenizer's vocabulary of {self.vocab_size}: "
+                f"id {invalid[0]} is not in the tokenizer's vocabulary of {self.vocab_size}: "
                 "use the tokenizer that the model was trained with"
             )
         return self._inner.decode(ids, skip_special_tokens=False)
 
     def label(self, token_id: int) -> str:
-        """A token's text, or its bytes as <0xE6><0x97> where it is a part of a character."""
-        text, letters = self.decode([token_id]), byte_letters()
-        spelled = self._inner.id_to_token(token_id) or ""
+        """A token's text, or its bytes as <0xE6><0x97> if they are part of a character."""
+        text = self.decode([token_id])
         if "\ufffd" not in text:
             return text
-        if spelled.startswith("<0x") or not set(spelled) <= set(letters):  # written so by its own tokenizer
-            return spelled
-        return "".join(f"<0x{letters.index(letter):02X}>" for letter in spelled)
+        token = self._inner.id_to_token(token_id) or ""
+        if token.startswith("<0x") or not set(token) <= BYTE_DECODER.keys():  # it spells bytes its own way
+            return token
+        return "".join(f"<0x{BYTE_DECODER[character]:02X}>" for character in token)
 
 
-def _cut_by(pattern: str | None) -> "tokenizers.pre_tokenizers.PreTokenizer":
-    """Words by a pattern (None: all of the text is one), their bytes as letters."""
-    from tokenizers import Regex, pre_tokenizers
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    if pattern is None:
-        return byte_level
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), byte_level])
-
-
-def _without_surrogates(text: str) -> str:
-    """Half surrogates (from "\\ud800" in JSON, or bytes that a shell could not decode) as U+FFFD, as tiktoken does."""
+def _replace_surrogates(text: str) -> str:
+    """Replace lone surrogates (from "\\ud800" in JSON, or undecodable bytes of a shell) by U+FFFD, as tiktoken does."""
     try:
         text.encode()
         return text
@@ -392,39 +345,42 @@ def _without_surrogates(text: str) -> str:
 
 
 def _read_template(folder: Path) -> str | None:
-    """The chat template of a tokenizer's folder, with the values of the names of special tokens that it may use. Raises
-    InputError for a damaged file."""
-    config, file = folder / "tokenizer_config.json", folder / TEMPLATE
+    """The chat template beside a tokenizer, with the special tokens that it names set as variables.
+
+    Raises InputError for a damaged file.
+    """
     settings: dict[str, Any] = {}
     try:
-        if config.exists():
-            settings = read_json(config)
-        template = read_small(file).decode() if file.exists() else settings.get("chat_template")
+        if (folder / "tokenizer_config.json").exists():
+            settings = read_json(folder / "tokenizer_config.json")
+        template = settings.get("chat_template")
+        if (folder / TEMPLATE_FILE).exists():
+            template = read_small(folder / TEMPLATE_FILE).decode()
     except (OSError, ValueError) as error:
         raise InputError(f"the chat template in {folder} is damaged ({error}): restore it") from error
+
     if isinstance(template, list):  # several, each with a name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = by_name.get("default")
     if not isinstance(template, str):
         return None
+
     for name in ("bos_token", "eos_token"):
         value = settings.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = value.get("content")
         if isinstance(value, str) and name in template and f"set {name} =" not in template:
             template = f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}" + template
     return template
 
 
 def _read_meta_pkl(path: Path) -> Tokenizer:
-    """The characters and their ids in nanoGPT's `meta.pkl`. Raises InputError where it holds anything else."""
+    """The characters and ids in nanoGPT's `meta.pkl`. Raises InputError if it holds anything else."""
     try:
         vocab = PlainUnpickler(io.BytesIO(read_small(path))).load()["stoi"]
-        if sorted(vocab.values()) != list(range(len(vocab))) or not all(len(character) == 1 for character in vocab):
-            raise ValueError("stoi is not a table of characters with ids from 0 on")
+        if sorted(vocab.values()) != list(range(len(vocab))) or any(len(character) != 1 for character in vocab):
+            raise ValueError("stoi does not map characters to ids from 0 up")
         return Tokenizer._from_characters(dict(vocab))
     except Exception as error:  # broken pickles raise whatever their bytes happen to mean
-        told = repr(error)[:200]
-        raise InputError(f"{path} was not read ({told}): prepare the dataset again, or delete meta.pkl") from error
-
-
-GPT2_VOCAB = 50257
+        reason = repr(error)[:200]
+        raise InputError(f"{path} was not read ({reason}): prepare the dataset again, or delete meta.pkl") from error

@@ -1,6 +1,6 @@
-"""The figures of docs/optimizations.md's mathematics, reckoned or counted anew: python runs/arithmetic/check.py
+"""Recompute the figures in docs/optimizations.md, "The mathematics": python runs/arithmetic/check.py
 
-Bytes kept for backward are counted by torch's hooks on what autograd saves, each memory once, parameters left out.
+Bytes saved for backward are counted by torch's hooks on what autograd saves, each storage once, without parameters.
 Writes results.json beside itself. Half a minute on one core.
 """
 
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,8 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-import model as network  # noqa: E402
-from model import GPT, GPTConfig, rotary_cos_sin, rotate  # noqa: E402
-from nanogpt import optim  # noqa: E402
+from model import GPT, Block, GPTConfig, rotary_cos_sin, rotate  # noqa: E402
+from nanogpt import cpu_kernels, optim  # noqa: E402
 from nanogpt.generate.decoder import Decoder  # noqa: E402
 from nanogpt.memory import optimizer_state_numel  # noqa: E402
 
@@ -31,13 +30,13 @@ GPT2 = GPTConfig(bias=False)  # 124M
 A, B, C = optim.NEWTON_SCHULZ
 
 
-def kept_bytes(model: GPT, forward: Callable[[], Tensor]) -> int:
-    """What autograd keeps of `forward` until backward."""
+def kept_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps of `forward` until backward."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        seen[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address comes twice
+        seen[tensor.untyped_storage().data_ptr()] = tensor  # stays alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -48,18 +47,20 @@ def kept_bytes(model: GPT, forward: Callable[[], Tensor]) -> int:
 def attention() -> dict[str, Any]:
     """One layer of 124M on a row of 1,024: bytes kept with the square matrix and without it."""
     T, c = 1024, GPT2
-    layer = network.Block(GPTConfig(n_layer=1, bias=False))
+    layer = Block(GPTConfig(n_layer=1, bias=False))
+    layer.attention.forward = MethodType(cpu_kernels.attention_forward, layer.attention)  # type: ignore[method-assign]
     x = torch.randn(1, T, c.n_embd)
-    found = {}
-    for name, border in (("square", T), ("online", 128)):
-        network.PLAIN_ATTENTION_UP_TO = border
-        found[name] = kept_bytes(layer, lambda: layer(x, None))  # type: ignore[arg-type]
-    network.PLAIN_ATTENTION_UP_TO = 128
+    kept = {}
+    usual_limit = cpu_kernels.MAX_PLAIN_ATTENTION
+    for name, limit in (("square", T), ("online", 0)):
+        cpu_kernels.MAX_PLAIN_ATTENTION = limit
+        kept[name] = kept_bytes(layer, lambda: layer(x, None))
+    cpu_kernels.MAX_PLAIN_ATTENTION = usual_limit
     per_token = 3 * c.n_layer * 2 * 2 * T * c.n_head * c.head_dim
     whole = GPT(c).flops_per_token()
     return {
         "bytes_of_the_square": 4 * c.n_head * T * T,
-        "bytes_kept": found,
+        "bytes_kept": kept,
         "share_of_flops": per_token / whole,
         "recomputing_scores_adds": per_token / 6 / whole,
         "flops_per_row": T * whole,
@@ -67,13 +68,13 @@ def attention() -> dict[str, Any]:
 
 
 def loss_peak(dtype: torch.dtype) -> float:
-    """The most bytes at a time that the loss takes, forward and backward, a token and id of the vocabulary."""
+    """Peak bytes of the loss, forward and backward, per token and vocabulary entry."""
     N, V, channels = 512, 4096, 4
     x, weight = torch.randn(N, channels, requires_grad=True), torch.randn(V, channels)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            found = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, weight), torch.zeros(N).long())
-        found.backward()
+            loss = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, weight), torch.zeros(N).long())
+        loss.backward()
     with tempfile.TemporaryDirectory() as folder:
         profile.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
@@ -82,13 +83,13 @@ def loss_peak(dtype: torch.dtype) -> float:
 
 
 def loss() -> dict[str, Any]:
-    """The output layer of 124M: bytes of logits, and what remaking them costs."""
+    """The output layer of 124M: bytes of logits, and the cost of computing them twice."""
     c, tokens = GPT2, 64 * 1024
     small = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=256, bias=False))
     x, y = torch.zeros(2, 256, dtype=torch.long), torch.zeros(2, 256, dtype=torch.long)
     kept = {}
     for small.loss_chunk in (0, 64):
-        kept[small.loss_chunk] = kept_bytes(small, lambda: small(x, y)[1])  # type: ignore[arg-type, return-value]
+        kept[small.loss_chunk] = kept_bytes(small, lambda: small(x, y)[1])
     flops = GPT(c).flops_per_token()
     return {
         "peak_bytes_bfloat16_a_token_and_id": loss_peak(torch.bfloat16),
@@ -108,7 +109,7 @@ def polynomial(x: np.ndarray, steps: int) -> np.ndarray:
 
 
 def muon() -> dict[str, Any]:
-    """What the polynomial does to singular values, and what five steps cost beside a training step."""
+    """The effect of the polynomial on singular values, and the cost of five steps relative to a training step."""
     x = np.geomspace(1e-5, 1, 1_000_000)
     reached = {}
     for steps in (1, 3, 5, 7):
@@ -146,37 +147,35 @@ def muon() -> dict[str, Any]:
         "steps": reached,
         "normal_matrices": spectrum,
         "share_of_a_step": costs,
-        "state_bytes_124M": {
-            k: 4 * optimizer_state_numel(GPT(GPT2), SimpleNamespace(optimizer=k)) for k in ("adamw", "muon")
-        },
+        "state_bytes_124M": {kind: 4 * optimizer_state_numel(GPT(GPT2), kind) for kind in ("adamw", "muon")},
     }
 
 
 def positions() -> dict[str, Any]:
-    """Rotary positions: scores depend on the distance alone, lengths stay, and how long the waves are."""
+    """Rotary positions: scores depend only on the distance, lengths are preserved; and the wavelengths."""
     config = GPTConfig(arch="modern", bias=False, n_head=12)
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, config.head_dim, dtype=torch.float64)
 
-    def turned(x: Tensor, at: int) -> Tensor:
+    def rotated(x: Tensor, at: int) -> Tensor:
         return rotate(x, *rotary_cos_sin(torch.tensor([at], dtype=torch.float64), config))[0]
 
-    scores = [(turned(q, at + 7) @ turned(k, at)).item() for at in (0, 1, 100, 900)]
+    scores = [(rotated(q, at + 7) @ rotated(k, at)).item() for at in (0, 1, 100, 900)]
     longest = 2 * math.pi * config.rope_theta ** ((config.head_dim - 2) / config.head_dim)
     return {
         "scores_at_distance_7": scores,
-        "length_before_and_after": [q.norm().item(), turned(q, 500).norm().item()],
+        "length_before_and_after": [q.norm().item(), rotated(q, 500).norm().item()],
         "wavelengths_in_positions": [2 * math.pi, longest],
         "position_table": GPT2.block_size * GPT2.n_embd,
     }
 
 
 def precision() -> dict[str, Any]:
-    """Number formats, and what stays float32 under autocast."""
+    """Number formats, and the tensors that stay float32 under autocast."""
     kinds = {}
     for kind in (torch.float32, torch.bfloat16, torch.float16):
-        facts = torch.finfo(kind)
-        kinds[str(kind)] = {"half_a_step": facts.eps / 2, "tiny": facts.smallest_normal, "max": facts.max}
+        info = torch.finfo(kind)
+        kinds[str(kind)] = {"half_a_step": info.eps / 2, "tiny": info.smallest_normal, "max": info.max}
     kinds["torch.float16"]["smallest"] = 2**-24
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, vocab_size=128, block_size=256))
     seen: dict[str, str] = {}
@@ -185,9 +184,10 @@ def precision() -> dict[str, Any]:
         module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: str(o.dtype)}))
     x = torch.zeros(1, 256, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16):
-        logits, made = model(x, x)
-    made.backward()
-    seen |= {"logits": str(logits.dtype), "loss": str(made.dtype), "gradient": str(model.tokens.weight.grad.dtype)}
+        logits, loss = model(x, x)
+    loss.backward()
+    gradient = model.token_embedding.weight.grad
+    seen |= {"logits": str(logits.dtype), "loss": str(loss.dtype), "gradient": str(gradient.dtype)}
     one = torch.ones((), dtype=torch.bfloat16)
     return {"formats": kinds, "dtypes": seen, "one_plus_0.001_in_bfloat16": (one + 0.001).item()}
 

@@ -1,9 +1,9 @@
-"""bfloat16 against float32 on a CPU that has instructions for it: products, and whole steps, in turn.
+"""bfloat16 against float32 on a CPU with bfloat16 instructions: products and whole steps, alternating.
 
     python runs/cpu_step/bfloat16.py
 
 Prediction: by AVX-512's dot products (avx512_bf16, without AMX) a bfloat16 product is up to twice as fast, a small step
-as fast as in float32. Outcome (bfloat16.json): both are slower, at any size, so `--dtype=auto` asks for AMX.
+as fast as in float32. Outcome (bfloat16.json): both are slower at any size, so `--dtype=auto` requires AMX.
 """
 
 import json
@@ -33,7 +33,7 @@ def product(dtype: torch.dtype, rows: int, inner: int, columns: int) -> Callable
 
 
 def step(dtype: torch.dtype, n_embd: int) -> Callable[[], object]:
-    """Forward and backward of 16 rows of 128."""
+    """Forward and backward on 16 rows of 128 tokens."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=4, n_head=n_embd // 32, n_embd=n_embd, vocab_size=65, block_size=128, bias=False))
     idx = torch.randint(65, (16, 128))
@@ -48,29 +48,34 @@ def step(dtype: torch.dtype, n_embd: int) -> Callable[[], object]:
 
 
 def speed(make: Callable[..., Callable[[], object]], *sizes: int) -> float:
-    """bfloat16's speed over float32's, the median of a few rounds."""
-    works = [make(dtype, *sizes) for dtype in DTYPES]
+    """The speed of bfloat16 over that of float32, the median of a few rounds."""
+    functions = [make(dtype, *sizes) for dtype in DTYPES]
     ratios = []
     for _ in range(1 + ROUNDS):
         seconds = []
-        for work in works:
-            began, count = time.perf_counter(), 0
-            while time.perf_counter() - began < 0.3:
-                work()
+        for function in functions:
+            start = time.perf_counter()
+            count = 0
+            while time.perf_counter() - start < 0.3:
+                function()
                 count += 1
-            seconds.append((time.perf_counter() - began) / count)
+            seconds.append((time.perf_counter() - start) / count)
         ratios.append(seconds[0] / seconds[1])
     return round(statistics.median(ratios[1:]), 2)
 
 
 def main() -> None:
-    capability = torch.backends.cpu.get_cpu_capability()
-    amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-    found = machine() | {"capability": capability, "amx": amx, "avx512_bf16": avx, "threads": torch.get_num_threads()}
+    report = {
+        **machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "threads": torch.get_num_threads(),
+    }
     products = ((2048, 64, 64), (2048, 128, 512), (2048, 768, 768), (1024, 768, 3072))
-    found["products, bfloat16's speed over float32's"] = {str(sizes): speed(product, *sizes) for sizes in products}
-    found["steps, bfloat16's speed over float32's"] = {n_embd: speed(step, n_embd) for n_embd in (64, 128, 256, 768)}
-    text = json.dumps(found, indent=1)
+    report["products, bfloat16's speed over float32's"] = {str(sizes): speed(product, *sizes) for sizes in products}
+    report["steps, bfloat16's speed over float32's"] = {n_embd: speed(step, n_embd) for n_embd in (64, 128, 256, 768)}
+    text = json.dumps(report, indent=1)
     Path(__file__).with_suffix(".json").write_text(text + "\n")
     print(text)
 

@@ -3,20 +3,20 @@
     python runs/decode/measure.py --reference=CHECKOUT_OF_NANOGPT --to=runs/decode/cpu.json
     python runs/decode/measure.py --device=cuda --to=runs/decode/gpu.json
 
-For each size, batch and context every side in turn writes a few tokens, drawn with temperature 0.8 from the 200
-likeliest, and this several times over; the weights are random. `limit` is the time in which the bytes that ours reads
-for a token, its weights and the keys and values kept so far, come from memory at the speed at which this machine sums a
-large tensor, measured in the same turns; `read_gb_per_s` is that speed. int8 is FBGEMM's (weights and activations in 8
-bits, one scale a row), a patch that stays here: docs/optimizations.md says why.
+For each size, batch and context every program in turn generates a few tokens with temperature 0.8 and top-k 200,
+several times over; the weights are random. `limit` is the time to read the bytes that our program needs for a token,
+weights and KV cache, at the speed at which this machine sums a large tensor, measured in the same turns;
+`read_gb_per_s` is that speed. int8 is FBGEMM's (weights and activations in 8 bits, one scale a row); it stays here,
+docs/optimizations.md says why.
 
     python runs/decode/measure.py --loss=OUT_DIR --to=runs/decode/loss.json
 
-gives the validation loss of a run's model with its matrices in each format, and
+measures the validation loss of a run's model with its linear layers in each format, and
 
     python runs/decode/measure.py --whole=1000 --batches=1 --reference=CHECKOUT_OF_NANOGPT --to=runs/decode/whole.json
 
-the seconds in which each program's own way of writing, start to end, writes so many tokens after a prompt of one: that
-of transformers is `generate`, that of nanoGPT what its sample.py calls.
+the seconds that each program's own function takes for 1,000 tokens after a prompt of one: transformers' `generate`,
+and what nanoGPT's sample.py calls.
 """
 
 import argparse
@@ -53,13 +53,13 @@ from nanogpt.generate.low_precision import can_pack, replace_linears, rounded_li
 from nanogpt.generate.sampling import Sampling, sample_tokens  # noqa: E402
 
 SIZES = {"124M": (12, 12, 768), "1558M": (48, 25, 1600)}  # layers, heads, channels
-HOW = Sampling(temperature=0.8, top_k=200)
+SAMPLING = Sampling(temperature=0.8, top_k=200)
 Step = Callable[[], Any]
 Make = Callable[[int], Step]
 
 
 class Int8Linear(nn.Module):
-    """Weights as whole numbers of -127 to 127 and a scale for each row; activations quantized as they come."""
+    """int8 weights with a scale for each row; activations are quantized dynamically."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -73,40 +73,39 @@ class Int8Linear(nn.Module):
 
 
 def decoding(model: GPT, rows: int, compiled: bool, amp: Any) -> tuple[Decoder, Make]:
-    """A decoder, and what makes its step; it is one, whatever the context, and so compiled once."""
+    """Return a decoder and a function that makes its step; one decoder for all contexts, so compiled once."""
     with amp:
         decoder = Decoder(model, rows, compiled=compiled)
 
     def start(context: int) -> Step:
         with amp:
-            logits = [decoder.start([torch.randint(50_000, (context,)).tolist()] * rows)]
-        places = [(row, context) for row in range(rows)]
+            logits = [decoder.prefill([torch.randint(50_000, (context,)).tolist()] * rows)]
 
         def step() -> None:
             with amp:
-                ids = sample_tokens(logits[0], HOW, places)
-                ids.tolist()  # as `write` does, which shows them
-                logits[0] = decoder.step(ids)
+                ids = sample_tokens(logits[0], SAMPLING, range(rows), [context] * rows)
+                ids.tolist()  # as sample.py does, to print them
+                logits[0] = decoder.decode_step(ids)
 
         return step
 
     return decoder, start
 
 
-def nanogpt(model: Any, rows: int, context: int, device: str) -> Step:
+def nanogpt_step(model: Any, rows: int, context: int, device: str) -> Step:
     idx = torch.randint(50_000, (rows, context), device=device)
     return lambda: model.generate(idx, 1, temperature=0.8, top_k=200)
 
 
-def theirs(model: Any, rows: int, context: int, device: str) -> Step:
-    """transformers, as its `generate` does a step; what the prompt would have left in the cache is random."""
+def transformers_step(model: Any, rows: int, context: int, device: str) -> Step:
+    """A step of transformers' `generate`, with random keys and values for the prompt."""
     import transformers
 
     c = model.config
     cache = transformers.DynamicCache()
     for layer in range(c.n_layer):
-        kept = torch.randn(2, rows, c.n_head, context - 1, c.n_embd // c.n_head, device=device, dtype=model.dtype)
-        cache.update(kept[0], kept[1], layer)
+        random = torch.randn(2, rows, c.n_head, context - 1, c.n_embd // c.n_head, device=device, dtype=model.dtype)
+        cache.update(random[0], random[1], layer)
     ids = torch.randint(50_000, (rows, 1), device=device)
     warp = [transformers.TemperatureLogitsWarper(0.8), transformers.TopKLogitsWarper(200)]
 
@@ -121,32 +120,32 @@ def theirs(model: Any, rows: int, context: int, device: str) -> Step:
 
 
 def seconds(step: Step, count: int, world: Any) -> float:
-    for _ in range(1 if world.device.type == "cpu" else 5):  # the first should_compile, the next record a graph
+    for _ in range(1 if world.device.type == "cpu" else 5):  # warm-up
         step()
     world.synchronize()
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     for _ in range(count):
         step()
     world.synchronize()
-    return (time.perf_counter() - began) / count
+    return (time.perf_counter() - start_time) / count
 
 
 @dataclass
-class Side:
-    """A program: what makes its step from the context, and what writes so many tokens as it does itself."""
+class Program:
+    """A function that makes its step for a context, and one that generates N tokens the program's own way."""
 
     make: Make
     write: Callable[[int], Any]
 
 
-def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict[str, Side], int]:
-    """The programs, and the bytes of ours' weights."""
+def make_programs(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict[str, Program], int]:
+    """Return the programs, and the bytes of our weights."""
     import transformers
 
     (n_layer, n_head, n_embd), device = SIZES[size], str(world.device)
     torch.manual_seed(0)
     plain = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device).eval()
-    found: dict[str, Side] = {}
+    programs: dict[str, Program] = {}
     one = torch.full((rows, 1), 50_256, device=device)
 
     def add(name: str, change: Callable[[GPT], Any], amp: Any) -> None:
@@ -156,20 +155,20 @@ def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict
 
         def write(tokens: int) -> None:
             with amp:
-                for _ in decoder.generate(one.tolist(), tokens, HOW):
+                for _ in decoder.generate(one.tolist(), tokens, SAMPLING):
                     pass
 
-        found[name] = Side(start, write)
+        programs[name] = Program(start, write)
 
-    def add_theirs(name: str, dtype: torch.dtype) -> None:
+    def add_transformers(name: str, dtype: torch.dtype) -> None:
         config = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         model = transformers.GPT2LMHeadModel(config).to(device, dtype).eval()
-        how = {"do_sample": True, "temperature": 0.8, "top_k": 200, "pad_token_id": 50_256, "eos_token_id": None}
+        options = {"do_sample": True, "temperature": 0.8, "top_k": 200, "pad_token_id": 50_256, "eos_token_id": None}
 
         def write(tokens: int) -> None:
-            model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=tokens, **how)
+            model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=tokens, **options)
 
-        found[name] = Side(lambda context: theirs(model, rows, context, device), write)
+        programs[name] = Program(lambda context: transformers_step(model, rows, context, device), write)
 
     exact, half = contextlib.nullcontext(), partial(rounded_linear, dtype=world.dtype)
     packable = world.device.type == "cpu" and can_pack()
@@ -177,14 +176,14 @@ def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict
         add("ours", replace_linears, exact)
     else:
         add("ours", partial(replace_linears, layer=half), world.autocast())
-    if can_pack:
+    if packable:
         if world.dtype != torch.float32:  # a CPU with bfloat16 of its own
             add("packed float16", replace_linears, exact)
         add("ours float32", lambda model: None, exact)
         add("int8", partial(replace_linears, layer=Int8Linear), exact)
-    add_theirs("transformers bfloat16", torch.bfloat16)
+    add_transformers("transformers bfloat16", torch.bfloat16)
     if world.device.type == "cpu":
-        add_theirs("transformers float32", torch.float32)
+        add_transformers("transformers float32", torch.float32)
     if reference:
         sys.modules.pop("model")
         sys.path.insert(0, reference)
@@ -193,20 +192,20 @@ def sides(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict
         sys.path.pop(0)
         shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": 1024, "vocab_size": 50304}
         nano = checkout.GPT(checkout.GPTConfig(**shape, bias=True, dropout=0.0)).to(device).eval()
-        found["nanoGPT"] = Side(
-            lambda context: nanogpt(nano, rows, context, device),
+        programs["nanoGPT"] = Program(
+            lambda context: nanogpt_step(nano, rows, context, device),
             lambda tokens: nano.generate(one, tokens, temperature=0.8, top_k=200),
         )
-    return found, 2 * sum(p.numel() for p in plain.parameters())
+    return programs, 2 * sum(p.numel() for p in plain.parameters())
 
 
 def losses(out_dir: str, world: Any) -> dict[str, float]:
-    """The validation loss of a run's model, at most 200 windows, with its matrices in each format."""
-    world = replace(world, dtype=torch.float32)  # where a format wants mixed precision, it says so below
-    found = checkpoint.load(checkpoint.find(out_dir), with_optimizer=False)
-    config = found.state["config"]
+    """Measure the validation loss of a run's model on up to 200 windows, with its linear layers in each format."""
+    world = replace(world, dtype=torch.float32)  # mixed precision is part of the formats below
+    state = checkpoint.load(checkpoint.find(out_dir), with_optimizer=False).state
+    config = state["config"]
     dataset = open_dataset(config["dataset"], block_size=config["block_size"])
-    windows = EvalWindows(dataset.val, config["block_size"], 20, 10, found.state["model"]["vocab_size"])
+    windows = EvalWindows(dataset.val, config["block_size"], 20, 10, state["model"]["vocab_size"])
     formats: dict[str, tuple[Callable[[GPT], Any], Any]] = {"float32": (lambda model: None, contextlib.nullcontext())}
     for dtype in (torch.bfloat16, torch.float16):
         layer = partial(rounded_linear, dtype=dtype)
@@ -224,26 +223,26 @@ def losses(out_dir: str, world: Any) -> dict[str, float]:
     return result
 
 
-def chosen(args: argparse.Namespace, size: str, rows: int, world: Any) -> tuple[dict[str, Side], int]:
-    found, weight_bytes = sides(size, rows, args.reference, world)
-    only = args.only.split(",") if args.only else found
-    return {name: side for name, side in found.items() if name in only}, weight_bytes
+def selected_programs(args: argparse.Namespace, size: str, rows: int, world: Any) -> tuple[dict[str, Program], int]:
+    programs, weight_bytes = make_programs(size, rows, args.reference, world)
+    only = args.only.split(",") if args.only else programs
+    return {name: program for name, program in programs.items() if name in only}, weight_bytes
 
 
 def whole_runs(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
     results = []
     for size in args.sizes.split(","):
         for rows in map(int, args.batches.split(",")):
-            took = {}
-            for name, program in chosen(args, size, rows, world)[0].items():
+            elapsed = {}
+            for name, program in selected_programs(args, size, rows, world)[0].items():
                 program.write(3)
                 world.synchronize()
-                began = time.perf_counter()
+                start_time = time.perf_counter()
                 program.write(args.whole)
                 world.synchronize()
-                took[name] = round(time.perf_counter() - began, 2)
-                print(f"{size}, batch {rows}, {args.whole} tokens: {name} {took[name]} s", flush=True)
-            results.append({"size": size, "batch": rows, "tokens": args.whole, "seconds": took})
+                elapsed[name] = round(time.perf_counter() - start_time, 2)
+                print(f"{size}, batch {rows}, {args.whole} tokens: {name} {elapsed[name]} s", flush=True)
+            results.append({"size": size, "batch": rows, "tokens": args.whole, "seconds": elapsed})
     return results
 
 
@@ -252,11 +251,11 @@ def speeds(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
     large = torch.randn(2**26 if world.device.type == "cpu" else 2**30, device=world.device)
     for size in args.sizes.split(","):
         for rows in map(int, args.batches.split(",")):
-            programs, weight_bytes = chosen(args, size, rows, world)
+            programs, weight_bytes = selected_programs(args, size, rows, world)
             for context in map(int, args.contexts.split(",")):
                 n_layer, _, n_embd = SIZES[size]
-                number = 4 if world.dtype == torch.float32 else 2  # bytes of one in ours' keys and values
-                read = weight_bytes + 2 * n_layer * n_embd * rows * context * number
+                item_bytes = 4 if world.dtype == torch.float32 else 2  # of our KV cache
+                read = weight_bytes + 2 * n_layer * n_embd * rows * context * item_bytes
                 times: dict[str, list[float]] = {name: [] for name in programs} | {"limit": []}
                 for _ in range(args.rounds):
                     times["limit"].append(read / large.nbytes * seconds(large.sum, 5, world))
@@ -264,18 +263,18 @@ def speeds(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
                         count = max(1, args.tokens // (1 if name in ("ours", "packed float16", "int8") else 5))
                         times[name].append(seconds(program.make(context), count, world))
                 ratios = {
-                    name: statistics.median(a / b for a, b in zip(found, times["ours"], strict=True))
-                    for name, found in times.items()
+                    name: statistics.median(a / b for a, b in zip(values, times["ours"], strict=True))
+                    for name, values in times.items()
                 }
-                rate = {name: round(rows / statistics.median(found), 2) for name, found in times.items()}
+                rate = {name: round(rows / statistics.median(values), 2) for name, values in times.items()}
                 results.append(
                     {"size": size, "batch": rows, "context": context, "tokens_per_s": rate}
                     | {"ours_is_faster_by": {name: round(ratio, 3) for name, ratio in ratios.items()}}
-                    | {"read_gb_per_s": [round(read / found / 1e9, 1) for found in times["limit"]]}
+                    | {"read_gb_per_s": [round(read / value / 1e9, 1) for value in times["limit"]]}
                     | {"seconds": times}
                 )
-                told = ", ".join(f"{name} {rate[name]} ({ratios[name]:.2f})" for name in times)
-                print(f"{size}, batch {rows}, context {context}: tok/s (times ours' speed): {told}", flush=True)
+                summary = ", ".join(f"{name} {rate[name]} ({ratios[name]:.2f})" for name in times)
+                print(f"{size}, batch {rows}, context {context}: tok/s (times ours' speed): {summary}", flush=True)
     return results
 
 
@@ -291,9 +290,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     world = distributed.start(args.device, "auto")
     if args.loss:
-        found: dict[str, Any] = {"val_loss": losses(args.loss, world)}
+        results: dict[str, Any] = {"val_loss": losses(args.loss, world)}
     else:
-        found = {"results": whole_runs(args, world) if args.whole else speeds(args, world)}
+        results = {"results": whole_runs(args, world) if args.whole else speeds(args, world)}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     about = {"command": " ".join(["python", "runs/decode/measure.py", *sys.argv[1:]]), "commit": commit.stdout.strip()}
     about |= {"machine": f"{describe_device(world.device)}, {platform.machine()}", "cores": os.cpu_count()}
@@ -303,9 +302,9 @@ def main() -> None:
         "transformers": version("transformers"),
         "threads": torch.get_num_threads(),
     }
-    print(json.dumps(found, indent=1) if args.loss else "")
+    print(json.dumps(results, indent=1) if args.loss else "")
     if args.to:
-        Path(args.to).write_text(json.dumps(about | found, indent=1) + "\n")
+        Path(args.to).write_text(json.dumps(about | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

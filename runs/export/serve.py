@@ -1,12 +1,12 @@
-"""An exported folder behind `transformers serve`, asked by the `openai` client; the outcome is in serve.json.
+"""Serve an exported folder by `transformers serve` and query it by the `openai` client; results in serve.json.
 
     pip install "transformers[serving]"
     python runs/export/serve.py
 
-Makes a small model of each architecture with random weights and characters for tokens, exports it by export.py, starts
-the server on a free port, and asks at /v1/completions for greedy text, whole and streamed. The text must be that of our
-own network, decoded without a cache. Then two requests that a server may refuse: a character that the model lacks, and
-a chat, for which a model that continues text has no format.
+Makes a small model of each architecture with random weights and a character tokenizer, exports it by export.py, starts
+the server on a free port, and requests greedy text at /v1/completions, whole and streamed. The text must be that of our
+own network, decoded without a cache. Two more requests may be refused: a character that the model does not have, and
+a chat, for which the model has no template.
 """
 
 import contextlib
@@ -87,15 +87,15 @@ def serving(folder: Path, log: Path) -> Iterator[tuple[openai.OpenAI, str]]:
             server.terminate()
 
 
-def told(ask: Any) -> str:
-    """What comes of a request: the text, or the status with the first line of its reason."""
+def describe(request: Any) -> str:
+    """Return the text of a response, or the status with the first line of its reason."""
     try:
-        return repr(ask())
+        return repr(request())
     except openai.APIStatusError as error:
         return f"{error.status_code}: {str(error).splitlines()[0][:200]}"
 
 
-def ask(work: Path, name: str) -> dict[str, Any]:
+def query(work: Path, name: str) -> dict[str, Any]:
     tokenizer = Tokenizer.characters(TEXT)
     model = make_run(work / "run", tokenizer, **MODELS[name])
     folder = work / name
@@ -106,8 +106,8 @@ def ask(work: Path, name: str) -> dict[str, Any]:
         whole = client.completions.create(**request)
         streamed = "".join(part.choices[0].text for part in client.completions.create(**request, stream=True))
         message: Any = [{"role": "user", "content": PROMPT}]
-        chat = told(lambda: client.chat.completions.create(model=str(folder), messages=message, max_tokens=5))
-        lacking = told(lambda: client.completions.create(**request | {"prompt": "Zzz"}).choices[0].text)
+        chat = describe(lambda: client.chat.completions.create(model=str(folder), messages=message, max_tokens=5))
+        lacking = describe(lambda: client.completions.create(**request | {"prompt": "Zzz"}).choices[0].text)
         after = client.completions.create(**request).choices[0].text
     ours = greedy(model, tokenizer)
     return {
@@ -129,7 +129,7 @@ def main() -> None:
     results["packages"] = {package: importlib.metadata.version(package) for package in PACKAGES}
     for name in MODELS:
         with tempfile.TemporaryDirectory() as work:
-            results[name] = ask(Path(work), name)
+            results[name] = query(Path(work), name)
     text = json.dumps(results, indent=1)
     (HERE / "serve.json").write_text(text + "\n", encoding="utf-8")
     print(text)

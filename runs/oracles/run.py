@@ -1,11 +1,11 @@
-"""How far this program is from its oracles, as figures; the tests hold each of them to a bound.
+"""Measure the distance of this program from its oracles; the tests hold each figure to a bound.
 
     python runs/oracles/run.py [--reference=NANOGPT_CHECKOUT]
 
 1. transformers' GPT2LMHeadModel with random weights: the largest difference of the logits, of the loss, and of any
    gradient relative to the largest of its tensor.
-2. A source of text of which all is known (order 2, four letters): the trained model's loss on 40,000 validation tokens
-   over the source's own. 1 is as good as anybody can be.
+2. A Markov source of order 2 and four letters: the trained model's loss on 40,000 validation tokens divided by the
+   source's entropy. 1 is the best possible.
 3. With a nanoGPT checkout: our prepare.py's files against its, byte for byte, and its logits for its own ckpt.pt.
 """
 
@@ -23,24 +23,29 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from test_model import build_oracle, in_our_names  # noqa: E402
+from random_models import build_gpt2  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
+from nanogpt.interop.names import strip_wrappers, translate  # noqa: E402
 
 SHAPES = {"gpt2": (768, 12), "gpt2-medium": (1024, 16), "gpt2-large": (1280, 20), "gpt2-xl": (1600, 25)}
 
 
 def against_transformers(config: GPTConfig, T: int) -> dict[str, float]:
-    torch.manual_seed(0)
-    oracle = build_oracle(config)
-    model = GPT.from_tensors(config, in_our_names(dict(oracle.state_dict()), config))
+    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    oracle = build_gpt2(scale=config.n_embd**-0.5, n_positions=config.block_size, **sizes)
+
+    def in_our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return translate("transformers", strip_wrappers("transformers", tensors), vars(config), transposed=True)
+
+    model = GPT.from_tensors(config, in_our_names(dict(oracle.state_dict())))
     idx = torch.randint(config.vocab_size, (2, T + 1))
     expected = oracle(idx[:, :-1], labels=None).logits
     their_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), idx[:, 1:].flatten())
     logits, loss = model(idx[:, :-1], idx[:, 1:])
     names, parameters = zip(*oracle.named_parameters(), strict=True)
     gradients = dict(zip(names, torch.autograd.grad(their_loss, parameters), strict=True))
-    theirs = in_our_names(gradients, config)
+    theirs = in_our_names(gradients)
     names, parameters = zip(*model.named_parameters(), strict=True)
     ours = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
     relative = [((ours[n][: len(g)] - g).abs().max() / g.abs().max()).item() for n, g in theirs.items()]
@@ -79,9 +84,9 @@ def against_nanogpt(checkout: Path) -> dict[str, float | bool]:
 
 
 def against_the_source() -> float:
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "tests/test_markov.py"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return float(re.search(r"loss over the source's own: ([\d.]+)", told)[1])
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "tests/oracles/test_markov.py"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return float(re.search(r"loss over the source's own: ([\d.]+)", output)[1])
 
 
 def main() -> None:

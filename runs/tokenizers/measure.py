@@ -59,13 +59,13 @@ def speeds(work: Path, kind: str, rounds: int) -> dict[str, float]:
     """Megabytes of text a second of each library, one thread."""
     tokenizer = Tokenizer.load(folder_of(work, kind))
     assert tokenizer is not None
-    assert tokenizer._fast is not None
+    assert tokenizer._tiktoken is not None
     plain = open_dataset(folder_of(work, "byte"), block_size=8, splits=["val"]).val[:]
     text = bytes(plain[plain < 256].astype("u1")).decode()
     sides = {
         "tokenizers": lambda: tokenizer._inner.encode(text, add_special_tokens=False),
-        "tiktoken": lambda: tokenizer._fast.encode_to_numpy(text, disallowed_special=()),
-        "gigatoken": lambda: tokenizer._fastest.encode(text),
+        "tiktoken": lambda: tokenizer._tiktoken.encode_to_numpy(text, disallowed_special=()),
+        "gigatoken": lambda: tokenizer._gigatoken.encode(text),
     }
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):

@@ -1,11 +1,10 @@
-"""Kill a small run again and again, restart it with --resume=auto, and compare its end with an undisturbed run's.
+"""Kill a small run again and again, resume it with --resume=auto, and compare its end with an undisturbed run's.
 
-    python tests/chaos.py --kills=110 --pair_kills=5 --changes=2 --seed=1
+    python tests/chaos/chaos.py --kills=110 --pair_kills=5 --seed=1
 
-Three trials, each left out by a 0. kills: one process, SIGKILL at random instants and at random operations on files,
-most of them of a save. pair_kills: two gloo processes under torchrun, of which one gets SIGKILL. changes: SIGTERM, then
-another number of processes (2, 1, 2, …). Prints a line for each kill; at the first difference it ends with status 1,
-the reason, and its folder left for a look. Needs Linux.
+kills: one process, SIGKILL at random times and in random file operations, most of them of a save. pair_kills: two gloo
+processes under torchrun, of which one gets SIGKILL. Prints a line for each kill. Ends at the first difference with
+status 1 and the reason, and leaves its folder for inspection. Needs Linux.
 """
 
 import argparse
@@ -24,107 +23,111 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as when train.py itself is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import safetensors.torch
 import torch
 import transformers
-from conftest import LETTERS, ROOT, Source, environment, flags, metrics
+from conftest import ROOT, environment, flags, metrics
+from small_data import LETTERS, Source
 
 import train
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.data.rows import Rows
 from nanogpt.data.write import write_dataset
 from nanogpt.errors import run_script
 from nanogpt.metrics import MetricsWriter
+from nanogpt.schedule import StepSchedule
 from nanogpt.text.tokenizer import Tokenizer
 
-EVERY, STEPS = 4, 32  # steps from save to save, and of a run of one process
-KILLS_A_RUN = 9  # after which a run is let go to its end, and another begins
-POWER_CUTS = 0.3  # share of the kills of one process after which what was not synced is lost too
+EVERY = 4  # steps between saves
+STEPS = 32
+KILLS_PER_RUN = 9
+POWER_CUTS = 0.3  # share of the kills of one process after which unsynced data is lost too
 BASE = {"n_layer": 2, "gradient_accumulation_steps": 2, "row_order": "epoch", "eval_interval": EVERY}
-GPT2 = BASE | {"dropout": 0.2, "lr_decay_iters": ...}
+GPT2 = BASE | {"dropout": 0.2, "lr_decay_iters": ..., "max_iters": STEPS}
 MODERN = GPT2 | {"arch": "modern", "bias": False, "n_kv_head": 1, "tied": False, "optimizer": "muon", "skip_spikes": 3}
+# A GPT-2 of transformers, with which a resumed run must not start again.
+PRETRAINED = GPT2 | {"init_from": "pretrained", "optimizer": "muon", "skip_spikes": 3}
 
-# Where a process can be made to die: whose function it is, which argument is the path, how many come in two saves.
+# Operations in which a process can be killed: owner of the function, which argument is the path, calls in two saves.
 OPERATIONS: dict[str, tuple[Any, int, int]] = {
-    "mkdir": (os, 0, 2),
+    "mkdir": (os, 0, 4),
     "save_file": (safetensors.torch, 1, 4),
     "write_text": (Path, 0, 6),
-    "fsync": (os, 0, 14),
+    "fsync": (os, 0, 16),
     "rename": (os, 0, 2),
-    "rmtree": (shutil, 0, 5),
+    "rmtree": (shutil, 0, 6),
     "log": (MetricsWriter, 0, 2 * EVERY),  # not of a save: a line of metrics.jsonl
 }
-# A step saved twice, because a SIGTERM came before its evaluation: the old checkpoint makes way for the new one.
-TWICE = [("rename", 1, 1.0), ("rename", 2, 0.0), ("rename", 2, 1.0), ("rmtree", 2, 0.5)]
 
 
-class Doom(NamedTuple):
-    """A death from within: in the `nth` operation `name`, of which `share` was done. "stop" stands for a SIGTERM
-    at step `nth`."""
+class Kill(NamedTuple):
+    """SIGKILL in the `nth` operation `name`, after `share` of it.
+
+    "line": from outside, share × 50 ms after the `nth` line of the journal. "stop": SIGTERM at step `nth`.
+    """
 
     name: str
     nth: int
     share: float
+    rank: int = 0
 
 
-class Blow(NamedTuple):
-    """A death from without: `delay_s` after the `nth` line of the journal that begins with `word`."""
-
-    word: str
-    nth: int
-    delay_s: float
+# A step that is saved twice, because SIGTERM came before its evaluation: the old checkpoint gives way to the new one.
+SECOND_SAVES = [Kill("rename", 1, 1), Kill("rename", 2, 0), Kill("rename", 2, 1), Kill("rmtree", 3, 0.5)]
 
 
 class Mismatch(Exception):
-    """What a killed run left, or where it ended, is not as it must be."""
+    """A killed run left, or ended with, something else than the undisturbed run."""
 
 
-def demand(holds: bool, why: str) -> None:
-    if not holds:
-        raise Mismatch(why)
+def require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise Mismatch(problem)
 
 
-# ---- in the process that is to die
+# ---- in the process that is killed
 
 
-def watch(journal: Path, doom: Doom | None) -> None:
-    """Have this process, which will run train.py's main, tell `journal` what it does, and die of `doom`."""
-    handle, is_main = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT), os.environ.get("RANK", "0") == "0"
-    here, left, last_step = threading.local(), doom.nth if doom else 0, -1
+def instrument(journal: Path, kill: Kill | None) -> None:
+    """Make this process, which will run train.py's main, report to `journal`, and kill itself as `kill` says."""
+    handle = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    rank = int(os.environ.get("RANK", 0))
+    local = threading.local()
+    left = kill.nth if kill and kill.rank == rank else 0
 
-    def tell(*words: object) -> None:  # at once: what was told survives the teller
+    def report(*words: object) -> None:  # unbuffered, so that it survives the kill
         os.write(handle, (" ".join(map(str, words)) + "\n").encode())
 
-    def die(when: str, name: str, path: Path) -> None:
-        tell("fatal", when, name, "of", path.name)
+    def die(moment: str, name: str, path: Path) -> None:
+        report("fatal", moment, name, "of", path.name)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def observe(owner: Any, name: str, place: int) -> None:
+    def instrument_operation(owner: Any, name: str, place: int) -> None:
         original = getattr(owner, name)
 
         def operation(*args: Any, **keys: Any) -> Any:
             nonlocal left
-            counts = name == "log" or getattr(here, "saving", False)
-            if not (counts or name == "fsync"):
+            is_counted = name == "log" or getattr(local, "saving", False)
+            if not is_counted and name != "fsync":
                 return original(*args, **keys)
-            where = {"log": lambda of: of.path, "fsync": lambda of: os.readlink(f"/proc/self/fd/{of}")}
-            path = Path(where.get(name, str)(args[place]))
-            share = None  # of this operation, after which the process dies; None: it lives on
-            if doom and counts and doom.name == name:
+            share = -1.0  # of this operation, after which the process dies; below 0: it lives
+            if kill and is_counted and kill.name == name:
                 left -= 1
-                share = doom.share if left == 0 else None
+                share = kill.share if left == 0 else -1.0
+            path = args[place].path if name == "log" else Path(str(args[place]))
+            if name == "fsync":
+                path = Path(os.readlink(f"/proc/self/fd/{args[0]}"))
+
             if share == 0:
                 die("before", name, path)
-            if share not in (None, 1) and name == "rmtree" and path.exists():
+            if 0 < share < 1 and name == "rmtree" and path.exists():
                 files = sorted(path.iterdir())
                 for file in files[: math.ceil(share * len(files))]:
                     file.unlink()
@@ -132,76 +135,55 @@ def watch(journal: Path, doom: Doom | None) -> None:
             size = path.stat().st_size if name == "log" else 0
             result = original(*args, **keys)
             if name == "fsync":
-                found = os.fstat(args[0])
-                tell("synced", found.st_ino, found.st_size)
+                status = os.fstat(args[0])
+                report("synced", status.st_ino, status.st_size)
             elif path.is_file():
-                if name != "log":  # which adds to what was synced
-                    tell("written", path.stat().st_ino)
-                if share not in (None, 1):  # a kill amid a write leaves the beginning
+                if name != "log":  # which appends to what was synced
+                    report("written", path.stat().st_ino)
+                if 0 < share < 1:  # a kill amid a write leaves the beginning
                     os.truncate(path, size + int(share * (path.stat().st_size - size)))
                     die("amid", name, path)
             elif name == "rename" and re.fullmatch(r"step-\d+", Path(args[1]).name):
-                tell("finished", int(Path(args[1]).name[5:]))
-            if share is not None:
+                report("finished", int(Path(args[1]).name[5:]))
+            if share >= 0:
                 die("after", name, path)
             return result
 
         setattr(owner, name, operation)
 
-    def bracket(name: str) -> None:
-        original = getattr(checkpoint, name)
+    save_and_prune, lr_scale = checkpoint.Writer._write, StepSchedule.lr_scale
 
-        def inside(*args: Any) -> Any:
-            here.saving = True
-            tell("enter", name)
-            try:
-                return original(*args)
-            finally:
-                tell("leave", name)
-                here.saving = False
+    def watched_save(*args: Any) -> None:
+        local.saving = True
+        report("phase", "in a save")
+        save_and_prune(*args)
+        report("phase", "between saves")
 
-        setattr(checkpoint, name, inside)
-
-    rate, read, to_resume = train.TrainConfig.learning_rate_at, Rows.__getitem__, checkpoint.load_latest
-
-    def learning_rate_at(config: train.TrainConfig, step: int) -> float:
-        nonlocal last_step
-        if step > last_step:  # the log asks again, for steps that are over
-            last_step = step
-            if is_main:
-                tell("step", step)
-            if doom and doom.name == "stop" and step == doom.nth:
-                signal.raise_signal(signal.SIGTERM)
-        return rate(config, step)
-
-    def getitem(rows: Rows, span: slice) -> Any:
-        tell("rows", last_step, span.start, span.stop)
-        return read(rows, span)
-
-    def find_start(*args: Any) -> Checkpoint | None:
-        found = to_resume(*args)
-        tell("resumed", found.state["step"] if found else 0)
-        return found
+    def watched_lr_scale(schedule: StepSchedule, step: int) -> float:
+        if rank == 0:
+            report("step", step)
+        if kill and kill.name == "stop" and step == kill.nth:
+            signal.raise_signal(signal.SIGTERM)
+        return lr_scale(schedule, step)
 
     for name, (owner, place, _) in OPERATIONS.items():
-        observe(owner, name, place)
-    bracket("save")
-    bracket("prune")
-    for owner, name, spy in (
-        (train.TrainConfig, "learning_rate_at", learning_rate_at),
-        (Rows, "__getitem__", getitem),
-        (checkpoint, "load_latest", find_start),
-    ):
-        setattr(owner, name, spy)
-    tell("born", os.environ.get("RANK", 0), os.getpid())
+        instrument_operation(owner, name, place)
+    checkpoint.Writer._write = watched_save  # type: ignore[method-assign]
+    StepSchedule.lr_scale = watched_lr_scale  # type: ignore[method-assign]
+    report("born", rank, os.getpid())
 
 
-def fork(journal: Path, doom: Doom | None, arguments: list[str], log: Path) -> int:
-    """train.py with these arguments in a child of this process; returns its id.
+def work(journal: Path, kill: Kill | None, arguments: list[str]) -> None:
+    instrument(journal, kill)
+    sys.argv = ["train.py", *arguments]
+    run_script(train.main)
 
-    Forked, because each start of a Python spends three seconds importing torch, a fork none: fifty kills take a minute.
-    The child is a process as any other, and SIGKILL as sudden to it. This process has one thread and computes nothing,
-    so the child finds torch as if it had imported it itself; the undisturbed run beside it is `python train.py`.
+
+def fork(journal: Path, kill: Kill | None, arguments: list[str], log: Path) -> int:
+    """Run train.py with these arguments in a child process; returns its id.
+
+    Forked, because starting Python takes three seconds for the import of torch. This process has one thread and
+    computes nothing, so the child finds torch as if it had imported it; the undisturbed run is `python train.py`.
     """
     if child := os.fork():
         return child
@@ -210,9 +192,7 @@ def fork(journal: Path, doom: Doom | None, arguments: list[str], log: Path) -> i
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.argv = ["train.py", *arguments]
-        watch(journal, doom)
-        run_script(train.main)
+        work(journal, kill, arguments)
     except SystemExit as end:
         status = int(end.code or 0)
     except BaseException:
@@ -220,322 +200,205 @@ def fork(journal: Path, doom: Doom | None, arguments: list[str], log: Path) -> i
     os._exit(status)
 
 
-def work(journal: Path, dooms: list[list[Any] | None], arguments: list[str]) -> None:
-    """train.py with these arguments as one of several processes. The first dies of `dooms`, one a life."""
-    life, rank = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(os.environ.get("RANK", 0))
-    doom = dooms[life] if rank == 0 and life < len(dooms) else None
-    watch(journal, Doom(*doom) if doom else None)
-    while not go_ahead(journal, life).exists():  # the life before this one is being looked at
-        time.sleep(0.01)
-    sys.argv = ["train.py", *arguments]
-    run_script(train.main)
-
-
-def go_ahead(journal: Path, life: int) -> Path:
-    return journal.with_name(f"{journal.name}.go-{life}")
-
-
-# ---- who watches it
+# ---- in the process that watches
 
 
 class Witness:
-    """Follows one run through its lives and compares it with the undisturbed one in `reference`, which kept all of its
-    checkpoints.
+    """Starts and follows a run, and compares it with `reference`, an undisturbed run that kept all its checkpoints."""
 
-    finished: step of the newest checkpoint that had got its name. synced: bytes of each file, by its inode, that a
-    power cut would leave. rows: (step, row) of each row read.
-    """
+    def __init__(self, home: Path, name: str, processes: int, keys: dict[str, Any], reference: Path):
+        self.out_dir = home / name
+        self.reference = reference
+        self.processes = processes
+        self.arguments = flags(**keys, out_dir=self.out_dir, resume="auto")
+        self.log = home / f"{name}.log"
+        self.journal = home / f"{name}.journal"
+        self.finished = 0  # step of the newest checkpoint that had its name
+        self.synced: dict[int, int] = {}  # bytes of each file, by inode, that survive a power cut
 
-    def __init__(self, home: Path, name: str, reference: Path | None = None):
-        self.out_dir, self.reference = home / name, reference
-        self.journal, self.log = home / f"{name}.journal", home / f"{name}.log"
-        self.journal.touch()
-        go_ahead(self.journal, 0).touch()
-        self.file, self.rest = self.journal.open(), ""
-        self.finished, self.synced, self.rows = 0, dict[int, int](), list[tuple[int, int]]()
-        self.pids: dict[int, int] = {}  # by rank
-        self.begin()
+    def run(self, kill: Kill | None) -> int | None:
+        """Start the run and wait for its end; returns its status, None where it was killed."""
+        self.journal.write_text("")
+        self.fatal = ""
+        if self.processes == 1:
+            child = fork(self.journal, kill, self.arguments, self.log)
+        else:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+            worker = [__file__, "--worker", str(self.journal), json.dumps(kill), *self.arguments]
+            with self.log.open("a") as file:
+                command = [sys.executable, *torchrun, *worker]
+                child = subprocess.Popen(command, env=environment(), stdout=file, stderr=file).pid
+        ended = 0
+        while not ended:
+            time.sleep(0.001)
+            if kill and kill.name == "line" and not self.fatal:
+                self._kill_from_outside(kill)
+            ended, code = os.waitpid(child, os.WNOHANG)
+        self._read_journal()
+        status = os.waitstatus_to_exitcode(code)
+        was_killed = bool(self.fatal) and status != 0
+        was_stopped = kill is not None and kill.name == "stop" and status == 143
+        require(was_killed or was_stopped or status == 0, f"status {status}:\n{self.log.read_text()[-2000:]}")
+        return None if was_killed else status
 
-    def begin(self) -> None:
-        """A life begins."""
-        self.heard, self.step, self.inside, self.fatal = Counter[str](), -1, "", ""
+    def _kill_from_outside(self, kill: Kill) -> None:
+        """Before the process is reaped, so that its id is still its own."""
+        lines = self.journal.read_text().splitlines()
+        pids = {words[1]: int(words[2]) for words in map(str.split, lines) if words[0] == "born"}
+        if len(lines) >= kill.nth and str(kill.rank) in pids:
+            time.sleep(0.05 * kill.share)
+            os.kill(pids[str(kill.rank)], signal.SIGKILL)
+            self.fatal = "at a random time"
 
-    def listen(self, blow: Blow | None = None, victim: int = 0) -> Iterator[str]:
-        """The first word of each line that has come to the journal since the last time. Strikes the victim, a rank."""
-        *lines, self.rest = (self.rest + self.file.read()).split("\n")
-        for line in lines:
-            word, *texts = line.split()
+    def _read_journal(self) -> None:
+        self.phase = "at the start"
+        for line in self.journal.read_text().splitlines():
+            word, _, rest = line.partition(" ")
             if word == "fatal":
-                self.fatal = " ".join(texts)
-            elif word in ("enter", "leave"):
-                self.inside = texts[0] if word == "enter" else ""
-            else:
-                numbers = [int(text) for text in texts]
-                match word:
-                    case "born":
-                        self.pids[numbers[0]] = numbers[1]
-                    case "step":
-                        self.step = numbers[0]
-                    case "resumed":
-                        demand(
-                            numbers[0] >= self.finished, f"resumed at {numbers[0]}, but {self.finished} was finished"
-                        )
-                    case "finished":
-                        self.finished = numbers[0]
-                    case "written":
-                        self.synced.pop(numbers[0], None)
-                    case "synced":
-                        self.synced[numbers[0]] = numbers[1]
-                    case "rows":
-                        self.rows += [(numbers[0], row) for row in range(*numbers[1:])]
-            self.heard[word] += 1
-            if blow and word == blow.word and self.heard[word] == blow.nth:
-                time.sleep(blow.delay_s)
-                os.kill(self.pids[victim], signal.SIGKILL)
-                self.fatal = "at an instant"
-            yield word
-
-    def where(self) -> str:
-        """The moment of death, in words."""
-        place = f"in {self.inside}, " if self.inside else f"at step {self.step}, " if self.step >= 0 else ""
-        return place + self.fatal
+                self.fatal = rest
+            elif word in ("phase", "step"):
+                self.phase = rest if word == "phase" else self.phase
+            elif word == "finished":
+                self.finished = int(rest)
+            elif word == "written":
+                self.synced.pop(int(rest), None)
+            elif word == "synced":
+                inode, size = map(int, rest.split())
+                self.synced[inode] = size
 
     def cut_power(self, random: Random) -> None:
         """Take from each file some of what was written to it after its last fsync."""
         for path in self.out_dir.rglob("*"):
             if path.is_file():
-                found = path.stat()
-                os.truncate(path, random.randint(min(self.synced.get(found.st_ino, 0), found.st_size), found.st_size))
+                status = path.stat()
+                synced = min(self.synced.get(status.st_ino, 0), status.st_size)
+                os.truncate(path, random.randint(synced, status.st_size))
 
     def check(self) -> int:
-        """The step that the next start goes on from. Raises Mismatch where that checkpoint is older than the newest
-        that was finished, or not to the bit what the undisturbed run had at that step."""
-        copy, told = self.out_dir.with_name("copy"), io.StringIO()  # a copy, because `to_resume` mends what it finds
+        """The step that the next start resumes from.
+
+        Raises Mismatch where that checkpoint is older than the newest finished one, or differs from the undisturbed
+        run's in a bit.
+        """
+        copy, output = self.out_dir.with_name("copy"), io.StringIO()  # a copy, because `load_latest` repairs
         shutil.rmtree(copy, ignore_errors=True)
         if self.out_dir.exists():
             shutil.copytree(self.out_dir, copy)
-        with contextlib.redirect_stdout(told):
-            found = checkpoint.load_latest(copy, "auto")
-        demand(not told.getvalue(), told.getvalue())  # it tells of damaged ones
-        step = found.state["step"] if found else 0
-        demand(step >= self.finished, f"the newest whole checkpoint is {step}, but {self.finished} was finished")
-        if found and self.reference:
-            compare(found, checkpoint.load(self.reference / "ckpt" / found.path.name), "step", "samples", "guard")
+        with contextlib.redirect_stdout(output):
+            resumed = checkpoint.load_latest(copy, "auto")
+        require(not output.getvalue(), output.getvalue())  # it names damaged checkpoints
+        step = resumed.state["step"] if resumed else 0
+        require(step >= self.finished, f"the newest intact checkpoint is {step}, but {self.finished} was finished")
+        if resumed:
+            compare(resumed, checkpoint.load(self.reference / "ckpt" / resumed.path.name), "step", "samples", "guard")
         return step
 
     def check_end(self) -> None:
-        """Raises Mismatch unless the run ended as the undisturbed one: each line of metrics.jsonl, each checkpoint that
-        a run keeps, and nothing else left."""
-        assert self.reference
+        """Raises Mismatch unless metrics.jsonl, the checkpoints and the files are those of the undisturbed run."""
         for n, (ours, theirs) in enumerate(itertools.zip_longest(metrics(self.out_dir), metrics(self.reference)), 1):
-            demand(ours == theirs, f"line {n} of metrics.jsonl: {ours}; undisturbed: {theirs}")
-        whole = checkpoint.list_checkpoints(self.reference)
-        kept = {path.name for path in (*whole[:2], checkpoint.best(whole)) if path}
+            require(ours == theirs, f"line {n} of metrics.jsonl: {ours}; undisturbed: {theirs}")
+        paths = checkpoint.list_checkpoints(self.reference)
+        kept = {path.name for path in (*paths[:2], checkpoint.best(paths)) if path}
         names = {path.name for path in (self.out_dir / "ckpt").iterdir()}
-        demand(names == kept, f"ckpt holds {sorted(names)}; undisturbed: {sorted(kept)}")
+        require(names == kept, f"ckpt holds {sorted(names)}; undisturbed: {sorted(kept)}")
         for name in kept:
             a, b = (checkpoint.load(out_dir / "ckpt" / name) for out_dir in (self.out_dir, self.reference))
             compare(a, b, *(a.state.keys() | b.state.keys()) - {"time_s", "config"})
-        for moved in self.out_dir.parent.glob(f"{self.out_dir.name}.[0-9]*"):
-            demand(not checkpoint.list_checkpoints(moved), f"{moved}: a run with checkpoints was moved aside")
-
-    def told(self) -> str:
-        """The end of what the run printed."""
-        return "\n".join(self.log.read_text().splitlines()[-30:])
+        for archive in self.out_dir.parent.glob(f"{self.out_dir.name}.[0-9]*"):
+            require(not checkpoint.list_checkpoints(archive), f"{archive}: a run with checkpoints was archived")
 
 
-def compare(ours: Checkpoint, theirs: Checkpoint, *fields: str) -> None:
-    """Raises Mismatch unless weights, optimizer and these fields of the state are equal, to the bit."""
+def compare(ours: Checkpoint, theirs: Checkpoint, *keys: str) -> None:
+    """Raises Mismatch unless weights, optimizer and these keys of the state are equal to the bit."""
     for mine, other in ((ours.model, theirs.model), (ours.optimizer, theirs.optimizer)):
-        unlike = mine.keys() ^ other.keys()
-        unlike |= {name for name in mine.keys() & other.keys() if not torch.equal(mine[name], other[name])}
-        demand(not unlike, f"{ours.path} is not as undisturbed: {', '.join(sorted(unlike)[:3])}")
-    for field in sorted(fields):
-        a, b = ours.state.get(field), theirs.state.get(field)
-        demand(a == b, f"{ours.path}: {field} is {a}; undisturbed: {b}")
+        different = mine.keys() ^ other.keys()
+        different |= {name for name in mine.keys() & other.keys() if not torch.equal(mine[name], other[name])}
+        require(not different, f"{ours.path} differs from the undisturbed run in {', '.join(sorted(different)[:3])}")
+    for key in sorted(keys):
+        a, b = ours.state.get(key), theirs.state.get(key)
+        require(a == b, f"{ours.path}: {key} is {a}; undisturbed: {b}")
 
 
-# ---- the trials
-
-
-def death(random: Random, in_save: bool) -> Doom | Blow:
-    """How the next life ends."""
-    name = random.choice([name for name in OPERATIONS if name != "log"]) if in_save else "log"
+def draw_kill(random: Random, processes: int) -> Kill:
+    """Half of them in an operation of a save, which only rank 0 makes; a quarter at any time; the others in a log."""
     amid = random.random()
-    doom = Doom(name, random.randint(1, OPERATIONS[name][2]), random.choice([0, amid, amid, 1]))
-    word, most, delay_s = random.choice(
-        [("born", 1, 0.2), ("step", 2 * EVERY, 0.02), ("enter", 3, 0.01), ("log", 0, 0)]
-    )
-    return doom if in_save or word == "log" else Blow(word, random.randint(1, most), random.uniform(0, delay_s))
+    name = random.choice(["line", "log", *random.sample([name for name in OPERATIONS if name != "log"], 2)])
+    if name == "line":
+        return Kill("line", random.randint(1, 60), random.random(), random.randrange(processes))
+    return Kill(name, random.randint(1, OPERATIONS[name][2]), random.choice([0, amid, amid, 1]))
 
 
-def one_life(witness: Witness, end: Doom | Blow | None, arguments: list[str]) -> int | None:
-    """Start a run of one process and wait for its end; returns its status, None where it was killed."""
-    witness.begin()
-    doom, blow = end if isinstance(end, Doom) else None, end if isinstance(end, Blow) else None
-    child = fork(witness.journal, doom, arguments, witness.log)
-    ended = 0
-    while not ended:
-        time.sleep(0.001)
-        for _ in witness.listen(blow):  # before it is waited for, so that its id is still its own
-            pass
-        ended, status = os.waitpid(child, os.WNOHANG)
-    code = os.waitstatus_to_exitcode(status)
-    for _ in witness.listen():
-        pass
-    stopped = doom is not None and doom.name == "stop" and code == 143
-    demand(stopped or code in (0, -signal.SIGKILL), f"a start ended with status {code}:\n{witness.told()}")
-    return None if code == -signal.SIGKILL else code
-
-
-def alone(kills: int, random: Random, home: Path) -> str:
-    """One process. Each sixth kill hits the second save of a step (TWICE)."""
-    recipes, seen, runs = {"gpt2": GPT2, "modern": MODERN}, Counter[str](), 0
-    keys = {"dataset": home / "letters", "max_iters": STEPS}
+def trial(processes: int, recipes: dict[str, dict[str, Any]], kills: int, random: Random, home: Path) -> str:
+    """Runs with up to KILLS_PER_RUN kills each. Of one process, every sixth kill hits a second save of a step."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
     for name, recipe in recipes.items():
-        command = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            *flags(**recipe | keys, out_dir=home / name, keep_every=EVERY),
-        ]
+        arguments = flags(**recipe, dataset=home / "letters", out_dir=home / name, keep_every=EVERY)
+        command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments]
         subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
-    while seen["kills"] < kills:
-        name = list(recipes)[runs % 2]
-        runs += 1
-        witness = Witness(home, f"{name}-{runs}", home / name)
-        arguments = flags(**recipes[name] | keys, out_dir=witness.out_dir, resume="auto")
-        last = min(kills, seen["kills"] + min(KILLS_A_RUN, math.ceil(kills / 2)))
-        status, at = None, 0
+    done = saves = cuts = runs = 0
+    while done < kills:
+        name = [*recipes][runs % len(recipes)]
+        keys = recipes[name] | {"dataset": home / "letters"}
+        witness = Witness(home, f"{name}-{runs}", processes, keys, home / name)
+        last = min(kills, done + min(KILLS_PER_RUN, math.ceil(kills / len(recipes))))
+        status, step = None, 0
         while status != 0:
-            end: Doom | Blow | None = death(random, in_save=seen["kills"] % 2 == 1)
+            kill: Kill | None = draw_kill(random, processes)
             if status == 143:
-                end = Doom(*random.choice(TWICE))
-            elif seen["kills"] == last:
-                end = None
-            elif seen["kills"] % 6 == 3 and at + EVERY < STEPS:
-                end = Doom("stop", at + EVERY - 2, 0)  # the step that a signal ends is the one after the next
-            status = one_life(witness, end, arguments)
+                kill = random.choice(SECOND_SAVES)
+            elif done == last:
+                kill = None
+            elif processes == 1 and done % 6 == 3 and step + EVERY < STEPS:
+                kill = Kill("stop", step + EVERY - 2, 0)  # the signal ends the run at the step after the next
+            status = witness.run(kill)
             if status is None:
-                seen.update({"kills": 1, "saves": witness.inside == "save"})
-                told = f"kill {seen['kills']}: {name}, {witness.where()}"
-                if random.random() < POWER_CUTS:
-                    seen["cuts"] += 1
+                done += 1
+                saves += witness.phase == "in a save"
+                line = f"kill {done}: {name}, {witness.phase}, {witness.fatal}"
+                if processes == 1 and random.random() < POWER_CUTS:
+                    cuts += 1
                     witness.cut_power(random)
-                    told += ", the power cut too"
-                at = witness.check()
-                print(f"{told}; resumes at {at}", flush=True)
+                    line += ", with a power cut"
+                step = witness.check()
+                print(f"{line}; resumes at {step}", flush=True)
             elif status:
-                before, at = at, witness.check()
-                demand(at == before + EVERY, f"SIGTERM ended the run at {at}, not {before + EVERY}")
+                before, step = step, witness.check()
+                require(step == before + EVERY, f"SIGTERM ended the run at {step}, not {before + EVERY}")
         witness.check_end()
-    told = f"{seen['kills']} kills of one process, {seen['saves']} in a save, {seen['cuts']} with a power cut"
-    return f"{told}; {runs} of {runs} runs ended as undisturbed"
-
-
-def launch(size: int, witness: Witness, dooms: list[Doom | None], arguments: list[str]) -> subprocess.Popen:
-    """`size` processes that do `work`, under torchrun where they are several, restarted as often as there are dooms."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={len(dooms)}"]
-    worker = [__file__, "--worker", str(witness.journal), json.dumps(dooms), *arguments]
-    command = [sys.executable, *(torchrun if size == 2 else []), *worker]
-    # torchrun's own store outlives a restart, in which the new processes find the addresses of the dead ones: about a
-    # restart in three then fails and costs another (github.com/pytorch/pytorch/issues/135712; still so in torch 2.13).
-    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with witness.log.open("a") as file:
-        return subprocess.Popen(command, env=environment() | fresh_store, stdout=file, stderr=file)
-
-
-def together(kills: int, random: Random, home: Path) -> str:
-    """Two processes that begin with somebody's GPT-2, which a restart must not begin with again."""
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": len(LETTERS)}
-    special = {"bos_token_id": 0, "eos_token_id": 0}
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **special)).save_pretrained(home / "somebody")
-    keys: dict[str, Any] = GPT2 | {"optimizer": "muon", "skip_spikes": 3, "dataset": home / "letters"}
-    keys |= {"init_from": home / "somebody", "max_iters": EVERY * (3 * kills + 2)}
-    whole = Witness(home, "pair")
-    done = launch(2, whole, [], flags(**keys, out_dir=whole.out_dir, keep_every=EVERY)).wait()
-    demand(done == 0, whole.told())
-
-    ends = [death(random, in_save=n % 2 == 0) for n in range(kills)]
-    ends = [end._replace(word="step") if isinstance(end, Blow) else end for end in ends]
-    witness, life, victims = Witness(home, "pair-killed", whole.out_dir), 0, [n // 2 % 2 for n in range(kills)]
-    dooms = [end if isinstance(end, Doom) else None for end in ends]
-    process = launch(2, witness, dooms, flags(**keys, out_dir=witness.out_dir, resume="auto"))
-    while process.poll() is None:
-        time.sleep(0.001)
-        blow = ends[life] if life < kills and not dooms[life] else None
-        for word in witness.listen(blow, victims[life] if blow else 0):  # type: ignore[arg-type]
-            if word == "born" and witness.heard["born"] == 4:  # both again
-                life += 1
-                demand(bool(witness.fatal), f"a start ended by itself:\n{witness.told()}")
-                victim = f"of rank {victims[life - 1] if not dooms[life - 1] else 0}"
-                print(f"kill {life}: {victim}, {witness.where()}; resumes at {witness.check()}", flush=True)
-                witness.begin()
-                witness.heard["born"] = 2
-                go_ahead(witness.journal, life).touch()
-    demand(process.returncode == 0, witness.told())
-    demand(life == kills, f"{life} kills came, not {kills}:\n{witness.told()}")
-    witness.check_end()
-    return f"{kills} kills of one of two processes; the run ended as undisturbed"
-
-
-def resized(changes: int, random: Random, home: Path) -> str:
-    """One process, two, one: the same rows at each step, and losses that differ by the order of sums alone."""
-    keys: dict[str, Any] = BASE | {"gradient_accumulation_steps": 4, "eval_interval": 20, "max_iters": 120}
-    keys |= {"dataset": home / "letters"}
-    one, witness = Witness(home, "one"), Witness(home, "resized")
-    demand(launch(1, one, [], flags(**keys, out_dir=one.out_dir)).wait() == 0, one.told())
-    for _ in one.listen():
-        pass
-    sizes = [2 - n % 2 for n in range(changes + 1)]
-    for n, size in enumerate(sizes):
-        process = launch(size, witness, [], flags(**keys, out_dir=witness.out_dir, resume="auto"))
-        witness.begin()
-        stop_after = random.randint(3, 15) if n < changes else 0
-        while process.poll() is None:
-            time.sleep(0.001)
-            for word in witness.listen():
-                if word == "step" and witness.heard[word] == stop_after:
-                    process.send_signal(signal.SIGTERM)  # torchrun hands it on
-        for _ in witness.listen():
-            pass
-        demand((process.returncode != 0) == (n < changes), f"status {process.returncode}:\n{witness.told()}")
-        if n:
-            told = f"processes: {sizes[n - 1]} -> {size}"
-            demand(told in witness.log.read_text(), f"{told!r} was not said:\n{witness.told()}")
-        print(
-            f"{size} process(es), {f'SIGTERM at step {witness.check()}' if n < changes else 'to the end'}", flush=True
-        )
-    demand(sorted(witness.rows) == sorted(one.rows), "the rows of a step differ")
-    ours, theirs = metrics(witness.out_dir), metrics(one.out_dir)
-    demand(len(ours) == len(theirs), f"metrics.jsonl has {len(ours)} lines, not {len(theirs)}")
-    worst = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        demand(all(a.get(key) == b.get(key) for key in ("step", "tokens", "lr")), f"{a}; undisturbed: {b}")
-        worst = max(worst, *(abs(a[key] / b[key] - 1) for key in b if key.endswith("loss")))
-    demand(worst < 1e-5, f"the losses differ by {worst:.1e} of themselves")
-    return f"processes {' -> '.join(map(str, sizes))}: rows equal, losses equal to {worst:.1e} of themselves"
+        runs += 1
+    summary = f"{done} kills of {processes} process(es), {saves} in a save, {cuts} with a power cut"
+    return f"{summary}; {runs} of {runs} runs ended as undisturbed"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("kills", 50), ("pair_kills", 5), ("changes", 2), ("seed", 1)):
+    for name, default in (("kills", 50), ("pair_kills", 5), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    home, source, began = Path(tempfile.mkdtemp(prefix="chaos-")), Source(args.seed), time.monotonic()
-    splits = {"train": [source.draw(2_000)], "val": [source.draw(500)]}  # an epoch is over after 15 steps
+    home, source, start = Path(tempfile.mkdtemp(prefix="chaos-")), Source(args.seed), time.monotonic()
+    splits = {"train": [source.draw(2_000)], "val": [source.draw(500)]}  # an epoch ends after 15 steps
     write_dataset(home / "letters", splits, Tokenizer.characters(LETTERS))
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": len(LETTERS)}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(home / "pretrained")
+    pretrained = PRETRAINED | {"init_from": home / "pretrained"}
     torch.set_num_threads(1)
     try:
-        for trial, count in ((alone, args.kills), (together, args.pair_kills), (resized, args.changes)):
-            if count:
-                print(trial(count, Random(args.seed), home), f"({time.monotonic() - began:.0f} s)", flush=True)
-    except Mismatch as why:
-        sys.exit(f"MISMATCH: {why}\n{home} is left as it was found")
+        for processes, recipes, kills in (
+            (1, {"gpt2": GPT2, "modern": MODERN}, args.kills),
+            (2, {"pair": pretrained}, args.pair_kills),
+        ):
+            if kills:
+                summary = trial(processes, recipes, kills, Random(args.seed), home)
+                print(f"{summary} ({time.monotonic() - start:.0f} s)", flush=True)
+    except Mismatch as problem:
+        sys.exit(f"MISMATCH: {problem}\n{home} is left for inspection")
     shutil.rmtree(home)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:])
+        planned = json.loads(sys.argv[3])
+        work(Path(sys.argv[2]), Kill(*planned) if planned else None, sys.argv[4:])
     else:
         main()

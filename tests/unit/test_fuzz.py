@@ -1,4 +1,4 @@
-"""Whatever stands in a user's files and flags: what cannot be used is told in a line, nothing ends in a traceback."""
+"""Random content of JSON files, config files and flags: it is accepted, or refused in lines, never with a traceback."""
 
 import contextlib
 import copy
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from conftest import Run
@@ -36,26 +35,26 @@ values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionari
 
 def places(value: Any) -> list[tuple[Any, Any]]:
     """Each container in a JSON value with each of its keys or indices."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [place for key, part in inner for place in [(value, key), *places(part)]]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, item in items for place in [(value, key), *places(item)]]
 
 
 @st.composite
 def mutated(draw: st.DrawFn, real: dict[str, Any]) -> Any:
-    """A real file's content with one to three places changed, left out or named anew; now and then something else."""
+    """A real file's content with one to three places changed, deleted or renamed; sometimes something else."""
     value = copy.deepcopy(real)
     if draw(st.integers(0, 20)) == 0:
         return draw(values)
     for _ in range(draw(st.integers(1, 3))):
-        found = places(value)
-        container, key = found[draw(st.integers(0, len(found) - 1))]
-        change = draw(st.sampled_from(["same kind", "same kind", "same kind", "other", "out", "renamed"]))
+        candidates = places(value)
+        container, key = candidates[draw(st.integers(0, len(candidates) - 1))]
+        change = draw(st.sampled_from(["same type", "same type", "same type", "other", "delete", "rename"]))
         if change == "other":
             container[key] = draw(values)
-        elif change == "same kind":
-            kinds: Any = {int: st.integers(0, 99), float: numbers, bool: st.booleans(), str: words}
-            container[key] = draw(kinds.get(type(container[key]), scalars))
-        elif change == "out":
+        elif change == "same type":
+            same_type: Any = {int: st.integers(0, 99), float: numbers, bool: st.booleans(), str: words}
+            container[key] = draw(same_type.get(type(container[key]), scalars))
+        elif change == "delete":
             del container[key]
         elif isinstance(container, dict):
             container[draw(words)] = container.pop(key)
@@ -63,59 +62,61 @@ def mutated(draw: st.DrawFn, real: dict[str, Any]) -> Any:
 
 
 def contents(real: dict[str, Any]) -> st.SearchStrategy[bytes]:
-    """Bytes of a file of JSON, mostly not far from real ones."""
+    """Bytes of a JSON file, most of them close to real ones."""
     text = json.dumps(real)
     cut = st.integers(0, len(text)).map(lambda n: text[:n].encode())
     return mutated(real).map(lambda value: json.dumps(value).encode()) | cut | st.binary(max_size=9)
 
 
-def test_meta_json(letters: Path, tmp_path: Path):
+def test_any_meta_json_is_accepted_or_refused(letters: Path, tmp_path: Path):
     folder = shutil.copytree(letters, tmp_path / "data")
     real = json.loads((folder / "meta.json").read_text())
-    opened = 0
+    accepted = []
 
-    @settings(FUZZ, max_examples=500)
+    @settings(FUZZ, max_examples=250)
     @given(contents(real))
     def check(content: bytes) -> None:
-        nonlocal opened
         (folder / "meta.json").write_bytes(content)
         with contextlib.suppress(InputError):
             data = open_dataset(folder, block_size=16, verify=True)
             assert data.vocab_size
             Rows(data.train, 16, data.vocab_size, 1)[0:4]
             assert format_summary(data.meta)
-            opened += 1
+            accepted.append(content)
 
     check()
-    assert opened > 5
+    assert len(accepted) > 5
 
 
-def test_state_json(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """With hashes that vouch for it, up to an evaluation with all of the state restored."""
+def test_any_state_json_is_accepted_or_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """With hashes that match, up to an evaluation with all of the state restored."""
     run(out_dir="out", max_iters=2, dtype="float16", skip_spikes=9)
     path = Path("out/ckpt/step-000002")
     real = json.loads((path / "state.json").read_text())
     hashes = json.loads((path / "MANIFEST.json").read_text())["sha256"]
     quick = ["--device=cpu", "--compile=False", "--deterministic=False", "--eval_iters=1", "--batch_size=4"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--out_dir=out", "--resume=True", "--eval_only=True", *quick])
-    ended = []
+    statuses = []
 
-    @settings(FUZZ, max_examples=500)
+    @settings(FUZZ, max_examples=200)
     @given(contents(real))
     def check(content: bytes) -> None:
         (path / "state.json").write_bytes(content)
         signed = hashes | {"state.json": hashlib.sha256(content).hexdigest()}
         (path / "MANIFEST.json").write_text(json.dumps({"sha256": signed}, indent=1))
         with contextlib.suppress(InputError, RunStopped):
-            ended.append(train.main())
+            statuses.append(train.main())
         capsys.readouterr()
 
     check()
-    assert set(ended) == {0}
-    assert len(ended) > 20
+    torch.use_deterministic_algorithms(False)
+    assert set(statuses) == {0}
+    assert len(statuses) > 8
 
 
-# Neither powers nor shifts nor loops without an end: a config file is code, and may take as long as it likes.
+# Neither powers nor shifts nor endless loops: a config file is code, and may take as long as it likes.
 PYTHON = """
 import nothing
 seed = -1 + 2.5 / 0
@@ -136,81 +137,44 @@ texts = (
 )
 
 
-def try_to_parse(argv: list[str]) -> bool:
-    """Whether train.py takes that command line; False where it says in lines why not, or only helps."""
+def is_accepted(argv: list[str]) -> bool:
+    """Whether train.py takes that command line; False where it is refused in lines, or is one for help."""
     with contextlib.suppress(InputError, SystemExit):
         config, _ = parse(train.TrainConfig, argv)
-        config.check()
+        train.check_config(config)
         return True
     return False
 
 
-@pytest.mark.filterwarnings("ignore")  # of the syntax of what is made up here
-def test_config_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.filterwarnings("ignore")  # of the syntax of random text
+def test_any_config_file_is_accepted_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.chdir(tmp_path)
-    taken = []
+    accepted = []
 
-    @settings(FUZZ, max_examples=800)
+    @settings(FUZZ, max_examples=400)
     @given(texts.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=9))
     def check(content: bytes) -> None:
         Path("file.py").write_bytes(content)
-        taken.append(try_to_parse(["file.py"]))
+        accepted.append(is_accepted(["file.py"]))
 
     check()
-    assert 30 < sum(taken) < len(taken) - 30
+    assert 20 < sum(accepted) < len(accepted) - 20
 
 
-@pytest.mark.parametrize(
-    "nested", ["-" * 10**5 + "1", "(" * 10**5, "seed = " + "1 + " * 10**4 + "1", "[" * 90 + "]" * 90]
-)
-def test_deeply_nested_config_files(tmp_path: Path, nested: str):
-    (tmp_path / "file.py").write_text(nested)
-    try_to_parse([str(tmp_path / "file.py")])
-
-
-def test_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_any_flags_are_accepted_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.chdir(tmp_path)
     names = st.sampled_from([*KEYS, "seeed", "", "-", "n-layer", "help"]) | st.text(max_size=4)
-    texts = (
-        scalars.map(str) | values.map(repr) | st.text(max_size=9) | st.sampled_from(["9" * 5000, "1e5", "0x1", "--"])
-    )
+    odd = st.sampled_from(["9" * 5000, "1e5", "0x1", "--"])
+    texts = scalars.map(str) | values.map(repr) | st.text(max_size=9) | odd
     flags = st.builds("--{}={}".format, names, texts) | names.map("--{}".format) | texts
     good = st.sampled_from(["--seed=7", "--dropout=0.1", "--bias", "True", "--compile=auto", "--n_layer", "1e1"])
-    taken = []
+    accepted = []
 
-    @settings(FUZZ, max_examples=800)
+    @settings(FUZZ, max_examples=400)
     @given(st.lists(flags | good, max_size=6) | st.lists(good, max_size=3))
     def check(argv: list[str]) -> None:
-        taken.append(try_to_parse(argv))
+        accepted.append(is_accepted(argv))
         capsys.readouterr()
 
     check()
-    assert 30 < sum(taken) < len(taken) - 30
-
-
-NO_NAMES = ["a" * 5000, "a/" * 5000, "nul\0", "half \ud800", "/dev/null/x"]
-
-
-@pytest.mark.parametrize("keys", [{key: name} for key in ("out_dir", "dataset", "init_from") for name in NO_NAMES])
-def test_names_that_no_file_has(run: Run, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", raises_no_network)
-    for resume in (False, True, "auto"):
-        with pytest.raises(InputError):
-            run(max_iters=1, resume=resume, **keys)
-
-
-def raises_no_network(*_: Any, **__: Any) -> None:
-    raise OSError("no network")
-
-
-@pytest.mark.parametrize("number", [2**63, -(2**63), 10**30])
-def test_numbers_that_nothing_could_take(number: int):
-    with pytest.raises(InputError, match=f"--seed={number}: expected a whole number, got"):
-        parse(train.TrainConfig, [f"--seed={number}"])
-
-
-@pytest.fixture(autouse=True)
-def same_torch() -> Any:
-    """What a run set for its process is put back."""
-    yield
-    torch.use_deterministic_algorithms(False)
+    assert 20 < sum(accepted) < len(accepted) - 20

@@ -1,4 +1,4 @@
-"""The law of losses against arithmetic, and the family of shapes against the model."""
+"""The scaling law against arithmetic, and its family of shapes against the model."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configurator import build
-from model import GPT, GPTConfig
+from load import new_model_config
+from model import GPT
 from nanogpt import scaling
 from nanogpt.scaling import Law, fit
 from train import TrainConfig
@@ -15,20 +16,21 @@ from train import TrainConfig
 LAW = Law(E=1.2, A=40.0, B=90.0, alpha=0.45, beta=0.35)
 
 
-def test_the_law_by_hand():
+def test_loss_by_hand():
     assert LAW.loss(10_000, 1e6) == pytest.approx(1.2 + 40 / 10_000**0.45 + 90 / 1e6**0.35)
-    again = replace(LAW, K=0.02, p=0.8, q=0.25)
+    repeated = replace(LAW, K=0.02, p=0.8, q=0.25)
     for epochs in (0.5, 1):
-        assert again.loss(10_000, epochs * 1e6, unique=1e6) == LAW.loss(10_000, epochs * 1e6)
-    repetition_penalty = 0.02 * 3 ** (0.8 * 0.01**0.25)
-    assert again.loss(10_000, 4e6, unique=1e6) == pytest.approx(LAW.loss(10_000, 4e6) + repetition_penalty)
-    assert again.loss(10_000, 4e6) == LAW.loss(10_000, 4e6)
+        assert repeated.loss(10_000, epochs * 1e6, unique=1e6) == LAW.loss(10_000, epochs * 1e6)
+    penalty = 0.02 * 3 ** (0.8 * 0.01**0.25)
+    assert repeated.loss(10_000, 4e6, unique=1e6) == pytest.approx(LAW.loss(10_000, 4e6) + penalty)
+    assert repeated.loss(10_000, 4e6) == LAW.loss(10_000, 4e6)
 
 
 @pytest.mark.parametrize("size", [3e4, 1e5, 1e6])
-def test_no_more_is_read_than_does_good(size: float):
-    """A text of 100,000 tokens, for which 3 million cost nothing but time."""
-    law, unique = scaling.LAW, 1e5
+def test_length_stops_before_more_epochs_overfit(size: float):
+    """A text of 100,000 tokens, with time for 30 million."""
+    law = scaling.LAW
+    unique = 1e5
     lengths = np.geomspace(1e4, 3e7, 3000)
     losses = np.array([law.loss(size, length, unique) for length in lengths])
     best = law.length(size, 3e7, unique)
@@ -37,61 +39,57 @@ def test_no_more_is_read_than_does_good(size: float):
     assert lengths[losses < 1.0019 * losses.min()].max() < 1.03 * best
     assert law.length(size, best / 2, unique) <= best / 2 * 1.0001
     assert law.length(size, 9e4, unique) == 9e4
-    assert law.length(10 * size, 3e7, unique) < best  # a larger model learns by heart sooner
+    assert law.length(10 * size, 3e7, unique) < best  # a larger model overfits sooner
 
 
 @pytest.mark.parametrize("flops", [1e12, 1e15, 1e18])
-def test_the_best_size_is_the_lowest_point_of_the_budget(flops: float):
+def test_best_is_the_lowest_point_of_a_compute_budget(flops: float):
     N, D = LAW.best(flops)
     assert pytest.approx(flops) == 6 * N * D
-    around = N * np.exp(np.linspace(-1, 1, 2001))
-    assert around[np.argmin([LAW.loss(n, flops / 6 / n) for n in around])] == pytest.approx(N, rel=2e-3)
+    sizes = N * np.exp(np.linspace(-1, 1, 2001))
+    assert sizes[np.argmin([LAW.loss(n, flops / 6 / n) for n in sizes])] == pytest.approx(N, rel=2e-3)
 
 
-def test_a_fit_finds_the_law_that_made_the_points():
-    sizes, tokens = np.logspace(4, 6, 5), np.logspace(5, 7, 4)
-    points = [(n, d, LAW.loss(n, d)) for n in sizes for d in tokens]
-    found = fit(points)
-    for n, d, _ in [*points, (5e6, 5e7, 0)]:  # beyond them too
-        assert found.loss(n, d) == pytest.approx(LAW.loss(n, d), rel=1e-4)
+def test_fit_recovers_the_law_of_its_points():
+    points = [(n, d, LAW.loss(n, d)) for n in np.logspace(4, 6, 5) for d in np.logspace(5, 7, 4)]
+    fitted = fit(points)
+    for n, d, _ in [*points, (5e6, 5e7, 0)]:  # one beyond them
+        assert fitted.loss(n, d) == pytest.approx(LAW.loss(n, d), rel=1e-4)
     random = np.random.default_rng(0)
     noisy = [(n, d, loss * random.normal(1, 2e-3)) for n, d, loss in points]
     assert fit(noisy).loss(4e6, 2e7) == pytest.approx(LAW.loss(4e6, 2e7), rel=0.02)
 
 
 @pytest.mark.parametrize("width", [16, 48, 96, 160, 512, 576, 768])
-def test_every_width_is_a_model(width: int):
-    """Whose blocks' weights are what the law counts; at GPT-2's width it has GPT-2's depth."""
-    config = build(TrainConfig, scaling.recipe(width, 1e6, 64), "recipe")
-    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "arch")}
-    shape = GPTConfig(vocab_size=65, block_size=64, bias=False, **sizes)
+def test_every_recipe_is_a_model_of_the_counted_weights(width: int):
+    config = build(TrainConfig, {**scaling.recipe(width, 1e6, 64), "block_size": 64}, "recipe")
+    model_config = new_model_config(config, vocab_size=65)
     if width <= 160:
-        model = GPT(shape)
-        counted = sum(p.numel() for name, p in model.named_parameters() if name in model.muon_params())
+        model = GPT(model_config)
+        counted = sum(model.get_parameter(name).numel() for name in model.muon_params())
         assert counted == scaling.weights(scaling.shape(width))
-    assert shape.head_dim * shape.n_head == width
+    assert model_config.head_dim * model_config.n_head == width
     if width == 768:
-        assert (shape.n_layer, shape.n_head) == (12, 12)
+        assert (model_config.n_layer, model_config.n_head) == (12, 12)  # GPT-2's depth
     assert config.max_iters * config.rows_per_step * 64 == pytest.approx(1e6, rel=0.01)
     assert config.warmup_iters == 10
     short = scaling.recipe(width, 5000, 64)
-    assert short["warmup_iters"] < short["max_iters"] / 4  # the rate must fall in a short run, too
+    assert short["warmup_iters"] < short["max_iters"] / 4
 
 
 @pytest.mark.parametrize("tokens", [250e3, 1e6, 4e6, 16e6, 1e9])
-def test_the_books_are_as_hard_as_the_law_says(tokens: float):
-    """However long the pilot: beyond the runs the law goes on."""
-    law = scaling.LAW.loss(scaling.weights(scaling.shape(scaling.PILOT_WIDTH)), tokens)
-    assert scaling.difficulty(law, tokens, 1e12, 128) == pytest.approx(1, abs=8e-3)
-    assert scaling.difficulty(1.1 * law, tokens, 1e12, 128) == pytest.approx(1.1, abs=0.03)
+def test_difficulty_of_the_laws_own_losses_is_one(tokens: float):
+    """At any length of the pilot; beyond its measured losses the law continues."""
+    loss = scaling.LAW.loss(scaling.weights(scaling.shape(scaling.PILOT_WIDTH)), tokens)
+    assert scaling.difficulty(loss, tokens, 1e12, 128) == pytest.approx(1, abs=8e-3)
+    assert scaling.difficulty(1.1 * loss, tokens, 1e12, 128) == pytest.approx(1.1, abs=0.03)
 
 
 @pytest.mark.parametrize(("tokens", "loss"), scaling.PILOT_LOSSES.items())
-def test_how_hard_a_text_is(tokens: int, loss: float):
-    """The books, at any length; other kinds of tokens, whose ratio hardly moves; and a pilot that read too little."""
+def test_difficulty_of_the_reference_text_is_one(tokens: int, loss: float):
     assert scaling.difficulty(loss, tokens, 1e12, 128) == pytest.approx(1)
     assert scaling.difficulty(2.6 * loss, tokens, 1e12, 128) == pytest.approx(2.6, rel=0.051)
-    repetition_penalty = scaling.LAW.repetition_penalty(scaling.weights(scaling.shape(64)), tokens, tokens / 3)
-    assert repetition_penalty > 0
-    assert scaling.difficulty(loss + repetition_penalty, tokens, tokens / 3, 128) == pytest.approx(1)
-    assert math.isnan(scaling.difficulty(loss, 10_000, 1e12, 128))
+    penalty = scaling.LAW.repetition_penalty(scaling.weights(scaling.shape(64)), tokens, tokens / 3)
+    assert penalty > 0
+    assert scaling.difficulty(loss + penalty, tokens, tokens / 3, 128) == pytest.approx(1)
+    assert math.isnan(scaling.difficulty(loss, 10_000, 1e12, 128))  # too short a pilot

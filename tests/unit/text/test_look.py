@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Run, shard
+from conftest import ROOT, Run
+from small_data import shard
 
 from nanogpt.data.dataset import open_dataset
 from nanogpt.data.rows import Rows

@@ -1,229 +1,383 @@
-"""The preparing scripts as a user runs them, offline."""
+"""Datasets of text: the same bytes after a kill at any instant and with any number of workers."""
 
+import contextlib
 import hashlib
 import json
+import lzma
 import os
-import subprocess
+import random
+import re
+import runpy
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
-import tiktoken
-import tokenizers
+from conftest import ROOT
+from text_files import DOCS, json_lines, pack_tar
 
-from nanogpt.data.dataset import Tokens, open_dataset
+from nanogpt.data import write
+from nanogpt.data.dataset import open_dataset
 from nanogpt.errors import InputError
-from nanogpt.text.sources import InputFile, hub_files
-
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared/data"
-ENV = {"PYTHONPATH": str(ROOT), "TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken")}
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is absent")
-
-
-def run(name: str, *flags: object, status: int = 0) -> str:
-    """Run data/<name>/prepare.py; what it printed, errors included."""
-    command = [sys.executable, str(ROOT / "data" / name / "prepare.py"), *map(str, flags)]
-    done = subprocess.run(command, text=True, env=os.environ | ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == status, done.stdout
-    assert "Traceback" not in done.stdout
-    return done.stdout
+from nanogpt.text import prepare as prepare_module
+from nanogpt.text import sources as sources_module
+from nanogpt.text.chat import Chat
+from nanogpt.text.prepare import Job, Position, find_earlier, prepare
+from nanogpt.text.sources import ReadOptions, ValSplit, find_inputs, hash_fraction
+from nanogpt.text.tokenizer import Tokenizer
 
 
-@needs_shared
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads in place of processes, which take seconds to start; tests/runs/test_prepare_scripts.py has those."""
+
+    @contextlib.contextmanager
+    def pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+        prepare_module.load_encoder.cache_clear()
+        with ThreadPoolExecutor(workers) as executor:
+            yield executor
+
+    monkeypatch.setattr(prepare_module, "worker_pool", pool)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def make(out: Path, *inputs: object, tokenizer: str = "byte", **settings: Any) -> dict[str, Any]:
+    sources = find_inputs([str(name) for name in inputs], find_earlier(out))
+    return prepare(out, sources, tokenizer, **{"options": ReadOptions(), "workers": 2, **settings})
+
+
+# ---- the data
+
+
+@pytest.mark.parametrize("shard_tokens", [1000, 10**6])
+def test_shards_are_full_and_hold_the_documents_of_their_split(shard_tokens: int, tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS[:200]))
+    (tmp_path / "b.jsonl").write_bytes(json_lines(DOCS[200:]))
+    out = tmp_path / "out"
+    make(out, tmp_path / "b.jsonl")  # which the next one replaces
+    meta = make(
+        out, tmp_path / "a.jsonl", tmp_path / "b.jsonl", tokenizer="char", val_share=0.2, shard_tokens=shard_tokens
+    )
+    tokenizer = Tokenizer.load(out)
+    assert tokenizer is not None
+    names = {"meta.json", "tokenizer.json"}
+    for split in ("train", "val"):
+        texts = [text for text in DOCS if (hash_fraction(text.encode()) < 0.2) == (split == "val")]
+        facts = meta["splits"][split]
+        shards = facts.get("shards") or [facts | {"file": f"{split}.bin"}]
+        names |= {shard["file"] for shard in shards}
+        assert [shard["tokens"] for shard in shards[:-1]] == [shard_tokens] * (len(shards) - 1)
+        ids = []
+        for shard in shards:
+            data = (out / shard["file"]).read_bytes()
+            assert len(data) == 2 * shard["tokens"]
+            assert hashlib.sha256(data).hexdigest() == shard["sha256"]
+            ids.append(np.frombuffer(data, np.uint16))
+        assert tokenizer.decode(np.concatenate(ids).tolist()) == "".join(texts)
+        assert facts["tokens"] == sum(map(len, ids))
+        assert (facts["bytes"], facts["documents"]) == (len("".join(texts).encode()), len(texts))
+    assert set(os.listdir(out)) == names
+    assert ("shards" in facts) == (shard_tokens == 1000)
+
+
+@pytest.mark.parametrize("text", ["Größe 😀\n" * 1000, "é" * 1001])
+def test_the_last_tenth_of_a_text_is_for_validation(text: str, tmp_path: Path):
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(text.encode()))
+    make(tmp_path / "out", tmp_path / "a.txt.xz", tokenizer="char")
+    data = open_dataset(tmp_path / "out", block_size=8, verify=True)
+    assert data.tokenizer is not None
+    train, val = (data.tokenizer.decode(split[:].tolist()) for split in (data.train, data.val))
+    assert train + val == text
+    assert len(train.encode()) == pytest.approx(0.9 * len(text.encode()), abs=4)
+
+
+def test_a_limit_takes_the_first_documents(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS))
+    pack_tar(tmp_path / "b.tar", "", {f"{i:03}.txt": text.encode() for i, text in enumerate(DOCS)})
+    for name in ("a.jsonl", "b.tar"):
+        meta = make(tmp_path / "out", tmp_path / name, val_share=0.2, limit=120)
+        assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(
+            len(text.encode()) for text in DOCS[:120]
+        )
+
+
+def test_long_rows_have_the_ids_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = "\n".join(DOCS) * 3
+    (tmp_path / "a.jsonl").write_bytes(json_lines([text, "other"]))
+    (tmp_path / "b.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sources_module, "PIECE_BYTES", 1000)
+    for name in ("a.jsonl", "b.txt"):
+        make(tmp_path / "out", tmp_path / name, tmp_path / "a.jsonl", tokenizer="bpe:400", val_share=0.5)
+        tokenizer = Tokenizer.load(tmp_path / "out")
+        assert tokenizer is not None
+        data = open_dataset(tmp_path / "out", block_size=2)
+        ids = np.concatenate([data.train[:], data.val[:]])
+        documents = np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text) + 1)
+        assert [*tokenizer.encode_ordinary(text), tokenizer.end_of_text] in [part.tolist() for part in documents]
+
+
+def test_bpe_learns_from_the_training_documents(tmp_path: Path):
+    val = [text for text in DOCS if hash_fraction(text.encode()) < 0.5]
+    train = [text for text in DOCS if hash_fraction(text.encode()) >= 0.5]
+    (tmp_path / "a.jsonl").write_bytes(
+        json_lines([text.replace("word", "train") if text in train else text for text in DOCS])
+    )
+    (tmp_path / "b.jsonl").write_bytes(json_lines(train))
+    assert val
+    make(tmp_path / "a", tmp_path / "b.jsonl", tokenizer="bpe:300", val_share=0.01, train_mb=1)
+    with pytest.raises(InputError, match="--tokenizer=bpe:many"):
+        make(tmp_path / "b", tmp_path / "b.jsonl", tokenizer="bpe:many")
+
+
+def test_bad_conversations_leave_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A template may refuse a conversation after its row was read: ids and mask must stay side by side."""
+    encode = Chat.encode
+
+    def refuse(self: Chat, messages: Any) -> Any:
+        if messages[0]["content"] == "refused":
+            raise ValueError("the chat template refuses it")
+        return encode(self, messages)
+
+    monkeypatch.setattr(Chat, "encode", refuse)
+    questions = ["refused", *(f"Question {i}?" for i in range(50))]
+    rows = [json.dumps({"prompt": question, "completion": "Yes."}) for question in questions]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    with pytest.raises(InputError, match=r"line 1: the chat template refuses it; .*--skip_bad"):
+        make(tmp_path / "out", tmp_path / "a.jsonl", options=ReadOptions(chat=True))
+    meta = make(tmp_path / "out", tmp_path / "a.jsonl", options=ReadOptions(chat=True, skip_bad=True), val_share=0.3)
+    assert meta["bad"][0] == 1
+    data = open_dataset(tmp_path / "out", block_size=8, verify=True)
+    assert data.tokenizer is not None
+    targets = data.train[:][data.train.mask(0, len(data.train)) == 1]
+    assert set(data.tokenizer.decode(targets.tolist()).split("<|endoftext|>")) == {"Yes.", ""}
+
+
+# ---- what cannot be used
+
+
 @pytest.mark.parametrize(
-    ("name", "vocab_size", "train", "val"),
-    [("shakespeare_char", 65, 1_003_854, 111_540), ("shakespeare", 50_257, 301_966, 36_059)],
+    ("name", "data", "flags", "message"),
+    [
+        ("empty.txt", b"", [], "the input holds no text"),
+        ("empty.jsonl", b"\n\n", [], "the input holds no text"),
+        ("short.txt", b"a", [], "the train split would be empty"),
+        ("few.jsonl", json_lines(DOCS[:2]), [], "none of the 2 documents is in the val split"),
+        ("row.jsonl", b'{"text": \n', [], "row.jsonl, line 1: "),
+        ("a.txt", b"text", ["--encoding=klingon"], "--encoding=klingon: unknown"),
+        ("a.txt", b"text", ["--encoding=rot13"], "--encoding=rot13: unknown"),
+        ("a.txt", b"text", ["--val_share=1", "--workers=0"], "--val_share=1: must be below 1"),
+        ("a.txt", b"text", ["--out="], "--out=FOLDER"),
+        ("a.txt", b"text", ["--tokenizer=gpt5"], "there is no tokenizer 'gpt5'"),
+    ],
 )
-def test_shakespeare_is_nanogpts(name: str, vocab_size: int, train: int, val: int, tmp_path: Path):
-    output = run(name, f"--input={SHARED / 'tinyshakespeare.txt'}", f"--out={tmp_path}")
-    assert f"train: {train:,} tokens\nval: {val:,} tokens\nvocabulary: {vocab_size:,} (" in output
-    data = open_dataset(tmp_path, block_size=1024, vocab_size=vocab_size, verify=True)
-    assert (data.vocab_size, len(data.train), len(data.val)) == (vocab_size, train, val)
-    assert data.tokenizer is not None
-    assert data.tokenizer.decode(data.train[:300].tolist()).startswith("First Citizen:\nBefore we proceed any further")
-    theirs = ROOT.parent / "env/nanoGPT/data" / name
-    if theirs.exists():
-        for split in ("train.bin", "val.bin"):
-            assert (tmp_path / split).read_bytes() == (theirs / split).read_bytes()
+def test_bad_input_is_one_error_and_no_dataset(
+    name: str, data: bytes, flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / name).write_bytes(data)
+    argv = ["prepare.py", "--input", tmp_path / name, f"--out={tmp_path / 'out'}", "--tokenizer=char", *flags]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+    with pytest.raises(InputError, match=re.escape(message)):
+        runpy.run_path(str(ROOT / "data/prepare.py"))["main"]()
+    with pytest.raises(InputError, match="there is no dataset"):
+        open_dataset(tmp_path / "out", block_size=8)
 
 
-def test_a_text_of_ones_own_and_what_cannot_be_read(tmp_path: Path):
-    text = "Größe 😀\n" * 50
-    path, out = tmp_path / "mine.txt", tmp_path / "new/folder"
-    path.write_text(text, encoding="utf-8")
-    run("shakespeare_char", "--input", path, "--out", out)
-    data = open_dataset(out, block_size=8, verify=True)
-    assert data.tokenizer is not None
-    assert data.tokenizer.decode([*data.train[:].tolist(), *data.val[:].tolist()]) == text
-    path.write_bytes(b"caf\xe9")
-    assert "error:" in (output := run("shakespeare_char", f"--input={path}", f"--out={out}", status=2))
-    assert "not UTF-8 text: byte 0xe9 at offset 3" in output
-    path.write_text("a")
-    assert "the train split" in run("shakespeare_char", f"--input={path}", f"--out={out}", status=2)
+def test_skipped_rows_and_files_are_in_meta(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = json_lines(DOCS)
+    (tmp_path / "a.jsonl").write_bytes(lines[:5000] + b"\n" + lines[5000:])  # one row becomes two bad ones
+    (tmp_path / "b.txt").write_bytes(b"\0")
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    meta = make(tmp_path / "out", tmp_path, tokenizer="char", options=ReadOptions(skip_bad=True), val_share=0.1)
+    line = lines[:5000].count(b"\n") + 1
+    assert meta["bad"][0] == 3
+    assert meta["bad"][1].startswith(f"{tmp_path}/a.jsonl, line {line}: ")
+    assert meta["replaced"] == [1, f"{tmp_path}/c.txt, byte 0"]
+    assert "3 bad rows or files were left out; the first: " in capsys.readouterr().out
+    assert sum(facts["documents"] for facts in meta["splits"].values()) == len(DOCS)  # one is bad, c.txt is new
 
 
-def test_in_the_tokens_of_another_model(tmp_path: Path):
-    """Letters with ids above 65,536, and a limit on the length, which is for the model's user and not for its data."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {f"<{i}>": i for i in range(70_000)} | {letter: 70_000 + i for i, letter in enumerate(letters)}
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.decoder = tokenizers.decoders.ByteLevel()
-    theirs.enable_truncation(100)
-    path, out, text = tmp_path / "mine.txt", tmp_path / "out", "Größe 😀\n" * 50
-    path.write_text(text, encoding="utf-8")
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    output = run("shakespeare", "--input", path, "--out", out, "--tokenizer", tmp_path)
-    assert "vocabulary: 70,256 (bpe)" in output
-    data = open_dataset(out, block_size=8, vocab_size=70_400, verify=True)
-    assert data.tokenizer is not None
-    assert data.train[:].dtype == np.dtype("<u4")
-    assert len(data.train) + len(data.val) == len(text.encode())
-    assert data.tokenizer.decode([*data.train[:].tolist(), *data.val[:].tolist()]) == text
+def test_too_little_disk_space_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+    with pytest.raises(InputError, match=r"needs about 0\.0 GB and has 0\.0 GB free"):
+        make(tmp_path / "out", tmp_path / "a.txt", tokenizer="char")
 
 
-def test_pydocs(tmp_path: Path):
-    assert "1,115,394 characters of Python" in run("pydocs_char", f"--out={tmp_path}")
-    data = open_dataset(tmp_path, block_size=256, verify=True)
-    assert len(data.train) + len(data.val) == 1_115_394
-    assert data.tokenizer is not None
-    assert data.vocab_size == 96  # printable ASCII and the newline
-    assert "Assert statements are a convenient way" in data.tokenizer.decode(data.train[:2000].tolist())
+def test_two_preparations_of_a_folder_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS))
+    original = prepare_module.check_disk
+
+    def check_disk(*args: Any) -> None:
+        with pytest.raises(InputError, match="another process is preparing"):
+            make(tmp_path / "out", tmp_path / "a.jsonl")
+        original(*args)
+
+    monkeypatch.setattr(prepare_module, "check_disk", check_disk)
+    make(tmp_path / "out", tmp_path / "a.jsonl", val_share=0.2)
 
 
-# ---- OpenWebText
+# ---- resuming
 
-DOCS = [f"Document {i}: " + "word " * (i % 50) + chr(0x4E00 + i) for i in range(600)] + [
-    "😀 <|endoftext|> isn't special"
-]
-SHARE = 0.1
+Snapshot = Callable[[], None]
 
 
-def in_val(text: str) -> bool:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") < SHARE * 2**64
+@pytest.fixture
+def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """Copies of the output folder as kills would leave it: at each append, and around each rename and deletion."""
+    copies: list[Path] = []
+    monkeypatch.setattr(sources_module, "CHUNK_BYTES", 1500)  # for many batches
+    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 1500)
+
+    def copying(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for when in ("before", "after"):
+                if (tmp_path / "out").exists():
+                    copies.append(tmp_path / "copies" / f"{len(copies)}-{when}")
+                    shutil.copytree(tmp_path / "out", copies[-1])
+                if when == "before":
+                    result = function(*args, **kwargs)
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", copying(os.replace))
+        patch.setattr(Path, "unlink", copying(Path.unlink))
+        patch.setattr(write.SplitWriter, "append", copying(write.SplitWriter.append))
+        yield copies
+        patch.undo()
 
 
-def documents(tokens: Tokens) -> Iterator[str]:
-    ids, encoding = tokens[:], tiktoken.get_encoding("gpt2")
-    assert ids[-1] == encoding.eot_token
-    for part in np.split(ids, np.flatnonzero(ids == encoding.eot_token) + 1)[:-1]:
-        yield encoding.decode(part[:-1].tolist())
+@pytest.mark.parametrize(
+    ("tokenizer", "options"), [("char", {}), ("bpe:300", {"val_share": 0.3}), ("byte", {"chat": True})]
+)
+def test_a_kill_at_any_instant_changes_nothing(
+    tokenizer: str, options: dict[str, Any], tmp_path: Path, snapshots: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    text = "\n".join(DOCS[:40])
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "shard_tokens": 700, "val_share": options.get("val_share")}
+    if options.get("chat"):
+        rows = [json.dumps({"prompt": question, "completion": "Yes." * i}) for i, question in enumerate(DOCS[:60])]
+        (inputs / "a.jsonl").write_text("\n".join(rows))
+        settings |= {"options": ReadOptions(chat=True), "val_share": 0.3}
+    else:
+        (inputs / "a.txt").write_text(text, encoding="utf-8")
+    if options.get("val_share"):
+        monkeypatch.setattr(sources_module, "PIECE_BYTES", 2000)
+        (inputs / "b.jsonl").write_bytes(json_lines(DOCS[:50]))
+        pack_tar(inputs / "c.tar.gz", "gz", {"d.jsonl": json_lines(DOCS[50:80]), "e.txt": text.encode()})
+    make(tmp_path / "out", inputs, **settings)
+    whole = files(tmp_path / "out")
+    instants = list(snapshots)
+    assert len(instants) > 30
+    assert len(whole) > 10
+
+    rng = random.Random(0)
+    for copy in instants:
+        workers = rng.choice((1, 3))
+        resumed = tmp_path / "resumed"
+        shutil.copytree(copy, resumed)
+        make(resumed, inputs, workers=workers, **settings)
+        assert files(resumed) == whole, copy
+        shutil.rmtree(resumed)
 
 
-@needs_shared
-@pytest.mark.slow
-def test_openwebtext_goes_on_after_an_interruption_with_any_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", ENV["TIKTOKEN_CACHE_DIR"])
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    shards = [tmp_path / "0.parquet", tmp_path / "1.parquet", tmp_path / "2.jsonl", tmp_path / "3.txt"]
-    parquet.write_table(pa.table({"n": range(400), "text": DOCS[:400]}), shards[0], row_group_size=90)
-    parquet.write_table(pa.table({"text": [*DOCS[400:450], None]}), shards[1])
-    shards[2].write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCS[450:600]))
-    shards[3].write_text(DOCS[600])
+def test_finished_shards_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS[:200]))
+    (tmp_path / "b.jsonl").write_bytes(json_lines(DOCS[200:]))
+    (tmp_path / "c.jsonl").write_bytes(b"{")
+    monkeypatch.setattr(sources_module, "CHUNK_BYTES", 1500)
+    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 1500)
+    names = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    settings: dict[str, Any] = {"val_share": 0.2, "shard_tokens": 5000}
+    with pytest.raises(InputError, match=r"c\.jsonl, line 1"):
+        make(tmp_path / "out", *names, **settings)
+    (tmp_path / "c.jsonl").write_bytes(json_lines(["the end"]))  # an input that was not read may change
 
-    whole = shards[1].read_bytes()
-    shards[1].write_bytes(whole[:500])
-    flags = ["--val-share", SHARE, "--input", *shards]
-    output = run("openwebtext", "--out", tmp_path / "out", "--workers", 1, *flags, status=2)
-    assert "1.parquet cannot be read to its end" in output
-    shards[1].write_bytes(whole)
-    output = run("openwebtext", "--out", tmp_path / "out", "--workers", 2, *flags)
-    assert "1 of 4 inputs were done before" in output
-    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
-    data = open_dataset(tmp_path / "out", block_size=64, vocab_size=50_257, verify=True)
-    for split, expected in (("val", [t for t in DOCS if in_val(t)]), ("train", [t for t in DOCS if not in_val(t)])):
-        assert list(documents(getattr(data, split))) == expected
-        assert data.meta["splits"][split]["bytes"] == sum(len(text.encode()) for text in expected)
-        assert data.meta["splits"][split]["documents"] == len(expected)
+    starts = []
+    original = Job.map
 
+    def spy(self: Job, function: Any, start: Position) -> Any:
+        starts.append(start)
+        return original(self, function, start)
 
-@needs_shared
-def test_openwebtext_takes_a_part_and_refuses_what_it_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", ENV["TIKTOKEN_CACHE_DIR"])
-    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for path, part in zip(paths, (DOCS[:300], DOCS[300:]), strict=True):
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-    flags = ["--out", tmp_path / "out", "--workers", 1, "--val-share", SHARE, "--input", *paths]
-    run("openwebtext", *flags, "--docs", 350)
-    data = open_dataset(tmp_path / "out", block_size=64)
-    assert sorted([*documents(data.train), *documents(data.val)]) == sorted(DOCS[:350])
-    paths[1].write_text('{"text": "fine"}\n{"texts": 1}\n')
-    assert "b.jsonl, line 2: has no" in run("openwebtext", *flags, status=2)
-    assert "c.jsonl cannot be read" in run("openwebtext", "--input", tmp_path / "c.jsonl", status=2)
-    for wrong in (["--val-share", 1], ["--val-share", "nan"], ["--docs", 0], ["--workers", 0]):
-        told = "lies between 0 and 1" if "--val-share" in wrong else "count from 1 up"
-        assert told in run("openwebtext", "--out", tmp_path / "none", *wrong, status=2)
-    assert not (tmp_path / "none").exists()
+    monkeypatch.setattr(Job, "map", spy)
+    make(tmp_path / "out", *names, **settings)
+    make(tmp_path / "whole", *names, **settings)
+    assert starts[0].source == 1
+    assert starts[0].documents > 200
+    assert starts[1] == Position()
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_openwebtext_finds_its_shards(monkeypatch: pytest.MonkeyPatch):
-    names = {
-        "main": ["README.md", "b/partial-train/0.parquet"],
-        "refs/convert/parquet": ["t/1.parquet", "t/0.parquet", "other/0.parquet", ".gitattributes"],
-    }
+@pytest.mark.parametrize("change", ["setting", "input", "tokenizer"])
+def test_other_settings_or_inputs_start_over(change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS))
+    (tmp_path / "b.jsonl").write_bytes(b"{")
+    names = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    settings: dict[str, Any] = {"val_share": 0.2, "shard_tokens": 1000}
+    with pytest.raises(InputError):
+        make(tmp_path / "out", *names, **settings)
+    (tmp_path / "b.jsonl").write_bytes(json_lines(["the end"]))
+    if change == "setting":
+        settings["shard_tokens"] = 2000
+    elif change == "tokenizer":
+        settings["tokenizer"] = "char"
+    else:
+        (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS[::-1]))
+    make(tmp_path / "out", *names, **settings)
+    assert "starting over" in capsys.readouterr().out
+    make(tmp_path / "whole", *names, **settings)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
-    def dataset_info(self, repo: str, revision: str, files_metadata: bool) -> SimpleNamespace:
-        lfs = {name: SimpleNamespace(sha256=f"hash of {name}") for name in names[revision] if "parquet" in name}
-        files = [SimpleNamespace(rfilename=name, lfs=lfs.get(name)) for name in names[revision]]
-        return SimpleNamespace(sha=f"commit of {revision}", siblings=files)
+
+def test_files_of_the_hub_stay_at_their_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Downloaded one after the other, deleted when read; a resumed preparation keeps its list of files."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "hub/data").mkdir(parents=True)
+    siblings = []
+    for k in range(2):
+        path = tmp_path / f"hub/data/train-{k}.parquet"
+        parquet.write_table(pa.table({"body": DOCS[150 * k : 150 * (k + 1)]}), path)
+        lfs = SimpleNamespace(sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        siblings.append(SimpleNamespace(rfilename=f"data/train-{k}.parquet", lfs=lfs, size=path.stat().st_size))
+    card = {"configs": [{"config_name": "en", "data_files": [{"split": "train", "path": "data/train-*"}]}]}
+    revision = "first"
+    is_offline = True
+    downloads = []
+
+    def dataset_info(self: Any, repo: str, **settings: Any) -> SimpleNamespace:
+        return SimpleNamespace(sha=revision, siblings=siblings, card_data=card)
+
+    def fetch(repo: str, name: str, repo_type: str, revision: str, local_dir: Path) -> str:
+        assert (repo, repo_type, revision) == ("some/texts", "dataset", "first")
+        if is_offline and name.endswith("1.parquet"):
+            raise ConnectionError("no network")
+        assert not list(local_dir.glob("data/*"))
+        downloads.append(name)
+        (local_dir / "data").mkdir(exist_ok=True)
+        return str(shutil.copy(tmp_path / "hub" / name, local_dir / name))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    commit = "commit of refs/convert/parquet"
-    names_in_order = [f"t/{i}.parquet" for i in range(2)]
-    expected = [InputFile(n, repo="o/w", revision=commit, sha256=f"hash of {n}") for n in names_in_order]
-    assert hub_files("o/w", "t/") == expected
-    assert hub_files("o/w", "x/", [InputFile("x/0.parquet", repo="o/w")]) == [InputFile("x/0.parquet", repo="o/w")]
-    with pytest.raises(InputError, match=r"o/w has no whole set .* under 'x/'"):
-        hub_files("o/w", "x/")
-    del names["main"]  # stands for no network
-    with pytest.raises(InputError, match=r"could not be listed .*--input"):
-        hub_files("o/w", "")
-
-
-HUB = """
-import json, pathlib, shutil, types
-HERE = pathlib.Path(__file__).parent
-
-class HfApi:
-    def dataset_info(self, repo, revision, files_metadata):
-        facts = json.loads((HERE / "hub.json").read_text(), object_hook=lambda o: types.SimpleNamespace(**o))
-        assert files_metadata
-        return facts
-
-def hf_hub_download(repo, name, repo_type, revision, local_dir):
-    assert revision == "first", revision
-    (local_dir / name).parent.mkdir(exist_ok=True)
-    return shutil.copy(HERE / name, local_dir / name)
-"""
-
-
-@needs_shared
-def test_openwebtext_checks_its_downloads_and_stays_at_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", ENV["TIKTOKEN_CACHE_DIR"])
-    monkeypatch.setitem(ENV, "PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    (tmp_path / "t").mkdir()
-    (tmp_path / "huggingface_hub.py").write_text(HUB)
-    files = []
-    for i, part in enumerate((DOCS[:300], DOCS[300:])):
-        path = tmp_path / f"t/{i}.parquet"
-        parquet.write_table(pa.table({"text": part}), path)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        files.append({"rfilename": f"t/{i}.parquet", "lfs": {"sha256": sha256}})
-    (tmp_path / "hub.json").write_text(json.dumps({"sha": "first", "siblings": files}))
-    path.write_bytes((whole := path.read_bytes())[:-1] + b"?")
-    flags = ["--out", tmp_path / "out", "--workers", 1, "--val-share", SHARE]
-    assert "t/1.parquet came damaged" in run("openwebtext", *flags, status=2)
-    assert os.listdir(tmp_path / "out/preparing/t") == []
-    path.write_bytes(whole)
-    (tmp_path / "hub.json").write_text(json.dumps({"sha": "second", "siblings": files[:1]}))
-    assert "1 of 2 inputs were done before" in run("openwebtext", *flags)
-    data = open_dataset(tmp_path / "out", block_size=64, verify=True)
-    assert list(documents(data.train)) == [text for text in DOCS if not in_val(text)]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    settings: dict[str, Any] = {"options": ReadOptions(text_key="body"), "val_share": 0.2, "shard_tokens": 1000}
+    with pytest.raises(InputError, match=r"train-1\.parquet could not be downloaded .*no network.* to resume"):
+        make(tmp_path / "out", "hf:some/texts@en", **settings)
+    revision = "second"
+    is_offline = False
+    make(tmp_path / "out", "hf:some/texts@en", **settings)
+    assert downloads[-1] == "data/train-1.parquet"
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS, "body"))
+    make(tmp_path / "whole", tmp_path / "a.jsonl", **settings)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")

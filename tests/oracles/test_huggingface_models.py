@@ -1,0 +1,327 @@
+"""Weights in both directions against transformers: the same logits, the same text, quietly, and the same bytes back."""
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from random_models import (
+    CHARACTERS,
+    MODERN,
+    SMALL,
+    build_gpt2,
+    build_qwen3,
+    generate_greedy,
+    save_as_nanogpt,
+    save_random_run,
+)
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import export
+from model import GPT
+from nanogpt.interop.huggingface import read_weights
+from nanogpt.interop.nanogpt_ckpt import NANOGPT_PADDED_VOCAB
+from nanogpt.text.chat import Chat
+from nanogpt.text.tokenizer import END_OF_TEXT, GPT2_VOCAB, Tokenizer
+
+IDX = torch.arange(16).view(1, 16) * 6 % 90
+TEXTS = ["To be", "Wait -- what ?  He 's gone , isn 't he .", "é\r\n\t 😀\u200d  x", f"a{'  ' * 40}b", "e\u0301\x00"]
+EXPORTED: dict[str, dict[str, Any]] = {
+    "gpt2": SMALL | {"dropout": 0.1},
+    "gpt2, erf, no bias": SMALL | {"gelu": "erf", "bias": False, "n_inner": 72, "norm_eps": 1e-3},
+    "modern, untied": MODERN | {"tied": False, "n_kv_head": 2, "head_dim": 12, "rope_theta": 5e5, "norm_eps": 1e-3},
+    "modern, tied": MODERN | {"n_kv_head": 1, "n_inner": 40},
+}
+
+
+def difference(model: GPT, oracle: Any) -> float:
+    """The largest difference of a logit, over our vocabulary."""
+    with torch.no_grad():
+        ours, theirs = model.eval()(IDX, IDX)[0], oracle(IDX).logits
+    return (ours - theirs[..., : ours.shape[-1]]).abs().max().item()
+
+
+def edit_tensors(folder: Path, change: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> None:
+    """Replace each stored tensor by those that `change(name, tensor)` returns."""
+    tensors = load_file(folder / "model.safetensors")
+    edited = {name: new for old, tensor in tensors.items() for name, new in change(old, tensor).items()}
+    save_file(edited, folder / "model.safetensors")
+
+
+# ---- read
+
+
+def with_causal_masks(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    name = name.removeprefix("transformer.")
+    if not name.endswith("attn.c_attn.bias"):
+        return {name: tensor}
+    prefix = name.removesuffix("c_attn.bias")
+    return {name: tensor, f"{prefix}bias": torch.ones(1, 1, 16, 16).tril(), f"{prefix}masked_bias": torch.tensor(-1e4)}
+
+
+def with_stored_head(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: tensor} | (
+        {"lm_head.weight": tensor.clone()} if name.endswith(("wte.weight", "tokens.weight")) else {}
+    )
+
+
+READ: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "gpt2": (build_gpt2, {}, None),
+    "gpt2, gelu_pytorch_tanh": (build_gpt2, {"activation_function": "gelu_pytorch_tanh"}, None),
+    "gpt2, gelu": (build_gpt2, {"activation_function": "gelu"}, None),
+    "gpt2, width and epsilon": (build_gpt2, {"n_inner": 40, "layer_norm_epsilon": 0.1}, None),
+    "gpt2, OpenAI's names and masks": (build_gpt2, {}, with_causal_masks),
+    "gpt2, stored head": (build_gpt2, {}, with_stored_head),
+    "qwen3, untied": (build_qwen3, {}, None),
+    "qwen3, tied, stored head": (
+        build_qwen3,
+        {"tie_word_embeddings": True, "num_key_value_heads": 4},
+        with_stored_head,
+    ),
+    "qwen3, one key head": (build_qwen3, {"num_key_value_heads": 1, "hidden_size": 36, "head_dim": 6}, None),
+}
+
+
+@pytest.mark.parametrize(("build", "changes", "edit"), READ.values(), ids=READ)
+def test_from_pretrained_computes_the_logits_of_transformers(
+    tmp_path: Path, build: Callable[..., Any], changes: dict[str, Any], edit: Any
+):
+    oracle = build(**changes)
+    oracle.save_pretrained(tmp_path)
+    if edit:
+        edit_tensors(tmp_path, edit)
+    model = GPT.from_pretrained(tmp_path)
+    assert difference(model, oracle) < 1e-5
+    assert all(parameter.requires_grad and parameter.is_contiguous() for parameter in model.parameters())
+
+    short = GPT.from_pretrained(tmp_path, dropout=0.25, block_size=8).eval()
+    assert (short.config.dropout, short.config.block_size) == (0.25, 8)
+    with torch.no_grad():
+        assert (short(IDX[:, :8])[0] - oracle(IDX).logits[:, 7:8]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="block_size=17"):
+        GPT.from_pretrained(tmp_path, block_size=17)
+
+
+@pytest.mark.parametrize("build", [build_gpt2, build_qwen3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_from_pretrained_widens_half_precision_in_shards(tmp_path: Path, build: Any, dtype: torch.dtype):
+    build().to(dtype).save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    oracle = build()
+    with torch.no_grad():  # the parameters alone: the rotary frequencies stay float32
+        for parameter in oracle.parameters():
+            parameter.copy_(parameter.to(dtype))
+    model = GPT.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert difference(model, oracle) < 1e-5
+
+
+def test_from_pretrained_reads_rope_as_qwen3_was_released(tmp_path: Path):
+    """A layer in the shape of Qwen3-0.6B, with the rotary settings where transformers 4 had them."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 1, "head_dim": 128}
+    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 40960}
+    oracle = build_qwen3(**sizes, rms_norm_eps=1e-6, tie_word_embeddings=True)
+    oracle.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    path.write_text(json.dumps(config | {"rope_scaling": None, "rope_theta": 1000000}))
+    assert difference(GPT.from_pretrained(tmp_path), oracle) < 1e-4
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+def test_from_pretrained_reads_nanogpts_checkpoint(tmp_path: Path, prefix: str, bias: bool):
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(8)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    oracle = save_as_nanogpt(
+        build_gpt2(), tmp_path / "ckpt.pt", prefix=prefix, bias=bias, optimizer=optimizer, config={"dataset": "poems"}
+    )
+    assert read_weights(tmp_path).train_config["dataset"] == "poems"
+    model = GPT.from_pretrained(tmp_path / "ckpt.pt")
+    assert (model.config.gelu, model.config.bias) == ("erf", bias)
+    assert difference(model, oracle) < 1e-5
+
+
+def test_from_pretrained_drops_nanogpts_padding_in_the_old_format(tmp_path: Path):
+    oracle = save_as_nanogpt(build_gpt2(vocab_size=NANOGPT_PADDED_VOCAB), tmp_path / "ckpt.pt", zipped=False)
+    weights = read_weights(tmp_path)
+    assert weights.gpt2_encoding
+    assert len(weights.tensors["token_embedding.weight"]) == weights.config["vocab_size"] == GPT2_VOCAB
+    assert difference(GPT.from_pretrained(weights), oracle) < 1e-5
+
+
+# ---- write
+
+Export = Callable[..., Path]
+
+
+@pytest.fixture
+def run_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
+    """`run_export("to", "--flag" …)`: the folder that export.py wrote."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def call(to: str, *flags: str) -> Path:
+        monkeypatch.setattr(sys, "argv", ["export.py", f"--to={to}", *flags])
+        export.main()
+        return Path(to)
+
+    return call
+
+
+@pytest.fixture
+def _quiet() -> Iterator[None]:
+    """Fail the test if transformers logs or raises a warning."""
+    lines: list[str] = []
+    handler, log = logging.Handler(logging.WARNING), logging.getLogger("transformers")
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    log.removeHandler(handler)
+    assert lines == []
+
+
+def assert_same_weight_files(one: Path, other: Path) -> None:
+    files = [sorted(folder.glob("model*")) for folder in (one, other)]
+    assert [path.name for path in files[0]] == [path.name for path in files[1]]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]] != []
+
+
+@pytest.mark.usefixtures("_quiet")
+@pytest.mark.parametrize("sizes", EXPORTED.values(), ids=EXPORTED)
+@torch.no_grad()
+def test_export_computes_the_same_in_transformers_and_back(run_export: Export, sizes: dict[str, Any]):
+    ours = save_random_run("out", **sizes)
+    folder = run_export("theirs", "--out_dir=out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if ours.config.arch == "modern" else "GPT2LMHeadModel")
+    assert getattr(theirs.config, "resid_pdrop", 0.0) == ours.config.dropout
+    assert len(theirs.get_output_embeddings().weight) == CHARACTERS.vocab_size  # without padding
+    idx = torch.randint(CHARACTERS.vocab_size, (3, 24), generator=torch.Generator().manual_seed(1))
+    assert (theirs(idx).logits - ours(idx, idx)[0]).abs().max() <= 1e-5
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    new = theirs.generate(**words("To be", return_tensors="pt"), max_new_tokens=19, do_sample=False)
+    expected = generate_greedy(ours, CHARACTERS.encode("To be"), 19)
+    assert len(set(expected)) > 3
+    assert words.decode(new[0]) == CHARACTERS.decode(expected)
+
+    back = GPT.from_pretrained(folder, dropout=ours.config.dropout)
+    assert asdict(back.config) == asdict(ours.config) | {"bias": ours.config.arch == "gpt2"}
+    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+@pytest.mark.usefixtures("_quiet")
+@pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16"], ["--shard_gb=2e-5"]], ids=["whole", "bfloat16", "shards"])
+@pytest.mark.parametrize("sizes", [EXPORTED["gpt2"], EXPORTED["modern, untied"]], ids=["gpt2", "modern"])
+def test_export_of_an_export_has_the_same_bytes(run_export: Export, sizes: dict[str, Any], flags: list[str]):
+    save_random_run("out", **sizes)
+    first = run_export("first", "--out_dir=out", *flags)
+    assert_same_weight_files(first, run_export("again", "--init_from=first", *flags))
+    stored = [load_file(path) for path in sorted(first.glob("*.safetensors"))]
+    dtype = torch.bfloat16 if "--dtype=bfloat16" in flags else torch.float32
+    assert {tensor.dtype for tensors in stored for tensor in tensors.values()} == {dtype}
+    assert transformers.AutoModelForCausalLM.from_pretrained(first).dtype == dtype
+    if "--shard_gb=2e-5" in flags:
+        sizes_of_files = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in stored]
+        assert len(sizes_of_files) > 2
+        assert max(sizes_of_files) <= 20_000
+        index = json.loads((first / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(sizes_of_files)
+
+
+def train_bpe(*, has_end: bool) -> Tokenizer:
+    """Byte pairs; with an end of text also a post-processor that puts it around each text."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    if has_end:
+        inner.add_special_tokens([END_OF_TEXT])
+        end = (END_OF_TEXT, inner.token_to_id(END_OF_TEXT))
+        single = f"{END_OF_TEXT} $A {END_OF_TEXT}"
+        inner.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=[end])
+    return Tokenizer(inner)
+
+
+@pytest.mark.usefixtures("_quiet")
+@pytest.mark.parametrize("kind", ["char", "bpe", "bpe with an end", "chat", "gpt2"])
+def test_export_writes_the_same_tokenizer(run_export: Export, kind: str):
+    if kind == "gpt2":
+        if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+            pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's encoding needs the network")
+        ours = Tokenizer.gpt2()
+    elif kind == "chat":
+        ours = Tokenizer.train_bpe(TEXTS, 300)
+        ours.template = (Path(__file__).parents[1] / "fixtures/v0_1/data/chat/chat_template.jinja").read_text()
+    else:
+        ours = Tokenizer.characters("".join(TEXTS)) if kind == "char" else train_bpe(has_end=kind != "bpe")
+    save_random_run("out", ours, n_embd=8, n_layer=1)
+    folder = run_export("theirs", "--out_dir=out")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = theirs(text, verbose=False)["input_ids"]  # verbose: warns of a text longer than the context
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids) == text
+    assert (len(theirs), theirs.model_max_length) == (ours.vocab_size, 24)
+
+    end = ours.end_of_text
+    assert (end is None) == (kind in ("char", "bpe"))
+    assert (theirs.eos_token_id, theirs.bos_token_id) == (end, end)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.eos_token_id == end
+    assert model.generation_config.eos_token_id == ([end, ours.special_tokens["<|im_end|>"]] if kind == "chat" else end)
+    model.generate(**theirs("e", return_tensors="pt"), max_new_tokens=2)
+    if kind == "char":
+        with pytest.raises(Exception, match=r"Missing .* from the vocabulary"):
+            theirs("\ue000")  # no other character replaces one that the model does not have
+    if kind == "chat":
+        messages = [{"role": "user", "content": "To be?"}]
+        prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert prompt == Chat(ours).encode_prompt(messages)
+
+
+# ---- evaluate
+
+
+@pytest.mark.parametrize("sizes", [SMALL, EXPORTED["modern, untied"]], ids=["gpt2", "modern"])
+@torch.no_grad()
+def test_evaluate_prints_the_loss_of_transformers(
+    run_export: Export, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any]
+):
+    words = Tokenizer.train_bpe(TEXTS, 300)
+    save_random_run("out", words, **sizes)
+    folder, text = run_export("theirs", "--out_dir=out"), "".join(TEXTS) * 5 + f"¿{END_OF_TEXT}?\r\n"
+    Path("text.txt").write_bytes(text.encode())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    encode = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = [words.end_of_text, *encode(text, split_special_tokens=True, verbose=False)["input_ids"]]
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 24):
+        row = torch.tensor([ids[start : start + 25]])
+        logprobs = theirs(row[:, :-1]).logits.double().log_softmax(-1)
+        nats -= float(logprobs.gather(-1, row[:, 1:, None]).sum())
+
+    for source in ("--init_from=theirs", "--out_dir=out"):
+        flags = [source, "--text=text.txt", "--device=cpu", "--dtype=float32", "--json=results.json"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+        evaluate.main()
+        results = json.loads(Path("results.json").read_text())
+        assert results["tokens"] == len(ids) - 1
+        assert results["loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-5)
+        assert results["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), abs=1e-5)
+        assert results["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)

@@ -1,0 +1,129 @@
+"""Token ids against the libraries that define them: tiktoken, gigatoken, tokenizers and transformers."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import tiktoken
+import tokenizers
+import transformers
+from conftest import needs_gpt2
+from texts import HARD_TEXTS, random_text
+
+from nanogpt.text.fast_bpe import BYTE_DECODER, TIKTOKEN_GPT2_PATTERN, unicode_17_table
+from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
+
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # a text to learn pairs from
+TEXTS = [*HARD_TEXTS, *map(random_text, range(4))]
+
+
+@pytest.fixture(scope="module", params=["tiny", pytest.param("gpt2", marks=needs_gpt2)])
+def encoding(request: pytest.FixtureRequest) -> tiktoken.Encoding:
+    if request.param == "gpt2":
+        return tiktoken.get_encoding("gpt2")
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = [*BYTE_DECODER]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator([SOURCE * 2 + "日本語 日本 " * 9], trainer)
+    ranks = {bytes(map(BYTE_DECODER.__getitem__, token)): rank for token, rank in trained.get_vocab().items()}
+    return tiktoken.Encoding(
+        "tiny", pat_str=TIKTOKEN_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
+
+
+@pytest.fixture(scope="module")
+def converted(encoding: tiktoken.Encoding) -> Tokenizer:
+    return Tokenizer.from_tiktoken(encoding)
+
+
+@pytest.fixture(scope="module")
+def loaded(converted: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("saved")
+    converted.save(folder)
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def test_byte_decoder_is_the_librarys_alphabet():
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert sorted(BYTE_DECODER) == sorted(byte_level.alphabet())
+    text = "".join(map(chr, range(0x800))) + "日本😀"
+    spelled = "".join(word for word, _ in byte_level.pre_tokenize_str(text))
+    assert bytes(BYTE_DECODER[character] for character in spelled) == text.encode()
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_bpe_gives_tiktokens_ids(encoding: tiktoken.Encoding, converted: Tokenizer, loaded: Tokenizer, text: str):
+    special = encoding.encode(text, allowed_special="all")
+    ordinary = encoding.encode_ordinary(text)
+    for tokenizer in (converted, loaded):
+        assert (tokenizer.vocab_size, tokenizer.end_of_text) == (encoding.n_vocab, encoding.eot_token)
+        assert tokenizer.encode(text) == special
+        assert tokenizer.encode_ordinary(text).tolist() == ordinary
+        assert tokenizer.decode(special) == tokenizer.decode(ordinary) == text
+
+    sent = pickle.loads(pickle.dumps(converted))
+    assert "_gigatoken" not in sent.__dict__
+    sent._gigatoken = None  # as if it were not installed
+    assert sent.encode_ordinary(text).tolist() == ordinary
+
+
+def test_bpe_treats_broken_utf8_as_tiktoken_does(encoding: tiktoken.Encoding, converted: Tokenizer):
+    ids = encoding.encode_ordinary("日")[:1] + encoding.encode_ordinary(" 😀")[:-1]
+    assert converted.decode(ids) == encoding.decode(ids)
+    text = "a\ud800b"
+    assert converted.encode(text) == converted.encode_ordinary(text).tolist() == encoding.encode(text)
+
+
+def around(point: int) -> str:
+    """A code point between letters, digits, spaces and punctuation."""
+    x = chr(point)
+    return f"a{x}b {x}'s 1{x}2 {x}{x} !{x}? \n{x}  {x}\n\n{x}\t{x}'ll{x} é{x}é 中{x}中"
+
+
+@pytest.mark.parametrize(
+    "points", [range(0x600), pytest.param(range(0x110000), marks=pytest.mark.slow)], ids=["latin", "all"]
+)
+def test_gigatoken_agrees_with_tiktoken_but_for_unicode_17(points: range, encoding, converted, loaded):
+    pytest.importorskip("gigatoken")
+    assert converted._gigatoken is not None
+    assert loaded._gigatoken is not None
+    is_new = unicode_17_table()
+    for point in points:
+        if not is_new[point] and not 0xD800 <= point < 0xE000:
+            text = around(point)
+            assert converted._gigatoken.encode(text).tolist() == encoding.encode_ordinary(text), hex(point)
+    for text in map(around, range(0x323B0, 0x323BA)):
+        assert converted.encode_ordinary(text).tolist() == encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_transformers_loads_a_saved_tokenizer(kind: str, tmp_path: Path):
+    text = "Wait -- what ?  He 's\tgone, isn 't he .\n\n日本 \r\n!"
+    tokenizer = Tokenizer.characters(text) if kind == "char" else Tokenizer.train_bpe([SOURCE], 400)
+    tokenizer.save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "words"])
+def test_trained_bpe_gives_the_librarys_ids(pattern: str, tmp_path: Path):
+    trained = Tokenizer.train_bpe([SOURCE, *HARD_TEXTS], 700, pattern)
+    assert trained._tiktoken is not None  # else it would be compared with itself
+    trained.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    for text in [*TEXTS, SOURCE]:
+        assert trained.encode_ordinary(text).tolist() == theirs.encode(text).ids
+
+
+def test_train_bpe_learns_the_librarys_merges():
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator([SOURCE] * 2, vocab_size=500, min_frequency=2, show_progress=False)
+    ours = Tokenizer.train_bpe([SOURCE] * 2, 503)
+    for text in HARD_TEXTS[1:]:
+        learned = [theirs.id_to_token(id) for id in theirs.encode(text).ids]
+        assert [ours._inner.id_to_token(id) for id in ours.encode_ordinary(text).tolist()] == learned

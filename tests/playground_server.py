@@ -1,0 +1,126 @@
+"""A playground of a tiny random model behind a real server, for the tests of its API and of its page."""
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+
+from model import GPT, GPTConfig
+from nanogpt.playground.server import Playground, create_app, create_server
+from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
+
+BLOCK_SIZE = 32
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """A token for each byte, and <|endoftext|>."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate([*letters, END_OF_TEXT])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(inner)
+
+
+def make_playground(tokenizer: Tokenizer, extra_ids: int = 7) -> Playground:
+    """Random weights, so large that each token matters. extra_ids: the model's ids that the tokenizer does not have."""
+    torch.manual_seed(0)
+    vocab_size = tokenizer.vocab_size + extra_ids
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=BLOCK_SIZE, vocab_size=vocab_size)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(9)
+    return Playground(model, tokenizer, contextlib.nullcontext())
+
+
+class Server:
+    """A running server, and requests to it."""
+
+    def __init__(self, playground: Playground, metrics: Path, port: int):
+        self.playground = playground
+        self.metrics = metrics
+        self.port = port
+
+    def request(self, method: str, path: str, body: Any = b"", **headers: str) -> tuple[int, Any]:
+        """The status and the JSON of a response that does not stream."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body), headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+    def connect(self, **request: Any) -> http.client.HTTPConnection:
+        """A connection on which a text has been requested."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request("POST", "/api/generate", json.dumps(request))
+        return connection
+
+    def stream(self, **request: Any) -> Iterator[dict[str, Any]]:
+        """The events of a text as they come; the request is sent at once."""
+        return read_events(self.connect(**request))
+
+    def generate(self, **request: Any) -> list[dict[str, Any]]:
+        """The token events of a text."""
+        first, *tokens, last = self.stream(**request)
+        assert "prompt_ids" in first
+        assert last["done"] is True
+        return tokens
+
+
+def read_events(connection: http.client.HTTPConnection) -> Iterator[dict[str, Any]]:
+    with contextlib.closing(connection):
+        response = connection.getresponse()
+        assert response.status == 200
+        assert response.headers["content-type"] == "application/x-ndjson"
+        while line := response.readline():
+            yield json.loads(line)
+
+
+@contextlib.contextmanager
+def serve(playground: Playground, metrics: Path, listener: socket.socket | None = None) -> Iterator[Server]:
+    listener = listener or socket.create_server(("127.0.0.1", 0))
+    server = create_server(create_app(playground, "tiny", "cpu", metrics))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield Server(playground, metrics, listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class Gate:
+    """Makes each token of a playground's texts wait for a permit. texts: those begun; steps: tokens generated."""
+
+    def __init__(self, playground: Playground):
+        self.permits = threading.Semaphore(0)
+        self.texts: list[list[int]] = []
+        self.steps = 0
+        self._generate = playground.decoder.generate
+        playground.decoder.generate = self._wait_and_generate  # type: ignore[method-assign]
+
+    def _wait_and_generate(self, texts: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        self.texts.append(texts[0])
+        for tokens in self._generate(texts, *args, **kwargs):
+            self.permits.acquire(timeout=10)
+            self.steps += 1
+            yield tokens
+
+    def open(self) -> None:
+        self.permits.release(10**6)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

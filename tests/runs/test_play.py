@@ -1,0 +1,50 @@
+"""play.py as a user calls it."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, Run, environment
+
+import play
+from nanogpt.errors import InputError
+
+
+def test_play_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch):
+    def play_with(*flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["play.py", *flags])
+        play.main()
+
+    with pytest.raises(InputError, match="nowhere"):
+        play_with("--out_dir=nowhere", "--port=0")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port={port}: address already in use"):
+            play_with(f"--port={port}")
+    monkeypatch.delitem(sys.modules, "nanogpt.playground.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(InputError, match=r'uvicorn.*pip install -e "\.\[play\]"'):
+        play_with()
+
+
+def test_play_stops_on_ctrl_c(run: Run):
+    run(out_dir="out", max_iters=2, eval_interval=2)
+    command = [sys.executable, ROOT / "play.py", "--out_dir=out", "--port=0", "--device=cpu"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stderr
+    address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
+    assert address
+    connection = http.client.HTTPConnection("127.0.0.1", int(address[1]))
+    connection.request("POST", "/api/generate", json.dumps({"prompt": "ab", "max_new_tokens": 10_000}))
+    assert b"prompt_ids" in connection.getresponse().readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    assert process.stderr.read() == "playing with out/ckpt/step-000002\ninterrupted\n"
+    assert process.stdout.read() == ""
+    connection.close()

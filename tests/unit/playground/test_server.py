@@ -1,0 +1,394 @@
+"""The playground's API over real connections."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import math
+import re
+import socket
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from playground_server import BLOCK_SIZE, Gate, Server, bytes_tokenizer, make_playground, serve, wait_until
+
+from nanogpt.generate.decoder import Decoder
+from nanogpt.generate.sampling import Sampling
+from nanogpt.playground import server as server_module
+from nanogpt.playground.server import EventResponse, Playground, read_metrics
+from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
+
+PLAIN: dict[str, Any] = {"temperature": 1.0, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for all tests that leave it as it is."""
+    with serve(make_playground(bytes_tokenizer()), tmp_path_factory.mktemp("run") / "metrics.jsonl") as running:
+        yield running
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Server]:
+    with serve(make_playground(bytes_tokenizer()), tmp_path / "metrics.jsonl") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def characters() -> Playground:
+    return make_playground(Tokenizer.characters("abc\n"))
+
+
+def decode(playground: Playground, ids: list[int], count: int, **sampling: Any) -> list[tuple[int, float]]:
+    """The ids that the decoder alone gives, with their probabilities."""
+    plain = Sampling(**PLAIN | sampling, vocab_size=playground.vocab_size)
+    tokens = Decoder(playground.model).generate([ids], count, plain, top_logprobs=0)
+    return [(token.id, math.exp(token.logprob or 0)) for (token,) in tokens]
+
+
+# ---- texts
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2, "seed": 8}])
+def test_generate_matches_decoder(server: Server, settings: dict[str, Any]):
+    ids = server.playground.tokenizer.encode("To be")
+    request = PLAIN | settings | {"prompt": "To be", "max_new_tokens": 2 * BLOCK_SIZE}
+    first, *tokens, last = server.stream(**request)
+    assert first == {"prompt_ids": ids, "prompt_texts": ["T", "o", " ", "b", "e"]}
+    expected = decode(server.playground, ids, 2 * BLOCK_SIZE, **settings)
+    assert [token["id"] for token in tokens] == [id for id, _ in expected]
+    assert [token["p"] for token in tokens] == pytest.approx([p for _, p in expected], rel=1e-5)
+    assert last["reason"] == "length"
+    assert last["tokens_per_s"] > 0
+
+
+def test_generate_alternatives_are_most_probable(server: Server):
+    tokenizer = server.playground.tokenizer
+    logits = server.playground.model(torch.tensor([tokenizer.encode("To be")]))[0][0, -1]
+    (token,) = server.generate(prompt="To be", max_new_tokens=1)
+    probs = {id: p for id, p in enumerate(logits.softmax(-1).tolist()) if id < 257 and id != token["id"]}
+    best = sorted(probs, key=lambda id: -probs[id])[: len(token["alternatives"])]
+    assert len(best) >= 3  # five, less those that the tokenizer does not have
+    assert [other["id"] for other in token["alternatives"]] == best
+    assert [other["text"] for other in token["alternatives"]] == [tokenizer.label(id) for id in best]
+    assert [other["p"] for other in token["alternatives"]] == pytest.approx([probs[id] for id in best], rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0, 3])  # the most probable token itself, and others
+def test_generate_gives_five_alternatives(tmp_path: Path, temperature: float):
+    with serve(make_playground(bytes_tokenizer(), extra_ids=0), tmp_path) as server:
+        tokens = server.generate(prompt="To be", max_new_tokens=9, temperature=temperature)
+    assert [len(token["alternatives"]) for token in tokens] == [5] * 9
+
+
+def test_generate_continues_from_ids(server: Server):
+    first, *tokens, _ = server.stream(prompt="ab", max_new_tokens=50, **PLAIN)
+    ids = first["prompt_ids"] + [token["id"] for token in tokens[:40]]
+    assert len(ids) > BLOCK_SIZE  # a text to continue may be longer than a prompt
+    same = server.generate(ids=ids, max_new_tokens=10, **PLAIN)
+    assert [token["id"] for token in same] == [token["id"] for token in tokens[40:]]
+    branch = [*ids, tokens[40]["alternatives"][0]["id"]]
+    expected = [id for id, _ in decode(server.playground, branch, 10)]
+    assert [token["id"] for token in server.generate(ids=branch, max_new_tokens=10, **PLAIN)] == expected
+
+
+def test_generate_texts_join_to_decoded_text(server: Server):
+    """Also where a character's bytes are in several tokens, in prompt and text, or incomplete at the end."""
+    tokenizer = server.playground.tokenizer
+    ids = tokenizer.encode("né😀")[:-2]
+    first, *tokens, _ = server.stream(ids=ids, max_new_tokens=40, **PLAIN)
+    assert first["prompt_texts"] == ["n", "", "é", "", ""]
+    text = "".join(first["prompt_texts"] + [token["text"] for token in tokens])
+    assert text == tokenizer.decode(ids + [token["id"] for token in tokens])
+    assert "\ufffd" in text
+    single = [server.generate(ids=[0], max_new_tokens=1, seed=seed)[0] for seed in range(40)]
+    assert all(token["text"] == tokenizer.decode([token["id"]]) for token in single)
+    assert "\ufffd" in [token["text"] for token in single]
+
+
+def test_generate_stops_at_end_of_text(own_server: Server):
+    tokenizer = own_server.playground.tokenizer
+    first, *_ = own_server.stream(prompt="", max_new_tokens=1)
+    assert first == {"prompt_ids": [256], "prompt_texts": [END_OF_TEXT]}
+    tokenizer.end_of_text = own_server.generate(prompt="a", max_new_tokens=9, **PLAIN)[2]["id"]
+    *_, token, last = own_server.stream(prompt="a", max_new_tokens=9, **PLAIN)
+    assert (token["id"], last["reason"]) == (tokenizer.end_of_text, "stop")
+
+
+def test_generate_reports_failure_of_model(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        raise RuntimeError("out of memory")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.playground.decoder, "generate", fail)
+        *_, last = server.stream(prompt="ab", max_new_tokens=5)
+    assert "RuntimeError: out of memory" in last["error"]
+    assert "Traceback" in capsys.readouterr().err
+    assert server.generate(prompt="ab", max_new_tokens=2)
+
+
+# ---- bad requests
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ({"prompt": "a" * (BLOCK_SIZE + 1)}, r"prompt: has 33 tokens, more than the context of 32"),
+        ({"prompt": None}, r"prompt: expected text"),
+        ({"prompt": "a", "ids": [1]}, r"either a prompt or ids"),
+        ({"temperature": 1}, r"either a prompt or ids"),
+        ([], r"either a prompt or ids"),
+        ({"ids": []}, r"ids: expected a list of 1 to"),
+        ({"ids": "abc"}, r"ids: expected a list"),
+        ({"ids": [0] * 50_001}, r"ids: expected a list of 1 to 50,000"),
+        ({"ids": [0, True]}, r"ids\.1: expected a whole number"),
+        ({"ids": [-1]}, r"ids\.0: must be at least 0"),
+        ({"ids": [257]}, r"ids\.0: must be below 257"),
+        ({"prompt": "a", "temperature": -1}, r"temperature: must be at least 0"),
+        (b'{"prompt": "a", "temperature": NaN}', r"temperature: expected a finite number"),
+        ({"prompt": "a", "top_k": 0}, r"top_k: must be at least 1"),
+        ({"prompt": "a", "top_p": 0}, r"top_p: must be above 0"),
+        ({"prompt": "a", "min_p": 1}, r"min_p: must be below 1"),
+        ({"prompt": "a", "max_new_tokens": 10**9}, r"max_new_tokens: must be at most 10000"),
+        ({"prompt": "a", "seed": -1}, r"seed: must be at least 0"),
+        ({"prompt": "a", "temprature": 1}, r"temprature: no such key; did you mean temperature\?"),
+        ({"prompt": "a", "\ud800": 1}, r"no such key"),
+        (b"\xff\xfe\xfa", r"not valid JSON"),
+        (b"[" * 100_000, r"not valid JSON"),
+        (b'{"prompt": "a", "seed": ' + b"[" * 975 + b"]" * 975 + b"}", r"not valid JSON|expected a whole number"),
+    ],
+)
+def test_generate_refuses_bad_request(server: Server, body: Any, problem: str):
+    status, response = server.request("POST", "/api/generate", body)
+    assert status == 400
+    assert re.search(problem, response["error"])
+    assert len(response["error"]) <= 500
+
+
+def test_generate_refuses_prompt_without_ids(tmp_path: Path, characters: Playground):
+    with serve(characters, tmp_path) as server:
+        for prompt, problem in (("abX\ud800", "no id for 'X' '\\ud800'"), ("", "prompt: is empty")):
+            status, response = server.request("POST", "/api/generate", {"prompt": prompt})
+            assert status == 400
+            assert problem in response["error"]
+        assert len(server.generate(prompt="ab", max_new_tokens=5, top_k=10**6)) == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [
+        ("GET", "/api/generate", 405),
+        ("POST", "/", 405),
+        ("GET", "/../play.py", 404),
+        ("GET", "/api/metrics?after=-1", 400),
+        ("GET", "/api/metrics?after=99999999999999999999", 400),
+    ],
+)
+def test_app_reports_errors_as_json(server: Server, method: str, path: str, expected: int):
+    status, response = server.request(method, path)
+    assert (status, list(response)) == (expected, ["error"])
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_generate_does_not_read_large_body(server: Server, is_chunked: bool):
+    size, sent, chunk = 100 * 2**20, 0, b" " * 2**16
+    header = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {size}"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        raw.sendall(f"POST /api/generate HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n".encode())
+        with contextlib.suppress(OSError):  # the server closes the connection
+            while sent < size:
+                raw.sendall(b"10000\r\n" + chunk + b"\r\n" if is_chunked else chunk)
+                sent += len(chunk)
+        response = raw.recv(2**16)
+    assert response.startswith(b"HTTP/1.1 413")
+    assert sent < size / 2  # the buffers of the system
+    assert server.generate(prompt="ab", max_new_tokens=2)
+
+
+def test_generate_survives_incomplete_body(server: Server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        raw.sendall(b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+        assert server.generate(prompt="ab", max_new_tokens=2)
+    assert server.generate(prompt="ab", max_new_tokens=2)
+    assert server.playground.queue == []
+
+
+# ---- other sites
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "[::1]:{port}", ""])
+def test_app_refuses_other_hosts(server: Server, host: str):
+    """DNS rebinding: a name of another site that resolves to this machine."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    with contextlib.closing(connection):
+        connection.request("GET", "/", headers={"Host": host.format(port=server.port)})
+        assert connection.getresponse().status == 400
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        ("http://127.0.0.1:{port}", 200),
+        ("http://evil.example", 403),
+        ("null", 403),
+        ("https://127.0.0.1:{port}", 403),
+        ("http://127.0.0.1:1", 403),
+        ("http://127.0.0.1:{port}.evil.example", 403),
+    ],
+)
+def test_generate_refuses_other_origins(server: Server, origin: str, expected: int):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    with contextlib.closing(connection):
+        body = json.dumps({"prompt": "a", "max_new_tokens": 1})
+        connection.request("POST", "/api/generate", body, {"Origin": origin.format(port=server.port)})
+        response = connection.getresponse()
+        assert (b"prompt_ids" in response.read()) == (expected == 200)
+    assert response.status == expected
+
+
+def test_page_has_content_security_policy(server: Server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    with contextlib.closing(connection):
+        connection.request("GET", "/", headers={"Host": f"localhost:{server.port}"})
+        response = connection.getresponse()
+        assert b"<!doctype html>" in response.read()
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+
+
+# ---- the queue
+
+
+def test_queue_reports_place(own_server: Server):
+    gate = Gate(own_server.playground)
+    first = own_server.stream(prompt="a", max_new_tokens=30)
+    assert next(first)["prompt_ids"]
+    second = own_server.stream(prompt="b", max_new_tokens=5)
+    assert next(second) == {"queued": 1}
+    third = own_server.stream(prompt="c", max_new_tokens=5)
+    assert next(third) == {"queued": 2}
+    gate.open()
+    assert len(list(first)) == 31
+    assert next(third) == {"queued": 1}
+    for text in (second, third):
+        assert len(list(text)) == 7
+    encode = own_server.playground.tokenizer.encode
+    assert gate.texts == [encode("a"), encode("b"), encode("c")]
+
+
+def test_queue_drops_clients_that_leave(own_server: Server):
+    """While they wait, and while the model generates: it stops after the step in progress."""
+    gate = Gate(own_server.playground)
+    leaving = own_server.connect(prompt="a", max_new_tokens=10_000)
+    wait_until(lambda: len(gate.texts) == 1)
+    waiting = own_server.connect(prompt="b", max_new_tokens=10_000)
+    wait_until(lambda: len(own_server.playground.queue) == 2)
+    last = own_server.stream(prompt="c", max_new_tokens=5)
+    assert next(last) == {"queued": 2}
+    waiting.close()
+    assert next(last) == {"queued": 1}
+    leaving.close()
+    wait_until(lambda: len(own_server.playground.queue) == 1)
+    gate.open()
+    assert len(list(last)) == 7
+    assert gate.texts == [own_server.playground.tokenizer.encode(letter) for letter in "ac"]
+    assert gate.steps == 1 + 5
+    wait_until(lambda: own_server.playground.queue == [])
+
+
+def test_queue_drops_clients_that_do_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, characters: Playground):
+    monkeypatch.setattr(server_module, "SEND_TIMEOUT_S", 0.3)
+    tokens = [next(characters.decoder.generate([[1]], 1, Sampling(), top_logprobs=4))] * 10_000
+    monkeypatch.setattr(characters.decoder, "generate", lambda texts, count, *args, **kwargs: iter(tokens[:count]))
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit it
+    with serve(characters, tmp_path, listener) as server, socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", server.port))
+        body = b'{"prompt": "a", "max_new_tokens": 10000}'
+        head = f"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        raw.sendall(head.encode() + body)
+        wait_until(lambda: len(characters.queue) == 1)
+        *_, last = server.stream(prompt="b", max_new_tokens=3)
+        assert last["done"] is True
+        assert characters.queue == []
+
+
+def test_event_response_limits_total_time_of_sending(monkeypatch: pytest.MonkeyPatch):
+    """A client that reads a little at a time is dropped too, and the generator is closed at once."""
+    monkeypatch.setattr(server_module, "SEND_TIMEOUT_S", 0.3)
+    sent: list[Any] = []
+    is_closed = False
+
+    async def lines() -> AsyncGenerator[str, None]:
+        nonlocal is_closed
+        try:
+            while True:
+                yield "{}\n"
+        finally:
+            is_closed = True
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        await asyncio.sleep(0.1)
+
+    async def respond() -> None:
+        await EventResponse(lines())({"type": "http"}, asyncio.Event().wait, send)  # type: ignore[arg-type]
+        assert is_closed
+
+    asyncio.run(asyncio.wait_for(respond(), timeout=30))
+    assert 1 <= len(sent) <= 4
+
+
+# ---- the run's curves
+
+
+def test_metrics_follow_file(own_server: Server):
+    def fetch(offset: int = 0, file: str = "") -> Any:
+        status, update = own_server.request("GET", f"/api/metrics?after={offset}&file={file}")
+        assert status == 200
+        return update
+
+    assert fetch() == {"file": "", "after": 0, "next": 0, "more": False, "points": []}
+    own_server.metrics.write_text(
+        '{"step": 0, "train_loss": 4.2, "val_loss": 4.25, "time_s": 0}\n{"step": 1, "loss": 4'
+    )
+    first = fetch()
+    assert first["points"] == [{"step": 0, "train_loss": 4.2, "val_loss": 4.25}]
+    with own_server.metrics.open("a") as file:
+        file.write('.1}\n{"step": 2, "loss": null}\nrubbish\n[1]\n{"step": "x"}\n')
+        file.write('{"step": 3, "loss": NaN, "val_loss": 3}\n')
+    second = fetch(first["next"], first["file"])
+    assert second["points"] == [{"step": 1, "loss": 4.1}, {"step": 2}, {"step": 3, "val_loss": 3}]
+    assert second["after"] == first["next"]
+    assert fetch(second["next"], second["file"])["points"] == []
+
+    # A resume writes another file of this name, which may soon be longer than the old one.
+    other = own_server.metrics.with_name("other")
+    other.write_text('{"step": 0, "loss": 5}\n' * 50)
+    other.replace(own_server.metrics)
+    third = fetch(second["next"], second["file"])
+    assert (third["after"], len(third["points"])) == (0, 50)
+    own_server.metrics.write_text('{"step": 7, "loss": 5}\n')  # truncated
+    assert fetch(third["next"], third["file"])["points"] == [{"step": 7, "loss": 5}]
+
+
+def test_read_metrics_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_module, "METRICS_CHUNK_BYTES", 100)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {i}, "loss": {i}}}\n' for i in range(20)))
+    points: list[Any] = []
+    update: dict[str, Any] = {"next": 0, "file": "", "more": True}
+    while update["more"]:
+        update = read_metrics(path, update["next"], update["file"])
+        assert len(update["points"]) < 20
+        points += update["points"]
+    assert [point["step"] for point in points] == list(range(20))
+    assert update["next"] == path.stat().st_size

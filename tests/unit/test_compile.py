@@ -1,0 +1,95 @@
+"""torch.compile on request: CUDA graphs where a step is one short micro-batch, and a fallback when it fails."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from nanogpt import compile as compile_module
+from nanogpt.compile import compile_model, should_compile, try_compile
+from nanogpt.distributed import World
+
+WORLD = World(0, 1, torch.device("cpu"), torch.float32)
+X = torch.zeros(2, 8, dtype=torch.long)
+
+
+def make_model(**sizes: Any) -> GPT:
+    return GPT(GPTConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 9, "block_size": 8} | sizes))
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "expected"),
+    [
+        (True, "cpu", True),
+        (False, "cuda", False),
+        ("auto", "cuda", True),
+        ("auto", "cpu", False),
+        ("auto", "mps", False),
+    ],
+)
+def test_should_compile_is_auto_on_cuda(setting: bool | str, device: str, expected: bool):
+    assert should_compile(setting, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "is_whole_step", "n_embd", "expected"),
+    [
+        ("cuda", True, 16, True),
+        ("cpu", True, 16, False),
+        ("cuda", False, 16, False),  # the next micro-batch would overwrite the gradients
+        ("cuda", True, 2**15, False),  # the host keeps ahead of long steps
+    ],
+)
+def test_short_whole_steps_become_cuda_graphs(
+    monkeypatch: pytest.MonkeyPatch, device: str, is_whole_step: bool, n_embd: int, expected: bool
+):
+    use_graphs: list[bool] = []
+    monkeypatch.setattr(compile_module, "try_compile", lambda model, *rest: (model, use_graphs.append(rest[-1])))
+    with torch.device("meta"):
+        model = make_model(n_embd=n_embd, block_size=1024)
+    x = torch.zeros(8, 1024, device="meta")
+    world = World(0, 1, torch.device(device), torch.float32)
+    assert compile_model(model, world, x, x, is_whole_step=is_whole_step) is model
+    assert use_graphs == [expected]
+
+
+@pytest.mark.parametrize("fails", ["compile", "forward", "backward"])
+def test_a_failing_compiler_leaves_the_plain_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: str
+):
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no C++ compiler was found\nand more")
+
+    def compile(model: torch.nn.Module, mode: str | None) -> Any:
+        def fail_in_evaluation(x: torch.Tensor, y: torch.Tensor) -> Any:
+            return model(x, y) if model.training else fail()
+
+        if fails == "compile":
+            fail()
+        return fail if fails == "forward" else fail_in_evaluation
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = make_model()
+    assert compile_model(model, WORLD, X, X, is_whole_step=True) is model
+    assert "warning: torch.compile failed" in capsys.readouterr().out
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())  # of the attempt
+
+
+def test_running_out_of_memory_is_no_failure_of_the_compiler(monkeypatch: pytest.MonkeyPatch):
+    def compile(model: torch.nn.Module, mode: str | None) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(torch.OutOfMemoryError):
+        try_compile(make_model(), WORLD, X, X)
+
+
+@pytest.mark.slow
+def test_compiled_model_equals_eager():
+    model = make_model()
+    compiled, problem = try_compile(model, WORLD, X, X)
+    assert problem is None
+    torch.testing.assert_close(compiled(X, X), model(X, X))
+    assert compiled.state_dict().keys() != model.state_dict().keys()  # so a checkpoint is of the plain model

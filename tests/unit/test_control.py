@@ -1,0 +1,59 @@
+"""Requests to stop, save and decay: from signals to the training loop, by name."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def restored_signals() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in NUMBERS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (signal.SIGINT, Control(interrupt=1.0)),
+        (signal.SIGTERM, Control(terminate=1.0)),
+        (signal.SIGUSR1, Control(save=1.0)),
+    ],
+)
+def test_a_signal_becomes_a_request(number: signal.Signals, expected: Control):
+    ignore_save_signal()
+    signals = SignalCatcher()
+    signal.raise_signal(number)
+    assert signals.control(save_due=False, decay_steps=0) == expected
+    second = Control() if number == signal.SIGUSR1 else expected  # one checkpoint was asked for
+    assert signals.control(save_due=False, decay_steps=0) == second
+    assert signals.control(save_due=True, decay_steps=7) == second._replace(save=1.0, decay_steps=7.0)
+
+
+def test_a_second_interrupt_ends_at_once():
+    SignalCatcher()
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_save_signal_is_ignored_until_there_is_something_to_save():
+    ignore_save_signal()
+    signal.raise_signal(signal.SIGUSR1)
+
+
+def test_requests_obey_the_sum_over_the_ranks():
+    requests = Requests()
+    requests.add([Control(), Control(save=2.0)])
+    assert (requests.exit_status, requests.save, requests.decay_steps) == (0, True, 0)
+    requests.add([Control(interrupt=1.0), Control(decay_steps=12.0)])
+    assert (requests.exit_status, requests.save, requests.decay_steps) == (130, True, 12)
+    requests.add([Control(terminate=1.0)])
+    assert (requests.exit_status, requests.save, requests.decay_steps) == (143, True, 0)

@@ -1,0 +1,138 @@
+"""Stopwatch, values read a step late, and metrics.jsonl with its trackers."""
+
+import resource
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import metrics
+
+from nanogpt.control import Control
+from nanogpt.errors import InputError
+from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats, Stopwatch, read_stop_reason
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """time.perf_counter's seconds, set by the test."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_stopwatch_counts_while_it_runs(clock: list[float]):
+    watch = Stopwatch(100.0)
+    clock[0] = 7
+    assert watch.seconds == 100
+    watch.start()
+    clock[0] = 9
+    watch.start()  # runs already
+    clock[0] = 10
+    assert watch.seconds == 103
+    watch.stop()
+    clock[0] = 50
+    watch.stop()
+    assert watch.seconds == 103
+
+
+def test_step_stats_survive_their_tensor():
+    control = Control(interrupt=1.0, terminate=2.0, save=3.0, decay_steps=4.0)
+    scalars = [torch.tensor(value) for value in (2.5, 0.5, 0.0, 7.0)]
+    on_device = StepStats(*scalars, Control(*map(torch.tensor, control)), [torch.tensor(8.0), torch.tensor(9.0)])
+    read = StepStats.from_values(on_device.to_tensor().tolist())
+    assert read == StepStats(2.5, 0.5, 0.0, 7.0, control, [8.0, 9.0])
+
+
+def test_deferred_read_holds_back_the_last_value(clock: list[float]):
+    watch = Stopwatch()
+    watch.start()
+    deferred = DeferredRead(watch)
+    assert deferred.take() == []
+    for step in (1, 2, 3):
+        clock[0] = 10.0 * step
+        deferred.put(step, torch.tensor([step, step / 2]))
+        if step > 1:
+            assert deferred.take() == [(step - 1, [step - 1, (step - 1) / 2], 10.0 * (step - 1))]
+    assert deferred.take() == []
+    assert deferred.take(everything=True) == [(3, [3, 1.5], 30.0)]
+    assert deferred.take(everything=True) == []
+
+
+def write(out_dir: Path, step: int, *lines: dict[str, Any], is_evaluated: bool = True) -> list[str]:
+    """Resume metrics.jsonl at `step`, append lines, and return the file's lines."""
+    writer = MetricsWriter(out_dir, step, is_evaluated)
+    for line in lines:
+        writer.log(line)
+    writer.close()
+    return (out_dir / "metrics.jsonl").read_text().splitlines()
+
+
+def test_metrics_are_strict_json_without_lines_after_the_checkpoint(tmp_path: Path):
+    nan = float("nan")
+    lines = write(tmp_path, 0, {"step": 1, "loss": nan, "norms": {"a": nan}}, {"step": 2, "loss": -1e999}, {"step": 3})
+    assert lines == ['{"step": 1, "loss": null, "norms": {"a": null}}', '{"step": 2, "loss": null}', '{"step": 3}']
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')  # cut by a kill
+    assert write(tmp_path, 2, {"step": 3, "loss": 0.5}) == [*lines[:2], '{"step": 3, "loss": 0.5}']
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(("is_evaluated", "kept"), [(True, 3), (False, 2)])
+def test_an_evaluation_that_is_repeated_is_dropped(tmp_path: Path, is_evaluated: bool, kept: int):
+    lines = ['{"step": 2, "val_loss": 1.5}', '{"step": 4, "loss": 1.5}', '{"step": 4, "val_loss": 1.25}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert write(tmp_path, 4, is_evaluated=is_evaluated) == lines[:kept]
+
+
+def test_a_full_disk_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    writer = MetricsWriter(tmp_path, 0, is_evaluated=True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        for step in (1, 2, 3):
+            writer.log({"step": step, "loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1'
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written (File too large)") == 1
+    writer.log({"step": 4, "loss": 0.5})
+    writer.close()
+    assert metrics(tmp_path, "step", "loss") == [(step, 0.5) for step in (1, 2, 3, 4)]
+    (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"metrics.jsonl cannot be written \(Is a directory\)"):
+        MetricsWriter(tmp_path / "other", 0, is_evaluated=True)
+
+
+def test_read_stop_reason_reads_the_last_line_alone(tmp_path: Path):
+    assert read_stop_reason(tmp_path) is None
+    for text, expected in (
+        ('{"step": 1}\n{"step": 2, "stopped": "why"}\n', "why"),
+        ('{"step": 2, "stopped": "why"}\n{"step": 3}\n', None),
+        ("", None),
+        ("[1]\n", None),
+        ('{"stopped', None),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert read_stop_reason(tmp_path) == expected
+
+
+def test_wandb_gets_numbers_by_flat_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = {"wandb_project": "owt", "wandb_run_name": "gpt2"}
+    logged: list[tuple[int, dict[str, float]]] = []
+    session = SimpleNamespace(
+        id="new", log=lambda numbers, step: logged.append((step, numbers)), finish=lambda: logged.append((0, {}))
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: session))
+    writer = MetricsWriter(tmp_path, 0, is_evaluated=True)
+    writer.open_trackers(config, None, tensorboard=False)
+    writer.log({"step": 2, "loss": 0.5, "mfu": None, "norms": {"a": 1.5}})
+    writer.close()
+    assert logged == [(2, {"loss": 0.5, "norms/a": 1.5}), (0, {})]
+    assert writer.wandb_id == "new"
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
+    with pytest.raises(InputError, match="wandb_log=True"):
+        writer.open_trackers(config, None, tensorboard=False)

@@ -1,0 +1,276 @@
+"""Reading of files, archives and the hub into chunks."""
+
+import gzip
+import hashlib
+import lzma
+import random
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from conftest import needs_gpt2
+from text_files import DOCS, json_lines, pack_tar
+
+from nanogpt.errors import InputError
+from nanogpt.text.documents import DocumentParser
+from nanogpt.text.fast_bpe import PATTERNS
+from nanogpt.text.sources import (
+    CONVERTED,
+    PIECE_BYTES,
+    ReadOptions,
+    ValSplit,
+    download,
+    find_boundary,
+    find_inputs,
+    list_parquet,
+    read_chunks,
+)
+
+SPLIT = ValSplit(0.1)
+
+
+def read(*inputs: object, **options: Any) -> list[str]:
+    """The documents of the inputs."""
+    parser = DocumentParser(ReadOptions(**options))
+    texts = []
+    for source in find_inputs([str(name) for name in inputs]):
+        for document in parser.parse(read_chunks(source, parser.options, SPLIT)):
+            if document.is_start:
+                texts.append("")
+            texts[-1] += document.text.decode()
+    return texts
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same documents in all formats."""
+    folder = tmp_path_factory.mktemp("formats")
+    deep = folder / "folder/deep"
+    deep.mkdir(parents=True)
+    for i, text in enumerate(DOCS):
+        (deep / f"{i:03}.{'md' if i % 2 else 'txt'}").write_text(text, encoding="utf-8", newline="\r\n")
+    (deep / "picture.png").write_bytes(b"\0")
+    (deep / ".hidden.txt").write_text("no")
+
+    lines = json_lines(DOCS)
+    first, second = json_lines(DOCS[:150]), json_lines(DOCS[150:])
+    (folder / "a.jsonl").write_bytes(lines[:-1] + b"\n\n")
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(first) + gzip.compress(second))
+    (folder / "a.jsonl.xz").write_bytes(lzma.compress(lines))
+    texts = {f"{i:03}.txt": text.encode() for i, text in enumerate(DOCS)}
+    pack_tar(folder / "a.tar", "", texts)
+    pack_tar(folder / "a.tar.gz", "gz", texts)
+    pack_tar(folder / "a.txz", "xz", {"x.jsonl": first, "y.jsonl.gz": gzip.compress(second), "z": b"?"})
+    with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.jsonl", first)
+        for name, text in list(texts.items())[150:]:
+            archive.writestr(name, text)
+
+    zstandard = pytest.importorskip("zstandard")
+    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(first) + zstandard.compress(second))
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"n": range(301), "text": [*DOCS, None]}), folder / "a.parquet", row_group_size=70)
+    return folder
+
+
+FORMATS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet", "a.tar", "a.tar.gz", "a.txz", "a.zip"]
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "folder", "f*/**/*.[mt]*"])
+def test_formats_hold_the_same_documents(name: str, formats: Path):
+    assert read(formats / name) == DOCS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.tar"])
+def test_reading_resumes_after_any_item(name: str, formats: Path):
+    (source,) = find_inputs([str(formats / name)])
+    for skip in (1, 127, 128, 150, 299):
+        chunks = read_chunks(source, ReadOptions(), SPLIT, skip)
+        assert [document.text.decode() for document in DocumentParser(ReadOptions()).parse(chunks)] == DOCS[skip:]
+
+
+def test_inputs_come_in_the_order_given_and_once(formats: Path):
+    names = [str(formats / name) for name in ("a.tar", "a.jsonl", "a.tar")]
+    assert [source.name for source in find_inputs(names)] == names[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bare", "bare holds no text"),
+        ("*.none", "no file matches"),
+        ("none.txt", "none.txt cannot be read"),
+        ("hf:@x", "is not a dataset on the hub"),
+    ],
+)
+def test_missing_inputs_are_errors(name: str, message: str, tmp_path: Path):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/picture.png").write_bytes(b"\0")
+    with pytest.raises(InputError, match=message):
+        find_inputs([name if name.startswith("hf:") else str(tmp_path / name)])
+
+
+# ---- pieces
+
+
+@needs_gpt2
+def test_ids_of_pieces_are_those_of_the_whole():
+    import tiktoken
+
+    rng = random.Random(0)
+    letters = [*"aZéÿ中。ー–…😀9'/ \n!", "\u3000", "\xa0", "\u2009", "'s"]
+    gpt2 = tiktoken.get_encoding("gpt2")
+    o200k = (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    encodings = [gpt2]
+    for name, pattern in (("o200k", o200k), ("words", PATTERNS["words"])):
+        ranks = gpt2._mergeable_ranks
+        encodings.append(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}))
+    cuts = 0
+    for _ in range(3000):
+        text = "".join(rng.choices(letters, k=12)).encode()
+        end = find_boundary(text + b"a", len(text))
+        if text[:end].endswith(b"\n"):
+            cuts += 1
+            for encoding in encodings:
+                head, tail = text[:end].decode(), text[end:].decode()
+                whole = encoding.encode_ordinary(text.decode())
+                assert encoding.encode_ordinary(head) + encoding.encode_ordinary(tail) == whole, text
+    assert cuts > 500
+
+
+def test_long_documents_are_read_in_pieces_of_one_split(tmp_path: Path):
+    text = "".join(f"line {i} ends\n" for i in range(PIECE_BYTES // 15)) + "é" * (PIECE_BYTES // 2)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (source,) = find_inputs([str(tmp_path)])
+    assert read(tmp_path) == [text]
+    for share in (0.0, 1.0):  # the hash of the first piece is between
+        chunks = list(read_chunks(source, ReadOptions(), ValSplit(share)))
+        assert [chunk.is_start for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+        assert [chunk.is_end for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert all(0 < len(chunk.data.decode().encode()) <= PIECE_BYTES for chunk in chunks)
+        assert {chunk.in_val for chunk in chunks} == {share == 1.0}
+        for skip in range(len(chunks)):
+            rest = read_chunks(source, ReadOptions(), ValSplit(share), skip)
+            assert [chunk.data for chunk in rest] == [chunk.data for chunk in chunks[skip:]]
+
+
+@pytest.mark.parametrize("length", [1, 2, 10, 11, PIECE_BYTES])
+@pytest.mark.parametrize("tail", [0.3, 0.9])
+def test_the_tail_begins_with_a_whole_character(length: int, tail: float, tmp_path: Path):
+    text = "é" * length
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (source,) = find_inputs([str(tmp_path)])
+    start = int(2 * length * tail)
+    parts: dict[Any, bytes] = {False: b"", True: b""}
+    for chunk in read_chunks(source, ReadOptions(), ValSplit(0.01, start)):
+        parts[chunk.in_val] += chunk.data
+    assert parts[False].decode() + parts[True].decode() == text
+    assert len(parts[False]) == start // 2 * 2
+
+
+# ---- the hub
+
+
+class Hub:
+    """Stands for huggingface_hub.HfApi, with these paths on each branch."""
+
+    card: Any = None
+    paths: dict[str, list[str]] = {}  # noqa: RUF012
+
+    def dataset_info(self, repo: str, revision: str, files_metadata: bool) -> SimpleNamespace:
+        assert files_metadata
+        siblings = []
+        for path in self.paths[revision]:
+            lfs = SimpleNamespace(sha256=f"hash of {path}") if path.endswith(".parquet") else None
+            siblings.append(SimpleNamespace(rfilename=path, lfs=lfs, size=5))
+        return SimpleNamespace(sha=f"commit of {revision}", siblings=siblings, card_data=self.card)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "card", None)
+    monkeypatch.setattr(Hub, "paths", {"main": ["README.md"], CONVERTED: []})
+    return Hub
+
+
+CARD = {
+    "configs": [
+        {"config_name": "all", "default": True, "data_files": [{"split": "train", "path": "data/*/*"}]},
+        {
+            "config_name": "small",
+            "data_files": [{"split": "train", "path": ["s/a*", "s/b*"]}, {"split": "x", "path": "x"}],
+        },
+        {"config_name": "plain", "data_files": "p/*"},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "paths"),
+    [
+        ("hf:o/w", CARD, ["data/1/0.parquet", "data/2/0.parquet"]),
+        ("hf:o/w@small:train", CARD, ["s/a.parquet", "s/b.parquet"]),
+        ("hf:o/w@plain", CARD, ["p/0.parquet"]),
+        ("hf:o/w@other:test", CARD, ["other/test/0000.parquet"]),
+        ("hf:o/w", None, ["default/train/0000.parquet"]),
+        ("hf:o/w@other:test", None, ["other/test/0000.parquet"]),
+    ],
+)
+def test_hub_files_are_those_of_the_card_or_the_conversion(name: str, card: Any, paths: list[str], hub: type[Hub]):
+    main = [
+        "data/2/0.parquet",
+        "data/1/0.parquet",
+        "data/1/x.json",
+        "s/a.parquet",
+        "s/b.parquet",
+        "s/c.parquet",
+        "p/0.parquet",
+    ]
+    converted = ["default/train/0000.parquet", "other/test/0000.parquet", "other/partial-train/0000.parquet"]
+    hub.card = card
+    hub.paths = {"main": main, CONVERTED: converted}
+    sources = find_inputs([name])
+    assert [source.name for source in sources] == paths
+    revision = CONVERTED if paths[0].endswith("0000.parquet") else "main"
+    assert {(source.repo, source.revision, source.origin) for source in sources} == {
+        ("o/w", f"commit of {revision}", name)
+    }
+    assert sources[0].sha256 == f"hash of {paths[0]}"
+
+    hub.paths = {}  # stands for no network
+    assert find_inputs([name], sources) == sources
+    with pytest.raises(InputError, match="could not be listed"):
+        find_inputs([name])
+
+
+def test_hub_without_a_complete_set_is_an_error(hub: type[Hub]):
+    hub.paths = {"main": [], CONVERTED: ["plain_text/partial-train/0000.parquet"]}
+    with pytest.raises(InputError, match="has no complete set of parquet files"):
+        find_inputs(["hf:o/w"])
+    hub.paths = {"main": [], CONVERTED: ["plain_text/train/0000.parquet"]}
+    assert len(find_inputs(["hf:o/w"])) == 1  # the only configuration
+
+
+def test_a_damaged_download_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: type[Hub]):
+    hub.paths = {"main": ["t.parquet"]}
+    (source,) = list_parquet("all", "o/w", lambda revision, paths, card: paths)
+    content = b"content"
+    assert (source.repo, source.revision) == ("o/w", "commit of main")
+
+    def fetch(repo: str, name: str, repo_type: str, revision: str, local_dir: Path) -> str:
+        (local_dir / name).write_bytes(content)
+        return str(local_dir / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    with pytest.raises(InputError, match=r"t\.parquet was damaged on the way"):
+        download(source, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert download(source._replace(sha256=hashlib.sha256(content).hexdigest()), tmp_path).read_bytes() == content
