@@ -13,9 +13,10 @@ import builtins
 import dataclasses
 import difflib
 import os
+import symtable
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -27,8 +28,6 @@ __all__ = ["Config", "ExplicitKeys", "build", "key", "parse"]
 
 CONSTANTS = {"None": None, "none": None, "True": True, "true": True, "False": False, "false": False}
 METAVARS = {int: "int", float: "float", bool: "True|False", str: "text", NoneType: "None", list[str]: "text ..."}
-FUNCTIONS_AND_CLASSES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 Entry = tuple[str, str, Any]  # place to name in an error, key, value
 
 
@@ -156,8 +155,9 @@ def _parse_text(text: str, annotation: Any) -> Any:
 def _run_file(file: str, current: dict[str, Any]) -> tuple[list[Entry], list[str]]:
     """Execute a config file: the keys it sets, and the problems of the file itself."""
     try:
-        tree = ast.parse(Path(file).read_bytes(), filename=file)
-        lines = {name: line for name, line in _assignments(tree) if not name.startswith("_")}
+        source = Path(file).read_bytes()
+        tree = ast.parse(source, filename=file)
+        symbols = symtable.symtable(source, file, "exec").get_symbols()  # type: ignore[arg-type]  # takes bytes
     except OSError as error:
         return [], [f"{file}: {_explain_unreadable(file, error)}"]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
@@ -171,18 +171,14 @@ def _run_file(file: str, current: dict[str, Any]) -> tuple[list[Entry], list[str
     except Exception as error:
         at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         problems.append(f"{file}:{at[-1] if at else 1}: {type(error).__name__}: {' '.join(str(error).split())}")
-    set_names = {name for name in lines if name not in current} | {name for name in names if name in current}
-    ordered = sorted((lines.get(name, 1), name) for name in set_names)
+
+    stores = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    lines = {node.id: node.lineno for node in stores}
+    assigned = {symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_namespace()}
+    keys = {name for name in names if name in current}
+    unknown = {name for name in assigned - {*current} if not name.startswith("_")}
+    ordered = sorted((lines.get(name, 1), name) for name in keys | unknown)
     return [(f"{file}:{line}: {name}", name, names.get(name)) for line, name in ordered], problems
-
-
-def _assignments(node: ast.AST) -> Iterator[tuple[str, int]]:
-    """Names that a module assigns at its own level, `if` and `for` included, with their lines."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
-            yield child.id, child.lineno
-        elif not isinstance(child, FUNCTIONS_AND_CLASSES + COMPREHENSIONS):
-            yield from _assignments(child)
 
 
 def _explain_unreadable(file: str, error: OSError) -> str:

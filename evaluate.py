@@ -13,20 +13,15 @@ its error and the perplexity's are to first order, that of bits per byte is scal
 Hugging Face backend on a temporary export of the model (pip install -e ".[eval]").
 """
 
-import difflib
 import json
 import math
-import os
 import sys
-import tempfile
-import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from configurator import ExplicitKeys, key, parse
@@ -35,19 +30,15 @@ from model import GPT
 from nanogpt import checkpoint, distributed
 from nanogpt.data.dataset import MixturePart, Tokens, open_dataset
 from nanogpt.data.rows import SlidingWindows
-from nanogpt.device import is_out_of_memory
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
 from nanogpt.evaluation import score
-from nanogpt.generate.sampling import check_finite
-from nanogpt.interop.huggingface import write_huggingface
 from nanogpt.memory import rows_to_score
 from nanogpt.text.tokenizer import Tokenizer
 
 LOSS_KEYS = ("dataset", "split", "text", "stride")
 TASK_KEYS = ("limit", "num_fewshot", "chat", "include_path", "unsafe_code")
 MAX_BLOCKS = 64  # enough to know the standard error to 9%, and each as long as possible
-MAX_TASK_ROWS = 32  # texts in a batch of the harness: all wait for the longest
 MEMORY_HINT = "too little memory: try --dtype=bfloat16, or a machine with more"
 
 
@@ -85,7 +76,12 @@ def main() -> None:
         world = distributed.start(config.device, config.dtype)
         loaded = load_model(config.init_from, config.out_dir, config.checkpoint, "evaluating")
         if config.tasks:
-            results = run_tasks(config, loaded, world)
+            from nanogpt.interop.lm_eval_tasks import run_tasks
+
+            # Some tasks import Hugging Face's `evaluate` and must not find this file.
+            sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+            options = {name: getattr(config, name) for name in TASK_KEYS}
+            results = run_tasks(config.tasks, loaded.model, loaded.tokenizer, world, **options)
         else:
             loaded.model.to(world.device).eval()
             name, tokens = read_text(config.text, loaded.tokenizer) if config.text else open_split(config, loaded)
@@ -228,94 +224,6 @@ def print_loss(name: str, tokens: Tokens, loss: float, stderr: float, num_target
             spread = f" ± {error:.4f}" if has_error else ""
             print(f"{metric.replace('_', ' '):<15}{value:.4f}{spread}{unit}")
     return results
-
-
-# --- Tasks
-
-
-def run_tasks(config: EvaluateConfig, loaded: LoadedModel, world: World) -> dict[str, Any]:
-    """Run tasks of lm-evaluation-harness on a temporary export of the model; print its tables, return its results.
-
-    Raises InputError for an unknown task and for a task that fails.
-    """
-    # Some tasks import Hugging Face's `evaluate` and must not find this file.
-    sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
-    if config.unsafe_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # else the metric that runs the code refuses to
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.utils import make_table
-
-        task_manager, tasks = find_tasks(config)
-        results = simple_evaluate(
-            load_for_harness(loaded, world),
-            tasks=tasks,
-            task_manager=task_manager,
-            num_fewshot=config.num_fewshot,
-            limit=config.limit,
-            apply_chat_template=config.chat,
-            confirm_run_unsafe_code=config.unsafe_code,
-            bootstrap_iters=1000,
-        )
-    except Exception as error:  # a task is a program with data of its own: it can raise anything
-        if isinstance(error, InputError) or is_out_of_memory(error):
-            raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        reason = reason.replace("confirm_run_unsafe_code", "--unsafe_code")
-        raise InputError(
-            f"--tasks={config.tasks}: a task failed ({reason}, {Path(place.filename).name}:{place.lineno}); check its "
-            "data, its code and the network, or leave it out"
-        ) from error
-    assert results is not None
-    for column in ("results", "groups"):
-        if results.get(column):
-            print(make_table(results, column))
-    return {name: results.get(name) for name in ("results", "groups", "versions", "n-shot", "n-samples")}
-
-
-def find_tasks(config: EvaluateConfig) -> tuple[Any, list[str]]:
-    """Return the harness's task manager and the names of tasks; * in --tasks matches anything."""
-    from lm_eval.tasks import TaskManager
-
-    names = [name.strip() for name in (config.tasks or "").split(",") if name.strip()]
-    manager = TaskManager(include_path=config.include_path, include_defaults=False)
-    if not set(names) <= set(manager.all_subtasks):  # the harness's own take seconds to list
-        manager = TaskManager(include_path=config.include_path)
-    unknown = [name for name in names if not manager.match_tasks([name])]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=1)
-        hint = f"did you mean {close[0]}?" if close else "`lm_eval ls tasks` lists them"
-        raise InputError(f"--tasks={','.join(unknown)}: unknown; {hint}")
-    return manager, manager.match_tasks(names)
-
-
-def load_for_harness(loaded: LoadedModel, world: World) -> Any:
-    """Load a model into the harness's Hugging Face backend. Leaves no memory to `loaded.model`."""
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer
-
-    model = loaded.model
-    with tempfile.TemporaryDirectory() as folder:
-        write_huggingface(Path(folder), asdict(model.config), model.state_dict(), loaded.tokenizer)
-        model.to("meta")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if tokenizer.eos_token_id is None:  # a character tokenizer; the backend needs one, and one to pad with
-            tokenizer.pad_token_id = 0
-            tokenizer.add_special_tokens({"eos_token": "<|never generated|>"})  # an id beyond the model's
-        backend = HFLM(
-            pretrained=folder,
-            tokenizer=tokenizer,
-            prefix_token_id=loaded.tokenizer.end_of_text or 0,  # stands before an empty context
-            device=str(world.device),
-            dtype="float32",
-            mixed_precision_dtype=None if world.dtype == torch.float32 else world.dtype,
-            softmax_dtype="float32",
-            batch_size=min(MAX_TASK_ROWS, rows_to_score(model, min(model.config.block_size, 1024))),
-            logits_cache=False,  # its scores can be wrong: findings/lm_eval_logits_cache.sh
-        )
-    backend.model.register_forward_hook(lambda module, inputs, output: check_finite(output.logits))
-    return backend
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,25 +25,10 @@ from nanogpt.schedule import StepSchedule
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
-# The keys of TrainConfig that are sizes of GPTConfig. vocab_size comes from the data, dropout may change.
-MODEL_KEYS = (
-    "arch",
-    "n_layer",
-    "n_head",
-    "n_kv_head",
-    "head_dim",
-    "n_embd",
-    "n_inner",
-    "rope_theta",
-    "norm_eps",
-    "tied",
-    "bias",
-    "block_size",
-)
+# Keys of TrainConfig that are sizes of GPTConfig. vocab_size comes from the data, gelu from weights; dropout may vary.
+MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in ("vocab_size", "dropout", "gelu")]
 # Keys that are about one start of a run and are not taken from its checkpoint.
 START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data")
-
-
 MAX_OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 
 
@@ -170,15 +155,11 @@ def load_data_and_model(
         block_size = config.block_size if "block_size" in explicit else None
         model, model_tokenizer = load_weights(config.init_from, config.dropout, block_size, explicit)
     else:
-        vocab_size = open_dataset(config.dataset, block_size=config.block_size).vocab_size or GPT2_VOCAB
-        model = GPT(new_model_config(config, vocab_size))
+        num_ids = open_dataset(config.dataset, block_size=config.block_size).vocab_size or GPT2_VOCAB
+        model = GPT(new_model_config(config, num_ids))
 
-    dataset = open_dataset(
-        config.dataset,
-        block_size=model.config.block_size,
-        vocab_size=model.config.vocab_size,
-        verify=config.verify_data,
-    )
+    T, vocab_size = model.config.block_size, model.config.vocab_size
+    dataset = open_dataset(config.dataset, block_size=T, vocab_size=vocab_size, verify=config.verify_data)
     tokenizer = dataset.tokenizer
     if model_tokenizer and tokenizer and not tokenizer.has_same_vocab(model_tokenizer):
         if resumed:
@@ -186,11 +167,15 @@ def load_data_and_model(
                 f"dataset={config.dataset}: its tokenizer is not that of {resumed.path}; use the run's own data"
             )
         print0(f"warning: {dataset.name} and {config.init_from} have different tokenizers: ids mean different tokens")
-    elif not model_tokenizer and dataset.vocab_size not in (None, model.config.vocab_size):
-        print0(f"warning: {dataset.name} has {dataset.vocab_size} ids, the model {model.config.vocab_size}")
-    if tokenizer is None and dataset.vocab_size is None and model.config.vocab_size == GPT2_VOCAB:
+    elif not model_tokenizer and dataset.vocab_size not in (None, vocab_size):
+        print0(f"warning: {dataset.name} has {dataset.vocab_size} ids, the model {vocab_size}")
+    if tokenizer is None and dataset.vocab_size is None and vocab_size == GPT2_VOCAB:
         print0(f"{dataset.name} has neither meta.json nor a tokenizer: assuming GPT-2's encoding")
-        tokenizer = _gpt2_tokenizer_for_samples() if config.sample_chars else None
+        if config.sample_chars:
+            try:
+                tokenizer = Tokenizer.gpt2()
+            except InputError as error:
+                print0(f"no samples will be printed: {error}")
     return dataset, model, tokenizer
 
 
@@ -198,14 +183,6 @@ def new_model_config(config: Any, vocab_size: int) -> GPTConfig:
     """The GPTConfig of a new model by the keys of TrainConfig."""
     sizes = {name: getattr(config, name) for name in MODEL_KEYS}
     return GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
-
-
-def _gpt2_tokenizer_for_samples() -> Tokenizer | None:
-    try:
-        return Tokenizer.gpt2()
-    except InputError as error:
-        print0(f"no samples will be printed: {error}")
-        return None
 
 
 def load_weights(

@@ -59,8 +59,8 @@ class SampleConfig:
 
 
 def main() -> None:
-    config, given = parse(SampleConfig, description="Write text with a trained GPT.")
-    check_flags(config, given)
+    config, explicit = parse(SampleConfig, description="Write text with a trained GPT.")
+    check_flags(config, explicit)
     prompt = read_prompt(config.start)
     world = distributed.start(config.device, config.dtype)
     compiled = should_compile(config.compile, world.device)
@@ -76,9 +76,9 @@ def main() -> None:
             write_samples(config, model, tokenizer, chat, prompt, compiled)
 
 
-def check_flags(config: SampleConfig, given: dict[str, Any]) -> None:
+def check_flags(config: SampleConfig, explicit: dict[str, Any]) -> None:
     for name in ("start", "num_samples"):
-        if config.interactive and name in given:
+        if config.interactive and name in explicit:
             raise InputError(f"--{name}: an interactive session takes its prompts from the keyboard; leave it out")
     if config.chat and not config.interactive and not config.start.strip():
         raise InputError("--chat=True: there is no question; give one by --start=TEXT, or use --interactive=True")

@@ -9,8 +9,8 @@ init_from = "gpt2"
 dataset = "chat"
 out_dir = "out-chat"
 
-# 32 rows of 1,024 tokens per step; only the answers count in the loss. The start of the run prints the number of epochs;
-# two or three are enough.
+# 32 rows of 1,024 tokens per step; only the answers count in the loss. train.py prints the number of epochs at the
+# start; two or three are enough.
 block_size = 1024
 batch_size = 4
 gradient_accumulation_steps = 8

@@ -1,8 +1,8 @@
 """Checkpoints: directories `out_dir/ckpt/step-NNNNNN` that are complete or absent, read without pickle.
 
 Each holds `model.safetensors`, `optimizer.safetensors`, `state.json`, the tokenizer where the data has one, and
-`MANIFEST.json` with the SHA-256 of each file. Hashes detect corruption, not tampering. The manifest must be exactly what
-`save` writes, so that a flipped bit in it is found too. Other files in the directory are ignored.
+`MANIFEST.json` with the SHA-256 of each file. Hashes detect corruption, not tampering. A manifest counts only if it is
+exactly what `save` writes, so that a flipped bit in it is found too. Other files in the directory are ignored.
 """
 
 import contextlib

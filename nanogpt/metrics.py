@@ -47,7 +47,7 @@ class Stopwatch:
 
 
 class StepStats(NamedTuple):
-    """What the host reads of one update. On the device every number is a scalar tensor, after the read a float."""
+    """The numbers that the host reads of one update. On the device every number is a scalar tensor, after the read a float."""
 
     loss: Any  # mean over all ranks
     grad_norm: Any
@@ -235,12 +235,12 @@ def _replace_non_finite(value: Any) -> Any:
 
 def _drop_lines_after(path: Path, step: int, is_evaluated: bool) -> None:
     """Keep the lines up to `step`, its evaluation only if is_evaluated; drop a last line that a kill has cut."""
-    kept = []
+    lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             line = json.loads(text)
             is_evaluation = "val_loss" in line
             if line["step"] < step or (line["step"] == step and (is_evaluated or not is_evaluation)):
-                kept.append(text + "\n")
+                lines.append(text + "\n")
     with atomic_write(path) as partial:
-        partial.write_text("".join(kept), encoding="utf-8")
+        partial.write_text("".join(lines), encoding="utf-8")

@@ -138,7 +138,7 @@ CONTEXTS = {32: 1.031, 64: 1.010, 128: 1.0, 256: 1.003}
 
 
 def difficulty(loss: float, tokens: float, unique: float, block_size: int) -> float:
-    """A text's loss over the law's, from the loss of a PILOT_WIDTH model after `tokens` tokens; NaN: too few to tell.
+    """A text's loss over the law's, from the loss of a PILOT_WIDTH model after `tokens` tokens; NaN if too few.
 
     unique: the text's own tokens. A short pilot makes texts look alike, so the difference from the reference text is
     scaled up: 1.55 times after 125,000 tokens, 1.2 times after 250,000, by at most a twentieth of the loss. Fitted by

@@ -78,7 +78,7 @@ class StepSchedule:
         return {}
 
     def state_dict(self) -> dict[str, object] | None:
-        """What a checkpoint keeps beyond the config."""
+        """The part of a checkpoint that is not in its config."""
         return None
 
     def summary(self, best_val_loss: float) -> str:

@@ -26,7 +26,7 @@ LONG_ON_CPU_S = 30 * 60
 
 
 class StepLabel(NamedTuple):
-    """What the host knows of an update when it starts."""
+    """The numbers of an update that the host knows when it starts."""
 
     step: int  # updates done with this one
     first_row: int

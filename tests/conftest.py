@@ -176,8 +176,9 @@ def assert_same_checkpoint(one: str | Path, other: str | Path, step: int) -> Non
 
 
 def environment() -> dict[str, str]:
-    """For subprocesses: the root can be imported, no network, one thread."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    """For subprocesses: the root and tests/ can be imported, no network, one thread."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @torch.no_grad()

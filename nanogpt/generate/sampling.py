@@ -53,9 +53,9 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor |
 
     if ids is not None:
         # Sort by id again: rounding may swap two equally probable tokens, which must not change the sample.
-        num_kept = int((probs > 0).sum(-1).max())
-        ids, order = ids[:, :num_kept].sort(-1)
-        probs = probs[:, :num_kept].gather(-1, order)
+        num_left = int((probs > 0).sum(-1).max())
+        ids, order = ids[:, :num_left].sort(-1)
+        probs = probs[:, :num_left].gather(-1, order)
     return probs, ids
 
 

@@ -88,8 +88,8 @@ def _local_folder(source: str, *files: str) -> Path:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=[*files], ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client also raises errors of its HTTP library
         raise InputError(
-            f"{source!r} is not a file or folder here, and was not downloaded ({first_line(error)}): check the spelling "
-            "and the network, log in with `hf auth login`, or give a folder filled by `hf download ID --local-dir FOLDER`"
+            f"{source!r} is not a file or folder here, and was not downloaded ({first_line(error)}): check the "
+            "spelling and the network, log in with `hf auth login`, or give a folder that holds the files"
         ) from error
 
 

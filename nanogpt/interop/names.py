@@ -4,7 +4,7 @@ To add an architecture of Hugging Face:
 
 1. Make `GPTConfig` and the network in model.py compute it.
 2. Describe it in `ARCHITECTURES`; reading, writing and the error messages follow from that table.
-3. Add its shapes to tests/oracles/test_huggingface_models.py, which compares logits with transformers in both directions.
+3. Add its sizes to tests/oracles/test_huggingface_models.py, which compares logits with transformers both ways.
 """
 
 import math

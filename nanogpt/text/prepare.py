@@ -311,7 +311,7 @@ def find_earlier(out: Path) -> list[InputFile]:
 def prepare(
     out: Path,
     sources: list[InputFile],
-    tokenizer: str | Tokenizer,
+    tokenizer_spec: str | Tokenizer,
     *,
     options: ReadOptions,
     val_share: float | None = None,
@@ -323,10 +323,10 @@ def prepare(
 ) -> dict[str, Any]:
     """Make a dataset of `sources` in the folder `out`, or resume the same call; return its meta.json.
 
-    tokenizer: "char", "byte", "bpe:<ids>" (trained on up to `train_mb` MB of the training documents, split into words
-    by a `pattern` of PATTERNS), an argument of `Tokenizer.from_name_or_path`, or a Tokenizer. val_share: fraction of
-    the documents for validation, by their hash; None means 0.01, and for a single text its last tenth. limit: number
-    of documents to read. Raises InputError for input that cannot be read, an empty split, too little disk space.
+    tokenizer_spec: "char", "byte", "bpe:<ids>" (trained on up to `train_mb` MB of the training documents, split into
+    words by a `pattern` of PATTERNS), an argument of `Tokenizer.from_name_or_path`, or a Tokenizer. val_share: fraction
+    of the documents for validation, by their hash; None means 0.01, and for a single text its last tenth. limit:
+    number of documents to read. Raises InputError for input that cannot be read, an empty split, too little disk space.
     """
     workers = workers or os.cpu_count() or 1
     is_one_text = len(sources) == 1 and not sources[0].repo and file_kind(sources[0].name)[0] in ("text", None)
@@ -335,15 +335,15 @@ def prepare(
     staging = out / "preparing"
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(worker_pool(workers))
-        known = tokenizer if isinstance(tokenizer, Tokenizer) else None
-        if isinstance(tokenizer, str) and not is_learned(tokenizer):
-            known = load_tokenizer(tokenizer)
+        known = tokenizer_spec if isinstance(tokenizer_spec, Tokenizer) else None
+        if isinstance(tokenizer_spec, str) and not is_learned(tokenizer_spec):
+            known = load_tokenizer(tokenizer_spec)
         stack.enter_context(output_directory(staging))
         stack.enter_context(_lock(staging, out))
         settings = {
             "options": asdict(options),
             "val_share": "tail" if has_tail else split.share,
-            "tokenizer": _fingerprint(known) if known else tokenizer,
+            "tokenizer": _fingerprint(known) if known else tokenizer_spec,
             "shard_tokens": shard_tokens,
             "limit": limit,
             "train_mb": train_mb,
@@ -362,13 +362,14 @@ def prepare(
             if has_tail:
                 split = ValSplit(split.share, _tail_start(sources[0], options))
             job = Job(sources, options, split, limit, staging, pool, workers)
-            final = known or Tokenizer.load(staging) or learn_tokenizer(str(tokenizer), job, train_mb, pattern)
+            tokenizer = known or Tokenizer.load(staging)
+            tokenizer = tokenizer or learn_tokenizer(str(tokenizer_spec), job, train_mb, pattern)
             if options.chat:
-                final.template = template_for(final)
-                Chat(final)  # raises InputError for a broken template
-            final.save(staging)
-            check_disk(job, final, out)
-            encode_all(job, final, shard_tokens, progress)
+                tokenizer.template = template_for(tokenizer)
+                Chat(tokenizer)  # raises InputError for a broken template
+            tokenizer.save(staging)
+            check_disk(job, tokenizer, out)
+            encode_all(job, tokenizer, shard_tokens, progress)
         meta = move_into_place(staging, out)
 
     shutil.rmtree(staging)
@@ -455,7 +456,7 @@ def learn_tokenizer(name: str, job: Job, train_mb: float, pattern: str) -> Token
     size = name.removeprefix("bpe:")
     if not size.isdigit():
         raise InputError(f"--tokenizer={name}: the vocabulary size is not a number; write for example bpe:8192")
-    fraction = min(1.0, 1e6 * train_mb / max(1, estimate_text_bytes(job.sources)))
+    fraction = min(1.0, 1e6 * train_mb / max(1, sum(source.text_bytes for source in job.sources)))
 
     def texts() -> Iterator[str]:
         remaining = 1e6 * train_mb
@@ -469,21 +470,12 @@ def learn_tokenizer(name: str, job: Job, train_mb: float, pattern: str) -> Token
     return Tokenizer.train_bpe(texts(), int(size), pattern)
 
 
-def estimate_text_bytes(sources: list[InputFile]) -> int:
-    """Bytes of text in files, if compression makes text three times smaller, as it does English."""
-    total = 0
-    for source in sources:
-        kind, compressions = file_kind(source.name)
-        total += source.size * (3 if compressions or kind in ("zip", "parquet") else 1)
-    return total
-
-
 def check_disk(job: Job, tokenizer: Tokenizer, out: Path) -> None:
     """Raises InputError if the tokens will not fit on the disk, at one for each character or for four bytes of text."""
     bytes_per_token = 1 if tokenizer.name in ("byte", "char") else 4
-    total = estimate_text_bytes(job.sources) * token_dtype(tokenizer.vocab_size).itemsize // bytes_per_token
-    written = sum(path.stat().st_size for path in job.staging.glob("*-*.bin"))
-    needed = total - written
+    text_bytes = sum(source.text_bytes for source in job.sources)
+    total = text_bytes * token_dtype(tokenizer.vocab_size).itemsize // bytes_per_token
+    needed = total - sum(path.stat().st_size for path in job.staging.glob("*-*.bin"))
     free = shutil.disk_usage(out).free
     if needed > free:
         raise InputError(

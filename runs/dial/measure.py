@@ -34,8 +34,8 @@ from compare_with_nanogpt import machine  # noqa: E402
 
 RECIPE = ROOT / "config/train_shakespeare_char_cpu.py"
 WIDTHS = {1.0: (64, 96, 128), 3.0: (96, 128, 160), 10.0: (128, 192, 256)}
-# train.py with a time budget that has one width and one learning rate to choose from, and assumes any text to be as hard
-# as the books.
+# train.py with a time budget that has one width and one learning rate to choose from, and takes every text to be as
+# hard as the books.
 BY_HAND = """
 import sys
 import budget, train

@@ -6,15 +6,15 @@
     python runs/prepare/measure.py --books=books.tar.xz --work=FOLDER --kills=20 --to=runs/prepare/kills.json
     python runs/prepare/measure.py --books=books.tar.xz --work=FOLDER --rows --to=runs/prepare/rows.json
 
-The last cuts the books into documents of 4,000 characters in parquet files, as web text comes, and times both scripts
-that read such: data/prepare.py and, by datatrove's tasks, data/fineweb/prepare.py.
+The last command cuts the books into documents of 4,000 characters in parquet files, like web text, and times both
+scripts that read them: data/prepare.py and, by datatrove's tasks, data/fineweb/prepare.py.
 
-nanoGPT's way: Hugging Face datasets loads the same documents, `map` encodes them with tiktoken in as many processes,
-and the ids go piece by piece to a memory map. It gets the books unpacked, and its seconds are given with and without
-the loading; ours reads the archive as it is, so that `unpacking` (tar -xJf, to disk) is what theirs needs before.
-`tiktoken` is the encoding alone, of documents in memory, by as many threads as there are workers: no program that
-encodes with it can be faster. Each side is a process of its own, they take turns, and the memory is the most that all
-processes of a side have held at once (PSS), in a first round whose seconds do not count, because looking slows them.
+nanoGPT's way: Hugging Face datasets loads the same documents, `map` encodes them with tiktoken in the same number of
+processes, and the ids go piece by piece to a memory map. It gets the books unpacked, and its seconds are listed with
+and without loading. Ours reads the archive itself; `unpacking` (tar -xJf, to disk) is what theirs needs before.
+`tiktoken` is the encoding alone, of documents in memory, with one thread per worker: no program that encodes with it
+can be faster. Each side is its own process, they take turns, and the memory is the peak of all processes of a side
+(PSS), measured in a first round whose seconds do not count, because measuring slows them.
 """
 
 import argparse
@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runs/shakespeare_char_cpu")]
 
 from compare_with_nanogpt import machine  # noqa: E402
 
-from nanogpt.text.prepare import hash_fraction  # noqa: E402
+from nanogpt.text.sources import hash_fraction  # noqa: E402
 
 VAL_SHARE = 0.01
 
@@ -90,52 +90,53 @@ def by_tiktoken(folder: Path, workers: int) -> None:
     print(json.dumps({"total_s": time.perf_counter() - began, "tokens": count}))
 
 
-def timed(command: list[str], look: bool = False) -> tuple[float, float, str]:
-    """Seconds, and the most MB that the process and those below it held, if looked at; what it printed."""
+def time_command(command: list[str], measure_memory: bool = False) -> tuple[float, float, str]:
+    """Seconds, the peak memory in MB of the process and its children (if `measure_memory`), and the output."""
     import psutil
 
-    began, most = time.perf_counter(), 0
+    began = time.perf_counter()
+    peak = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         family = psutil.Process(process.pid)
-        while look and process.poll() is None:
+        while measure_memory and process.poll() is None:
             try:
-                held = 0
-                for one in [family, *family.children(recursive=True)]:
-                    held += one.memory_full_info().pss
-                most = max(most, held)
+                members = [family, *family.children(recursive=True)]
+                peak = max(peak, sum(member.memory_full_info().pss for member in members))
             except psutil.Error:
                 pass
             time.sleep(0.1)
         assert process.stdout is not None
-        told = process.stdout.read()
+        output = process.stdout.read()
         process.wait()
-        took = time.perf_counter() - began
-    assert process.returncode == 0, (command, told)
-    return took, most / 1e6, told
+        seconds = time.perf_counter() - began
+    assert process.returncode == 0, (command, output)
+    return seconds, peak / 1e6, output
 
 
 def speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rounds: list[dict[str, Any]] = []
     me = [sys.executable, __file__, f"--workers={args.workers}", f"--work={args.work}"]
     for k in range(args.rounds + 1):
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         out = args.work / "ours"
         shutil.rmtree(out, ignore_errors=True)
-        found["ours_s"], found["ours_mb"], _ = timed(ours(args.books, out, args.workers), look=not k)
+        figures["ours_s"], figures["ours_mb"], _ = time_command(
+            ours(args.books, out, args.workers), measure_memory=not k
+        )
         out = args.work / "theirs"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        _, found["datasets_mb"], told = timed([*me, "--side=datasets"], look=not k)
-        parts = json.loads(told.splitlines()[-1])
-        found |= {"datasets_s": parts["total_s"], "datasets_loading_s": parts["loading_s"]}
-        found["tiktoken_s"] = json.loads(timed([*me, "--side=tiktoken"])[2].splitlines()[-1])["total_s"]
+        _, figures["datasets_mb"], output = time_command([*me, "--side=datasets"], measure_memory=not k)
+        parts = json.loads(output.splitlines()[-1])
+        figures |= {"datasets_s": parts["total_s"], "datasets_loading_s": parts["loading_s"]}
+        figures["tiktoken_s"] = json.loads(time_command([*me, "--side=tiktoken"])[2].splitlines()[-1])["total_s"]
         began = time.perf_counter()
         shutil.rmtree(args.work / "again", ignore_errors=True)
         (args.work / "again").mkdir()
         subprocess.run(["tar", "-xJf", str(args.books), "-C", str(args.work / "again")], check=True)
-        found["unpacking_s"] = time.perf_counter() - began
-        print(found, flush=True)
-        rounds.append(found)
+        figures["unpacking_s"] = time.perf_counter() - began
+        print(figures, flush=True)
+        rounds.append(figures)
     watched, *rounds = rounds
 
     def ratio(slow: str, fast: str, more: float = 0, name: str = "datasets_loading_s") -> float:
@@ -172,14 +173,14 @@ def rows(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     script = [sys.executable, str(ROOT / "data/fineweb/prepare.py"), f"--input={source}", "--tasks=4"]
     speeds: dict[str, list[float]] = {"data/prepare.py": [], "data/fineweb/prepare.py": []}
     for _ in range(args.rounds):
-        for name, found in speeds.items():
+        for name, samples in speeds.items():
             out = args.work / "ours"
             shutil.rmtree(out, ignore_errors=True)
             by_tasks = [*script, f"--out={out}", f"--workers={args.workers}", f"--val_share={VAL_SHARE}"]
             command = by_tasks if "fineweb" in name else ours(source, out, args.workers)
-            took, _, _ = timed(command)
+            seconds, _, _ = time_command(command)
             splits = json.loads((out / "meta.json").read_text())["splits"]
-            found.append(sum(part["tokens"] for part in splits.values()) / took / 1e6)
+            samples.append(sum(part["tokens"] for part in splits.values()) / seconds / 1e6)
     return {"workers": args.workers, "million_tokens_per_s": {n: statistics.median(s) for n, s in speeds.items()}}
 
 
@@ -226,14 +227,14 @@ def write_gpt2(encoding: Any, folder: Path) -> Path:
 
 
 def kills(args: argparse.Namespace) -> dict[str, Any]:
-    """Each number of workers, killed so many times at random instants; a preparation that ends is begun again."""
+    """For each number of workers, kill preparations at random instants and resume them; one that ends starts again."""
     small = ["--shard_tokens=3000000"]
     whole = args.work / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     began = time.perf_counter()
     subprocess.run(ours(args.books, whole, args.workers, *small), check=True, stderr=subprocess.DEVNULL)
-    took = time.perf_counter() - began
-    expected, report = hashes(whole), {"undisturbed_s": took, "files": len(hashes(whole))}
+    seconds = time.perf_counter() - began
+    expected, report = hashes(whole), {"undisturbed_s": seconds, "files": len(hashes(whole))}
     for workers in (1, 2, 4):
         chance, killed, ended, instants = random.Random(workers), 0, 0, []
         out = args.work / f"killed{workers}"
@@ -242,7 +243,7 @@ def kills(args: argparse.Namespace) -> dict[str, Any]:
             command = ours(args.books, out, workers, *small)
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
                 try:
-                    process.wait(instant := chance.uniform(0.1, took))
+                    process.wait(instant := chance.uniform(0.1, seconds))
                     assert process.returncode == 0
                     ended += 1
                     assert hashes(out) == expected, f"{workers} workers: another output"

@@ -1,4 +1,4 @@
-"""What a nanoGPT checkout does where docs/reliability.md promises something of ours:
+"""The behavior of a nanoGPT checkout in the cases for which docs/reliability.md makes promises about our program.
 
     python runs/reliability/nanogpt.py --reference=PATH_OF_A_NANOGPT_CHECKOUT
 
@@ -41,14 +41,14 @@ LOSS = re.compile(r"iter (\d+): loss (\S+),")
 
 @dataclass
 class ReliabilityConfig:
-    """What to break."""
+    """The checkout to test."""
 
-    reference: str = key("", "a nanoGPT checkout with data/shakespeare_char prepared; its code is executed")
-    flips: int = key(300, "single bits to flip in its checkpoint", ge=1)
+    reference: str = key("", "nanoGPT checkout with data/shakespeare_char prepared; its code is executed")
+    flips: int = key(300, "bits to flip in its checkpoint, one at a time", ge=1)
 
 
 class Evil:
-    """A pickle that makes a file when it is read."""
+    """A pickle that creates a directory when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -61,16 +61,16 @@ def main() -> None:
     config, _ = parse(ReliabilityConfig, description="Break nanoGPT's runs.")
     reference = Path(config.reference).resolve()
     if not (reference / "data" / "shakespeare_char" / "train.bin").is_file():
-        raise InputError(f"reference={config.reference}: give a nanoGPT checkout with data/shakespeare_char prepared")
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        raise InputError(f"--reference={config.reference}: give a nanoGPT checkout with data/shakespeare_char prepared")
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         train(reference, f"--out_dir={folder}/good --max_iters=20 --eval_interval=10")
         for case in (not_a_number, resumed, flipped, killed_in_a_save, full_disk, two_writers, evil_data):
-            found[case.__name__] = case(reference, folder, config)
-            print(f"{case.__name__}: {found[case.__name__]}", flush=True)
+            results[case.__name__] = case(reference, folder, config)
+            print(f"{case.__name__}: {results[case.__name__]}", flush=True)
     report = {"command": "python runs/reliability/nanogpt.py --reference=CHECKOUT", "reference": commit(reference)}
-    report |= {"machine": machine(), "found": found}
+    report |= {"machine": machine(), "found": results}
     Path(__file__).with_name("nanogpt.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
@@ -79,7 +79,7 @@ def train(reference: Path, flags: str, **options: Any) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=reference, capture_output=True, text=True, **options)
 
 
-def loads(path: Path) -> bool:
+def is_readable(path: Path) -> bool:
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
@@ -88,7 +88,7 @@ def loads(path: Path) -> bool:
 
 
 def not_a_number(reference: Path, folder: Path, config: ReliabilityConfig) -> dict[str, Any]:
-    """A rate that breaks the weights."""
+    """Train with a learning rate that breaks the weights."""
     done = train(
         reference, f"--out_dir={folder}/nan --max_iters=20 --eval_interval=5 --learning_rate=1e30 --decay_lr=False"
     )
@@ -102,7 +102,7 @@ def not_a_number(reference: Path, folder: Path, config: ReliabilityConfig) -> di
 
 
 def resumed(reference: Path, folder: Path, config: ReliabilityConfig) -> dict[str, Any]:
-    """Twenty updates at once against ten, a stop, and ten more."""
+    """Compare twenty updates with ten, a stop, and ten more."""
     whole = dict(LOSS.findall(train(reference, f"--out_dir={folder}/whole --max_iters=20 --eval_interval=10").stdout))
     train(reference, f"--out_dir={folder}/parts --max_iters=10 --eval_interval=10 --lr_decay_iters=5000")
     flags = f"--out_dir={folder}/parts --max_iters=20 --eval_interval=10 --init_from=resume"
@@ -112,38 +112,43 @@ def resumed(reference: Path, folder: Path, config: ReliabilityConfig) -> dict[st
 
 
 def flipped(reference: Path, folder: Path, config: ReliabilityConfig) -> dict[str, Any]:
-    """Single bits flipped in its checkpoint, read as its train.py and sample.py read it."""
-    draw, content, path = random.Random(1), (folder / "good" / "ckpt.pt").read_bytes(), folder / "flipped.pt"
+    """Flip single bits in its checkpoint, and load it as its train.py and sample.py do."""
+    generator = random.Random(1)
+    content = (folder / "good" / "ckpt.pt").read_bytes()
+    path = folder / "flipped.pt"
     accepted = 0
     for _ in range(config.flips):
-        hurt, bit = bytearray(content), draw.randrange(8 * len(content))
-        hurt[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(hurt)
-        accepted += loads(path)
+        damaged = bytearray(content)
+        bit = generator.randrange(8 * len(content))
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        accepted += is_readable(path)
     return {"flips": config.flips, "loaded without a word": accepted}
 
 
 def killed_in_a_save(reference: Path, folder: Path, config: ReliabilityConfig) -> dict[str, Any]:
-    """SIGKILL while it writes over its checkpoint, the model larger so that the moment can be met."""
-    out, large = folder / "killed", "--n_embd=1024 --n_head=8 --eval_interval=1 --eval_iters=1 --max_iters=1000"
+    """Kill it while it overwrites its checkpoint; the model is larger, so that writing takes a while."""
+    out = folder / "killed"
+    large = "--n_embd=1024 --n_head=8 --eval_interval=1 --eval_iters=1 --max_iters=1000"
     command = [sys.executable, "train.py", *shlex.split(TINY), *shlex.split(large), f"--out_dir={out}"]
-    lost, tries = 0, 5
+    lost = 0
+    tries = 5
     for _ in range(tries):
         shutil.rmtree(out, ignore_errors=True)
         process = subprocess.Popen(command, cwd=reference, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout
         saves = (line for line in process.stdout if line.startswith("saving checkpoint"))
-        next(saves)  # the first one is written whole …
-        next(saves)  # … and the second begins
+        next(saves)  # the first one is complete …
+        next(saves)  # … when the second begins
         time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        lost += not loads(out / "ckpt.pt")
+        lost += not is_readable(out / "ckpt.pt")
     return {"kills": tries, "runs lost": lost}
 
 
 def full_disk(reference: Path, folder: Path, config: ReliabilityConfig) -> dict[str, Any]:
-    """No file may grow beyond half of a checkpoint, as on a full disk, when the run goes on."""
+    """Resume on a full disk: no file may grow beyond half of a checkpoint."""
     import resource
 
     out = folder / "full"
@@ -156,11 +161,11 @@ def full_disk(reference: Path, folder: Path, config: ReliabilityConfig) -> dict[
 
     flags = f"--out_dir={out} --max_iters=40 --eval_interval=10 --init_from=resume"
     done = train(reference, flags, preexec_fn=fill)
-    return {"status": done.returncode, "its checkpoint can still be read": loads(out / "ckpt.pt")}
+    return {"status": done.returncode, "its checkpoint can still be read": is_readable(out / "ckpt.pt")}
 
 
 def two_writers(reference: Path, folder: Path, config: ReliabilityConfig) -> dict[str, Any]:
-    """Two runs at once in one folder."""
+    """Start two runs at once in one folder."""
     command = [sys.executable, "train.py", *shlex.split(TINY), f"--out_dir={folder}/both", "--max_iters=20"]
     both = [
         subprocess.Popen([*command, f"--learning_rate={r}"], cwd=reference, stdout=subprocess.DEVNULL)
@@ -170,8 +175,9 @@ def two_writers(reference: Path, folder: Path, config: ReliabilityConfig) -> dic
 
 
 def evil_data(reference: Path, folder: Path, config: ReliabilityConfig) -> dict[str, Any]:
-    """A dataset whose meta.pkl runs code."""
-    name, sentinel = "evil_by_reliability", folder / "sentinel"
+    """Train on a dataset whose meta.pkl runs code."""
+    name = "evil_by_reliability"
+    sentinel = folder / "sentinel"
     data = reference / "data" / name
     shutil.copytree(reference / "data" / "shakespeare_char", data)
     (data / "meta.pkl").write_bytes(pickle.dumps(Evil(sentinel)))

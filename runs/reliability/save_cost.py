@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint of GPT-2 (124M), weights and AdamW's moments, 1.5 GB:
+"""The time that training pauses for a checkpoint of GPT-2 (124M): weights and AdamW's moments, 1.5 GB.
 
     python runs/reliability/save_cost.py
 
-In turn: the writer, which returns once the state is copied to the host's memory, and the same checkpoint written in the
+Alternates the writer, which returns once the state is copied to host memory, and the same checkpoint written in the
 loop. Prediction: copying takes a twentieth of writing, hashing and syncing. Writes save_cost.json beside itself.
 """
 
@@ -25,7 +25,6 @@ from nanogpt import checkpoint  # noqa: E402
 from nanogpt.device import disable_malloc_trim  # noqa: E402
 from nanogpt.distributed import World  # noqa: E402
 from nanogpt.optim import Optimizer  # noqa: E402
-from train import TrainConfig  # noqa: E402
 
 ROUNDS = 5
 
@@ -33,24 +32,24 @@ ROUNDS = 5
 def main() -> None:
     disable_malloc_trim()  # as training does
     model = GPT(GPTConfig(bias=False))
-    optimizer = Optimizer(model, TrainConfig(), World(0, 1, torch.device("cpu"), torch.float32))
-    weights, state = model.state_dict(), optimizer.state_tensors()
+    world = World(0, 1, torch.device("cpu"), torch.float32)
+    weights = model.state_dict()
+    moments = Optimizer(model, world, learning_rate=6e-4).state_tensors()
     rows = []
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         out_dir = Path(folder)
         with checkpoint.Writer(out_dir, 0, 0.0, None) as writer:
             for number in range(ROUNDS):
-                facts = {"step": 2 * number, "val_loss": None}
+                state = {"step": 2 * number, "val_loss": None}
                 start = time.perf_counter()
-                writer.save(weights, state, facts)
-                beside = time.perf_counter() - start
+                writer.save(weights, moments, state)
+                beside_s = time.perf_counter() - start
                 writer.finish()
-                whole = time.perf_counter() - start
+                whole_s = time.perf_counter() - start
                 start = time.perf_counter()
-                checkpoint.save(out_dir, weights, state, facts | {"step": 2 * number + 1}, None)
-                rows.append(
-                    {"beside_s": beside, "until_written_s": whole, "in_the_loop_s": time.perf_counter() - start}
-                )
+                checkpoint.save(out_dir, weights, moments, state | {"step": 2 * number + 1}, None)
+                in_loop_s = time.perf_counter() - start
+                rows.append({"beside_s": beside_s, "until_written_s": whole_s, "in_the_loop_s": in_loop_s})
                 checkpoint.prune(out_dir, 0)
                 print(rows[-1], flush=True)
     ratio = statistics.median(row["beside_s"] / row["in_the_loop_s"] for row in rows)

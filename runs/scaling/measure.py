@@ -1,18 +1,18 @@
 """The ladder of runs that `nanogpt/scaling.py` is fitted to: sizes × token counts, learning rates, and repeated text.
 
-    python runs/scaling/measure.py --data=FOLDER --stage=rates    # which rate is best at which width and length
+    python runs/scaling/measure.py --data=FOLDER --stage=rates    # the best learning rate for a width and a length
     python runs/scaling/measure.py --data=FOLDER --stage=ladder   # sizes × token counts, each token seen once
-    python runs/scaling/measure.py --data=FOLDER --stage=repeats  # little text, read many times
+    python runs/scaling/measure.py --data=FOLDER --stage=repeats  # small texts over many epochs
     python runs/scaling/measure.py --data=FOLDER --stage=texts    # other texts than the books, by the same recipe
     python runs/scaling/measure.py --data=FOLDER --stage=contexts # shorter and longer rows
-    python runs/scaling/measure.py --data=FOLDER --stage=falls    # a shorter fall of the rate
-    python runs/scaling/measure.py --data=FOLDER --stage=seeds    # what luck does to a point of the ladder
+    python runs/scaling/measure.py --data=FOLDER --stage=falls    # a shorter final decay of the learning rate
+    python runs/scaling/measure.py --data=FOLDER --stage=seeds    # run-to-run variance at some points of the ladder
     python runs/scaling/measure.py --data=FOLDER --stage=heldout  # larger runs than any, predicted before they began
 
 FOLDER: the books as characters, `python data/prepare.py --input books.tar.xz --tokenizer=char --out=FOLDER`. Each run
-is one of train.py on one thread, two at a time; its settings and its loss become a line of runs.jsonl beside this
-file. What stands there is not run again, so that the script, killed, goes on where it was. Losses do not depend on what
-else the machine does. Validation: a fifth of the split, 64 pieces of 4,096 tokens.
+is one of train.py on one thread, two at a time; its settings and its loss become a line of runs.jsonl beside this file.
+Runs that are in runs.jsonl are not repeated, so a script that was killed continues. The losses do not depend on other
+load on the machine. Validation: a fifth of the split, 64 pieces of 4,096 tokens.
 """
 
 import argparse
@@ -29,29 +29,30 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS, PREDICTION = (Path(__file__).with_name(name) for name in ("runs.jsonl", "prediction.json"))
+RUNS = Path(__file__).with_name("runs.jsonl")
+PREDICTION = Path(__file__).with_name("prediction.json")
 sys.path.insert(0, str(ROOT))
 
 from nanogpt import scaling  # noqa: E402
 
 FIXED = {"eval_interval": 0, "eval_iters": 0, "eval_train": False, "sample_chars": 0}
 FIXED |= {"device": "cpu", "dtype": "float32", "compile": False, "log_interval": 20, "resume": "auto"}
-T = 128  # tokens in a row, where nothing else is said
+T = 128  # default tokens per row
 POINT = {
     "n_embd": 0,
     "tokens": 0,
-    "rate": None,  # Muon's; None: the rule's
-    "unique": None,  # tokens of the text that may be read; None: all
+    "rate": None,  # Muon's learning rate; None: the recipe's
+    "unique": None,  # tokens of the text to use; None: all
     "text": "books_char",
     "block_size": T,
-    "fall": None,  # share of the updates in which the rate falls; None: half
-    "seed": None,  # None: train.py's own
+    "fall": None,  # share of the updates in the final decay; None: half
+    "seed": None,  # None: train.py's default
 }
 M = 10**6
 
 
 def rates() -> list[dict[str, Any]]:
-    """Muon's rate, by octaves, at several widths and lengths."""
+    """Muon's learning rate, by octaves, at several widths and lengths."""
     points = {(64, 1 * M): 0.011, (32, 1 * M): 0.0156, (128, M // 2): 0.009, (32, 4 * M): 0.0118}
     points |= {(64, 4 * M): 0.0103, (96, 2 * M): 0.0074}
     return [point("rates", *pair, rate=octave * rate) for octave in (1, 0.5, 2) for pair, rate in points.items()]
@@ -65,7 +66,7 @@ def ladder() -> list[dict[str, Any]]:
 
 
 def repeats() -> list[dict[str, Any]]:
-    """A part of the text again and again."""
+    """A part of the text over several epochs."""
     often = [(width, tokens, M // 4) for width, tokens in ((64, M), (64, 2 * M), (64, 4 * M), (128, M), (128, 2 * M))]
     often += [(64, 4 * M, M), (128, 2 * M, M)]
     little, less = 1 << 16, 1 << 14
@@ -73,7 +74,7 @@ def repeats() -> list[dict[str, Any]]:
     often += [(width, epochs * less, less) for width in (32, 64) for epochs in (8, 32)]
     often += [(32, 64 * little, little), (32, 4 * M, M // 4), (96, 4 * M, M), (64, 12 * M, M)]
     points = [point("repeats", width, tokens, unique=unique) for width, tokens, unique in often]
-    return sorted(points, key=lambda found: work(found["n_embd"], found["tokens"]))
+    return sorted(points, key=lambda point: work(point["n_embd"], point["tokens"]))
 
 
 def texts() -> list[dict[str, Any]]:
@@ -85,7 +86,7 @@ def contexts() -> list[dict[str, Any]]:
 
 
 def falls() -> list[dict[str, Any]]:
-    """The rate falls in a smaller share of the run than half."""
+    """A final decay over less than half of the run."""
     return [point("falls", 64, M, fall=share) for share in (0.4, 0.3, 0.2)]
 
 
@@ -99,7 +100,7 @@ def heldout() -> list[dict[str, Any]]:
 
 
 def point(stage: str, width: int, tokens: int, **more: Any) -> dict[str, Any]:
-    """A run's place in the ladder, and what is unusual about it (see POINT)."""
+    """A run of the ladder, with its deviations from POINT."""
     return {"stage": stage} | POINT | {"n_embd": width, "tokens": tokens} | more
 
 
@@ -107,11 +108,11 @@ def work(width: int, tokens: int) -> float:
     return scaling.weights(scaling.shape(width)) * tokens
 
 
-def settings(point: dict[str, Any]) -> dict[str, Any]:
-    """train.py's keys for a point of the ladder."""
+def train_keys(point: dict[str, Any]) -> dict[str, Any]:
+    """The keys of train.py for a point of the ladder."""
     keys = scaling.recipe(point["n_embd"], point["tokens"], point["block_size"]) | {"block_size": point["block_size"]}
     if point["rate"]:
-        keys |= {"muon_lr": point["rate"], "learning_rate": scaling.OTHERS * point["rate"]}
+        keys |= {"muon_lr": point["rate"], "learning_rate": scaling.ADAMW_LR_RATIO * point["rate"]}
     if point["fall"]:
         keys["decay_iters"] = round(point["fall"] * keys["max_iters"])
     if point["seed"]:
@@ -120,8 +121,8 @@ def settings(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(point: dict[str, Any], data: Path, work: Path, lock: threading.Lock) -> None:
-    keys = settings(point)
-    data = part_of(data, point["unique"], work, lock)
+    keys = train_keys(point)
+    data = open_part(data, point["unique"], work, lock)
     name = "-".join(str(value) for value in point.values() if value)
     flags = [f"--{key}={value}" for key, value in keys.items()]
     command = [sys.executable, ROOT / "train.py", *flags, f"--dataset={data}", f"--out_dir={work / name}"]
@@ -132,36 +133,41 @@ def run(point: dict[str, Any], data: Path, work: Path, lock: threading.Lock) -> 
         raise SystemExit(f"{log}: status {done.returncode}")
     lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(lines) if "val_loss" in line)
-    found = point | {"weights": scaling.weights(scaling.shape(point["n_embd"])), "tokens_run": last["tokens"]}
-    found |= {"rows": keys["batch_size"], "muon_lr": keys["muon_lr"], "val_loss": last["val_loss"]}
-    found |= {"time_s": last["time_s"]}
+    result = point | {"weights": scaling.weights(scaling.shape(point["n_embd"])), "tokens_run": last["tokens"]}
+    result |= {"rows": keys["batch_size"], "muon_lr": keys["muon_lr"], "val_loss": last["val_loss"]}
+    result |= {"time_s": last["time_s"]}
     with lock, RUNS.open("a") as file:
-        file.write(json.dumps(found) + "\n")
-        print(json.dumps(found), flush=True)
+        file.write(json.dumps(result) + "\n")
+        print(json.dumps(result), flush=True)
 
 
-def predict(points: list[dict[str, Any]], there: list[dict[str, Any]]) -> None:
-    """Write down what the ladder's law says of the runs to come; what is written stays."""
-    law = scaling.fit([(f["weights"], f["tokens_run"], f["val_loss"]) for f in there if f["stage"] == "ladder"])
-    told = json.loads(PREDICTION.read_text()) if PREDICTION.exists() else []
-    for found in points[len(told) :]:
-        keys, size = settings(found), scaling.weights(scaling.shape(found["n_embd"]))
+def predict(points: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
+    """Add the predictions of the ladder's law for the coming runs; earlier predictions stay."""
+    ladder = [result for result in results if result["stage"] == "ladder"]
+    law = scaling.fit([(result["weights"], result["tokens_run"], result["val_loss"]) for result in ladder])
+    predictions = json.loads(PREDICTION.read_text()) if PREDICTION.exists() else []
+    for point in points[len(predictions) :]:
+        keys = train_keys(point)
+        size = scaling.weights(scaling.shape(point["n_embd"]))
         tokens = keys["max_iters"] * keys["batch_size"] * T
-        one = {"weights": size, "tokens": tokens, "val_loss": law.loss(size, tokens), "law": asdict(law)}
-        told.append(one | {"on": f"{datetime.now():%Y-%m-%d %H:%M}"})
-    PREDICTION.write_text(json.dumps(told, indent=1) + "\n")
+        prediction = {"weights": size, "tokens": tokens, "val_loss": law.loss(size, tokens), "law": asdict(law)}
+        predictions.append(prediction | {"on": f"{datetime.now():%Y-%m-%d %H:%M}"})
+    PREDICTION.write_text(json.dumps(predictions, indent=1) + "\n")
     print(PREDICTION.read_text())
 
 
-def part_of(data: Path, unique: int | None, work: Path, lock: threading.Lock) -> Path:
-    """A dataset with about `unique` tokens of another (None: all) and a part of its validation split, both in pieces of
-    4,096 tokens from all over it."""
+def open_part(data: Path, unique: int | None, work: Path, lock: threading.Lock) -> Path:
+    """Make a dataset with about `unique` tokens of another (None: all) and a part of its validation split.
+
+    Both are made of pieces of 4,096 tokens, evenly spaced over the whole.
+    """
     folder = work / f"{data.name}-{unique}"
     with lock:
         if not folder.exists():
             from nanogpt.data.dataset import open_dataset
 
-            whole, partial = open_dataset(data, block_size=T), folder.with_suffix(".part")
+            whole = open_dataset(data, block_size=T)
+            partial = folder.with_suffix(".part")
             partial.mkdir(exist_ok=True)
             if unique:
                 write_pieces(whole.train, unique // 4096, partial / "train.bin")
@@ -189,16 +195,16 @@ def main() -> None:
     parser.add_argument("--at_a_time", type=int, default=2)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    there = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
-    done = [{key: found.get(key, usual) for key, usual in POINT.items()} for found in there]
-    points = [found | {"text": options.data.name} for found in globals()[options.stage]()]
+    results = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    done = [{key: result.get(key, default) for key, default in POINT.items()} for result in results]
+    points = [point | {"text": options.data.name} for point in globals()[options.stage]()]
     if options.stage == "heldout":
-        predict(points, there)
-    left = [found for found in points if {key: found[key] for key in POINT} not in done]
-    print(f"{options.stage}: {len(left)} runs to do", flush=True)
+        predict(points, results)
+    missing = [point for point in points if {key: point[key] for key in POINT} not in done]
+    print(f"{options.stage}: {len(missing)} runs to do", flush=True)
     lock = threading.Lock()
     with ThreadPoolExecutor(options.at_a_time) as pool:
-        for _ in pool.map(lambda found: run(found, options.data.resolve(), options.work, lock), left):
+        for _ in pool.map(lambda point: run(point, options.data.resolve(), options.work, lock), missing):
             pass
 
 

@@ -1,4 +1,4 @@
-"""nanoGPT's small CPU run against ours, whole processes in turn, from start to exit:
+"""nanoGPT's small CPU run against ours: whole processes, alternating, from start to exit.
 
     python runs/shakespeare_char_cpu/compare_with_nanogpt.py --reference=PATH_OF_A_NANOGPT_CHECKOUT
 
@@ -33,7 +33,7 @@ from nanogpt.data.dataset import open_dataset, resolve  # noqa: E402
 from nanogpt.data.rows import EvalWindows  # noqa: E402
 from nanogpt.distributed import World  # noqa: E402
 from nanogpt.errors import InputError, run_script  # noqa: E402
-from train import evaluate  # noqa: E402
+from nanogpt.evaluation import evaluate  # noqa: E402
 
 DATASET = "shakespeare_char"
 BLOCK_SIZE = 64
@@ -42,7 +42,7 @@ NANOGPT_FLAGS = (
     f"--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size={BLOCK_SIZE} --batch_size=12 "
     "--n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0"
 )
-EVALUATION = re.compile(r"step +(\d+)\W+train loss (\S+)\W+val loss (\S+)")  # both programs' lines fit it
+EVALUATION = re.compile(r"step +(\d+)\W+train loss (\S+)\W+val loss (\S+)")  # matches the lines of both programs
 STEP_TIME = re.compile(r"iter \d+: .*time ([\d.]+)ms")
 LABELS = {"nanogpt": "nanoGPT", "ours": "this project"}
 COLORS = {"nanogpt": "tab:gray", "ours": "tab:blue"}
@@ -50,20 +50,20 @@ COLORS = {"nanogpt": "tab:gray", "ours": "tab:blue"}
 
 @dataclass
 class CompareConfig:
-    """What to compare, and how often."""
+    """The runs to compare."""
 
-    reference: str = key("", "a nanoGPT checkout with data/shakespeare_char prepared; its code is executed")
-    rounds: int = key(3, "runs of each side, in turn", ge=1)
-    max_iters: int = key(2000, "updates of each run; the recipes' own number is 2000", ge=20)
-    ours: str = key("", "more flags for our train.py, as in --ours='--dtype=float32'")
-    to: str = key(str(HERE), "folder of results.json and loss_over_seconds.png")
+    reference: str = key("", "nanoGPT checkout with data/shakespeare_char prepared; its code is executed")
+    rounds: int = key(3, "runs of each program, alternating", ge=1)
+    max_iters: int = key(2000, "updates of each run; 2000 in both recipes", ge=20)
+    ours: str = key("", "more flags for our train.py: --ours='--dtype=float32'")
+    to: str = key(str(HERE), "folder for results.json and loss_over_seconds.png")
 
 
 def main() -> None:
     config, _ = parse(CompareConfig, description="Compare whole runs with nanoGPT's.")
     reference = Path(config.reference).resolve()
     if not config.reference or not (reference / "train.py").is_file():
-        raise InputError(f"reference={config.reference}: there is no train.py in it; give a nanoGPT checkout")
+        raise InputError(f"--reference={config.reference}: contains no train.py; give a nanoGPT checkout")
     check_same_data(reference)
     length = f"--max_iters={config.max_iters} --lr_decay_iters={config.max_iters}"
     if config.max_iters < 250:  # a trial; the recipes of both evaluate every 250 updates
@@ -77,18 +77,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(config.rounds):
             results: dict[str, Any] = {}
-            for side in list(commands)[:: -1 if number % 2 else 1]:  # a machine that warms up slows both alike
+            for side in list(commands)[:: -1 if number % 2 else 1]:  # drift of the machine affects both alike
                 out_dir = Path(folder) / f"{side}-{number}"
                 cwd = ROOT if side == "ours" else reference
                 wall_s, lines = run([*shlex.split(commands[side]), f"--out_dir={out_dir}"], cwd)
                 read = read_ours if side == "ours" else read_nanogpt
-                results[side] = (
-                    {"wall_s": round(wall_s, 2)} | read(out_dir, lines) | {"evaluations": evaluations(lines)}
-                )
-                told = {name: value for name, value in results[side].items() if name != "evaluations"}
-                print(f"round {number + 1}, {LABELS[side]}: {told}", flush=True)
+                result = {"wall_s": round(wall_s, 2), **read(out_dir, lines)}
+                print(f"round {number + 1}, {LABELS[side]}: {result}", flush=True)
+                results[side] = {**result, "evaluations": read_evaluations(lines)}
             rounds.append(results)
-    summary = {name: summarise(name, rounds) for name in ("wall_s", "ms_per_step", "val_loss")}
+    summary = {name: summarize(name, rounds) for name in ("wall_s", "ms_per_step", "val_loss")}
     report = {
         "settings": asdict(config) | {"reference": commit(reference), "to": None},
         "commands": {side: f"python {command}" for side, command in commands.items()},
@@ -105,16 +103,16 @@ def main() -> None:
         "summary": summary,
         "rounds": rounds,
     }
-    folder_out = Path(config.to)
-    folder_out.mkdir(parents=True, exist_ok=True)
-    (folder_out / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    draw(rounds, folder_out / "loss_over_seconds.png")
-    tell(summary, config.rounds)
-    print(f"\nwritten: {folder_out}/results.json and loss_over_seconds.png")
+    out_folder = Path(config.to)
+    out_folder.mkdir(parents=True, exist_ok=True)
+    (out_folder / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    draw_curves(rounds, out_folder / "loss_over_seconds.png")
+    print_summary(summary, config.rounds)
+    print(f"\nwritten: {out_folder}/results.json and loss_over_seconds.png")
 
 
-def summarise(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The medians of a number over the rounds, and how it compares within each round."""
+def summarize(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of a number over the rounds, and its ratios within each round."""
     nanogpt, ours = (np.array([results[side][name] for results in rounds]) for side in LABELS)
     ratios = nanogpt / ours
     return {
@@ -136,8 +134,9 @@ def check_same_data(reference: Path) -> None:
 
 
 def run(arguments: list[str], cwd: Path) -> tuple[float, list[tuple[float, str]]]:
-    """Run `python arguments` in `cwd`: seconds until it exited, and its lines with the seconds at which they came."""
-    start, lines = time.perf_counter(), []
+    """Run `python arguments` in `cwd`; return the seconds until it exits, and its lines with their arrival times."""
+    start = time.perf_counter()
+    lines = []
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -157,15 +156,18 @@ def run(arguments: list[str], cwd: Path) -> tuple[float, list[tuple[float, str]]
     return wall_s, lines
 
 
-def evaluations(lines: list[tuple[float, str]]) -> list[tuple[float, int, float, float]]:
-    found = ((seconds, EVALUATION.search(line)) for seconds, line in lines)
-    return [(round(s, 3), int(match[1]), float(match[2].rstrip(",")), float(match[3])) for s, match in found if match]
+def read_evaluations(lines: list[tuple[float, str]]) -> list[tuple[float, int, float, float]]:
+    evaluations = []
+    for seconds, line in lines:
+        if match := EVALUATION.search(line):
+            evaluations.append((round(seconds, 3), int(match[1]), float(match[2].rstrip(",")), float(match[3])))
+    return evaluations
 
 
 def read_ours(out_dir: Path, lines: list[tuple[float, str]]) -> dict[str, Any]:
     records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    at = np.array([(record["step"], record["time_s"]) for record in records if "loss" in record])
-    steps, seconds = np.diff(at, axis=0).T
+    times = np.array([(record["step"], record["time_s"]) for record in records if "loss" in record])
+    steps, seconds = np.diff(times, axis=0).T
     folder = checkpoint.find(out_dir, "latest")
     return {
         "ms_per_step": round(1000 * float(np.median(seconds / steps)), 3),
@@ -175,7 +177,9 @@ def read_ours(out_dir: Path, lines: list[tuple[float, str]]) -> dict[str, Any]:
 
 
 def read_nanogpt(out_dir: Path, lines: list[tuple[float, str]]) -> dict[str, Any]:
-    times, step, saved = [], 0, None
+    times = []
+    step = 0
+    saved = None
     for _, line in lines:
         if match := EVALUATION.search(line):
             step = int(match[1])
@@ -184,7 +188,7 @@ def read_nanogpt(out_dir: Path, lines: list[tuple[float, str]]) -> dict[str, Any
         elif line.startswith("saving checkpoint"):
             saved = step
     if saved is None:
-        raise InputError("nanoGPT saved no checkpoint, so there are no weights to compare: give more --max_iters")
+        raise InputError("nanoGPT saved no checkpoint, so there are no weights to compare: raise --max_iters")
     return {
         "ms_per_step": round(float(np.median(times)), 3),
         "val_loss": whole_split_loss(GPT.from_pretrained(out_dir / "ckpt.pt")),
@@ -214,7 +218,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str | None:
-    """The commit of a checkout, "-dirty" added where tracked files differ from it; None without git."""
+    """The commit of a checkout, with "-dirty" if tracked files differ from it; None without git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -222,7 +226,7 @@ def commit(folder: Path) -> str | None:
         return None
 
 
-def tell(summary: dict[str, Any], rounds: int) -> None:
+def print_summary(summary: dict[str, Any], rounds: int) -> None:
     units = {"wall_s": "whole process, s", "ms_per_step": "step, ms", "val_loss": "validation loss, whole split"}
     print(f"\n{f'medians of {rounds} rounds':30}{'nanoGPT':>12}{'ours':>12}{'nanoGPT / ours':>26}")
     for name, numbers in summary.items():
@@ -232,12 +236,12 @@ def tell(summary: dict[str, Any], rounds: int) -> None:
         print(f"{units[name]:30}{numbers['nanogpt']:>12.{digits}f}{numbers['ours']:>12.{digits}f}{spread:>26}")
 
 
-def draw(rounds: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss over wall seconds, a curve a run; a tick below marks where each process ended."""
+def draw_curves(rounds: list[dict[str, Any]], path: Path) -> None:
+    """Draw validation loss over wall seconds, a curve per run, with a tick at the end of each process."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("no picture without matplotlib; install it with: pip install -e .[plots]") from None
+        raise InputError("matplotlib is not installed, so there is no picture; run: pip install -e .[plots]") from None
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     lowest = min(row[3] for results in rounds for run in results.values() for row in run["evaluations"])
@@ -254,7 +258,7 @@ def draw(rounds: list[dict[str, Any]], path: Path) -> None:
                 label=None if number else label,
             )
             axes.plot(results[side]["wall_s"], 0.02, "|", color=COLORS[side], transform=axes.get_xaxis_transform())
-    # Both start at the loss of a random network; a logarithmic axis leaves room for what follows.
+    # Both start at the loss of a random network; a logarithmic axis shows the rest better.
     axes.set_yscale("log")
     ticks = [loss for loss in (1.5, 1.6, 1.8, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0) if loss > 0.95 * lowest]
     axes.set_yticks(ticks, [f"{loss:g}" for loss in ticks])

@@ -1,10 +1,10 @@
-"""How much sooner config/train_shakespeare_fast_cpu.py reaches nanoGPT's loss than nanoGPT's documented run for a CPU:
+"""The time to nanoGPT's loss: config/train_shakespeare_fast_cpu.py against nanoGPT's documented run for a CPU.
 
     python runs/time_to_loss_cpu/measure.py --reference=PATH_OF_A_NANOGPT_CHECKOUT
     python runs/time_to_loss_cpu/measure.py --reference=… --text=BOOK.txt --target=0
 
-Whole processes in turn, from start to exit, the last evaluation included. A new recipe: another network, optimizer and
-batch; only the text, the validation windows and the machine are the same. Writes results.json (with --text the book's
+Alternates whole processes, from start to exit, the last evaluation included. The recipes differ in network, optimizer
+and batch; the text, the validation windows and the machine are the same. Writes results.json (with --text the book's
 name instead of "results") beside itself.
 """
 
@@ -38,22 +38,22 @@ LENGTH = "--max_iters=2000 --lr_decay_iters=2000"
 
 @dataclass
 class MeasureConfig:
-    """What to measure, and how often."""
+    """The runs to measure."""
 
-    reference: str = key("", "a nanoGPT checkout with data/shakespeare_char prepared; its code is executed")
-    rounds: int = key(3, "runs of nanoGPT's, each followed by its share of ours", ge=1)
-    seeds: int = key(5, "runs of ours, each with a seed of its own, from 1", ge=1)
-    target: float = key(1.89, "loss over the whole validation split to be reached; 0 = nanoGPT's own, by its median")
-    text: str = key("", "another text than tiny Shakespeare")
+    reference: str = key("", "nanoGPT checkout with data/shakespeare_char prepared; its code is executed")
+    rounds: int = key(3, "runs of nanoGPT, each followed by its share of ours", ge=1)
+    seeds: int = key(5, "our runs, with seeds from 1", ge=1)
+    target: float = key(1.89, "loss over the whole validation split to reach; 0: the median of nanoGPT's")
+    text: str = key("", "text instead of tiny Shakespeare")
     ours: str = key("", "more flags for our train.py")
-    to: str = key(str(HERE), "folder of the results")
+    to: str = key(str(HERE), "folder for the results")
 
 
 def main() -> None:
     config, _ = parse(MeasureConfig, description="Measure the time to a loss.")
     reference = Path(config.reference).resolve()
     if not config.reference or not (reference / "train.py").is_file():
-        raise InputError(f"reference={config.reference}: there is no train.py in it; give a nanoGPT checkout")
+        raise InputError(f"--reference={config.reference}: contains no train.py; give a nanoGPT checkout")
     dataset = "shakespeare_char"
     if config.text:
         dataset = prepare(Path(config.text), reference)
@@ -68,7 +68,7 @@ def main() -> None:
             wall_s, lines = run([*shlex.split(theirs), f"--out_dir={out_dir}"], reference)
             read = read_nanogpt(out_dir, lines)
             times = [float(match[1]) for _, line in lines if (match := re.search(r"time ([\d.]+)ms", line))]
-            # Its printed time of an evaluating step holds the evaluation too; the median step stands for all.
+            # It prints the time of an evaluation with that of its step, so the median step stands for all.
             loop_s = 2000 * read["ms_per_step"] / 1000
             rounds.append({"nanogpt": {"wall_s": round(wall_s, 2), "loop_s": round(loop_s, 2), **read}, "ours": []})
             print(f"round {number + 1}: {rounds[-1]['nanogpt']}, {len(times)} steps timed", flush=True)
@@ -76,11 +76,11 @@ def main() -> None:
                 out_dir = Path(folder) / f"ours-{seed}"
                 wall_s, _ = run([*shlex.split(ours), f"--seed={seed}", f"--out_dir={out_dir}"], ROOT)
                 last = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()][-1]
-                told = {"seed": int(seed), "wall_s": round(wall_s, 2), "loop_s": last["time_s"]}
-                rounds[-1]["ours"].append(told | {"val_loss": round(last["val_loss"], 5)})
+                result = {"seed": int(seed), "wall_s": round(wall_s, 2), "loop_s": last["time_s"]}
+                rounds[-1]["ours"].append(result | {"val_loss": round(last["val_loss"], 5)})
                 print(f"round {number + 1}: {rounds[-1]['ours'][-1]}", flush=True)
     target = config.target or float(np.median([r["nanogpt"]["val_loss"] for r in rounds]))
-    summary = summarise(rounds, target)
+    summary = summarize(rounds, target)
     report = {
         "commands": {"nanogpt": f"python {theirs}", "ours": f"python {ours} --seed=N"},
         "settings": asdict(config) | {"reference": commit(reference), "to": None, "text": Path(config.text).name},
@@ -101,7 +101,7 @@ def main() -> None:
     print(json.dumps(summary, indent=1), f"written: {path}", sep="\n")
 
 
-def summarise(rounds: list[dict[str, Any]], target: float) -> dict[str, Any]:
+def summarize(rounds: list[dict[str, Any]], target: float) -> dict[str, Any]:
     pairs = [(r["nanogpt"], ours) for r in rounds for ours in r["ours"]]
     ratios = {name: [a[name] / b[name] for a, b in pairs] for name in ("wall_s", "loop_s")}
     losses = [ours["val_loss"] for _, ours in pairs]
@@ -117,11 +117,12 @@ def summarise(rounds: list[dict[str, Any]], target: float) -> dict[str, Any]:
 
 
 def prepare(text: Path, reference: Path) -> str:
-    """The text as a character dataset for both programs; returns its name under their data/."""
+    """Make a character dataset of the text for both programs; return its name under their data/."""
     name = "time_to_loss_text"
     command = [sys.executable, "data/shakespeare_char/prepare.py", f"--input={text.resolve()}", f"--out=data/{name}"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    folder, theirs = ROOT / "data" / name, reference / "data" / name
+    folder = ROOT / "data" / name
+    theirs = reference / "data" / name
     theirs.mkdir(exist_ok=True)
     tokenizer = open_dataset(folder, block_size=64).tokenizer
     assert tokenizer

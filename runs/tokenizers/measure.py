@@ -1,12 +1,12 @@
-"""What a tokenizer of one's own is worth: bytes a token, speed, and the loss of two models that trained equally long.
+"""The value of a tokenizer trained on the data: bytes per token, speed, and the losses of models trained equally long.
 
     python runs/tokenizers/measure.py --books=books.tar.xz --work=FOLDER --minutes=5 --to=runs/tokenizers/results.json
 
-The books are prepared as characters, as bytes, in GPT-2's tokens and in 8,192 byte pairs learned from them; validation
-documents are the same in each, chosen by their hash. Speed is that of one thread over the validation text, the three
-libraries by turns. Then one network learns characters and another, of the same trunk and by the same recipe, the 8,192
-pairs: both at once, one thread each, so that both have the same machine for the same time. A first short run of both
-tells how many steps fit into it. The bits per byte are those of the whole validation split.
+The books are prepared as characters, as bytes, in GPT-2's tokens and in 8,192 byte pairs learned from them; the
+validation documents, chosen by their hash, are the same. Speed is that of one thread over the validation text, the
+three libraries alternating. Then one model trains on characters and another, with the same blocks and recipe, on the
+8,192 byte pairs: at the same time, one thread each, so that both have the same machine for the same time. A short trial
+run of both shows how many steps fit. The bits per byte are those of the whole validation split.
 """
 
 import argparse
@@ -33,7 +33,7 @@ RECIPE |= {"optimizer": "muon", "learning_rate": 1e-2, "muon_lr": 6e-3, "grad_cl
 RECIPE |= {"schedule": "trapezoid", "warmup_iters": 20, "min_lr": 0.0, "gradient_accumulation_steps": 1}
 RECIPE |= {"device": "cpu", "compile": False, "dtype": "float32", "eval_interval": 0, "eval_iters": 0}
 RECIPE |= {"eval_train": False, "sample_chars": 0, "always_save_checkpoint": False, "log_interval": 10}
-SIDES = {
+MODELS = {
     "char": {"block_size": 256, "batch_size": 16},
     "bpe:8192": {"block_size": 128, "batch_size": 16},
 }
@@ -48,38 +48,39 @@ def prepare(books: Path, work: Path, kind: str) -> None:
     subprocess.run([*script, f"--tokenizer={kind}", "--val_share=0.01"], check=True)
 
 
-def facts(work: Path, kind: str) -> dict[str, Any]:
+def read_meta(work: Path, kind: str) -> dict[str, Any]:
     meta = json.loads((folder_of(work, kind) / "meta.json").read_text())
     return {"ids": meta["vocab_size"]} | {
         f"{split}_bytes_per_token": part["bytes"] / part["tokens"] for split, part in meta["splits"].items()
     }
 
 
-def speeds(work: Path, kind: str, rounds: int) -> dict[str, float]:
-    """Megabytes of text a second of each library, one thread."""
+def measure_speeds(work: Path, kind: str, rounds: int) -> dict[str, float]:
+    """Megabytes of text per second of each library on one thread."""
     tokenizer = Tokenizer.load(folder_of(work, kind))
     assert tokenizer is not None
     assert tokenizer._tiktoken is not None
     plain = open_dataset(folder_of(work, "byte"), block_size=8, splits=["val"]).val[:]
     text = bytes(plain[plain < 256].astype("u1")).decode()
-    sides = {
+    encoders = {
         "tokenizers": lambda: tokenizer._inner.encode(text, add_special_tokens=False),
         "tiktoken": lambda: tokenizer._tiktoken.encode_to_numpy(text, disallowed_special=()),
         "gigatoken": lambda: tokenizer._gigatoken.encode(text),
     }
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    megabytes = len(text.encode()) / 1e6
+    speeds: dict[str, list[float]] = {name: [] for name in encoders}
     for _ in range(rounds):
-        for name, encode in sides.items():
-            began = time.perf_counter()
+        for name, encode in encoders.items():
+            start = time.perf_counter()
             encode()
-            found[name].append(len(text.encode()) / 1e6 / (time.perf_counter() - began))
-    return {name: statistics.median(speeds) for name, speeds in found.items()}
+            speeds[name].append(megabytes / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def train(work: Path, steps: dict[str, int], label: str) -> dict[str, list[dict[str, Any]]]:
-    """The metrics of both sides, trained at once."""
+    """Train both models at the same time; return their metrics."""
     running = []
-    for kind, sizes in SIDES.items():
+    for kind, sizes in MODELS.items():
         out = work / f"out-{label}-{kind.replace(':', '')}"
         keys = RECIPE | sizes | {"dataset": folder_of(work, kind), "out_dir": out, "max_iters": steps[kind]}
         command = [sys.executable, ROOT / "train.py", *(f"--{name}={value}" for name, value in keys.items())]
@@ -107,21 +108,21 @@ def main() -> None:
     for kind in KINDS:
         if not (folder_of(args.work, kind) / "meta.json").exists():
             prepare(args.books, args.work, kind)
-        report[kind] = facts(args.work, kind)
+        report[kind] = read_meta(args.work, kind)
     os.environ["RAYON_NUM_THREADS"] = "1"
     for kind in ("gpt2", "bpe:8192"):
-        report[kind]["mb_per_s"] = speeds(args.work, kind, args.rounds)
+        report[kind]["mb_per_s"] = measure_speeds(args.work, kind, args.rounds)
     print(json.dumps(report, indent=1), flush=True)
-    trial = train(args.work, dict.fromkeys(SIDES, 60), "trial")
+    trial = train(args.work, dict.fromkeys(MODELS, 60), "trial")
     steps = {}
     for kind, lines in trial.items():
         times = [(line["step"], line["time_s"]) for line in lines if "loss" in line]
-        (first, began), (last, ended) = times[1], times[-1]
-        steps[kind] = int(60 * args.minutes * (last - first) / (ended - began))
+        (first, start_s), (last, end_s) = times[1], times[-1]
+        steps[kind] = int(60 * args.minutes * (last - first) / (end_s - start_s))
     for kind, lines in train(args.work, steps, "whole").items():
         end = lines[-1]
         report[kind]["trained"] = {name: end[name] for name in ("step", "tokens", "time_s", "val_loss", "val_bpb")}
-        report[kind]["trained"]["recipe"] = RECIPE | SIDES[kind]
+        report[kind]["trained"]["recipe"] = RECIPE | MODELS[kind]
     report["bits_per_byte_pairs_over_characters"] = (
         report["bpe:8192"]["trained"]["val_bpb"] / report["char"]["trained"]["val_bpb"]
     )

@@ -247,7 +247,8 @@ class Witness:
         pids = {words[1]: int(words[2]) for words in map(str.split, lines) if words[0] == "born"}
         if len(lines) >= kill.nth and str(kill.rank) in pids:
             time.sleep(0.05 * kill.share)
-            os.kill(pids[str(kill.rank)], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                os.kill(pids[str(kill.rank)], signal.SIGKILL)
             self.fatal = "at a random time"
 
     def _read_journal(self) -> None:

@@ -209,6 +209,7 @@ def test_export_computes_the_same_in_transformers_and_back(run_export: Export, s
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert type(theirs).__name__ == ("Qwen3ForCausalLM" if ours.config.arch == "modern" else "GPT2LMHeadModel")
     assert getattr(theirs.config, "resid_pdrop", 0.0) == ours.config.dropout
+    assert getattr(theirs.config, "n_ctx", 24) == 24  # GPT-2's older key, which other programs read
     assert len(theirs.get_output_embeddings().weight) == CHARACTERS.vocab_size  # without padding
     idx = torch.randint(CHARACTERS.vocab_size, (3, 24), generator=torch.Generator().manual_seed(1))
     assert (theirs(idx).logits - ours(idx, idx)[0]).abs().max() <= 1e-5

@@ -223,7 +223,7 @@ def test_a_state_of_impossible_sizes_is_refused(
 def test_weights_that_are_not_there_are_refused(run: Run, used: Path):
     assert "'nonsense' is not a file or folder" in refuse(run, init_from="nonsense", **NO_SIZES)
     Path("empty").mkdir()
-    assert "no config.json" in refuse(run, init_from="empty", **NO_SIZES)
+    assert "empty/config.json: cannot be read" in refuse(run, init_from="empty", **NO_SIZES)
 
 
 NO_NAMES = ["a" * 5000, "a/" * 5000, "nul\0", "half \ud800", "/dev/null/x"]

@@ -19,10 +19,10 @@ import train
 from configurator import parse
 from load import make_schedule
 from model import GPT
-from nanogpt import checkpoint, memory
+from nanogpt import checkpoint
 from nanogpt import metrics as metrics_module
 from nanogpt.data.dataset import open_dataset
-from nanogpt.data.rows import EvalWindows, Rows
+from nanogpt.data.rows import EvalWindows
 from nanogpt.errors import InputError, RunStopped
 from nanogpt.metrics import Stopwatch
 from nanogpt.text.tokenizer import Tokenizer
@@ -43,9 +43,7 @@ def losses(out_dir: str) -> list[float]:
 def test_config_files_are_valid(name: str):
     config, explicit = parse(TrainConfig, [str(CONFIGS[name])])
     train.check_config(config)
-    assert explicit["dataset"] in {
-        *("openwebtext", "fineweb", "shakespeare", "shakespeare_char", "shakespeare_qwen3", "chat")
-    }
+    assert explicit["dataset"]
 
 
 def test_config_files_mean_what_nanogpts_mean():
@@ -85,26 +83,16 @@ def test_check_config_refuses_contradictions(keys: dict[str, Any], message: str,
 # --- Metrics and output
 
 
-def test_metrics_have_their_fields(run: Run, letters: Path):
-    """And val_bpb where the size of the text is known: five bytes for two letters."""
-    Path("text").symlink_to(letters)
-    meta = json.loads((letters / "meta.json").read_text())
-    meta["splits"]["val"]["bytes"] = 5_000
-    Path("known").mkdir()
-    for path in letters.iterdir():
-        (Path("known") / path.name).write_bytes(path.read_bytes())
-    Path("known/meta.json").write_text(json.dumps(meta))
-    keys = {"batch_size": 2, "gradient_accumulation_steps": 3, "log_interval": 4, "eval_interval": 10}
-    run(out_dir="out", dataset="known", **keys)
+def test_metrics_have_their_fields(run: Run):
+    run(out_dir="out", batch_size=2, gradient_accumulation_steps=3, log_interval=4, eval_interval=10)
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "val_loss" in line]
-    fields = {("step", "tokens", "time_s", "loss", "lr", "grad_norm", "tokens_per_s", "mfu")}
-    assert {tuple(line) for line in training} == fields
-    assert {tuple(line) for line in evaluations} == {("step", "tokens", "time_s", "train_loss", "val_loss", "val_bpb")}
+    fields = ["step", "tokens", "time_s", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"]
+    assert all(list(line) == fields for line in training)
+    fields = ["step", "tokens", "time_s", "train_loss", "val_loss"]
+    assert all(list(line) == fields for line in lines if line not in training)
     assert [line["step"] for line in lines] == [0, 4, 8, 10, 12, 16, 20, 20]
     assert all(line["tokens"] == line["step"] * 2 * 3 * 16 for line in lines)
-    assert all(line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2) / 2.5) for line in evaluations)
     schedule = make_schedule(TrainConfig(max_iters=20, learning_rate=1e-2, warmup_iters=2))
     assert [line["lr"] for line in training] == [schedule.lr(step - 1) for step in (4, 8, 12, 16, 20)]
     assert {line["mfu"] for line in training} == {None}  # a CPU's peak is unknown
@@ -150,21 +138,28 @@ def test_a_run_prints_its_size_and_samples(run: Run, capsys: pytest.CaptureFixtu
     assert not any(line.startswith("step     11") for line in lines)
 
 
-def test_a_resumed_run_continues_in_wandb(run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_gets_the_numbers_and_continues_on_resume(run: Run, monkeypatch: pytest.MonkeyPatch):
     started: list[Any] = []
-    logged: list[int] = []
+    logged: dict[int, set[str]] = {}
 
     def init(**keys: Any) -> Any:
-        started.append((keys["id"], keys["config"]["n_embd"]))
-        return SimpleNamespace(id="first", log=lambda numbers, step: logged.append(step), finish=lambda: None)
+        def log(numbers: dict[str, float], step: int) -> None:
+            logged[step] = numbers.keys()
+
+        started.append((keys["id"], keys["name"], keys["config"]["n_embd"]))
+        return SimpleNamespace(id="first", log=log, finish=lambda: None)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     monkeypatch.setattr(metrics_module, "find_spec", lambda _: True)
-    run(out_dir="out", max_iters=3, wandb_log=True, eval_interval=0)
+    run(out_dir="out", max_iters=3, wandb_log=True, eval_interval=0, log_layers=True)
     run(out_dir="out", max_iters=4, wandb_log=False, resume=True)
     run(out_dir="out", max_iters=5, wandb_log=True, resume=True)
-    assert started == [(None, 16), ("first", 16)]
-    assert sorted(set(logged)) == [1, 2, 3, 5]
+    assert started == [(None, "gpt2", 16), ("first", "gpt2", 16)]
+    assert logged.keys() == {1, 2, 3, 5}
+    assert {"loss", "lr", "layer_grad_norms/norm"} <= logged[2]
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
+    with pytest.raises(InputError, match="wandb_log=True"):
+        run(wandb_log=True)
 
 
 # --- Evaluation
@@ -227,23 +222,14 @@ def test_evaluation_only_at_the_end_and_of_one_split(run: Run):
 
 
 def test_auto_micro_batch_is_kept_on_resume(run: Run, monkeypatch: pytest.MonkeyPatch):
-    sizes: set[int] = set()
-    original = Rows.__getitem__
+    def micro_batch(**keys: Any) -> Any:
+        run(out_dir="out", batch_size=8, **keys)
+        return checkpoint.load_latest(Path("out"), True).state["config"]["micro_batch_size"]
 
-    def getitem(rows: Rows, span: slice) -> Any:
-        sizes.add(span.stop - span.start)
-        return original(rows, span)
-
-    monkeypatch.setattr(Rows, "__getitem__", getitem)
-    monkeypatch.setattr(memory, "fits_in_memory", lambda needed, device: len(sizes) == 0 and needed < 200_000)
-    run(out_dir="out", batch_size=32, micro_batch_size="auto", max_iters=2)
-    (chosen,) = sizes
-    assert 1 < chosen < 32
-    run(out_dir="out", resume=True, max_iters=4, batch_size=32)
-    assert sizes == {chosen}
-    run(out_dir="odd", batch_size=8, micro_batch_size=3, max_iters=2)  # the largest divisor below
-    assert sizes == {chosen, 2}
-    assert [line["tokens"] for line in metrics("odd") if "loss" in line] == [128, 256]
+    monkeypatch.setattr(train, "pick_micro_batch", lambda model, optimizer, sizes, world: sizes[1])
+    assert micro_batch(micro_batch_size="auto", max_iters=2) == 4
+    monkeypatch.setattr(train, "pick_micro_batch", lambda *_: pytest.fail("chosen again"))
+    assert micro_batch(resume=True, max_iters=4) == 4
 
 
 @pytest.mark.slow
@@ -289,16 +275,17 @@ def poison(monkeypatch: pytest.MonkeyPatch, first_call: int, value: float) -> No
     monkeypatch.setattr(GPT, "forward", poisoned)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(("dtype", "value"), [("float32", math.nan), ("float16", math.nan), ("float16", math.inf)])
 def test_a_broken_loss_changes_nothing_and_stops_the_run(
-    run: Run, monkeypatch: pytest.MonkeyPatch, dtype: str, value: float
+    run: Run, monkeypatch: pytest.MonkeyPatch, dtype: str, value: float, optimizer: str
 ):
     """At once in float32; in float16, where overflow is routine, after twenty steps in a row."""
-    run(out_dir="healthy", dtype=dtype, max_iters=5)
+    run(out_dir="healthy", dtype=dtype, optimizer=optimizer, max_iters=5)
     poison(monkeypatch, 6, value)
     last = 6 if dtype == "float32" else 25
     with pytest.raises(RunStopped, match=rf"step {last}, rows {4 * last - 4} to {4 * last - 1}: loss {value}"):
-        run(out_dir="out", dtype=dtype, max_iters=40, eval_interval=5, keep_every=5)
+        run(out_dir="out", dtype=dtype, optimizer=optimizer, max_iters=40, eval_interval=5, keep_every=5)
     assert steps("out") == ([5] if dtype == "float32" else [5, 10, 15, 20])
     healthy = checkpoint.load(Path("healthy/ckpt/step-000005"))
     saved = checkpoint.load(Path(f"out/ckpt/step-{steps('out')[-1]:06d}"))

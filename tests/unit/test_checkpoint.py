@@ -302,16 +302,6 @@ def test_flipped_bits_and_truncations_are_found(out_dir: Path, newest: Path, cap
     assert_falls_back(out_dir, capsys, to=24)
 
 
-def test_every_flipped_bit_of_a_manifest_is_found(newest: Path):
-    path = newest / "MANIFEST.json"
-    intact = path.read_bytes()
-    for place in range(200):  # the beginning, and two of the hashes
-        for bit in range(8):
-            path.write_bytes(intact[:place] + bytes([intact[place] ^ 1 << bit]) + intact[place + 1 :])
-            with pytest.raises(InputError, match="is damaged"):
-                checkpoint.verify(newest, [*FILES[1:]])
-
-
 @pytest.mark.parametrize("name", FILES[:4])  # the tokenizer is the same in both
 def test_swapped_files_are_found(out_dir: Path, newest: Path, capsys: pytest.CaptureFixture[str], name: str):
     one, other = newest / name, out_dir / "ckpt/step-000016" / name
@@ -375,14 +365,12 @@ def test_a_manifest_names_our_files_alone(out_dir: Path, newest: Path, capsys: p
         assert_falls_back(out_dir, capsys)
 
 
-NEVER = [True, "1", [], {}, {"a": 1}, -1, 10**400]
-LIES = [(key, value) for key in ("step", "samples", "processes") for value in (*NEVER, 2**63, None, 1.5, 1e999)]
-LIES += [(key, value) for key in ("val_loss", "best_val_loss", "time_s") for value in NEVER]
-LIES += [(key, value) for key in ("model", "config") for value in (None, 1, "x", [])]
-LIES += [(key, value) for key in ("scaler", "guard") for value in (None, 1, "x", [], {"scale": 1.0}, {"norms": []})]
-LIES += [("guard", GUARD | {"norms": norms}) for norms in (None, 1, ["x"], [[]], {})]
-LIES += [("scaler", SCALER | {"_growth_tracker": -1}), ("time_s", 1e999), ("wandb_id", 1), ("since_best", -1)]
-LIES += [(key, ...) for key in ("step", "samples", "time_s", "val_loss", "best_val_loss", "scaler", "model", "config")]
+LIES: list[tuple[str, Any]] = [(key, ...) for key in make_state(1) if key not in ("guard", "processes", "wandb_id")]
+LIES += [(key, value) for key in ("step", "samples", "processes") for value in (True, "1", -1, 2**63, None, 1.5, 1e999)]
+LIES += [(key, value) for key in ("val_loss", "best_val_loss", "time_s") for value in ("1", [], -1, 10**400)]
+LIES += [(key, value) for key in ("scaler", "guard") for value in (None, "x", [], {"scale": 1.0}, {"norms": []})]
+LIES += [("guard", GUARD | {"norms": norms}) for norms in (None, ["x"], [[]], {})]
+LIES += [("scaler", SCALER | {"_growth_tracker": -1}), ("model", []), ("config", None), ("wandb_id", 1)]
 
 
 def test_a_state_of_other_types_is_refused(newest: Path):

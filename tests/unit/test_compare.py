@@ -41,7 +41,7 @@ def test_mean_loss_interpolates_between_evaluations_only(make_run: MakeRun):
         ("step", [0, 5, 10, 30], [4.0, 3.5, 3.0, 1.0]),
         ("tokens", [250], [3.75]),
         ("time_s", [2.5], [3.5]),
-        ("step", [15, 20, 31], [np.nan] * 3),  # beside a NaN, at it, past the end
+        ("step", [-1, 15, 20, 31], [np.nan] * 4),  # before the start, beside a NaN, at it, past the end
     ):
         mean, error = mean_loss(group, axis, np.array(x))
         np.testing.assert_array_equal(mean, expected)
@@ -81,7 +81,7 @@ def test_group_repeats_labels_what_differs(make_run: MakeRun, settings: list[dic
 @pytest.mark.parametrize(("newest", "expected"), [('{"config": {"n_layer": 3}}', {"n_layer": 3}), ('{"conf', None)])
 def test_settings_come_from_the_newest_checkpoint(make_run: MakeRun, newest: str, expected: dict[str, Any] | None):
     run = make_run("a", [4.0], {"n_layer": 2})
-    for step, text in {"1000000": newest, "000030": "", "2000000.tmp": "{}"}.items():
+    for step, text in {"1000000": newest, "999999": "", "2000000.tmp": "{}"}.items():
         (run / "ckpt" / f"step-{step}").mkdir()
         (run / "ckpt" / f"step-{step}" / "state.json").write_text(text)
     assert read_run(run).settings == expected
@@ -146,13 +146,13 @@ def test_picture_of_one_evaluation_and_of_nan(make_run: MakeRun, tmp_path: Path)
 
 def test_picture_has_a_row_for_layer_norms(make_run: MakeRun, tmp_path: Path):
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    norms = {"clipped": 2} | {field: {"embedding": 0.5, "norm": None} for field in NORMS}
-    tail = "".join(json.dumps({"step": step} | norms) + "\n" for step in (3, 6))
+    norms = {field: {"embedding": 0.5, "norm": None} for field in NORMS}
+    tail = "".join(json.dumps({"step": step, "clipped": step > 3} | norms) + "\n" for step in (3, 6))
     logged = make_run("a", [4.0, 3.0], tail=tail)
     draw_layer_norms(figure, read_run(logged))
     lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert lines["embedding"] == [[3, 0.5], [6, 0.5]]
-    assert [x for x, _ in lines["clipped"]] == [3, 6]
+    assert [x for x, _ in lines["clipped"]] == [6]
 
     plain = make_run("b", [4.0])
     heights = []

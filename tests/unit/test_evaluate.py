@@ -158,6 +158,8 @@ def test_evaluate_a_run_on_its_dataset(
         f"loss           {results['loss']:.4f} ± {results['loss_stderr']:.4f} nats per token",
         f"perplexity     {results['perplexity']:.4f} ± {results['perplexity_stderr']:.4f}",
     ]
+    assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
+    assert results["perplexity_stderr"] == pytest.approx(results["perplexity"] * results["loss_stderr"])
     assert results["bits_per_byte"] is None  # the dataset does not state its bytes
     each = losses_one_by_one(model, np.fromfile(letters / "val.bin", np.uint16), 16)
     assert results["loss"] == pytest.approx(each.mean(), abs=1e-5)

@@ -1,10 +1,8 @@
-"""Stopwatch, values read a step late, and metrics.jsonl with its trackers."""
+"""Stopwatch, values read a step late, and metrics.jsonl."""
 
 import resource
-import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from conftest import metrics
 
 from nanogpt.control import Control
 from nanogpt.errors import InputError
-from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats, Stopwatch, read_stop_reason
+from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats, Stopwatch
 
 
 @pytest.fixture
@@ -105,34 +103,3 @@ def test_a_full_disk_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(InputError, match=r"metrics.jsonl cannot be written \(Is a directory\)"):
         MetricsWriter(tmp_path / "other", 0, is_evaluated=True)
-
-
-def test_read_stop_reason_reads_the_last_line_alone(tmp_path: Path):
-    assert read_stop_reason(tmp_path) is None
-    for text, expected in (
-        ('{"step": 1}\n{"step": 2, "stopped": "why"}\n', "why"),
-        ('{"step": 2, "stopped": "why"}\n{"step": 3}\n', None),
-        ("", None),
-        ("[1]\n", None),
-        ('{"stopped', None),
-    ):
-        (tmp_path / "metrics.jsonl").write_text(text)
-        assert read_stop_reason(tmp_path) == expected
-
-
-def test_wandb_gets_numbers_by_flat_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = {"wandb_project": "owt", "wandb_run_name": "gpt2"}
-    logged: list[tuple[int, dict[str, float]]] = []
-    session = SimpleNamespace(
-        id="new", log=lambda numbers, step: logged.append((step, numbers)), finish=lambda: logged.append((0, {}))
-    )
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: session))
-    writer = MetricsWriter(tmp_path, 0, is_evaluated=True)
-    writer.open_trackers(config, None, tensorboard=False)
-    writer.log({"step": 2, "loss": 0.5, "mfu": None, "norms": {"a": 1.5}})
-    writer.close()
-    assert logged == [(2, {"loss": 0.5, "norms/a": 1.5}), (0, {})]
-    assert writer.wandb_id == "new"
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
-    with pytest.raises(InputError, match="wandb_log=True"):
-        writer.open_trackers(config, None, tensorboard=False)

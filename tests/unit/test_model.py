@@ -1,5 +1,6 @@
-"""model.py: sizes, counts, initialization, causality, document masks, generation; oracles/ has it against transformers."""
+"""model.py: sizes, counts, initialization, document masks, generation; oracles/ has it against transformers."""
 
+import itertools
 import math
 import shutil
 import subprocess
@@ -47,23 +48,14 @@ def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 # --- Sizes and counts
 
 
+WRONG_GPT2 = {"n_head": 5, "n_layer": 0, "vocab_size": -1, "gelu": "fast", "arch": "gpt3", "norm_eps": -1.0}
+WRONG_GPT2 |= {"rope_theta": 0.0, "n_kv_head": 2, "head_dim": 16, "tied": False}
+WRONG_MODERN = {"bias": True, "n_kv_head": 3, "head_dim": 7}
+
+
 @pytest.mark.parametrize(
     ("sizes", "name", "value"),
-    [
-        (GPT2, "n_head", 5),
-        (GPT2, "n_layer", 0),
-        (GPT2, "vocab_size", -1),
-        (GPT2, "gelu", "fast"),
-        (GPT2, "arch", "gpt3"),
-        (GPT2, "rope_theta", 0.0),
-        (GPT2, "norm_eps", -1.0),
-        (GPT2, "n_kv_head", 2),
-        (GPT2, "head_dim", 16),
-        (GPT2, "tied", False),
-        (MODERN, "bias", True),
-        (MODERN, "n_kv_head", 3),
-        (MODERN, "head_dim", 7),
-    ],
+    [*((GPT2, *item) for item in WRONG_GPT2.items()), *((MODERN, *item) for item in WRONG_MODERN.items())],
 )
 def test_config_refuses_contradicting_sizes(sizes: dict[str, Any], name: str, value: Any):
     with pytest.raises(ValueError, match=name):
@@ -92,22 +84,13 @@ def test_counts_equal_the_tensors_and_torchs_flop_counter(more: dict[str, Any]):
     assert counter.get_total_flops() == idx.numel() * (model.flops_per_token() + 6 * padding)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "parameters"),
-    [
-        ({"bias": False}, 124_337_664),
-        ({}, 124_439_808),
-        ({"n_layer": 24, "n_head": 16, "n_embd": 1024}, 354_823_168),
-        ({"n_layer": 36, "n_head": 20, "n_embd": 1280}, 774_030_080),
-        ({"n_layer": 48, "n_head": 25, "n_embd": 1600}, 1_557_611_200),
-    ],
-)
-def test_count_parameters_gives_the_published_sizes(sizes: dict[str, Any], parameters: int):
+def test_count_parameters_gives_the_published_sizes():
     with torch.device("meta"):
-        model = GPT(GPTConfig(**sizes))
-    assert model.count_parameters() == parameters
-    if not sizes.get("bias", True):
-        assert 1024 * model.flops_per_token(1024) == 874_944_921_600
+        gpt2 = GPT(GPTConfig(bias=False))
+        xl = GPT(GPTConfig(n_layer=48, n_head=25, n_embd=1600))
+    assert gpt2.count_parameters() == 124_337_664
+    assert xl.count_parameters() == 1_557_611_200
+    assert 1024 * gpt2.flops_per_token(1024) == 874_944_921_600
 
 
 def test_initialization_has_gpt2s_deviations():
@@ -127,27 +110,6 @@ def test_initialization_has_gpt2s_deviations():
             assert not p[5000:].any(), name
 
 
-def test_padding_stays_zero_and_has_no_logits():
-    model = GPT(GPTConfig(**GPT2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
-    idx = make_ids(4, 16)
-    for _ in range(3):
-        optimizer.zero_grad()
-        logits, loss = model(idx, idx)
-        loss.backward()
-        optimizer.step()
-    assert logits.shape[-1] == 70 < len(model.token_embedding.weight)
-    assert not model.token_embedding.weight[70:].any()
-
-
-def test_muon_params_are_the_blocks_matrices_with_the_rows_of_their_maps():
-    params = make_model(MODERN).muon_params()
-    names = ("attention.qkv", "attention.out", "mlp.gate", "mlp.up", "mlp.down")
-    assert params.keys() == {f"blocks.{i}.{name}.weight" for i in range(2) for name in names}
-    assert params["blocks.1.attention.qkv.weight"] == [64, 32, 32]
-    assert params["blocks.0.mlp.down.weight"] == [32]
-
-
 # --- Load and change
 
 
@@ -162,22 +124,6 @@ def test_from_tensors_refuses_other_names_and_shapes():
             GPT.from_tensors(GPTConfig(**GPT2), tensors | {name: tensor})
     with pytest.raises(RuntimeError, match="Unexpected key"):
         GPT.from_tensors(GPTConfig(**GPT2 | {"bias": False}), tensors)
-
-
-@architectures
-def test_crop_block_size_keeps_the_function(sizes: dict[str, Any]):
-    model = make_model(sizes)
-    idx = make_ids(2, 16)
-    before = model(idx, idx)[0]
-    model.crop_block_size(16)
-    assert torch.equal(model(idx, idx)[0], before)
-    assert model.config.block_size == 16
-    if model.config.arch == "gpt2":
-        assert torch.autograd.grad(model(idx, idx)[1], model.position_embedding.weight)[0].any(1).all()
-    with pytest.raises(ValueError, match="block_size=16"):
-        model(make_ids(1, 17))
-    with pytest.raises(ValueError, match="block_size=17"):
-        model.crop_block_size(17)
 
 
 def test_runs_copied_into_another_project(tmp_path: Path):
@@ -196,37 +142,6 @@ assert not any(name.partition(".")[0] == "nanogpt" for name in sys.modules)
 
 
 # --- Forward
-
-
-@pytest.mark.parametrize("T", [24, 320])
-@architectures
-def test_later_tokens_never_change_earlier_logits(sizes: dict[str, Any], T: int):
-    model = make_model(sizes)
-    idx = make_ids(1, T)
-    before = model(idx, idx)[0]
-    for cut in (1, T // 2, T - 1):
-        changed = idx.clone()
-        changed[:, cut:] = (idx[:, cut:] + 1) % 70
-        after = model(changed, idx)[0]
-        assert torch.equal(before[:, :cut], after[:, :cut])
-        assert (before[:, cut:] != after[:, cut:]).any(-1).all()
-
-
-def test_dropout_acts_only_in_training():
-    model = make_model(GPT2, dropout=0.2)
-    plain = GPT.from_tensors(GPTConfig(**GPT2), model.state_dict())
-    idx = make_ids(2, 16)
-    assert not torch.equal(model(idx, idx)[0], model(idx, idx)[0])
-    assert torch.equal(model.eval()(idx, idx)[0], plain(idx, idx)[0])
-
-
-@architectures
-def test_autocast_stays_close_to_float32(sizes: dict[str, Any]):
-    model = GPT(GPTConfig(**sizes))
-    idx = make_ids(2, 64)
-    expected = model(idx, idx)[1].item()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model(idx, idx)[1].item() == pytest.approx(expected, rel=5e-3)
 
 
 @architectures
@@ -268,7 +183,7 @@ def make_documents(T: int) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
     for row, row_ends in enumerate(ends):
         idx[row, torch.tensor(row_ends, dtype=torch.long) - 1] = SEPARATOR
         bounds = sorted({0, *row_ends, T})
-        documents += [(row, begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
+        documents += [(row, begin, end) for begin, end in itertools.pairwise(bounds)]
     return idx, documents
 
 
@@ -298,25 +213,6 @@ def test_document_mask_equals_documents_apart(sizes: dict[str, Any], T: int):
         assert abs(loss - expected) <= TOLERANCE * expected
         assert_close(gradients(loss, model), expected_gradients)
     assert (unmasked - logits).abs().max() > 0.1
-
-
-@pytest.mark.slow
-@architectures
-def test_compiled_document_mask_equals_eager(sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    model = make_model(sizes, n_layer=1)
-    model.document_separator_id = SEPARATOR
-    idx = make_ids(2, 256)
-    logits, loss = model(idx, idx)
-    compiled_logits, compiled_loss = torch.compile(model)(idx, idx)
-    assert_close([compiled_logits], [logits])
-    assert_close(gradients(compiled_loss, model), gradients(loss, model))
-    # FlexAttention as on CUDA. A CPU has no backward pass of it, and torch 2.13's compiled code for it gives wrong
-    # numbers after rotary positions.
-    monkeypatch.setattr(model_file, "FLEX_ATTENTION_ON", "cpu")
-    torch._dynamo.reset()
-    with torch.no_grad():
-        flex_logits, _ = torch.compile(model, backend="aot_eager")(idx, idx)
-    assert_close([flex_logits], [logits])
 
 
 # --- Generation

@@ -35,25 +35,18 @@ def test_lr_by_hand():
     ("keys", "expected"),
     [
         ({}, {0: 6e-4 / 2001, 2000: 6e-4, 600_000: 6e-5}),
-        ({"max_iters": 20, "warmup_iters": 10}, {15: 6e-5 + 5.4e-4 / 2, 20: 6e-5}),
         ({"max_iters": 20, "warmup_iters": 0, "lr_decay_iters": 40, "min_lr": 0.0}, {20: 3e-4, 40: 0.0}),
-        ({"max_iters": 20, "warmup_iters": 0, "schedule": "trapezoid", "min_lr": 0.0}, {10: 6e-4, 15: 3e-4}),
-        (
-            {"max_iters": 20, "warmup_iters": 2, "schedule": "trapezoid", "decay_iters": 4, "min_lr": 0.0},
-            {0: 2e-4, 16: 6e-4, 17: 4.5e-4, 19: 1.5e-4, 20: 0.0},
-        ),
-        ({"max_iters": 20, "warmup_iters": 0, "schedule": "constant"}, {19: 6e-4, 20: 6e-4}),
-        ({"decay_lr": False}, {0: 6e-4, 1000: 6e-4, 10**7: 6e-4}),
+        ({"max_iters": 20, "warmup_iters": 2, "schedule": "trapezoid", "decay_iters": 4}, {16: 6e-4, 18: 3.3e-4}),
+        ({"decay_lr": False}, {0: 6e-4, 10**7: 6e-4}),
     ],
 )
 def test_make_schedule_follows_the_keys_of_a_run(keys: dict[str, Any], expected: dict[int, float]):
     config = TrainConfig(**keys)
     schedule = make_schedule(config)
-    assert [schedule.lr(step) for step in expected] == pytest.approx(list(expected.values()), rel=1e-4)
+    assert [schedule.lr(step) for step in expected] == pytest.approx(list(expected.values()))
     assert schedule.lr_scale(1000) == schedule.lr(1000) / 6e-4
     assert config.decay_lr or schedule.lr_scale(1000) == 1
-    assert not schedule.is_done(config.max_iters - 1)
-    assert schedule.is_done(config.max_iters)
+    assert [schedule.is_done(config.max_iters - 1), schedule.is_done(config.max_iters)] == [False, True]
 
 
 def test_begin_decay_ends_the_run_with_a_linear_decay():

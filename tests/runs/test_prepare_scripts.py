@@ -1,0 +1,199 @@
+"""data/prepare.py and data/*/prepare.py from the command line, with worker processes."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from conftest import ROOT, environment, needs_gpt2
+from text_files import DOCS, json_lines, pack_tar
+
+from nanogpt.data.dataset import Tokens, open_dataset
+from nanogpt.text.sources import hash_fraction
+
+TINY_SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare.txt"
+
+
+def start(script: str, *flags: object) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "data" / script), *map(str, flags)]
+    return subprocess.Popen(command, text=True, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def run(script: str, *flags: object, status: int = 0) -> str:
+    with start(script, *flags) as process:
+        output = process.communicate()[0]
+    assert process.returncode == status, output
+    assert "Traceback" not in output
+    return output
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- one text
+
+
+@needs_gpt2
+@pytest.mark.skipif(not TINY_SHAKESPEARE.exists(), reason=f"{TINY_SHAKESPEARE} is absent")
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "train", "val"),
+    [("shakespeare_char", 65, 1_003_854, 111_540), ("shakespeare", 50_257, 301_966, 36_059)],
+)
+def test_shakespeare_is_nanogpts(name: str, vocab_size: int, train: int, val: int, tmp_path: Path):
+    output = run(f"{name}/prepare.py", f"--input={TINY_SHAKESPEARE}", f"--out={tmp_path}")
+    assert f"train: {train:,} tokens\nval: {val:,} tokens\nvocabulary: {vocab_size:,} (" in output
+    data = open_dataset(tmp_path, block_size=1024, vocab_size=vocab_size, verify=True)
+    assert (data.vocab_size, len(data.train), len(data.val)) == (vocab_size, train, val)
+    assert data.tokenizer is not None
+    assert data.tokenizer.decode(data.train[:300].tolist()).startswith("First Citizen:\nBefore we proceed any further")
+    nanogpt = ROOT.parent / "env/nanoGPT/data" / name
+    if nanogpt.exists():
+        for split in ("train.bin", "val.bin"):
+            assert (tmp_path / split).read_bytes() == (nanogpt / split).read_bytes()
+
+
+def test_a_text_with_the_tokenizer_of_another_model(tmp_path: Path):
+    """Ids above 65,536, and a limit on the length, which is for the model's user and not for its data."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {f"<{i}>": i for i in range(70_000)} | {letter: 70_000 + i for i, letter in enumerate(letters)}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.enable_truncation(100)
+    model.save(str(tmp_path / "tokenizer.json"))
+    text = "Größe 😀\n" * 50
+    (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
+    flags = ["--input", tmp_path / "mine.txt", "--out", tmp_path / "out", "--tokenizer", tmp_path]
+    assert "vocabulary: 70,256 (bpe)" in run("shakespeare/prepare.py", *flags)
+    data = open_dataset(tmp_path / "out", block_size=8, vocab_size=70_400, verify=True)
+    assert data.tokenizer is not None
+    assert data.train[:].dtype == np.dtype("<u4")
+    assert len(data.train) + len(data.val) == len(text.encode())
+    assert data.tokenizer.decode([*data.train[:].tolist(), *data.val[:].tolist()]) == text
+
+
+def test_a_text_that_is_not_utf8_is_an_error(tmp_path: Path):
+    (tmp_path / "mine.txt").write_bytes(b"caf\xe9")
+    output = run("shakespeare_char/prepare.py", f"--input={tmp_path / 'mine.txt'}", f"--out={tmp_path}", status=2)
+    assert "byte 0xe9 at offset 3" in output
+
+
+def test_pydocs(tmp_path: Path):
+    assert "1,115,394 characters of Python" in run("pydocs_char/prepare.py", f"--out={tmp_path}")
+    data = open_dataset(tmp_path, block_size=256, verify=True)
+    assert len(data.train) + len(data.val) == 1_115_394
+    assert data.tokenizer is not None
+    assert data.vocab_size == 96  # printable ASCII and the newline
+    assert "Assert statements are a convenient way" in data.tokenizer.decode(data.train[:2000].tolist())
+
+
+# ---- many documents
+
+
+def documents(tokens: Tokens, end_of_text: int) -> list[str]:
+    import tiktoken
+
+    ids = tokens[:]
+    assert ids[-1] == end_of_text
+    parts = np.split(ids, np.flatnonzero(ids == end_of_text) + 1)[:-1]
+    return [tiktoken.get_encoding("gpt2").decode(part[:-1].tolist()) for part in parts]
+
+
+@needs_gpt2
+@pytest.mark.slow
+def test_openwebtext_of_files(tmp_path: Path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [*DOCS, "😀 <|endoftext|> isn't special"]
+    parquet.write_table(pa.table({"n": range(201), "text": [*texts[:200], None]}), tmp_path / "0.parquet")
+    (tmp_path / "1.jsonl").write_bytes(json_lines(texts[200:300]))
+    (tmp_path / "2.txt").write_text(texts[300])
+    inputs = [tmp_path / name for name in ("0.parquet", "1.jsonl", "2.txt")]
+    run("openwebtext/prepare.py", "--out", tmp_path / "out", "--val-share", 0.1, "--input", *inputs, "--workers=2")
+    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    data = open_dataset(tmp_path / "out", block_size=64, vocab_size=50_257, verify=True)
+    for split in ("train", "val"):
+        expected = [text for text in texts if (hash_fraction(text.encode()) < 0.1) == (split == "val")]
+        assert documents(getattr(data, split), 50_256) == expected
+        assert data.meta["splits"][split]["bytes"] == sum(len(text.encode()) for text in expected)
+        assert data.meta["splits"][split]["documents"] == len(expected)
+
+
+HUB = """
+import json, pathlib, shutil, types
+HERE = pathlib.Path(__file__).parent
+
+class HfApi:
+    def dataset_info(self, repo, revision, files_metadata):
+        assert (repo, revision) == ("Skylion007/openwebtext", "main")
+        return json.loads((HERE / "hub.json").read_text(), object_hook=lambda o: types.SimpleNamespace(**o))
+
+def hf_hub_download(repo, name, repo_type, revision, local_dir):
+    assert revision == "first", revision
+    return shutil.copy(HERE / name, local_dir / name)
+"""
+
+
+@needs_gpt2
+@pytest.mark.slow
+def test_openwebtext_of_the_hub(tmp_path: Path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "huggingface_hub.py").write_text(HUB)
+    siblings = []
+    for k in range(3):
+        name = f"{'ab'[k // 2]}{k}.parquet"
+        parquet.write_table(pa.table({"text": DOCS[100 * k : 100 * (k + 1)]}), tmp_path / name)
+        lfs = {"sha256": hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}
+        siblings.append({"rfilename": name, "size": (tmp_path / name).stat().st_size, "lfs": lfs})
+    (tmp_path / "hub.json").write_text(json.dumps({"sha": "first", "siblings": siblings, "card_data": None}))
+    environment_with_hub = environment() | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    script = [sys.executable, ROOT / "data/openwebtext/prepare.py", f"--out={tmp_path / 'out'}", "--workers=1"]
+    subprocess.run([*script, "--under=a", "--val_share=0.1", "--docs=150"], env=environment_with_hub, check=True)
+    data = open_dataset(tmp_path / "out", block_size=64)
+    assert sorted(documents(data.train, 50_256) + documents(data.val, 50_256)) == sorted(DOCS[:150])
+
+
+def test_problems_of_flags_and_inputs_are_reported_before_anything_is_written(tmp_path: Path):
+    out = tmp_path / "out"
+    output = run("openwebtext/prepare.py", f"--out={out}", "--val-share=nan", "--docs=0", "--worker=2", status=2)
+    assert [line.partition("=")[0] for line in output.splitlines()] == [
+        "error: --val_share",
+        "error: --docs",
+        "error: --worker",
+    ]
+    assert "none.txt cannot be read" in run("prepare.py", "--input", tmp_path / "none.txt", f"--out={out}", status=2)
+    assert not out.exists()
+
+
+@needs_gpt2
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_killed_and_resumed_is_as_if_undisturbed(workers: int, tmp_path: Path):
+    rng = random.Random(workers)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    words = " ".join(DOCS).split()
+    long = "\n".join(" ".join(rng.choices(words, k=9)) for _ in range(8_000))
+    (folder / "a.txt").write_text(long * 2, encoding="utf-8")  # in pieces
+    (folder / "b.jsonl").write_bytes(json_lines(["\n".join(rng.choices(DOCS, k=60)) for _ in range(100)]))
+    pack_tar(tmp_path / "in/c.tar.gz", "gz", {"d.jsonl": json_lines(DOCS), "e.txt": long.encode()})
+    flags = ["--input", folder, "--val_share=0.3", "--shard_tokens=50000"]
+    began = time.monotonic()
+    run("prepare.py", *flags, f"--out={tmp_path / 'whole'}", f"--workers={3 - workers}")
+    seconds = time.monotonic() - began
+    out = tmp_path / "killed"
+    for _ in range(2):
+        with start("prepare.py", *flags, f"--out={out}", f"--workers={workers}") as process:
+            try:
+                process.wait(rng.uniform(0.2, 1.0) * seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        assert process.returncode in (0, -9)
+    run("prepare.py", *flags, f"--out={out}", f"--workers={workers}")
+    assert files(out) == files(tmp_path / "whole")

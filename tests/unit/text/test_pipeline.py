@@ -1,0 +1,88 @@
+"""Documents by datatrove's tasks against the same documents by data/prepare.py."""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, environment
+
+from nanogpt.data.dataset import open_dataset
+from nanogpt.errors import InputError
+from nanogpt.text.pipeline import Shards, join, task_folder
+from nanogpt.text.sources import hash_fraction
+from nanogpt.text.tokenizer import Tokenizer
+
+DOCS = [f"Document {i}: " + "word " * (i % 30) + "😀\n" for i in range(400)]
+
+
+def split_of(text: str) -> str:
+    return "val" if hash_fraction(text.encode()) < 0.2 else "train"
+
+
+def records(texts: list[str]) -> Iterator[SimpleNamespace]:
+    for text in texts:
+        yield SimpleNamespace(text=text)
+
+
+def interrupted() -> Iterator[SimpleNamespace]:
+    yield from records(DOCS[150:200])
+    raise RuntimeError
+
+
+def test_tasks_make_one_dataset(tmp_path: Path):
+    out = tmp_path / "out"
+    tokenizer = Tokenizer.bytes()
+    step = Shards(out, tokenizer, val_share=0.2, shard_tokens=5000)
+    for rank in (2, 0):
+        assert not [*step(records(DOCS[rank * 150 : (rank + 1) * 150]), rank, 3)]
+    with pytest.raises(RuntimeError):
+        [*step(interrupted(), 1, 3)]
+    with pytest.raises(InputError, match="task 1 is not done"):
+        join(out, tokenizer)
+    [*step(records(DOCS[150:300]), 1, 3)]
+
+    # As after a kill while files are moved.
+    shutil.copytree(out, tmp_path / "killed")
+    os.replace(task_folder(tmp_path / "killed", 0) / "train-00000.bin", tmp_path / "killed/preparing/train-00000.bin")
+    for folder in (out, tmp_path / "killed"):
+        meta = join(folder, tokenizer)
+        data = open_dataset(folder, block_size=8, verify=True)
+        for split, tokens in (("train", data.train), ("val", data.val)):
+            texts = [text for text in DOCS if split_of(text) == split]
+            expected = [[*tokenizer.encode_ordinary(text).tolist(), tokenizer.end_of_text] for text in texts]
+            assert tokens[:].tolist() == [*itertools.chain(*expected)]
+            assert meta["splits"][split]["documents"] == len(texts)
+            assert meta["splits"][split]["bytes"] == sum(len(text.encode()) for text in texts)
+        assert not (folder / "preparing").exists()
+
+
+@pytest.mark.slow
+def test_fineweb_script_by_datatrove(tmp_path: Path):
+    """On parquet files, with two tasks at a time, one of them without documents; joined again on its own."""
+    pytest.importorskip("datatrove")
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "in").mkdir()
+    for k in range(4):
+        part = DOCS[100 * k : 100 * (k + 1)]
+        parquet.write_table(pa.table({"text": part, "id": list(map(str, range(100)))}), tmp_path / f"in/{k}.parquet")
+    Tokenizer.bytes().save(tmp_path)
+    out = tmp_path / "out"
+    flags = [f"--input={tmp_path / 'in'}", f"--out={out}", f"--tokenizer={tmp_path / 'tokenizer.json'}"]
+    script = [sys.executable, ROOT / "data/fineweb/prepare.py", *flags, "--val_share=0.2", "--tasks=5", "--workers=2"]
+    process = subprocess.run(script, env=environment(), capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    data = open_dataset(out, block_size=8, verify=True)
+    for split, tokens in (("train", data.train), ("val", data.val)):
+        documents = np.split(tokens[:], np.flatnonzero(tokens[:] == 256) + 1)
+        texts = sorted(bytes(ids[:-1].astype("u1")).decode() for ids in documents if len(ids))
+        assert texts == sorted(text for text in DOCS if split_of(text) == split)
+    process = subprocess.run([*script, "--join"], env=environment(), capture_output=True, text=True)
+    assert process.returncode == 2
+    assert "task 0 is not done" in process.stderr
