@@ -260,7 +260,7 @@ def draw_layer_norms(figure: Any, run: Run) -> None:
     from matplotlib import colormaps
 
     steps = [record["step"] for record in run.layer_norms]
-    clipped = [record["step"] for record in run.layer_norms if True]
+    clipped = [record["step"] for record in run.layer_norms if record.get("clipped")]
     panels = figure.subplots(1, len(NORMS))
     for panel, (field, label) in zip(panels, NORMS.items(), strict=True):
         layers = list(run.layer_norms[-1][field])

@@ -257,8 +257,8 @@ def _check_tensors(source: str, stored: dict[str, Tensor], layout: dict[str, Pla
     for name, place in layout.items():
         tensor = stored.get(name)
         if tensor is not None and (tensor.shape != place.stored_shape or tensor.dtype not in FLOATS):
-            found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            misshapen.append(f"{name} ({found} instead of float {place.stored_shape})")
+            actual = f"{tensor.dtype} {tuple(tensor.shape)}"
+            misshapen.append(f"{name} ({actual} instead of float {place.stored_shape})")
 
     problems = {
         "missing": [name for name in layout if name not in stored],

@@ -110,18 +110,17 @@ def test_standard_error_is_the_spread_of_other_splits(source: Source, model: GPT
 
     def draw(size: int) -> Tokens:
         if kind == "moody":  # runs of windows with a single, easy letter
-            moods = np.repeat(random.random(size // 50 + 1) < 0.5, 50)[:size]
-            return make_split(np.where(moods, 2, random.integers(4, size=size)))
-        ids = draws.draw(size)
-        if kind != "masked":
-            return make_split(ids)
+            is_easy = np.repeat(random.random(size // 50 + 1) < 0.5, 50)[:size]
+            return make_split(np.where(is_easy, 2, random.integers(4, size=size)))
         # Some blocks have many targets, others few: a mean of the blocks' means would weigh them alike.
-        return make_split(ids, random.random(size) < np.repeat(random.choice([0.05, 0.9], -(-size // 16)), 16)[:size])
+        density = np.repeat(random.choice([0.05, 0.9], -(-size // 16)), 16)[:size]
+        return make_split(draws.draw(size), random.random(size) < density if kind == "masked" else None)
 
     pairs = []
     for _ in range(150):
-        size = 16 * 64 * 8 if kind == "moody" else 500
-        tokens = Tokens.mix([draw(500), draw(200)], [1, 4]) if kind == "mixed" else draw(size)
+        tokens = draw(16 * 64 * 8 if kind == "moody" else 500)
+        if kind == "mixed":
+            tokens = Tokens.mix([tokens, draw(200)], [1, 4])
         pairs.append(evaluate.split_loss(model, tokens, stride, CPU)[:2])
     losses, stderrs = np.array(pairs).T
     # The deviation of 150 draws is known to 6%.

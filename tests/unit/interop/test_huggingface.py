@@ -42,7 +42,6 @@ def assert_refused(folder: Path, message: str) -> None:
     [
         ("gpt2", {"model_type": "llama"}, "model_type 'llama'"),
         ("gpt2", {"activation_function": "relu"}, "activation_function='relu'"),
-        ("gpt2", {"activation_function": ["gelu"]}, "activation_function="),
         ("gpt2", {"n_inner": 0, "layer_norm_epsilon": 0}, r"impossible sizes \(n_inner=0, norm_eps=0\)"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
@@ -54,7 +53,6 @@ def assert_refused(folder: Path, message: str) -> None:
         ("gpt2", {"n_layer": 1}, r"unexpected: h\.1\.attn\.c_attn\.bias, .* and 8 more"),
         ("gpt2", {"n_layer": 3}, r"missing: h\.2\.ln_1\.weight, .* and 8 more"),
         ("gpt2", {"vocab_size": 101}, r"wte\.weight \(torch\.float32 \(100, 32\) instead of float \(101, 32\)\)"),
-        ("gpt2", {"n_positions": 17}, r"wpe\.weight"),
         ("gpt2", {"n_inner": 100}, r"h\.0\.mlp\.c_fc\.weight \(torch\.float32 \(32, 128\) .* float \(32, 100\)\),"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
@@ -70,8 +68,6 @@ def assert_refused(folder: Path, message: str) -> None:
         ("qwen3", {"rms_norm_eps": 0.0, "vocab_size": 100.0}, r"vocab_size=100\.0, norm_eps=0\.0"),
         ("qwen3", {"head_dim": 15}, r"impossible sizes \(head_dim=15\)"),
         ("qwen3", {"num_key_value_heads": 3}, "n_head=4 is not divisible by n_kv_head=3"),
-        ("qwen3", {"num_key_value_heads": 4}, r"k_proj\.weight \(torch\.float32 \(32, 32\) .* float \(64, 32\)\),"),
-        ("qwen3", {"num_hidden_layers": 3}, r"missing: layers\.2\.input_layernorm\.weight, .* and 7 more"),
         ("qwen3", {"tie_word_embeddings": True}, r"lm_head\.weight is not the token embedding"),
     ],
 )
@@ -161,15 +157,11 @@ def test_hub_downloads_no_pickles(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert downloads == ["gpt2", "gpt2-xl", "openai-community/gpt2-medium", "gpt2"]
 
 
-def test_hub_out_of_reach_is_an_input_error(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(InputError, match="is not a file or folder here, and was not downloaded"):
-        read_weights("no/such/folder")
-
+@pytest.mark.parametrize("read", [read_weights, read_tokenizer])
+def test_hub_out_of_reach_is_a_line(monkeypatch: pytest.MonkeyPatch, read: Callable[[str], Any]):
     def offline(*_: Any, **__: Any) -> None:
         raise LocalEntryNotFoundError("no connection\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    for read in (read_weights, read_tokenizer):
-        with pytest.raises(InputError, match=r"'Qwen/Qwen3-0\.6B' .* was not downloaded \(no connection\)") as caught:
-            read("Qwen/Qwen3-0.6B")
-        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"^'Qwen/Qwen3-0\.6B' .* was not downloaded \(no connection\): check .*$"):
+        read("Qwen/Qwen3-0.6B")

@@ -32,13 +32,13 @@ from nanogpt.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads in place of processes, which take seconds to start; tests/runs/test_prepare_scripts.py has those."""
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread in place of processes, which take seconds to start; tests/runs/test_prepare_scripts.py has those."""
 
     @contextlib.contextmanager
     def pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         prepare_module.load_encoder.cache_clear()
-        with ThreadPoolExecutor(workers) as executor:
+        with ThreadPoolExecutor(1) as executor:  # tokenizers are not for several threads
             yield executor
 
     monkeypatch.setattr(prepare_module, "worker_pool", pool)
