@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import ExplicitKeys, key, parse
-from load import LoadedModel, load_model
+from load import LoadedModel, ModelKeys, load_model
 from model import GPT
 from nanogpt import checkpoint, distributed
 from nanogpt.data.dataset import MixturePart, Tokens, open_dataset
@@ -43,14 +43,8 @@ MEMORY_HINT = "too little memory: try --dtype=bfloat16, or a machine with more"
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(ModelKeys):
     """The model to evaluate, and the data or the tasks."""
-
-    init_from: str = key(
-        "resume", "resume: out_dir's run; or gpt2*, a hub id, a folder, nanoGPT's ckpt.pt", group="Model"
-    )
-    out_dir: str = key("out", "folder of the run")
-    checkpoint: str = key("best", "of the run: best, latest, step-NNNNNN or its folder")
 
     dataset: str | None = key(None, "a folder, a name under data/, a mixture; None: the run's own", group="Loss")
     split: Literal["val", "train"] = key("val", "the split of it to read, whole")
@@ -74,7 +68,7 @@ def main() -> None:
     validate(config, explicit)
     with distributed.explain_errors(MEMORY_HINT):
         world = distributed.start(config.device, config.dtype)
-        loaded = load_model(config.init_from, config.out_dir, config.checkpoint, "evaluating")
+        loaded = load_model(config, "evaluating")
         if config.tasks:
             from nanogpt.interop.lm_eval_tasks import run_tasks
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from configurator import key, parse
-from load import LoadedModel, load_model
+from load import LoadedModel, ModelKeys, load_model
 from nanogpt import checkpoint
 from nanogpt.console import format_bytes
 from nanogpt.errors import InputError, run_script
@@ -21,14 +21,8 @@ from nanogpt.interop.huggingface import write_huggingface
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(ModelKeys):
     """The model to export, and the folder to write."""
-
-    init_from: str = key(
-        "resume", "resume: out_dir's run; or gpt2*, a hub id, a folder, nanoGPT's ckpt.pt", group="Model"
-    )
-    out_dir: str = key("out", "folder of the run")
-    checkpoint: str = key("best", "of the run: best, latest, step-NNNNNN or its folder")
 
     to: str = key("", "folder to write; a new or an empty one", group="Folder")
     dtype: Literal["float32", "bfloat16"] = key("float32", "of the weights in it")
@@ -45,7 +39,7 @@ def main() -> None:
         raise InputError(f"--to={config.to}: exists and is not overwritten; delete it, or give another folder")
     try:
         with atomic_directory(target) as folder:
-            loaded = load_model(config.init_from, config.out_dir, config.checkpoint, "exporting")
+            loaded = load_model(config, "exporting")
             write_huggingface(
                 folder,
                 asdict(loaded.model.config),

@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from configurator import Config, build
+from configurator import Config, build, key
 from model import GPT, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
@@ -35,6 +35,17 @@ MAX_OVERFLOWS = 20  # float16 updates in a row that may overflow before the run 
 # --- A trained model
 
 
+@dataclass
+class ModelKeys:
+    """The keys that name a trained model, shared by the scripts that use one."""
+
+    init_from: str = key(
+        "resume", "resume: out_dir's run; or gpt2*, a hub id, a directory, nanoGPT's ckpt.pt", group="Model"
+    )
+    out_dir: str = key("out", "directory of the run")
+    checkpoint: str = key("best", "checkpoint of the run: best, latest, step-NNNNNN or its directory")
+
+
 class LoadedModel(NamedTuple):
     """A model with its tokenizer, its source, and the settings of the run that trained it, as far as known."""
 
@@ -44,24 +55,23 @@ class LoadedModel(NamedTuple):
     train_config: dict[str, Any]
 
 
-def load_model(init_from: str, out_dir: str, which: str, action: str) -> LoadedModel:
+def load_model(keys: ModelKeys, action: str) -> LoadedModel:
     """Load a trained model and its tokenizer, and print `action` ("sampling from") with the source.
 
-    init_from: "resume" for the run in out_dir, or anything that `GPT.from_pretrained` takes, or another run's folder.
-    which: the checkpoint of a run, "best", "latest" or "step-NNNNNN". Raises InputError for whatever is missing.
+    Raises InputError for whatever is missing.
     """
-    from_run = init_from == "resume"
-    source = Path(out_dir if from_run else init_from)
+    from_run = keys.init_from == "resume"
+    source = Path(keys.out_dir if from_run else keys.init_from)
     tokenizer_folder: Path | None
     if checkpoint.is_checkpoint(source) or (from_run and not (source / "ckpt.pt").exists()):
         # From here on by the checkpoint's path: a run in progress may have a better one in a moment.
-        source = tokenizer_folder = checkpoint.find(source, which)
+        source = tokenizer_folder = checkpoint.find(source, keys.checkpoint)
         print(f"{action} {source}", file=sys.stderr)
         model = GPT.from_checkpoint(source)
         train_config = read_json(source / "state.json")["config"]
     else:
         print(f"{action} {source}", file=sys.stderr)
-        weights = read_weights(source if from_run else init_from)
+        weights = read_weights(source if from_run else keys.init_from)
         for note in weights.notes:
             print(note, file=sys.stderr)
         model = GPT.from_pretrained(weights, dropout=0.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from configurator import key, parse
-from load import load_model
+from load import ModelKeys, load_model
 from nanogpt import distributed
 from nanogpt.device import describe_device
 from nanogpt.errors import InputError, run_script
@@ -18,14 +18,8 @@ from nanogpt.generate.low_precision import to_inference_precision
 
 
 @dataclass
-class PlayConfig:
+class PlayConfig(ModelKeys):
     """Which model to play with, and where."""
-
-    init_from: str = key(
-        "resume", "resume: out_dir's run; or gpt2*, a hub id, a folder, nanoGPT's ckpt.pt", group="Model"
-    )
-    out_dir: str = key("out", "folder of the run; the page shows its loss curves")
-    checkpoint: str = key("best", "checkpoint of the run: best, latest, step-NNNNNN or its folder")
 
     port: int = key(8080, "port of the page on 127.0.0.1; 0: any free port", group="Machine", ge=0, le=65535)
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -46,7 +40,7 @@ def main() -> None:
         raise InputError(f"--port={config.port}: {reason}; choose another, such as --port=8081") from None
 
     world = distributed.start(config.device, config.dtype)
-    loaded = load_model(config.init_from, config.out_dir, config.checkpoint, action="playing with")
+    loaded = load_model(config, action="playing with")
     compiled = config.compile is True or (config.compile == "auto" and world.device.type == "cuda")
     context = to_inference_precision(loaded.model, world, config.dtype, compiled)
     playground = Playground(loaded.model, loaded.tokenizer, context, compiled)

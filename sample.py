@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configurator import key, parse
-from load import load_model
+from load import ModelKeys, load_model
 from model import GPT
 from nanogpt import distributed
 from nanogpt.compile import should_compile
@@ -31,14 +31,8 @@ SEPARATOR = "\n---------------\n"  # after each sample
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(ModelKeys):
     """Which model to sample from, and how."""
-
-    init_from: str = key(
-        "resume", "resume: out_dir's run; or gpt2*, a hub id, a folder, nanoGPT's ckpt.pt", group="Model"
-    )
-    out_dir: str = key("out", "folder of the run")
-    checkpoint: str = key("best", "checkpoint of the run: best, latest, step-NNNNNN or its folder")
 
     start: str = key("\n", "the prompt; FILE:prompt.txt reads it from a file", group="Text")
     num_samples: int = key(10, "samples to write, as many at once as fit into memory", ge=1)
@@ -65,7 +59,7 @@ def main() -> None:
     world = distributed.start(config.device, config.dtype)
     compiled = should_compile(config.compile, world.device)
 
-    model, tokenizer, *_ = load_model(config.init_from, config.out_dir, config.checkpoint, action="sampling from")
+    model, tokenizer, *_ = load_model(config, action="sampling from")
     chat = Chat(tokenizer) if config.chat else None
     with to_inference_precision(model, world, config.dtype, compiled):
         if compiled:

@@ -47,7 +47,7 @@ class Stopwatch:
 
 
 class StepStats(NamedTuple):
-    """The numbers that the host reads of one update. On the device every number is a scalar tensor, after the read a float."""
+    """The numbers that the host reads of one update: scalar tensors on the device, floats after the read."""
 
     loss: Any  # mean over all ranks
     grad_norm: Any

@@ -12,15 +12,12 @@ from conftest import ROOT
 architecture = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "architecture.py")))
 GRAPH = architecture.read_imports()
 ORDER = list(architecture.LAYERS)
-# model.py, train.py and sample.py with the files that they call directly: what a newcomer reads in an evening.
+# What a newcomer reads in an evening (docs/architecture.md, "Reading order"): the network, the loop, sampling, and what
+# they are made of. Machine, files, logging and budgets are wings.
 CORE = [
-    *("model.py", "train.py", "sample.py", "load.py", "configurator.py"),
-    *(
-        f"nanogpt/{name}.py"
-        for name in ("errors", "console", "control", "schedule", "device", "distributed", "compile")
-    ),
-    *(f"nanogpt/{name}.py" for name in ("optim", "guard", "state", "checkpoint", "run_dir", "metrics", "train_log")),
-    *(f"nanogpt/{name}.py" for name in ("evaluation", "data/rows", "generate/sampling", "generate/decoder")),
+    *("model.py", "train.py", "sample.py", "load.py"),
+    *(f"nanogpt/{name}.py" for name in ("schedule", "optim", "guard", "state", "control", "distributed")),
+    *(f"nanogpt/{name}.py" for name in ("data/rows", "evaluation", "generate/sampling", "generate/decoder")),
 ]
 
 
@@ -63,7 +60,7 @@ def test_picture_draws_only_arrows_that_are_not_implied():
 
 
 def test_core_is_read_in_an_evening():
-    assert sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in CORE) <= 3600
+    assert sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in CORE) <= 3000
 
 
 def test_train_functions_are_short_and_the_step_comes_first():

@@ -57,6 +57,8 @@ def test_spikes_follow_their_definition_across_a_resume():
         assert guard.check(torch.ones(()), torch.tensor(norm)).item() == is_spike
         assert guard.skipped.item() == skipped
     assert 20 < skipped < 80
+    assert guard.check(torch.ones(()), torch.tensor(INF)).item() == 1
+    assert guard.skipped.item() == skipped  # a bad update is no spike
 
 
 def test_layer_stats_count_no_clipping_without_a_limit_or_a_finite_norm():

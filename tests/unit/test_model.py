@@ -228,6 +228,8 @@ def test_generate_greedy_takes_each_most_likely_token(sizes: dict[str, Any]):
         expected = torch.cat((expected, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(model.generate(idx, 15, temperature=0), expected)
     assert torch.equal(model.generate(idx, 15, top_k=1), expected)
+    with pytest.raises(ValueError, match="block_size=12"):
+        model(make_ids(1, 13))
 
 
 def test_generate_draws_from_the_softmax_of_the_top_k():

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from load import make_state
+from load import make_state, prepare_model
 from model import GPT, GPTConfig
 from nanogpt.distributed import World
 from nanogpt.state import TrainState
@@ -71,3 +71,9 @@ def test_record_evaluation_counts_since_the_best():
     state = make_new_state()
     assert [state.record_evaluation(loss) for loss in (2.0, 2.0, 1.0, 1.5)] == [True, False, True, False]
     assert (state.best_val_loss, state.evals_since_best) == (1.0, 1)
+
+
+def test_prepare_model_sets_the_options_of_training():
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=9, block_size=4))
+    prepare_model(TrainConfig(activation_checkpointing=True, loss_chunk=7), model, WORLD)
+    assert (model.activation_checkpointing, model.loss_chunk) == (True, 7)
