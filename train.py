@@ -5,7 +5,7 @@ Several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt
 
 import contextlib
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from nanogpt import checkpoint, distributed
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.compile import compile_model, should_compile
 from nanogpt.console import is_main, print0
-from nanogpt.control import NO_REQUESTS, Control, Requests, SignalCatcher, ignore_save_signal
+from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
 from nanogpt.data.dataset import Dataset
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.device import free_memory, seed_everything
@@ -48,7 +48,7 @@ from nanogpt.memory import (
 from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.run_dir import RunLock, archive_previous_run, quarantine_damaged
-from nanogpt.schedule import RowSchedule
+from nanogpt.schedule import RowSchedule, StepSchedule
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import Tokenizer
 from nanogpt.train_log import (
@@ -61,6 +61,8 @@ from nanogpt.train_log import (
     print_step_summary,
     warn_if_slow_on_cpu,
 )
+
+Schedule = StepSchedule | budget.ClockSchedule
 
 
 @dataclass
@@ -166,7 +168,7 @@ def train_step(
     *,
     lr_scale: float,  # share of the maximum learning rate
     grad_clip: float,
-    control: Control = NO_REQUESTS,
+    read_control: Callable[[], Control] = Control,  # this rank's requests
     layer_stats: LayerStats | None = None,
 ) -> StepStats:
     """One update: forward and backward over the micro-batches, then the optimizer. Nothing waits for the device."""
@@ -180,9 +182,9 @@ def train_step(
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
 
-    # The ranks agree on the loss and on requests in one all-reduce.
-    requests = world.to_device(torch.tensor(control, dtype=torch.float32))[0]
-    loss, *summed_control = world.all_reduce_sum(torch.cat((loss[None] / world.size, requests)))
+    # The ranks agree on the loss and on their requests in one all-reduce.
+    flags = world.to_device(torch.tensor(read_control(), dtype=torch.float32))[0]
+    loss, *control = world.all_reduce_sum(torch.cat((loss[None] / world.size, flags)))
     scaler.unscale_(optimizer)  # type: ignore[arg-type]
     grad_norm = gradient_norm(optimizer.parameters.values())
     skip_update = guard.check(loss, grad_norm)
@@ -192,7 +194,7 @@ def train_step(
     scaler.update()
     optimizer.zero_grad()
     layers = layer_stats.after_update() if layer_stats else []
-    return StepStats(loss, grad_norm, guard.bad_steps, guard.skipped, Control(*summed_control), layers)
+    return StepStats(loss, grad_norm, guard.bad_steps, guard.skipped, Control(*control), layers)
 
 
 @dataclass
@@ -201,7 +203,7 @@ class Run:
 
     config: TrainConfig
     world: World
-    schedule: Any  # StepSchedule, or budget.ClockSchedule
+    schedule: Schedule
     state: TrainState
     model: torch.nn.Module  # state.model, compiled and wrapped in DDP as configured
     micro_batch: int
@@ -213,6 +215,7 @@ class Run:
     lock: RunLock
     writer: MetricsWriter | None  # None: writes nothing, or not the main process
     checkpoints: checkpoint.Writer | None
+    is_resumed: bool
     memory_hint: str  # what to try if memory runs out
 
 
@@ -227,11 +230,15 @@ def train(run: Run) -> int:
     signals = SignalCatcher()
     requests = Requests()
     first_step = state.step
-    is_saved = first_step > 0  # a resumed state is on disk
+    is_saved = run.is_resumed
+
+    def read_control() -> Control:
+        save_due = run.checkpoints is not None and run.checkpoints.overdue()
+        return signals.control(save_due, schedule.decay_due() if run.world.is_main else 0)
 
     while True:
         # Once in a while, and at the end: evaluate.
-        is_last = schedule.is_done(state.step)
+        is_last = schedule.is_done(state.step) and not config.dry_run
         is_due = is_last or (config.eval_interval > 0 and state.step % config.eval_interval == 0)
         if is_due and state.val_loss is None and not config.dry_run and not requests.exit_status:
             requests.add(log.read(everything=True))  # waits for the device, so the clock stops when training does
@@ -263,26 +270,21 @@ def train(run: Run) -> int:
         state.clock.start()
         first_row = state.samples
         num_rows = row_schedule.rows_at(first_row)
-        batch = StepBatch(
-            run.rows, first_row, num_rows, run.micro_batch, run.world, config.seed, state.step, config.dropout
-        )
-        control = signals.control(
-            save_due=run.checkpoints is not None and run.checkpoints.overdue(),
-            decay_steps=schedule.decay_due() if run.world.is_main else 0,
-        )
         if run.layer_stats:
             run.layer_stats.is_due = (state.step + 1) % config.log_interval == 0
         with explain_errors(run.memory_hint, before_update=state.step == first_step):
             stats = train_step(
                 run.model,
-                batch,
+                StepBatch(
+                    run.rows, first_row, num_rows, run.micro_batch, run.world, config.seed, state.step, config.dropout
+                ),
                 state.optimizer,
                 state.scaler,
                 state.guard,
                 run.world,
                 lr_scale=schedule.lr_scale(state.step),
                 grad_clip=config.grad_clip,
-                control=control,
+                read_control=read_control,
                 layer_stats=run.layer_stats,
             )
         lr = schedule.lr(state.step)
@@ -298,7 +300,7 @@ def train(run: Run) -> int:
     log.read(everything=True)
     if run.checkpoints:
         run.checkpoints.finish()
-    print_end(run, requests.exit_status, out_of_patience)
+    print_end(run, requests.exit_status, out_of_patience, has_trained=state.step > first_step or not run.is_resumed)
     return requests.exit_status
 
 
@@ -329,13 +331,14 @@ def print_sample(run: Run) -> None:
         print0("    " + text.replace("\n", "\n    ").strip())
 
 
-def print_end(run: Run, exit_status: int, out_of_patience: bool) -> None:
+def print_end(run: Run, exit_status: int, out_of_patience: bool, has_trained: bool) -> None:
     state = run.state
     if exit_status and not run.config.dry_run:
         print0(f"stopped at step {state.step} by a signal; saved: resume with --resume=True")
     elif out_of_patience:
         print0(f"step {state.step}: no new best in {state.evals_since_best} evaluations (patience); the best is kept")
-    if not exit_status and state.val_loss is not None and (summary := run.schedule.summary(state.best_val_loss)):
+    summary = run.schedule.summary(state.best_val_loss)
+    if summary and has_trained and not exit_status and state.val_loss is not None:
         print0(summary)
 
 
@@ -378,9 +381,9 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
             explicit = budget.drop_budget_keys(explicit)
             config, plan = budget.choose(config, world, train_step)
             check_config(config)
-        schedule: Any = make_schedule(config)
+        schedule: Schedule = make_schedule(config)
         if plan and config.minutes:
-            schedule = budget.ClockSchedule(schedule, plan, config.minutes, config.eval_interval)
+            schedule = budget.ClockSchedule(make_schedule(config), plan, config.minutes, config.eval_interval)
         status = open_run(config, explicit, resumed, schedule, world, lock, stack)
     world.close()
     return status
@@ -421,7 +424,7 @@ def open_run(
     config: TrainConfig,
     explicit: Mapping[str, Any],
     resumed: Checkpoint | None,
-    schedule: Any,
+    schedule: Schedule,
     world: World,
     lock: RunLock,
     stack: contextlib.ExitStack,
@@ -468,10 +471,25 @@ def open_run(
         stack.enter_context(checkpoints)
     gc.freeze()  # what exists now stays: the garbage collector need not scan it while a GPU waits
     stack.callback(gc.unfreeze)
-    layer_stats = LayerStats(gpt, config.grad_clip) if config.log_layers else None
-    model = world.wrap_ddp(model)
-    parts = (state, model, micro_batch, rows, windows, dataset, tokenizer, layer_stats, lock, writer, checkpoints, hint)
-    return train(Run(config, world, schedule, *parts))
+    run = Run(
+        config=config,
+        world=world,
+        schedule=schedule,
+        state=state,
+        model=world.wrap_ddp(model),
+        micro_batch=micro_batch,
+        rows=rows,
+        windows=windows,
+        dataset=dataset,
+        tokenizer=tokenizer,
+        layer_stats=LayerStats(gpt, config.grad_clip) if config.log_layers else None,
+        lock=lock,
+        writer=writer,
+        checkpoints=checkpoints,
+        is_resumed=resumed is not None,
+        memory_hint=hint,
+    )
+    return train(run)
 
 
 def open_rows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> tuple[Rows, dict[str, EvalWindows]]:
@@ -520,7 +538,7 @@ def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, 
         print0(f"{out_dir} held a run already: moved to {archived}")
 
 
-def restore(state: TrainState, resumed: Checkpoint, schedule: Any, config: TrainConfig, world: World) -> None:
+def restore(state: TrainState, resumed: Checkpoint, schedule: Schedule, config: TrainConfig, world: World) -> None:
     """Continue from a checkpoint, whose tensors are let go."""
     state.load_state_dict(resumed.state, resumed.optimizer)
     resumed.model.clear()

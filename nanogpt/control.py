@@ -8,16 +8,13 @@ from nanogpt.console import print0
 
 
 class Control(NamedTuple):
-    """The requests of one step. Ranks may see a signal at different steps, so they act on the sum over all ranks,
-    which travels in the same all-reduce as the loss."""
+    """The requests of one update. Ranks may see a signal at different times, so they act on the sum over all ranks, which
+    travels in the same all-reduce as the loss."""
 
     interrupt: float = 0.0  # ranks that got SIGINT
     terminate: float = 0.0  # ranks that got SIGTERM
     save: float = 0.0  # ranks that want a checkpoint
     decay_steps: float = 0.0  # updates of the final decay that is to begin now; 0: not yet (the main process alone)
-
-
-NO_REQUESTS = Control()
 
 
 class Requests:

@@ -51,6 +51,12 @@ class Document(NamedTuple):
             return [self.text.decode()]
         return [message[key] for message in self.messages for key in CONTENT_KEYS if key in message]
 
+    @property
+    def text_bytes(self) -> int:
+        if self.messages is None:
+            return len(self.text)
+        return sum(len(text.encode("utf-8", "replace")) for text in self.texts)
+
 
 class DocumentParser:
     """Parses chunks into documents with text; `omissions` counts everything else."""
@@ -112,8 +118,8 @@ class DocumentParser:
         if isinstance(row, dict):
             if key not in row:
                 hint = ", or use --chat=True" if row.keys() & {"messages", "prompt"} else ""
-                found = ", ".join(map(str, row)) or "nothing"
-                raise ValueError(f'has no "{key}", but {found}: name the column with --text_key{hint}')
+                keys = ", ".join(map(str, row)) or "nothing"
+                raise ValueError(f'has no "{key}", but {keys}: name the column with --text_key{hint}')
             row = row[key]
         if row is not None and not isinstance(row, str):
             raise ValueError(f"{str(row)[:40]!r} is not a string")

@@ -114,7 +114,7 @@ class BatchEncoder:
             except InputError as error:
                 raise InputError(f"{document.place}: {error}") from error
             documents[split] += document.is_start
-            text_bytes[split] += sum(len(text.encode("utf-8", "replace")) for text in document.texts)
+            text_bytes[split] += document.text_bytes
 
         dtype = token_dtype(self.tokenizer.vocab_size)
         encoded = {}
@@ -170,7 +170,7 @@ def sample_texts(options: ReadOptions, split: ValSplit, fraction: float, batch: 
 
 
 class Position(NamedTuple):
-    """How far the inputs are read."""
+    """A reading position in the inputs."""
 
     source: int = 0
     items: int = 0  # of this source
@@ -271,7 +271,7 @@ class Progress:
     omissions: Omissions = field(default_factory=Omissions)
 
     def can_resume(self, settings: dict[str, Any], sources: list[InputFile]) -> bool:
-        """Whether a call with these arguments continues this one. Inputs that were not read yet may have changed."""
+        """Compare with a later call: inputs that were not read yet may have changed."""
         read = self.position.source + 1
         if is_learned(settings["tokenizer"]):  # from all of them
             read = max(len(sources), len(self.sources))
@@ -431,7 +431,6 @@ def encode_all(job: Job, tokenizer: Tokenizer, shard_tokens: int, progress: Prog
 
 
 def is_learned(tokenizer: str) -> bool:
-    """Whether a tokenizer is made from the text."""
     return tokenizer == "char" or tokenizer.startswith("bpe:")
 
 
@@ -448,7 +447,7 @@ def learn_tokenizer(name: str, job: Job, train_mb: float, pattern: str) -> Token
     """Make a tokenizer from the text: its characters, or byte pairs by their frequency. Raises InputError."""
     if name == "char":
         characters = job.map(partial(find_characters, job.options), Position())
-        text = "".join(set().union(*(found for found, _ in characters)))
+        text = "".join(set().union(*(batch for batch, _ in characters)))
         if not text:
             raise InputError(NO_TEXT)
         return Tokenizer.characters(text)

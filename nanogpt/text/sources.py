@@ -151,7 +151,7 @@ def file_kind(name: str) -> tuple[str | None, list[str]]:
 
 
 def is_supported(path: str) -> bool:
-    """Whether a file of a folder or an archive is read: not hidden, and of a known kind."""
+    """True for files of folders and archives that are read: not hidden, and of a known kind."""
     is_hidden = any(part.startswith((".", "__MACOSX")) for part in path.replace("\\", "/").split("/"))
     return not is_hidden and file_kind(path)[0] is not None
 

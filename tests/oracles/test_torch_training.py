@@ -1,4 +1,4 @@
-"""Optimizer.step and train_step against torch's AdamW, Muon and clip_grad_norm_."""
+"""train_step and Muon against plain loops of torch's own optimizers."""
 
 from typing import Any
 
@@ -26,14 +26,14 @@ def make_model(**sizes: Any) -> GPT:
 
 
 def make_optimizer(model: GPT, dtype: torch.dtype = torch.float32, **keys: Any) -> Optimizer:
-    keys = {"learning_rate": 1e-2, "weight_decay": 0.3, "beta1": 0.8, "beta2": 0.97} | keys
+    keys = {"learning_rate": 1e-2, "weight_decay": 3.0, "beta1": 0.8, "beta2": 0.97} | keys
     return Optimizer(model, World(0, 1, CPU, dtype), **keys)
 
 
 def make_torch_adamw(model: GPT) -> torch.optim.AdamW:
     parameters = list(model.parameters())
     groups = [
-        {"params": [p for p in parameters if p.dim() == 2], "weight_decay": 0.3},
+        {"params": [p for p in parameters if p.dim() == 2], "weight_decay": 3.0},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.97), foreach=False)
@@ -43,26 +43,6 @@ def set_gradients(model: GPT, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator)
-
-
-def test_adamw_equals_torchs():
-    model = make_model(**SIZES)
-    twin = make_model(**SIZES)
-    ours = make_optimizer(model)
-    theirs = make_torch_adamw(twin)
-    for t in range(1, 8):
-        lr_scale = 1 / t
-        divisor = 1 + t / 4
-        set_gradients(model, seed=t)
-        set_gradients(twin, seed=t)
-        for p in twin.parameters():
-            p.grad /= divisor
-        for group in theirs.param_groups:
-            group["lr"] = 1e-2 * lr_scale
-        ours.step(lr_scale, torch.tensor(divisor), NO_SKIP)
-        theirs.step()
-    for (name, p), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,7 +61,7 @@ def test_muon_equals_torchs_on_each_map(dtype: torch.dtype):
         return [view for views in split for view in views]
 
     twins = [view.clone().requires_grad_() for view in maps("data")]
-    theirs = torch.optim.Muon(twins, lr=2e-2, momentum=0.8, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(twins, lr=2e-2, momentum=0.8, weight_decay=3.0, adjust_lr_fn="match_rms_adamw")
     assert len(twins) == 2 * (3 + 4)
     for seed in range(4):
         set_gradients(model, seed)
@@ -97,7 +77,7 @@ def test_muon_equals_torchs_on_each_map(dtype: torch.dtype):
 
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("micro_batch", [8, 2])
-def test_train_step_equals_a_plain_loop(micro_batch: int, is_masked: bool):
+def test_train_step_equals_a_plain_loop_of_torchs_adamw(micro_batch: int, is_masked: bool):
     """Losses, gradient norms and weights of five updates, the targets of a step weighing the same."""
     random = np.random.default_rng(0)
     ids = random.integers(50, size=1000)

@@ -111,7 +111,7 @@ def test_small_texts_end_early_instead_of_overfitting(simulate: Any, clock: list
 @pytest.mark.parametrize("is_known", [True, False])
 def test_ranks_choose_the_same(letters: Path, monkeypatch: pytest.MonkeyPatch, is_known: bool):
     """Two ranks, each a thread, that differ in speed, age, free memory and the loss of their pilot."""
-    barrier = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=120)
     values: dict[int, torch.Tensor] = {}
     this = threading.local()
 

@@ -39,7 +39,7 @@ def test_resume_is_exact_to_the_bit(
     assert run(out_dir="whole", **keys) == 0
     signal_at(stop_after, signal.SIGTERM)
     assert run(out_dir="parts", **keys) == 143
-    assert stop_after < steps("parts")[-1] <= stop_after + 3  # summed with the next step, read a step late
+    assert stop_after < steps("parts")[-1] <= stop_after + 2  # read a step late
     assert run(out_dir="parts", resume=True, **keys) == 0
     assert metrics("parts") == metrics("whole")
     assert len(metrics("whole", "val_loss")) == 4  # at 0, 8, 16 and the end

@@ -1,6 +1,5 @@
 """Memory estimates and the micro-batches that they choose."""
 
-import math
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from nanogpt import memory
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.memory import (
-    decoder_rows_that_fit,
     estimate_training_memory,
     optimizer_state_numel,
     optimizer_step_bytes,
@@ -70,11 +68,3 @@ def test_pick_micro_batch_takes_the_largest_that_fits(sharing: int, monkeypatch:
     monkeypatch.setattr(memory, "free_memory", lambda _: 0.99 * needed * sharing)
     with pytest.raises(InputError, match=r"a hint; about .* are needed"):
         raise_if_cpu_memory_is_short(needed, CPU, "a hint")
-
-
-def test_decoder_rows_that_fit_by_hand():
-    model = GPT(GPTConfig(**MODERN))
-    row = 4 * (2 * 2 * 64 * 10 + 16 * 64)  # float32 keys and values of 10 tokens, and 16 copies of the logits
-    assert decoder_rows_that_fit(model, 10, math.ceil(3 * row / memory.USABLE_SHARE)) == 3
-    assert decoder_rows_that_fit(model, 10, 0) == 1
-    assert decoder_rows_that_fit(model, 10, None) > 10**6

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import metrics
 
 from nanogpt.control import Control
-from nanogpt.errors import InputError
 from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats, Stopwatch
 
 
@@ -91,15 +89,12 @@ def test_a_full_disk_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
     try:
-        for step in (1, 2, 3):
-            writer.log({"step": step, "loss": 0.5})
+        writer.log({"step": 1})
+        writer.log({"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1'
-    assert capsys.readouterr().out.count("metrics.jsonl cannot be written (File too large)") == 1
-    writer.log({"step": 4, "loss": 0.5})
+    assert capsys.readouterr().out.count("cannot be written (File too large)") == 1
+    writer.log({"step": 3})
     writer.close()
-    assert metrics(tmp_path, "step", "loss") == [(step, 0.5) for step in (1, 2, 3, 4)]
-    (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"metrics.jsonl cannot be written \(Is a directory\)"):
-        MetricsWriter(tmp_path / "other", 0, is_evaluated=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
