@@ -28,6 +28,7 @@ from configurator import ExplicitKeys, key, parse
 from load import LoadedModel, ModelKeys, load_model
 from model import GPT
 from nanogpt import checkpoint, distributed
+from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.data.dataset import MixturePart, Tokens, open_dataset
 from nanogpt.data.rows import SlidingWindows
 from nanogpt.distributed import World
@@ -78,6 +79,8 @@ def main() -> None:
             results = run_tasks(config.tasks, loaded.model, loaded.tokenizer, world, **options)
         else:
             loaded.model.to(world.device).eval()
+            if world.device.type == "cpu":
+                use_cpu_kernels(loaded.model)
             name, tokens = read_text(config.text, loaded.tokenizer) if config.text else open_split(config, loaded)
             results = print_loss(name, tokens, *split_loss(loaded.model, tokens, config.stride, world))
     if config.json:

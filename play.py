@@ -12,6 +12,7 @@ from typing import Literal
 from configurator import key, parse
 from load import ModelKeys, load_model
 from nanogpt import distributed
+from nanogpt.compile import should_compile
 from nanogpt.device import describe_device
 from nanogpt.errors import InputError, run_script
 from nanogpt.generate.low_precision import to_inference_precision
@@ -41,7 +42,7 @@ def main() -> None:
 
     world = distributed.start(config.device, config.dtype)
     loaded = load_model(config, action="playing with")
-    compiled = config.compile is True or (config.compile == "auto" and world.device.type == "cuda")
+    compiled = should_compile(config.compile, world.device)
     context = to_inference_precision(loaded.model, world, config.dtype, compiled)
     playground = Playground(loaded.model, loaded.tokenizer, context, compiled)
 

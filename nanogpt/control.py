@@ -8,8 +8,10 @@ from nanogpt.console import print0
 
 
 class Control(NamedTuple):
-    """The requests of one update. Ranks may see a signal at different times, so they act on the sum over all ranks, which
-    travels in the same all-reduce as the loss."""
+    """The requests of one update, summed over the ranks in the same all-reduce as the loss.
+
+    Ranks may see a signal at different times, so they act on the sum.
+    """
 
     interrupt: float = 0.0  # ranks that got SIGINT
     terminate: float = 0.0  # ranks that got SIGTERM

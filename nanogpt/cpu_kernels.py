@@ -61,10 +61,12 @@ def causal_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return type(attention).causal_attention(attention, q, k, v)
     n_kv_head = k.shape[1]
     group = n_head // n_kv_head  # query heads that share a key head: more rows of the same product
-    q = q.reshape(B * n_kv_head, group * T, head_dim)
-    k = k.reshape(B * n_kv_head, T, head_dim)
-    v = v.reshape(B * n_kv_head, T, head_dim)
+    # Heads come first, as in version 0.1: the order decides which probabilities dropout drops.
+    q = q.unflatten(1, (n_kv_head, group)).transpose(0, 1).reshape(n_kv_head * B, group * T, head_dim)
+    k = k.transpose(0, 1).reshape(n_kv_head * B, T, head_dim)
+    v = v.transpose(0, 1).reshape(n_kv_head * B, T, head_dim)
     mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(group, 1)
-    probs = torch.baddbmm(mask, q, k.mT, alpha=head_dim**-0.5).softmax(-1)  # (B · n_kv_head, group · T, T)
+    probs = torch.baddbmm(mask, q, k.mT, alpha=head_dim**-0.5).softmax(-1)  # (n_kv_head · B, group · T, T)
     dropout = attention.dropout if attention.training else 0.0
-    return (F.dropout(probs, dropout) @ v).view(B, n_head, T, head_dim)
+    y = (F.dropout(probs, dropout) @ v).view(n_kv_head, B, group, T, head_dim)
+    return y.transpose(0, 1).reshape(B, n_head, T, head_dim)

@@ -143,7 +143,7 @@ def _without_added_tokens(content: Mapping[str, Any]) -> dict[str, int]:
 
 
 def has_unicode_17(text: str) -> bool:
-    """Whether `text` has characters that gigatoken and tiktoken classify differently."""
+    """True if `text` has characters that gigatoken and tiktoken classify differently."""
     if text.isascii():
         return False
     return bool(unicode_17_table()[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")].any())

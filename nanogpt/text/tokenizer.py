@@ -247,7 +247,7 @@ class Tokenizer:
         return {name: value for name, value in self.__dict__.items() if name != "_gigatoken"}
 
     def has_same_vocab(self, other: "Tokenizer") -> bool:
-        """Whether both have the same id for every token."""
+        """True if both have the same id for every token."""
         return self._inner.get_vocab() == other._inner.get_vocab()
 
     @cached_property
