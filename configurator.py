@@ -195,17 +195,13 @@ def _explain_unreadable(file: str, error: OSError) -> str:
 
 
 def _build_help(config_class: Any, description: str, positional: str | None) -> argparse.ArgumentParser:
-    hints, defaults = type_hints(config_class), vars(config_class())
-    name, default = next(iter(defaults.items()))
-    if positional:
-        words, example = positional, "..."
-    else:
-        words, example = "FILE.py", f"config/my_recipe.py --{name}={default}"
-        description += " Settings come from the files, then from the flags; the later wins."
+    hints = type_hints(config_class)
+    defaults = vars(config_class())
+    if not positional:
+        description += " Keys are set by the files, then by the flags; later ones win."
     parser = argparse.ArgumentParser(
-        usage=f"%(prog)s [{words} ...] [--key=value ...]",
+        usage=f"%(prog)s [{positional or 'FILE.py'} ...] [--key=value ...]",
         description=description.strip(),
-        epilog=f"example: python {Path(sys.argv[0]).name} {example}",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36),
         allow_abbrev=False,
     )
@@ -214,7 +210,7 @@ def _build_help(config_class: Any, description: str, positional: str | None) -> 
         if field.metadata.get("group"):
             group = parser.add_argument_group(field.metadata["group"])
         default = defaults[field.name]
-        note = "required" if default is ... else f"default: {default if default != '' else repr('')}"
+        note = "required" if default is ... else f"default: {default if str(default).strip() else repr(default)}"
         metavar = "|".join(METAVARS.get(option, str(option)) for option in options(hints[field.name]))
         group.add_argument(
             f"--{field.name}", metavar=metavar, help=f"{field.metadata['help']} ({note})".replace("%", "%%")

@@ -18,7 +18,7 @@ from nanogpt.data.dataset import Dataset, open_dataset, resolve
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.files import read_json
-from nanogpt.guard import UpdateGuard
+from nanogpt.guard import MAX_OVERFLOWS, UpdateGuard
 from nanogpt.interop.huggingface import read_weights
 from nanogpt.optim import Optimizer
 from nanogpt.schedule import StepSchedule
@@ -29,7 +29,6 @@ from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in ("vocab_size", "dropout", "gelu")]
 # Keys that are about one start of a run and are not taken from its checkpoint.
 START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data")
-MAX_OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 
 
 # --- A trained model

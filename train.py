@@ -187,7 +187,7 @@ def train_step(
     loss, *control = world.all_reduce_sum(torch.cat((loss[None] / world.size, flags)))
     scaler.unscale_(optimizer)  # type: ignore[arg-type]
     grad_norm = gradient_norm(optimizer.parameters.values())
-    skip_update = guard.check(loss, grad_norm)
+    skip_update = guard.check(loss, grad_norm)  # a NaN makes this update a no-op; the log stops the run a step later
     if layer_stats:
         layer_stats.before_update(grad_norm)
     optimizer.step(lr_scale, clip_divisor(grad_clip, grad_norm), skip_update)
@@ -293,7 +293,7 @@ def train(run: Run) -> int:
 
         # Read, print and obey the previous update while this one runs.
         log.put(state.step, first_row, state.samples, lr, stats)
-        requests.add(log.read())
+        requests.add(log.read())  # raises RunStopped for a loss or a gradient that is not finite
         if requests.decay_steps and schedule.begin_decay(state.step, requests.decay_steps):
             requests.save = True  # or a killed run would begin its decay at another step
 
@@ -539,7 +539,7 @@ def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, 
 
 
 def restore(state: TrainState, resumed: Checkpoint, schedule: Schedule, config: TrainConfig, world: World) -> None:
-    """Continue from a checkpoint, whose tensors are let go."""
+    """Continue from a checkpoint: weights, optimizer, and in state.samples the position in the data."""
     state.load_state_dict(resumed.state, resumed.optimizer)
     resumed.model.clear()
     resumed.optimizer.clear()

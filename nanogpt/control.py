@@ -50,8 +50,9 @@ class SignalCatcher:
         name = signal.Signals(number).name
         if name == "SIGINT" and name in self.received:
             raise KeyboardInterrupt
+        if name not in self.received:
+            print0("saving after this step" if name == "SIGUSR1" else "stopping after this step")
         self.received.add(name)
-        print0(f"{'saving' if name == 'SIGUSR1' else 'stopping'} after this step")
 
     def control(self, save_due: bool, decay_steps: int) -> Control:
         """This rank's requests for the coming step. SIGUSR1 asks for one checkpoint and is forgotten then."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nanogpt.optim import gradient_norm
 
+MAX_OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 # Layers whose names in metrics.jsonl are older than their names in model.py.
 LOGGED_NAMES = {"token_embedding": "tokens", "position_embedding": "positions"}
 

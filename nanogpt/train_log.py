@@ -186,8 +186,9 @@ def format_losses(losses: dict[str, float], val_bpb: float | None) -> str:
 
 def print_model_summary(model: Any, world: World) -> None:
     dtype = str(world.dtype).removeprefix("torch.")
+    processes = "1 process" if world.size == 1 else f"{world.size} processes"
     print0(
-        f"{world.size} process(es) on {describe_device(world.device)}, {dtype}",
+        f"{processes} on {describe_device(world.device)}, {dtype}",
         f"model       {model.count_parameters():,} parameters",
     )
 

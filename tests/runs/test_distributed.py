@@ -139,7 +139,7 @@ def main():
     (folder / os.environ["RANK"]).touch()
     while len(os.listdir(folder)) < 2:
         time.sleep(0.01)
-    distributed.TIMEOUT_S = 5.0
+    distributed.TIMEOUT_S = 3.0
     world = distributed.start("cpu", "float32")
     world.all_reduce_sum(torch.ones(1))
     if world.rank == 1:

@@ -347,8 +347,7 @@ def loss_of(model: Any, letters: Path, T: int) -> float:
         return torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()).item()
 
 
-@pytest.mark.parametrize("kind", ["hugging face", "nanogpt", "ours"])
-@pytest.mark.parametrize("block_size", [..., 12])
+@pytest.mark.parametrize(("kind", "block_size"), [("hugging face", 12), ("nanogpt", ...), ("ours", ...), ("ours", 12)])
 def test_training_starts_from_existing_weights(run: Run, letters: Path, foreign: Any, kind: str, block_size: Any):
     source = "theirs"
     foreign.save_pretrained(source)
