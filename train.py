@@ -513,7 +513,7 @@ def summarize(config: TrainConfig, gpt: GPT, micro_batch: int, dataset: Dataset,
     row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
     memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype)
     checkpoint_bytes = 4 * (gpt.count_parameters() + optimizer_state_numel(gpt, config.optimizer))
-    print_step_summary(gpt, row_schedule, micro_batch)
+    print_step_summary(row_schedule, micro_batch)
     print_run_summary(gpt, row_schedule, config.max_iters, dataset.name, len(dataset.train))
     print_cost_summary(memory, free_memory(world.device), checkpoint_bytes, config.out_dir)
     end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)

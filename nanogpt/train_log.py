@@ -193,7 +193,7 @@ def print_model_summary(model: Any, world: World) -> None:
     )
 
 
-def print_step_summary(model: Any, rows: RowSchedule, micro_batch: int) -> None:
+def print_step_summary(rows: RowSchedule, micro_batch: int) -> None:
     text = f"step        {rows.last} rows of {rows.block_size} = {rows.last * rows.block_size:,} tokens"
     text += f", micro-batches of {micro_batch}"
     if rows.rows_at(0) < rows.last:
