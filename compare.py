@@ -21,6 +21,7 @@ from nanogpt.errors import InputError, run_script
 AXES = {"step": "steps", "tokens": "tokens", "time_s": "seconds"}
 OPTIONAL_FIELDS = {"train_loss": None, "val_bpb": None}
 EVAL_FIELDS = (*AXES, "val_loss", *OPTIONAL_FIELDS)
+STEP_FIELDS = ("step", "tokens", "time_s", "loss")
 NORMS = {"layer_grad_norms": "gradient norm of a layer", "layer_update_norms": "update norm of a layer"}
 GRID = np.array([0.25, 0.5, 0.75, 1.0])  # rows of the table, as fractions of the shortest run
 MAX_LABEL_SETTINGS = 5  # a longer label would not be read
@@ -47,6 +48,7 @@ class Run:
     path: Path
     settings: dict[str, Any] | None  # None: no readable checkpoint
     evals: dict[str, np.ndarray]  # for each of EVAL_FIELDS one value per evaluation, NaN where unknown
+    steps: dict[str, np.ndarray]  # the same for STEP_FIELDS, one value per logged step
     layer_norms: list[dict[str, Any]]  # lines of metrics.jsonl that hold the NORMS
 
 
@@ -86,12 +88,15 @@ def read_run(path: Path) -> Run:
         raise InputError(f"{file}: {(error.strerror or 'unreadable').lower()}; give the out_dir of a run") from None
 
     evaluations = []
+    steps = []
     layer_norms = []
     for number, line in enumerate(lines, 1):
         try:
             record = OPTIONAL_FIELDS | json.loads(line)
             if record.keys() >= NORMS.keys():
                 layer_norms.append(record)
+            if "loss" in record:
+                steps.append(np.array([record[field] for field in STEP_FIELDS], dtype=float))
             if "val_loss" in record:
                 evaluations.append(np.array([record[field] for field in EVAL_FIELDS], dtype=float))  # null becomes NaN
         except (ValueError, TypeError, KeyError):
@@ -102,7 +107,8 @@ def read_run(path: Path) -> Run:
         raise InputError(f"{file}: no evaluation yet; wait for the run's first one")
 
     evals = dict(zip(EVAL_FIELDS, np.stack(evaluations, axis=1), strict=True))
-    return Run(path, _read_settings(path), evals, layer_norms)
+    logged = np.stack(steps, axis=1) if steps else np.empty((len(STEP_FIELDS), 0))
+    return Run(path, _read_settings(path), evals, dict(zip(STEP_FIELDS, logged, strict=True)), layer_norms)
 
 
 def _read_settings(path: Path) -> dict[str, Any] | None:
@@ -243,6 +249,10 @@ def draw_losses(figure: Any, groups: Sequence[Group]) -> None:
             color = f"C{number % 10}"
             panel.plot(x, val, color=color, linewidth=2, marker=".", label=group.label)
             panel.fill_between(x, val - error, val + error, color=color, alpha=0.2, linewidth=0)
+            if np.isnan(train).all():  # --eval_train=False, or a time budget: the logged losses of the steps instead
+                x, train = group.runs[0].steps[axis], group.runs[0].steps["loss"]
+                train = train[x >= 0.05 * x.max(initial=0)]
+                x = x[x >= 0.05 * x.max(initial=0)]
             panel.plot(x, train, color=color, linewidth=0.8, alpha=0.7)
         panel.set(xlabel=unit, xlim=(0, None))
         if axis == "tokens":
