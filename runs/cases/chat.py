@@ -1,0 +1,5 @@
+"""Cases of chat."""
+
+from cases.command import Case
+
+CASES: dict[str, Case] = {}

@@ -1,0 +1,5 @@
+"""Cases of numbers."""
+
+from cases.command import Case
+
+CASES: dict[str, Case] = {}
