@@ -95,7 +95,7 @@ Plan = dict[str, Any]  # minutes, expected_loss (None: unknown), evaluation_s, s
 # --- During the run
 
 
-class ClockSchedule:
+class ClockSchedule(StepSchedule):
     """A schedule that ends with a time budget: constant learning rate, then a decay that begins in time.
 
     Until then it has no last step. The decay is counted in steps, so that a resumed run repeats it exactly.
@@ -103,24 +103,18 @@ class ClockSchedule:
 
     def __init__(self, steps: StepSchedule, plan: Plan, minutes: float, eval_interval: int):
         """steps: by the run's keys; its name is "constant" until the decay has begun. plan: of `choose`."""
-        self.steps = steps
+        super().__init__(**vars(steps))
         self.plan = plan
         self.minutes = minutes
         self.eval_interval = eval_interval
         self.end = time.perf_counter() + 60 * minutes - plan["spent_s"] - process_age()
-        self.is_decaying = steps.name != "constant"
+        self.is_decaying = self.name != "constant"
         self.deadline = None if self.is_decaying else self.end
         self.last_update_at: float | None = None
         self.step_times: deque[float] = deque(maxlen=100)
 
-    def lr(self, step: int) -> float:
-        return self.steps.lr(step)
-
-    def lr_scale(self, step: int) -> float:
-        return self.steps.lr_scale(step)
-
     def is_done(self, step: int) -> bool:
-        return self.is_decaying and self.steps.is_done(step)
+        return self.is_decaying and super().is_done(step)
 
     def decay_due(self) -> int:
         """Updates that fit into the remaining time, if it is time for the decay; else 0. Call it once an update."""
@@ -142,17 +136,13 @@ class ClockSchedule:
         if self.is_decaying:
             return False
         self.is_decaying = True
-        return self.steps.begin_decay(step, max(steps - 1, 1))
+        return super().begin_decay(step, max(steps - 1, 1))
 
     def changed_keys(self) -> dict[str, Any]:
         """The keys of TrainConfig that the decay settles, for checkpoints."""
         if not self.is_decaying:
             return {}
-        return {
-            "schedule": self.steps.name,
-            "max_iters": self.steps.max_iters,
-            "decay_iters": self.steps.decay_steps,
-        }
+        return {"schedule": self.name, "max_iters": self.max_iters, "decay_iters": self.decay_steps}
 
     def state_dict(self) -> Plan:
         """The plan for the process that resumes the run."""

@@ -62,8 +62,6 @@ from nanogpt.train_log import (
     warn_if_slow_on_cpu,
 )
 
-Schedule = StepSchedule | budget.ClockSchedule
-
 
 @dataclass
 class TrainConfig:
@@ -203,7 +201,7 @@ class Run:
 
     config: TrainConfig
     world: World
-    schedule: Schedule
+    schedule: StepSchedule
     state: TrainState
     model: torch.nn.Module  # state.model, compiled and wrapped in DDP as configured
     micro_batch: int
@@ -381,9 +379,9 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
             explicit = budget.drop_budget_keys(explicit)
             config, plan = budget.choose(config, world, train_step)
             check_config(config)
-        schedule: Schedule = make_schedule(config)
+        schedule = make_schedule(config)
         if plan and config.minutes:
-            schedule = budget.ClockSchedule(make_schedule(config), plan, config.minutes, config.eval_interval)
+            schedule = budget.ClockSchedule(schedule, plan, config.minutes, config.eval_interval)
         status = open_run(config, explicit, resumed, schedule, world, lock, stack)
     world.close()
     return status
@@ -424,7 +422,7 @@ def open_run(
     config: TrainConfig,
     explicit: Mapping[str, Any],
     resumed: Checkpoint | None,
-    schedule: Schedule,
+    schedule: StepSchedule,
     world: World,
     lock: RunLock,
     stack: contextlib.ExitStack,
@@ -538,7 +536,7 @@ def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, 
         print0(f"{out_dir} held a run already: moved to {archived}")
 
 
-def restore(state: TrainState, resumed: Checkpoint, schedule: Schedule, config: TrainConfig, world: World) -> None:
+def restore(state: TrainState, resumed: Checkpoint, schedule: StepSchedule, config: TrainConfig, world: World) -> None:
     """Continue from a checkpoint: weights, optimizer, and in state.samples the position in the data."""
     state.load_state_dict(resumed.state, resumed.optimizer)
     resumed.model.clear()

@@ -273,11 +273,11 @@ def test_death_of_a_worker_is_reported(bench_error: Bench, known_peak: None):
 
 
 def test_interrupt_ends_the_workers(run_bench: Bench, known_peak: None, monkeypatch: pytest.MonkeyPatch):
-    def interrupt(worker: Worker, count: int) -> None:
+    def interrupt(worker: Worker, count: int, trace: str = "") -> None:
         assert multiprocessing.active_children()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Worker, "run_round", interrupt)
+    monkeypatch.setattr(Worker, "run", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_bench()
     assert not multiprocessing.active_children()
