@@ -33,7 +33,7 @@ from nanogpt.data.dataset import MixturePart, Tokens, open_dataset
 from nanogpt.data.rows import SlidingWindows
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
-from nanogpt.evaluation import score
+from nanogpt.evaluation import score_targets
 from nanogpt.memory import rows_to_score
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -197,7 +197,7 @@ def block_sums(model: GPT, tokens: Tokens, part: MixturePart, stride: int, world
         positions = starts[:, None] + np.arange(x.shape[1])
         blocks = positions[y.numpy() >= 0] // block_tokens
         with world.autocast():
-            logprobs, _ = score(model, *world.to_device(x, y))
+            logprobs = score_targets(model, *world.to_device(x, y))
         np.add.at(sums[0], blocks, -logprobs.cpu().double().numpy())
         np.add.at(sums[1], blocks, 1)
     return sums

@@ -44,19 +44,17 @@ def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: Wor
 
 
 @torch.inference_mode()
-def score(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of targets in nats, and whether each is the most probable id.
+def score_targets(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Return the log-probabilities of the targets in nats, (targets,), row by row.
 
-    x: ids (B, T). y: the target after each, (B, T); -1 for none. Both results are (targets,), row by row.
-    Raises InputError for logits that are not finite.
+    x: ids (B, T). y: the target after each, (B, T); -1 for none. Raises InputError for logits that are not finite.
     """
     has_target = y >= 0
-    targets = y[has_target]
     # Logits of the targets alone: each row of them is as large as the vocabulary.
     logits = model.logits(model.norm(model.hidden_states(x)[has_target])).float()
-    logprobs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    logprobs = logits.log_softmax(-1).gather(-1, y[has_target][:, None])[:, 0]
     check_finite(logprobs)  # the softmax spreads a NaN to the whole row
-    return logprobs, logits.argmax(-1) == targets
+    return logprobs
 
 
 def sample_text(model: Any, tokenizer: Tokenizer, characters: int, seed: int) -> str:
