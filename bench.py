@@ -9,7 +9,6 @@ import contextlib
 import gc
 import importlib.util
 import io
-import json
 import math
 import shlex
 import sys
@@ -33,6 +32,7 @@ from nanogpt.data.dataset import Tokens, open_dataset, token_dtype
 from nanogpt.device import describe_device, free_memory, pick_device, pick_dtype, seed_everything
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
+from nanogpt.files import write_report
 from nanogpt.memory import memory_hint
 from nanogpt.text.tokenizer import GPT2_VOCAB
 from nanogpt.timing import Round, Worker, measure_matmul_flops
@@ -112,7 +112,8 @@ def main() -> None:
     mode = "compiled" if should_compile(config.compile, world.device) else "eager"
     machine = f"{describe_device(world.device)}, {dtype}, {mode}, torch {torch.__version__}"
     report: dict[str, Any] = {"command": shlex.join(sys.argv), "torch": torch.__version__, "machine": machine}
-    write_json(config.to, report)
+    if config.to:
+        write_report("to", config.to, report)
 
     peak = measure_matmul_flops(world)
     torch.cuda.empty_cache()  # leaves the memory to the workers; does nothing without a GPU
@@ -129,7 +130,8 @@ def main() -> None:
             rows = [{"name": name, "side": "ours", "error": "; ".join(str(error).splitlines())}]
         print_rows(rows, width)
         report["rows"] += rows
-        write_json(config.to, report)
+        if config.to:
+            write_report("to", config.to, report)
     if not config.table:
         print0(f"a step: {rows[0]['step']}")
     print0(LEGEND)
@@ -243,14 +245,6 @@ def print_rows(rows: list[Row], width: int) -> None:
                 f"  same model, same batch: ours is {median:.2f} times as fast (median of {rounds}; quartiles "
                 f"{low:.2f} to {high:.2f}){memory}"
             )
-
-
-def write_json(path: str, report: dict[str, Any]) -> None:
-    try:
-        if path:
-            Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--to={path}: cannot be written ({error.strerror}); give another file") from error
 
 
 # ---- in the worker processes

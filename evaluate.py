@@ -13,7 +13,6 @@ its error and the perplexity's are to first order, that of bits per byte is scal
 Hugging Face backend on a temporary export of the model (pip install -e ".[eval]").
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from nanogpt.data.rows import SlidingWindows
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
 from nanogpt.evaluation import score_targets
+from nanogpt.files import write_report
 from nanogpt.memory import rows_to_score
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -84,13 +84,7 @@ def main() -> None:
             name, tokens = read_text(config.text, loaded.tokenizer) if config.text else open_split(config, loaded)
             results = print_loss(name, tokens, *split_loss(loaded.model, tokens, config.stride, world))
     if config.json:
-        text = json.dumps({"model": loaded.source} | results, indent=2, default=str)
-        try:
-            Path(config.json).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"--json={config.json}: cannot be written ({error.strerror}); give another file"
-            ) from error
+        write_report("json", config.json, {"model": loaded.source} | results)
 
 
 def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
