@@ -7,19 +7,15 @@ memory or settings of torch and the C library.
 
 import contextlib
 import gc
-import importlib.util
-import io
 import math
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from budget import training_steps
 from configurator import key, parse
@@ -29,13 +25,14 @@ from nanogpt import distributed
 from nanogpt.compile import should_compile
 from nanogpt.console import format_bytes, print0
 from nanogpt.data.dataset import Tokens, open_dataset, token_dtype
-from nanogpt.device import describe_device, free_memory, pick_device, pick_dtype, seed_everything
+from nanogpt.device import describe_device, free_memory, seed_everything
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
 from nanogpt.files import write_report
 from nanogpt.memory import memory_hint
 from nanogpt.text.tokenizer import GPT2_VOCAB
 from nanogpt.timing import Round, Worker, measure_matmul_flops
+from runs.bench_cpu import nanogpt_steps
 from train import TrainConfig, check_config, train_step
 
 ROUND = 5  # steps of one program before it is the other's turn
@@ -80,7 +77,6 @@ of peak: FLOP/s of a step over those of matrix products; MFU: over the vendor's 
 memory: the peak of torch's allocations on a GPU; on a CPU that of the process, less its imports"""
 Row = dict[str, Any]  # the measurements of one program
 NANOGPT_HAS = {"arch": "gpt2", "optimizer": "adamw", "n_inner": 0}
-NANOGPT_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")  # of its GPTConfig
 
 
 @dataclass
@@ -107,7 +103,7 @@ def main() -> None:
     world = distributed.start(config.device, config.dtype)
     recipes = pick_recipes(config, explicit, world.device)
     if config.reference:
-        load_model_file(config.reference)  # report its problems before measuring
+        nanogpt_steps.load_model_file(config.reference)  # report its problems before measuring
     dtype = str(world.dtype).removeprefix("torch.")
     mode = "compiled" if should_compile(config.compile, world.device) else "eager"
     machine = f"{describe_device(world.device)}, {dtype}, {mode}, torch {torch.__version__}"
@@ -285,71 +281,10 @@ def open_nanogpt_steps(config: BenchConfig, model_config: GPTConfig) -> tuple[Wo
     """Steps of nanoGPT with the sizes of our model. Raises InputError for a model that nanoGPT does not have."""
     if model_config.arch != "gpt2":
         raise InputError(f"--reference={config.reference}: nanoGPT has no arch={model_config.arch}; leave it out")
-    device = pick_device(config.device)
-    world = World(0, 1, device, pick_dtype(config.dtype, device))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+    world = nanogpt_steps.start_world(config.device, config.dtype)
     seed_everything(config.seed, config.deterministic)
-    return world, None, nanogpt_steps(config, model_config, open_tokens(config, model_config), world)
-
-
-def nanogpt_steps(config: BenchConfig, model_config: GPTConfig, tokens: Tokens, world: World) -> Iterator[list[float]]:
-    """Do what nanoGPT's train.py does: no autocast on a CPU, and each step waits for its loss."""
-    is_cuda = world.device.type == "cuda"
-    B, T = config.batch_size, model_config.block_size
-    sizes = {name: getattr(model_config, name) for name in NANOGPT_SIZES}
-    if sizes["vocab_size"] == GPT2_VOCAB:
-        sizes["vocab_size"] = 50304  # as its train.py rounds it up
-    module = load_model_file(config.reference)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the sizes
-        model = module.GPT(module.GPTConfig(**sizes)).to(world.device)
-        betas = (config.beta1, config.beta2)
-        optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, world.device.type)
-    if should_compile(config.compile, world.device):
-        model = torch.compile(model)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=is_cuda and world.dtype == torch.float16)
-
-    x, y = random_batch(tokens, B, T, world)
-    while True:
-        for _ in range(config.gradient_accumulation_steps):
-            with world.autocast() if is_cuda else contextlib.nullcontext():
-                loss = model(x, y)[1] / config.gradient_accumulation_steps
-            # The next batch comes before backward: the host reads it while a GPU computes.
-            x, y = random_batch(tokens, B, T, world)
-            scaler.scale(loss).backward()
-        if config.grad_clip:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        yield [loss.item() * config.gradient_accumulation_steps]
-
-
-def random_batch(tokens: Tokens, B: int, T: int, world: World) -> list[Tensor]:
-    """Inputs and targets (B, T) from random positions. A file is mapped anew for each batch."""
-    ids = tokens.shards[0].ids() if len(tokens.shards) == 1 else tokens
-    starts = torch.randint(len(ids) - T, (B,)).tolist()
-    x = torch.stack([torch.from_numpy(ids[start : start + T].astype(np.int64)) for start in starts])
-    y = torch.stack([torch.from_numpy(ids[start + 1 : start + 1 + T].astype(np.int64)) for start in starts])
-    return world.to_device(x, y)
-
-
-def load_model_file(checkout: str) -> Any:
-    """Import model.py of a nanoGPT checkout. Raises InputError if it is missing or unlike nanoGPT's."""
-    path = Path(checkout) / "model.py"
-    spec: Any = importlib.util.spec_from_file_location("nanogpt_checkout_model", path)
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and torch.compile look it up
-    try:
-        spec.loader.exec_module(module)
-        _ = module.GPTConfig, module.GPT.configure_optimizers
-    except Exception as error:  # foreign code may raise anything
-        raise InputError(
-            f"--reference={checkout}: {path} cannot be used ({error!r}); give the path of a nanoGPT checkout"
-        ) from error
-    return module
+    tokens = open_tokens(config, model_config)
+    return world, None, nanogpt_steps.training_steps(config, model_config, tokens, world)
 
 
 if __name__ == "__main__":
