@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import ExplicitKeys, key, parse
@@ -32,8 +34,8 @@ from nanogpt.data.dataset import MixturePart, Tokens, open_dataset
 from nanogpt.data.rows import SlidingWindows
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
-from nanogpt.evaluation import score_targets
 from nanogpt.files import write_report
+from nanogpt.generate.sampling import check_finite
 from nanogpt.memory import rows_to_score
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -178,6 +180,7 @@ def split_loss(model: GPT, tokens: Tokens, stride: int, world: World) -> tuple[f
     return float(loss), math.sqrt(variance) / float(weight), int(num_targets)
 
 
+@torch.inference_mode()
 def block_sums(model: GPT, tokens: Tokens, part: MixturePart, stride: int, world: World) -> np.ndarray:
     """Return the summed loss in nats and the number of targets of each block of a part, (2, blocks)."""
     block_size = model.config.block_size
@@ -190,9 +193,14 @@ def block_sums(model: GPT, tokens: Tokens, part: MixturePart, stride: int, world
     for starts, x, y in tqdm(windows, unit="batch", disable=None):
         positions = starts[:, None] + np.arange(x.shape[1])
         blocks = positions[y.numpy() >= 0] // block_tokens
+        x, y = world.to_device(x, y)
+        has_target = y >= 0
         with world.autocast():
-            logprobs = score_targets(model, *world.to_device(x, y))
-        np.add.at(sums[0], blocks, -logprobs.cpu().double().numpy())
+            # Logits of the targets alone: each row of them is as large as the vocabulary.
+            logits = model.logits(model.norm(model.hidden_states(x)[has_target])).float()
+            nats = F.cross_entropy(logits, y[has_target], reduction="none")
+        check_finite(nats)  # the softmax spreads a NaN to the whole row
+        np.add.at(sums[0], blocks, nats.cpu().double().numpy())
         np.add.at(sums[1], blocks, 1)
     return sums
 
