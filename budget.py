@@ -42,6 +42,7 @@ from nanogpt.memory import estimate_training_memory, fits_in_memory, pick_micro_
 from nanogpt.metrics import DeferredRead, StepStats, Stopwatch
 from nanogpt.schedule import StepSchedule
 from nanogpt.text.tokenizer import GPT2_VOCAB
+from nanogpt.timing import time_steps
 from nanogpt.train_log import format_losses
 
 WIDTHS = [*range(32, 256, 16), *range(256, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
@@ -330,21 +331,14 @@ class SpeedTrial:
     def measure_speed(self, width: int, config: Any) -> None:
         """Time a few steps: seconds a token over all processes, if all are as fast as this one."""
         _, steps = self.start_steps(config)
-
-        def step_s(count: int) -> float:
-            start = time.perf_counter()
-            for _ in range(count):
-                next(steps)
-            self.single.synchronize()
-            return (time.perf_counter() - start) / count
-
-        step_s(1)  # warmup
-        count = max(round(TRIAL_S / 8 / step_s(1)), 1)  # at a time, so that a GPU seldom waits for the host
+        time_steps(steps, 1, self.single)  # warmup
+        (first_s,), _ = time_steps(steps, 1, self.single)
+        count = max(round(TRIAL_S / 8 / first_s), 1)  # at a time, so that a GPU seldom waits for the host
         start = time.perf_counter()
-        seconds = [step_s(count)]
-        while time.perf_counter() - start < TRIAL_S:
-            seconds.append(step_s(count))
-        self.speeds[width] = self.agree(statistics.median(seconds) / (config.rows_per_step * config.block_size))
+        means: list[float] = []
+        while not means or time.perf_counter() - start < TRIAL_S:
+            means.append(statistics.mean(time_steps(steps, count, self.single)[0]))
+        self.speeds[width] = self.agree(statistics.median(means) / (config.rows_per_step * config.block_size))
 
     def predict_token_s(self, width: int) -> float:
         """Seconds a token: linear in the logarithms of FLOPs and seconds between the measured widths.
