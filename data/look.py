@@ -98,6 +98,7 @@ def show_counts(dataset: Dataset, tokens: Tokens, tokenizer: Tokenizer, limit: i
     block_end = 0
     for start in range(0, len(tokens), stride):
         ids = tokens[start : start + BLOCK_TOKENS]
+        tokens.check_ids(start, start + len(ids), max(dataset.vocab_size or 0, tokenizer.vocab_size))
         block_counts = np.bincount(ids, minlength=len(counts))
         block_counts[: len(counts)] += counts
         counts = block_counts

@@ -381,11 +381,11 @@ def _described(dataset: Dataset, split: str) -> Iterator[tuple[Path, Layout, dic
 
 def _recognized(dataset: Dataset, split: str, dtype: str | None) -> Iterator[tuple[Path, Layout, dict[str, Any]]]:
     """The files of a split by their names: nanoGPT's, or another program's, some of which leave empty ones."""
-    files = token_files(dataset.folder, split)
-    if dataset.file:
-        files = [dataset.file] if split_of(dataset.file) in (None, split) else []
-    missing = dataset.folder / f"{split}.bin"
+    files = [dataset.file] if dataset.file else token_files(dataset.folder, split)
+    if dataset.file and split_of(dataset.file) not in (None, split):
+        raise InputError(f"{dataset.file} is no {split} split, by its name: give its folder")
     if not files or re.fullmatch(rf"{split}-\d{{5}}\.bin", files[0].name):  # shards whose preparation has not ended
+        missing = dataset.folder / f"{split}.bin"
         raise InputError(f"{missing} is missing: {AGAIN}; files of another program need {split!r} in their names")
     for path in files:
         raise_for_missing(path)

@@ -118,7 +118,10 @@ def numpy_array(path: Path, head: bytes) -> Layout | None:
     with path.open("rb") as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+        try:
+            shape, _, dtype = read(file)
+        except Exception as error:  # also tokenize.TokenError and SyntaxError
+            raise ValueError("its NumPy header is damaged; save it again") from error
         offset = file.tell()
     if len(shape) != 1 or dtype.kind not in "iu":
         raise ValueError(f"it is an array of {dtype} with shape {shape}; save integers of one dimension")
