@@ -32,6 +32,7 @@ from nanogpt import checkpoint, distributed
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.data.dataset import MixturePart, Tokens, open_dataset
 from nanogpt.data.rows import SlidingWindows
+from nanogpt.data.token_shards import TokenDtype
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
 from nanogpt.files import write_report
@@ -39,7 +40,7 @@ from nanogpt.generate.sampling import check_finite
 from nanogpt.memory import rows_to_score
 from nanogpt.text.tokenizer import Tokenizer
 
-LOSS_KEYS = ("dataset", "split", "text", "stride")
+LOSS_KEYS = ("dataset", "token_dtype", "split", "text", "stride")
 TASK_KEYS = ("limit", "num_fewshot", "chat", "include_path", "unsafe_code")
 MAX_BLOCKS = 64  # enough to know the standard error to 9%, and each as long as possible
 MEMORY_HINT = "too little memory: try --dtype=bfloat16, or a machine with more"
@@ -50,6 +51,7 @@ class EvaluateConfig(ModelKeys):
     """The model to evaluate, and the data or the tasks."""
 
     dataset: str | None = key(None, "a folder, a name under data/, a mixture; None: the run's own", group="Loss")
+    token_dtype: TokenDtype | None = key(None, "type of ids in files that do not say it; None: as nanoGPT, uint16")
     split: Literal["val", "train"] = key("val", "the split of it to read, whole")
     text: str | None = key(None, "a UTF-8 file to evaluate on instead")
     stride: int = key(0, "tokens by which windows advance, and targets of each; 0: block_size", ge=0)
@@ -97,7 +99,7 @@ def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
     else:
         unused |= dict.fromkeys(TASK_KEYS, "has no effect without --tasks")
     if config.text:
-        unused |= dict.fromkeys(("dataset", "split"), f"--text={config.text} takes its place")
+        unused |= dict.fromkeys(("dataset", "token_dtype", "split"), f"--text={config.text} takes its place")
     if config.init_from != "resume":
         is_run = checkpoint.is_checkpoint(Path(config.init_from))
         replaced = ("out_dir",) if is_run else ("out_dir", "checkpoint")
@@ -129,7 +131,8 @@ def open_split(config: EvaluateConfig, loaded: LoadedModel) -> tuple[str, Tokens
     if not name:
         raise InputError("--dataset is unknown: the model does not state it; give --dataset=NAME or --text=FILE")
     vocab_size = loaded.model.config.vocab_size
-    dataset = open_dataset(name, block_size=1, vocab_size=vocab_size, splits=[config.split])
+    dtype = config.token_dtype or (None if config.dataset else loaded.train_config.get("token_dtype"))
+    dataset = open_dataset(name, block_size=1, vocab_size=vocab_size, splits=[config.split], token_dtype=dtype)
     if dataset.tokenizer and not dataset.tokenizer.has_same_vocab(loaded.tokenizer):
         raise InputError(
             f"--dataset={name}: its tokenizer is not the model's; prepare its text with the model's tokenizer, or "

@@ -33,6 +33,7 @@ from nanogpt.console import is_main, print0
 from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
 from nanogpt.data.dataset import Dataset
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
+from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
 from nanogpt.distributed import World, explain_errors, world_size
 from nanogpt.errors import InputError, RunStopped, run_script
@@ -75,6 +76,7 @@ class TrainConfig:
     dry_run: bool = key(False, "print sizes, time ten steps, exit; writes nothing")
 
     dataset: str = key("openwebtext", "a directory, its name under data/, or a mixture: one:0.7,two:0.3", group="Data")
+    token_dtype: TokenDtype | None = key(None, "type of ids in files that do not say it; None: as nanoGPT, uint16")
     verify_data: bool = key(False, "first check the data against the SHA-256 in its meta.json")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
     mask_documents: bool = key(False, "restrict attention and positions to each document")
