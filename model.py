@@ -421,7 +421,8 @@ class GPT(nn.Module):
         from nanogpt import checkpoint
 
         loaded = checkpoint.load(checkpoint.find(path, which), with_optimizer=False)
-        return cls._from_parts(GPTConfig(**loaded.state["model"]), loaded.model, dropout, block_size)
+        config = loaded.build_model(cls, GPTConfig).config
+        return cls._from_parts(config, loaded.model, dropout, block_size)
 
     @classmethod
     def _from_parts(

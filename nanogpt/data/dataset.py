@@ -8,6 +8,7 @@ a loss mask, `train.mask`: a byte per token, 0 where the token is no target of t
 
 import bisect
 import difflib
+import hashlib
 import itertools
 import math
 import mmap
@@ -67,6 +68,7 @@ class Shard(NamedTuple):
     tokens: int
     ids: Callable[[], np.ndarray]
     mask: Callable[[], np.ndarray] | None = None
+    sha256: str | None = None  # of its files, by meta.json
 
 
 class MixturePart(NamedTuple):
@@ -120,14 +122,33 @@ class Tokens:
 
     def __getitem__(self, span: slice) -> np.ndarray:
         first, last, _ = span.indices(len(self))
-        return _concatenate([self._map(shard.ids)[a:b] for shard, a, b in self.pieces(first, last)])
+        return _concatenate([self._read(shard.name, shard.ids, a, b) for shard, a, b in self.pieces(first, last)])
 
     def mask(self, first: int, last: int) -> np.ndarray:
         """1 for each token that counts as a target, else 0."""
         masks = []
         for shard, a, b in self.pieces(first, last):
-            masks.append(self._map(shard.mask)[a:b] if shard.mask else np.ones(b - a, np.uint8))
+            masks.append(self._read(shard.name, shard.mask, a, b) if shard.mask else np.ones(b - a, np.uint8))
         return _concatenate(masks)
+
+    def _read(self, name: str, map_file: Callable[[], np.ndarray], first: int, last: int) -> np.ndarray:
+        """A range of a file. Raises InputError where it was cut meanwhile: reading beyond its end kills a process."""
+        numbers = self._map(map_file)
+        file = getattr(numbers.base, "obj", None)  # unless they are in memory
+        if file and file.size() < numbers.nbytes:
+            raise InputError(f"{name} or its mask was cut short while it was read: prepare the data again")
+        return numbers[first:last]
+
+    def fingerprint(self) -> str:
+        """A hash of the tokens: of the hashes in meta.json, or without them of the length and evenly spaced samples."""
+        digest = hashlib.sha256()
+        if all(shard.sha256 for shard in self.shards):
+            digest.update("".join(str(shard.sha256) for shard in self.shards).encode())
+            return digest.hexdigest()
+        digest.update(str(len(self)).encode())
+        for first in np.linspace(0, max(len(self) - 1024, 0), 256, dtype=np.int64).tolist():
+            digest.update(self[first : first + 1024].astype("<u4").tobytes())
+        return digest.hexdigest()
 
     def pieces(self, first: int, last: int) -> Iterator[tuple[Shard, int, int]]:
         """The shards that hold the tokens from first to last, each with the range of them in it."""
@@ -193,6 +214,11 @@ class Dataset:
         if self.meta:
             return self.meta["vocab_size"]
         return self.tokenizer.vocab_size if self.tokenizer else None
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each split's tokens."""
+        return {"train": self.train.fingerprint(), "val": self.val.fingerprint()}
 
     @property
     def end_of_text(self) -> int | None:
@@ -289,7 +315,8 @@ def _open_split(dataset: Dataset, split: str, verify: bool) -> Tokens:
         mask = None
         if dataset.meta.get("loss_mask"):
             _, mask = _check_file(path.with_suffix(".mask"), np.dtype(np.uint8), count, mask_sha256)
-        shards.append(Shard(str(path), count, ids, mask))
+        known = file.get("sha256")
+        shards.append(Shard(str(path), count, ids, mask, known and known + file.get("mask_sha256", "")))
     tokens = Tokens(shards)
     tokens.bytes_per_token = meta.get("bytes", 0) / len(tokens) or None
     return tokens
