@@ -6,12 +6,12 @@ command again to resume.
 """
 
 import codecs
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from configurator import key, parse
+from nanogpt.console import available_cores
 from nanogpt.data.write import format_summary
 from nanogpt.errors import InputError, run_script
 from nanogpt.text.prepare import find_earlier, is_hub_id, prepare
@@ -42,7 +42,7 @@ class PrepareConfig:
     pattern: Literal["gpt2", "words"] = key("gpt2", "how bpe:... splits text into words")
     train_mb: float = key(100.0, "MB of text that bpe:... is trained on", gt=0)
 
-    workers: int = key(os.cpu_count() or 1, "processes; one for each core", group="Machine", ge=1)
+    workers: int = key(available_cores(), "processes; one for each core", group="Machine", ge=1)
 
 
 def main() -> None:

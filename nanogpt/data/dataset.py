@@ -8,6 +8,7 @@ a loss mask, `train.mask`: a byte per token, 0 where the token is no target of t
 
 import bisect
 import difflib
+import hashlib
 import itertools
 import math
 import os
@@ -79,7 +80,7 @@ class Shard(NamedTuple):
     tokens: int
     ids: Callable[[], np.ndarray]
     mask: Callable[[], np.ndarray] | None = None
-    is_described: bool = True  # by a meta.json; otherwise the dtype and the tokenizer are assumptions
+    sha256: str | None = None  # of its files, by meta.json; None: the dtype and the tokenizer are assumptions
 
 
 class MixturePart(NamedTuple):
@@ -133,14 +134,33 @@ class Tokens:
 
     def __getitem__(self, span: slice) -> np.ndarray:
         first, last, _ = span.indices(len(self))
-        return _concatenate([self._map(shard.ids)[a:b] for shard, a, b in self.pieces(first, last)])
+        return _concatenate([self._read(shard.name, shard.ids, a, b) for shard, a, b in self.pieces(first, last)])
 
     def mask(self, first: int, last: int) -> np.ndarray:
         """1 for each token that counts as a target, else 0."""
         masks = []
         for shard, a, b in self.pieces(first, last):
-            masks.append(self._map(shard.mask)[a:b] if shard.mask else np.ones(b - a, np.uint8))
+            masks.append(self._read(shard.name, shard.mask, a, b) if shard.mask else np.ones(b - a, np.uint8))
         return _concatenate(masks)
+
+    def _read(self, name: str, map_file: Callable[[], np.ndarray], first: int, last: int) -> np.ndarray:
+        """A range of a file. Raises InputError where it was cut meanwhile: reading beyond its end kills a process."""
+        numbers = self._map(map_file)
+        file = getattr(numbers.base, "obj", None)  # unless they are in memory
+        if file and file.size() < numbers.nbytes:
+            raise InputError(f"{name} or its mask was cut short while it was read: prepare the data again")
+        return numbers[first:last]
+
+    def fingerprint(self) -> str:
+        """A hash of the tokens: of the hashes in meta.json, or without them of the length and evenly spaced samples."""
+        digest = hashlib.sha256()
+        if all(shard.sha256 for shard in self.shards):
+            digest.update("".join(str(shard.sha256) for shard in self.shards).encode())
+            return digest.hexdigest()
+        digest.update(str(len(self)).encode())
+        for first in np.linspace(0, max(len(self) - 1024, 0), 256, dtype=np.int64).tolist():
+            digest.update(self[first : first + 1024].astype("<u4").tobytes())
+        return digest.hexdigest()
 
     def pieces(self, first: int, last: int) -> Iterator[tuple[Shard, int, int]]:
         """The shards that hold the tokens from first to last, each with the range of them in it."""
@@ -160,7 +180,7 @@ class Tokens:
             bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
             if len(bad):
                 fix = "use the dataset that the model was made for, or prepare it again"
-                if not shard.is_described:
+                if not shard.sha256:
                     fix += "; or put the tokenizer.json of its ids beside it, or give its --token_dtype"
                 raise InputError(
                     f"{shard.name} holds id {ids[bad[0]]} at token {a + bad[0]:,}, but the model's vocab_size is "
@@ -225,6 +245,11 @@ class Dataset:
         if self.meta:
             return self.meta["vocab_size"]
         return self.tokenizer.vocab_size if self.tokenizer else None
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each split's tokens."""
+        return {"train": self.train.fingerprint(), "val": self.val.fingerprint()}
 
     @property
     def end_of_text(self) -> int | None:
@@ -358,7 +383,8 @@ def _open_split(dataset: Dataset, split: str, verify: bool, dtype: str | None) -
         if layout.starts is not None:
             dataset.separators.add(find_separator(ids(), layout.starts))
         if layout.tokens:
-            shards.append(Shard(str(path), layout.tokens, ids, mask, is_described=bool(dataset.meta)))
+            sha256 = hashes["sha256"] + hashes.get("mask_sha256", "") if hashes else None
+            shards.append(Shard(str(path), layout.tokens, ids, mask, sha256))
     if not shards:
         raise InputError(f"{path} is empty: {AGAIN}")
     if dataset.file and split_of(dataset.file) is None:

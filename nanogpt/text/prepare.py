@@ -20,20 +20,21 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from nanogpt.console import available_cores
 from nanogpt.data.dataset import token_dtype
 from nanogpt.data.write import SPLITS, SplitState, SplitWriter, move_into_place, write_meta
 from nanogpt.errors import InputError
-from nanogpt.files import atomic_write, output_directory
+from nanogpt.files import atomic_write, lock_file, output_directory
 from nanogpt.text.chat import Chat, template_for
 from nanogpt.text.documents import Document, DocumentParser, Omissions
 from nanogpt.text.sources import (
@@ -239,7 +240,12 @@ def _read_all(job: Job, start: Position) -> Iterator[tuple[Chunk, Position]]:
 def worker_pool(workers: int) -> Iterator[Executor]:
     """Start worker processes at once. Raises InputError if one is killed."""
     spawn = multiprocessing.get_context("spawn")  # the threads of pyarrow and tqdm do not survive a fork
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker)
+    pool: Executor
+    try:
+        pool = ProcessPoolExecutor(workers, spawn, _start_worker)
+    except OSError as error:  # some containers have no shared memory, as semaphores need
+        print(f"no worker processes, because the system has no shared memory ({error.strerror}): one thread prepares")
+        pool = ThreadPoolExecutor(1)
     try:
         for _ in range(workers):
             pool.submit(int)
@@ -328,7 +334,7 @@ def prepare(
     of the documents for validation, by their hash; None means 0.01, and for a single text its last tenth. limit:
     number of documents to read. Raises InputError for input that cannot be read, an empty split, too little disk space.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = workers or available_cores()
     is_one_text = len(sources) == 1 and not sources[0].repo and file_kind(sources[0].name)[0] in ("text", None)
     has_tail = is_one_text and val_share is None
     split = ValSplit(val_share or 0.01)
@@ -487,14 +493,12 @@ def _fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256((tokenizer._inner.to_str() + str(tokenizer.template)).encode()).hexdigest()
 
 
-def _lock(staging: Path, out: Path) -> Any:
+def _lock(staging: Path, out: Path) -> IO[bytes]:
     """A context that keeps other processes from preparing the same folder. Raises InputError if one does."""
-    import filelock
-
-    try:
-        return filelock.FileLock(staging / "lock").acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise InputError(f"another process is preparing {out}: wait until it ends, or give another --out") from error
+    lock = lock_file(staging / "lock")
+    if lock is None:
+        raise InputError(f"another process is preparing {out}: wait until it ends, or give another --out")
+    return lock
 
 
 def _clear(staging: Path) -> None:
