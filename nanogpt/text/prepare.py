@@ -206,9 +206,7 @@ class Job:
             yield future.result(), done
 
 
-def read_batches(
-    job: Job, start: Position, batch_bytes: int | None = None
-) -> Iterator[tuple[list[Chunk], Position]]:
+def read_batches(job: Job, start: Position, batch_bytes: int | None = None) -> Iterator[tuple[list[Chunk], Position]]:
     """Read batches of about `batch_bytes`, by default CHUNK_BYTES, and the position after each."""
     batch: list[Chunk] = []
     size = 0
