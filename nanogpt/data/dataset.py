@@ -314,6 +314,11 @@ def _find(dataset: str | Path) -> Path:
     data_folders = _data_folders()
     paths = [Path(dataset), *(parent / dataset for parent in data_folders)]
     for path in paths:
+        if os.path.exists(path / "preparing") and not os.path.exists(path / "meta.json"):
+            raise InputError(
+                f"dataset {str(dataset)!r}: its preparation is not finished; run the same command again to resume, "
+                f"or delete {path / 'preparing'}"
+            )
         if token_files(path, "train") or token_files(path, "val"):
             return path
         for file in (path, path.with_name(f"{path.name}.bin"), path.with_suffix(".bin")):
