@@ -272,7 +272,7 @@ def open_tokens(config: BenchConfig, model_config: GPTConfig) -> Tokens:
     """Tokens to take rows from: the dataset's, or random ones."""
     T, V = model_config.block_size, model_config.vocab_size
     if config.dataset:
-        return open_dataset(config.dataset, block_size=T, vocab_size=V).train
+        return open_dataset(config.dataset, block_size=T, vocab_size=V, token_dtype=config.token_dtype).train
     ids = np.random.default_rng(config.seed).integers(V, size=1_000_000 + T)
     return Tokens.of(ids.astype(token_dtype(V)))
 

@@ -289,7 +289,7 @@ class SpeedTrial:
         self.world = world
         self.train_step = train_step
         self.single = World(0, 1, world.device, world.dtype)  # trials run in each process on its own
-        self.dataset = open_dataset(config.dataset, block_size=config.block_size)
+        self.dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
         self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
         self.num_tokens = len(self.dataset.train)
         self.separator_id = document_separator_id(self.dataset, config.mask_documents)

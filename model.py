@@ -418,7 +418,8 @@ class GPT(nn.Module):
         from nanogpt import checkpoint
 
         loaded = checkpoint.load(checkpoint.find(path, which), with_optimizer=False)
-        return cls.from_tensors(GPTConfig(**loaded.state["model"]), loaded.model, **changes)
+        config = loaded.build_model(cls, GPTConfig).config
+        return cls.from_tensors(config, loaded.model, **changes)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place, as when GPT-2 is fine-tuned on shorter rows."""

@@ -33,6 +33,7 @@ from nanogpt.console import is_main, print0
 from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
 from nanogpt.data.dataset import Dataset
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
+from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
 from nanogpt.distributed import World, explain_errors, world_size
 from nanogpt.errors import InputError, RunStopped, run_script
@@ -47,7 +48,7 @@ from nanogpt.memory import (
 )
 from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
-from nanogpt.run_dir import RunLock, archive_previous_run, quarantine_damaged
+from nanogpt.run_dir import RunDir
 from nanogpt.schedule import RowSchedule, StepSchedule
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import Tokenizer
@@ -75,7 +76,9 @@ class TrainConfig:
     dry_run: bool = key(False, "print sizes, time ten steps, exit; writes nothing")
 
     dataset: str = key("openwebtext", "a directory, its name under data/, or a mixture: one:0.7,two:0.3", group="Data")
+    token_dtype: TokenDtype | None = key(None, "type of ids in files that do not say it; None: as nanoGPT, uint16")
     verify_data: bool = key(False, "first check the data against the SHA-256 in its meta.json")
+    new_data: bool = key(False, "resume on data that changed since the run began")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
     mask_documents: bool = key(False, "restrict attention and positions to each document")
     batch_size: int = key(12, "rows per micro-batch", ge=1)
@@ -210,7 +213,7 @@ class Run:
     dataset: Dataset
     tokenizer: Tokenizer | None
     layer_stats: LayerStats | None
-    lock: RunLock
+    run_dir: RunDir
     writer: MetricsWriter | None  # None: writes nothing, or not the main process
     checkpoints: checkpoint.Writer | None
     is_resumed: bool
@@ -306,7 +309,7 @@ def save(run: Run) -> None:
     """Write a checkpoint in the background (the main process alone); returns when the state is copied."""
     if run.writer is None or run.checkpoints is None:
         return
-    run.writer.sync(run.lock)
+    run.writer.sync()
     model: Any = run.state.model
     run.checkpoints.save(
         *run.state.tensors(),
@@ -316,6 +319,7 @@ def save(run: Run) -> None:
             "wandb_id": run.writer.wandb_id,
             "dial": run.schedule.state_dict(),  # the name that version 0.1 gave the time budget
             "model": asdict(model.config),
+            "data": run.dataset.fingerprints,
             "config": {**asdict(run.config), **run.schedule.changed_keys()},
         },
     )
@@ -355,15 +359,15 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
 
     stack: closes what the run opens.
     """
-    out_dir = Path(config.out_dir)
-    lock = RunLock(out_dir)
+    run_dir = RunDir(Path(config.out_dir))
     writes = not (config.eval_only or config.dry_run)
     if is_main() and writes:
-        stack.enter_context(lock)  # before anything in out_dir is read
-    if config.resume == "auto" and (reason := read_stop_reason(out_dir)):
+        stack.enter_context(run_dir)
+    if config.resume == "auto" and (reason := read_stop_reason(run_dir.path)):
         raise RunStopped(f"{reason}: --resume=auto does not repeat it; {AFTER_A_STOP}")
-    resumed = checkpoint.load_latest(out_dir, config.init_from == "resume" or config.resume)
+    resumed = checkpoint.load_latest(run_dir.path, config.init_from == "resume" or config.resume)
     if resumed:
+        resumed.state["config"] = asdict(resumed.build_config(TrainConfig, "config"))
         explicit = budget.check_resume(explicit, resumed.state)
         config = resume_config(config, explicit, explicit.flags, resumed)
     has_budget = config.minutes is not None and not config.eval_only
@@ -382,7 +386,7 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
         schedule = make_schedule(config)
         if plan and config.minutes:
             schedule = budget.ClockSchedule(schedule, plan, config.minutes, config.eval_interval)
-        status = open_run(config, explicit, resumed, schedule, world, lock, stack)
+        status = open_run(config, explicit, resumed, schedule, world, run_dir, stack)
     world.close()
     return status
 
@@ -424,7 +428,7 @@ def open_run(
     resumed: Checkpoint | None,
     schedule: StepSchedule,
     world: World,
-    lock: RunLock,
+    run_dir: RunDir,
     stack: contextlib.ExitStack,
 ) -> int:
     """Load data and model, check memory, set up out_dir, restore the state; then train. Returns the exit status."""
@@ -450,7 +454,7 @@ def open_run(
     hint = memory_hint(micro_batch, rows_per_rank, config.block_size, free_memory(world.device))
     stack.enter_context(explain_errors(hint))
     summarize(config, gpt, micro_batch, dataset, world, hint)
-    open_out_dir(config, resumed, world, lock)
+    open_out_dir(config, resumed, world, run_dir)
     model: torch.nn.Module = gpt
     if should_compile(config.compile, world.device):
         x, y = world.to_device(*rows[0:micro_batch])
@@ -460,12 +464,11 @@ def open_run(
         restore(state, resumed, schedule, config, world)
     writer = checkpoints = None
     if world.is_main and not config.dry_run:
-        out_dir = Path(config.out_dir)
-        writer = MetricsWriter(out_dir, state.step, is_evaluated=state.val_loss is not None or not resumed)
+        writer = MetricsWriter(run_dir, state.step, is_evaluated=state.val_loss is not None or not resumed)
         stack.callback(writer.close)
         wandb_id = resumed.state["wandb_id"] if resumed else None
         writer.open_trackers(asdict(config) if config.wandb_log else None, wandb_id, config.tensorboard)
-        checkpoints = checkpoint.Writer(out_dir, config.keep_every, config.checkpoint_minutes, tokenizer)
+        checkpoints = checkpoint.Writer(run_dir, config.keep_every, config.checkpoint_minutes, tokenizer)
         stack.enter_context(checkpoints)
     gc.freeze()  # what exists now stays: the garbage collector need not scan it while a GPU waits
     stack.callback(gc.unfreeze)
@@ -481,7 +484,7 @@ def open_run(
         dataset=dataset,
         tokenizer=tokenizer,
         layer_stats=LayerStats(gpt, config.grad_clip) if config.log_layers else None,
-        lock=lock,
+        run_dir=run_dir,
         writer=writer,
         checkpoints=checkpoints,
         is_resumed=resumed is not None,
@@ -522,18 +525,19 @@ def summarize(config: TrainConfig, gpt: GPT, micro_batch: int, dataset: Dataset,
     raise_if_cpu_memory_is_short(memory, world.device, hint)
 
 
-def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, lock: RunLock) -> None:
+def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, run_dir: RunDir) -> None:
     """Make out_dir ready to write. All ranks meet here, because some may have read their weights from it."""
-    out_dir = Path(config.out_dir)
     step = resumed.state["step"] if resumed else 0
-    if world.all_reduce_sum(torch.tensor(float(step), device=world.device)).item() != step * world.size:
-        raise InputError(f"out_dir={out_dir} has different checkpoints on different ranks: share it between the nodes")
+    if world.all_reduce_sum(torch.tensor(step, device=world.device)).item() != step * world.size:  # int64 is exact
+        raise InputError(
+            f"out_dir={run_dir.path} has different checkpoints on different ranks: share it between the nodes"
+        )
     if not world.is_main or config.dry_run:
         return
     if resumed:
-        quarantine_damaged(out_dir, resumed.path)
-    elif archived := archive_previous_run(lock):
-        print0(f"{out_dir} held a run already: moved to {archived}")
+        checkpoint.quarantine_damaged(resumed.path)
+    elif archived := run_dir.archive_previous_run():
+        print0(f"{run_dir.path} held a run already: moved to {archived}")
 
 
 def restore(state: TrainState, resumed: Checkpoint, schedule: StepSchedule, config: TrainConfig, world: World) -> None:
@@ -550,4 +554,4 @@ def restore(state: TrainState, resumed: Checkpoint, schedule: StepSchedule, conf
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, is_output_expendable=True)
