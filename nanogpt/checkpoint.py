@@ -111,11 +111,11 @@ class Checkpoint:
 
     def build_model(self, model_class: Any, config_class: type[Config]) -> Any:
         """A model with these tensors, which take no new memory. Raises InputError where its sizes are not theirs."""
-        config: Any = self.build_config(config_class, "model")
+        sizes: Any = self.build_config(config_class, "model")
         try:
-            if config.n_layer > len(self.model):  # the blocks would take for ever to make
-                raise RuntimeError(f"n_layer={config.n_layer}, but there are {len(self.model)} tensors")
-            return model_class.from_tensors(config, self.model)
+            if sizes.n_layer > len(self.model):  # even without memory a billion blocks take hours
+                raise RuntimeError(f"n_layer={sizes.n_layer}, but there are {len(self.model)} tensors")
+            return model_class.from_tensors(sizes, self.model)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise _damaged(self.path, f"state.json: the sizes are not those of the tensors ({reason})") from error
