@@ -228,7 +228,7 @@ def train(run: Run) -> int:
     row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, config.block_size)
     total_rows = row_schedule.total_rows(config.max_iters)
     log = StepLogger(state, run.world, run.writer, config.log_interval, total_rows, schedule.deadline, run.layer_stats)
-    signals = SignalCatcher()
+    signals = SignalCatcher(can_save=not config.dry_run)
     requests = Requests()
     first_step = state.step
     is_saved = run.is_resumed
@@ -334,14 +334,23 @@ def print_sample(run: Run) -> None:
 
 
 def print_end(run: Run, exit_status: int, out_of_patience: bool, has_trained: bool) -> None:
+    """Say how the run ended, and what to do next."""
     state = run.state
-    if exit_status and not run.config.dry_run:
-        print0(f"stopped at step {state.step} by a signal; saved: resume with --resume=True")
-    elif out_of_patience:
+    out_dir = run.run_dir.path
+    if run.config.dry_run:
+        return
+    if exit_status:
+        print0(f"stopped at step {state.step} by a signal; saved: resume with --out_dir={out_dir} --resume=True")
+        return
+    if out_of_patience:
         print0(f"step {state.step}: no new best in {state.evals_since_best} evaluations (patience); the best is kept")
     summary = run.schedule.summary(state.best_val_loss)
-    if summary and has_trained and not exit_status and state.val_loss is not None:
+    if summary and has_trained and state.val_loss is not None:
         print0(summary)
+    print0(
+        f"done: step {state.step}, best validation loss {state.best_val_loss:.4f}; checkpoints are in {out_dir}/ckpt: "
+        f"python sample.py --out_dir={out_dir}"
+    )
 
 
 # --- Before the loop

@@ -114,6 +114,7 @@ class MetricsWriter:
         self.run_dir = run_dir
         self.step = step
         try:
+            run_dir.follow()
             if self.path.exists():
                 _drop_lines_after(self.path, step, is_evaluated)
             self._file = self.path.open("a+b", buffering=0)

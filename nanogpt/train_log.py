@@ -18,8 +18,8 @@ from nanogpt.schedule import RowSchedule
 from nanogpt.state import TrainState
 
 AFTER_A_STOP = (
-    "resume from the last checkpoint with --resume=True and a lower --learning_rate, delete it to resume from the one "
-    "before, or start again"
+    "lower --learning_rate, and resume from the last checkpoint with --resume=True (delete it to resume from the one "
+    "before) or, if there is none, start again with --resume=False"
 )
 CPU_FLOPS = 3e10  # FLOP/s that a small model's step reaches on one core; only for a guess before the first step
 LONG_ON_CPU_S = 30 * 60
