@@ -151,7 +151,8 @@ def check_ends(home: Path, runs: list[tuple[int, int, str]]) -> str:
         else:
             raise Mismatch(f"run {seed} ended with {status}:\n{output[-1000:]}")
     for seed in by_seed:
-        ended = sum(number == seed and status == 0 for number, status, _ in runs)
+        done = [output for number, status, output in runs if number == seed and status == 0]
+        ended = sum("nothing left to do" not in output for output in done)  # a resumed one whose work was done
         copies = sum(path == home / "out" and seed == 2 and (home / "away").exists() for path in by_seed[seed])
         require(len(by_seed[seed]) - copies == ended, f"{ended} runs of seed {seed} ended, in {by_seed[seed]}")
         reference = home.parent / f"reference-{seed}/out"
