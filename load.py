@@ -148,11 +148,18 @@ def load_data_and_model(
         block_size = config.block_size if "block_size" in explicit else None
         model, model_tokenizer = load_weights(config.init_from, config.dropout, block_size, explicit)
     else:
-        num_ids = open_dataset(config.dataset, block_size=config.block_size).vocab_size or GPT2_VOCAB
+        dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
+        num_ids = dataset.vocab_size or GPT2_VOCAB
         model = GPT(new_model_config(config, num_ids))
 
     T, vocab_size = model.config.block_size, model.config.vocab_size
-    dataset = open_dataset(config.dataset, block_size=T, vocab_size=vocab_size, verify=config.verify_data)
+    dataset = open_dataset(
+        config.dataset,
+        block_size=T,
+        vocab_size=vocab_size,
+        verify=config.verify_data,
+        token_dtype=config.token_dtype,
+    )
     if resumed and not config.eval_only:
         compare_data(config, resumed, dataset)
     tokenizer = dataset.tokenizer

@@ -33,6 +33,7 @@ from nanogpt.console import is_main, print0
 from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
 from nanogpt.data.dataset import Dataset
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
+from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
 from nanogpt.distributed import World, explain_errors, world_size
 from nanogpt.errors import InputError, RunStopped, run_script
@@ -54,8 +55,6 @@ from nanogpt.train_log import (
     warn_if_slow_on_cpu,
 )
 
-Schedule = StepSchedule | budget.ClockSchedule
-
 
 @dataclass
 class TrainConfig:
@@ -69,6 +68,7 @@ class TrainConfig:
     dry_run: bool = key(False, "print sizes, time ten steps, exit; writes nothing")
 
     dataset: str = key("openwebtext", "a directory, its name under data/, or a mixture: one:0.7,two:0.3", group="Data")
+    token_dtype: TokenDtype | None = key(None, "type of ids in files that do not say it; None: as nanoGPT, uint16")
     verify_data: bool = key(False, "first check the data against the SHA-256 in its meta.json")
     new_data: bool = key(False, "resume on data that changed since the run began")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
@@ -196,7 +196,7 @@ class Run:
 
     config: TrainConfig
     world: World
-    schedule: Schedule
+    schedule: StepSchedule
     state: TrainState
     model: torch.nn.Module  # state.model, compiled and wrapped in DDP as configured
     micro_batch: int
@@ -384,9 +384,9 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
             explicit = budget.drop_budget_keys(explicit)
             config, plan = budget.choose(config, world, train_step)
             check_config(config)
-        schedule: Schedule = make_schedule(config)
+        schedule = make_schedule(config)
         if plan and config.minutes:
-            schedule = budget.ClockSchedule(make_schedule(config), plan, config.minutes, config.eval_interval)
+            schedule = budget.ClockSchedule(schedule, plan, config.minutes, config.eval_interval)
         status = open_run(config, explicit, resumed, schedule, world, run_dir, stack)
     world.close()
     return status
@@ -427,7 +427,7 @@ def open_run(
     config: TrainConfig,
     explicit: Mapping[str, Any],
     resumed: Checkpoint | None,
-    schedule: Schedule,
+    schedule: StepSchedule,
     world: World,
     run_dir: RunDir,
     stack: contextlib.ExitStack,
@@ -530,7 +530,7 @@ def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, 
         print0(f"{run_dir.path} held a run already: moved to {archived}")
 
 
-def restore(state: TrainState, resumed: Checkpoint, schedule: Schedule, config: TrainConfig, world: World) -> None:
+def restore(state: TrainState, resumed: Checkpoint, schedule: StepSchedule, config: TrainConfig, world: World) -> None:
     """Continue from a checkpoint: weights, optimizer, and in state.samples the position in the data."""
     state.load_state_dict(resumed.state, resumed.optimizer)
     resumed.model.clear()

@@ -173,6 +173,14 @@ def recover_directories(folder: Path) -> None:
                 old.rename(final)
 
 
+def write_report(flag: str, path: str, report: dict[str, Any]) -> None:
+    """Write a JSON object to the file that a flag names. Raises InputError where that fails."""
+    try:
+        Path(path).write_text(json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--{flag}={path}: cannot be written ({error.strerror}); give another file") from error
+
+
 @contextlib.contextmanager
 def output_directory(folder: Path) -> Iterator[None]:
     """Create `folder` for the block to write into. Raises InputError where either fails."""

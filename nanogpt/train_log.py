@@ -96,9 +96,8 @@ class StepLogger:
         step = self.state.step
         seconds = self.state.clock.seconds
         if self.writer:
-            line: dict[str, Any] = {"step": step, "tokens": self._tokens(), "time_s": round(seconds, 3)}
-            for split, loss in losses.items():
-                line[f"{split}_loss"] = loss
+            line = {"step": step, "tokens": self.state.samples * self.block_size, "time_s": round(seconds, 3)}
+            line |= {f"{split}_loss": loss for split, loss in losses.items()}
             if val_bpb is not None:
                 line["val_bpb"] = val_bpb
             self.writer.log(line)
@@ -126,9 +125,8 @@ class StepLogger:
 
     def _log_step(self, label: StepLabel, stats: StepStats, seconds: float) -> None:
         tokens = label.samples * self.block_size
-        last_tokens, last_seconds = self.last_line
+        tokens_per_s = tokens_per_second(self.last_line, (tokens, seconds))
         self.last_line = (tokens, seconds)
-        tokens_per_s = (tokens - last_tokens) / max(seconds - last_seconds, 1e-9)
         mfu = self._mfu(tokens_per_s)
         line = {
             "step": label.step,
@@ -169,15 +167,15 @@ class StepLogger:
 
     def _print_eta(self, label: StepLabel, seconds: float) -> None:
         tokens = label.samples * self.block_size
-        warmup_tokens, warmup_seconds = self.after_warmup
-        tokens_per_s = (tokens - warmup_tokens) / max(seconds - warmup_seconds, 1e-9)
-        left = self._seconds_left(tokens, tokens_per_s)
+        left = self._seconds_left(tokens, tokens_per_second(self.after_warmup, (tokens, seconds)))
         end = datetime.now() + timedelta(seconds=left)
         suffix = ", excluding evaluations" if self.deadline is None else ""
         print0(f"ETA {format_duration(left)} ({end:%a %H:%M}){suffix}")
 
-    def _tokens(self) -> int:
-        return self.state.samples * self.block_size
+
+def tokens_per_second(since: tuple[int, float], now: tuple[int, float]) -> float:
+    """The speed between two points of a run, each its tokens and its training seconds."""
+    return (now[0] - since[0]) / max(now[1] - since[1], 1e-9)
 
 
 def format_losses(losses: dict[str, float], val_bpb: float | None) -> str:
