@@ -39,13 +39,7 @@ from nanogpt.distributed import World, explain_errors, world_size
 from nanogpt.errors import InputError, RunStopped, run_script
 from nanogpt.evaluation import evaluate, sample_text
 from nanogpt.guard import LayerStats, UpdateGuard
-from nanogpt.memory import (
-    estimate_training_memory,
-    memory_hint,
-    optimizer_state_numel,
-    pick_micro_batch,
-    raise_if_cpu_memory_is_short,
-)
+from nanogpt.memory import estimate_training_memory, memory_hint, pick_micro_batch, raise_if_cpu_memory_is_short
 from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.run_dir import RunDir
@@ -56,10 +50,8 @@ from nanogpt.train_log import (
     AFTER_A_STOP,
     StepLogger,
     format_losses,
-    print_cost_summary,
     print_model_summary,
     print_run_summary,
-    print_step_summary,
     warn_if_slow_on_cpu,
 )
 
@@ -208,6 +200,7 @@ class Run:
     state: TrainState
     model: torch.nn.Module  # state.model, compiled and wrapped in DDP as configured
     micro_batch: int
+    row_schedule: RowSchedule
     rows: Rows
     windows: dict[str, EvalWindows]  # for evaluation, by split
     dataset: Dataset
@@ -225,10 +218,9 @@ def train(run: Run) -> int:
     config = run.config
     schedule = run.schedule
     state = run.state
-    row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, config.block_size)
-    total_rows = row_schedule.total_rows(config.max_iters)
+    total_rows = run.row_schedule.total_rows(config.max_iters)
     log = StepLogger(state, run.world, run.writer, config.log_interval, total_rows, schedule.deadline, run.layer_stats)
-    signals = SignalCatcher()
+    signals = SignalCatcher(can_save=not config.dry_run)
     requests = Requests()
     first_step = state.step
     is_saved = run.is_resumed
@@ -270,7 +262,7 @@ def train(run: Run) -> int:
         # One update.
         state.clock.start()
         first_row = state.samples
-        num_rows = row_schedule.rows_at(first_row)
+        num_rows = run.row_schedule.rows_at(first_row)
         if run.layer_stats:
             run.layer_stats.is_due = (state.step + 1) % config.log_interval == 0
         with explain_errors(run.memory_hint, before_update=state.step == first_step):
@@ -334,14 +326,23 @@ def print_sample(run: Run) -> None:
 
 
 def print_end(run: Run, exit_status: int, out_of_patience: bool, has_trained: bool) -> None:
+    """Say how the run ended, and what to do next."""
     state = run.state
-    if exit_status and not run.config.dry_run:
-        print0(f"stopped at step {state.step} by a signal; saved: resume with --resume=True")
-    elif out_of_patience:
+    out_dir = run.run_dir.path
+    if run.config.dry_run:
+        return
+    if exit_status:
+        print0(f"stopped at step {state.step} by a signal; saved: resume with --out_dir={out_dir} --resume=True")
+        return
+    if out_of_patience:
         print0(f"step {state.step}: no new best in {state.evals_since_best} evaluations (patience); the best is kept")
     summary = run.schedule.summary(state.best_val_loss)
-    if summary and has_trained and not exit_status and state.val_loss is not None:
+    if summary and has_trained and state.val_loss is not None:
         print0(summary)
+    print0(
+        f"done: step {state.step}, best validation loss {state.best_val_loss:.4f}; checkpoints are in {out_dir}/ckpt: "
+        f"python sample.py --out_dir={out_dir}"
+    )
 
 
 # --- Before the loop
@@ -450,10 +451,18 @@ def open_run(
     if config.micro_batch_size == "auto":
         micro_batch = pick_micro_batch(gpt, config.optimizer, sizes, world)
         config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, whatever is free by then
-    rows_per_rank = config.rows_per_step // world.size
-    hint = memory_hint(micro_batch, rows_per_rank, config.block_size, free_memory(world.device))
+    T = config.block_size
+    row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
+    print_run_summary(gpt, config.optimizer, row_schedule, micro_batch, config.max_iters, dataset, world)
+    end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
+    if config.decay_lr and config.warmup_iters > end_step:
+        print0(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end_step} updates")
+    if not config.minutes:
+        warn_if_slow_on_cpu(gpt, row_schedule.total_rows(config.max_iters) * T, world)
+    hint = memory_hint(micro_batch, config.rows_per_step // world.size, T, free_memory(world.device))
     stack.enter_context(explain_errors(hint))
-    summarize(config, gpt, micro_batch, dataset, world, hint)
+    memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype)
+    raise_if_cpu_memory_is_short(memory, world.device, hint)
     open_out_dir(config, resumed, world, run_dir)
     model: torch.nn.Module = gpt
     if should_compile(config.compile, world.device):
@@ -479,6 +488,7 @@ def open_run(
         state=state,
         model=world.wrap_ddp(model),
         micro_batch=micro_batch,
+        row_schedule=row_schedule,
         rows=rows,
         windows=windows,
         dataset=dataset,
@@ -503,26 +513,6 @@ def open_rows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> tuple[Rows, di
         windows["train"] = EvalWindows(dataset.train, T, config.eval_iters, config.batch_size, vocab_size)
     windows["val"] = EvalWindows(dataset.val, T, config.eval_iters, config.batch_size, vocab_size)
     return rows, windows
-
-
-def summarize(config: TrainConfig, gpt: GPT, micro_batch: int, dataset: Dataset, world: World, hint: str) -> None:
-    """Print what the run will be, before it begins.
-
-    Raises InputError with `hint` where a CPU's memory is too small: the system would kill the process without a word.
-    """
-    T = gpt.config.block_size
-    row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
-    memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype)
-    checkpoint_bytes = 4 * (gpt.count_parameters() + optimizer_state_numel(gpt, config.optimizer))
-    print_step_summary(row_schedule, micro_batch)
-    print_run_summary(gpt, row_schedule, config.max_iters, dataset.name, len(dataset.train))
-    print_cost_summary(memory, free_memory(world.device), checkpoint_bytes, config.out_dir)
-    end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
-    if config.decay_lr and config.warmup_iters > end_step:
-        print0(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end_step} updates")
-    if not config.minutes:
-        warn_if_slow_on_cpu(gpt, row_schedule.total_rows(config.max_iters) * T, world)
-    raise_if_cpu_memory_is_short(memory, world.device, hint)
 
 
 def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, run_dir: RunDir) -> None:

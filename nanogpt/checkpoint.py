@@ -111,11 +111,11 @@ class Checkpoint:
 
     def build_model(self, model_class: Any, config_class: type[Config]) -> Any:
         """A model with these tensors, which take no new memory. Raises InputError where its sizes are not theirs."""
-        config: Any = self.build_config(config_class, "model")
+        sizes: Any = self.build_config(config_class, "model")
         try:
-            if config.n_layer > len(self.model):  # the blocks would take for ever to make
-                raise RuntimeError(f"n_layer={config.n_layer}, but there are {len(self.model)} tensors")
-            return model_class.from_tensors(config, self.model)
+            if sizes.n_layer > len(self.model):  # even without memory a billion blocks take hours
+                raise RuntimeError(f"n_layer={sizes.n_layer}, but there are {len(self.model)} tensors")
+            return model_class.from_tensors(sizes, self.model)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise _damaged(self.path, f"state.json: the sizes are not those of the tensors ({reason})") from error
@@ -284,10 +284,12 @@ def save(
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     tokenizer: "Tokenizer | None",
+    run_dir: RunDir | None = None,
 ) -> Path:
     """Write `ckpt/step-NNNNNN` for `state["step"]`, atomically. Returns its path.
 
-    Raises RunStopped where the disk does not take it; earlier checkpoints stay.
+    run_dir: of out_dir, to make sure that this is still its name. Raises RunStopped where the disk does not take it;
+    earlier checkpoints stay.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -297,6 +299,9 @@ def save(
         path.parent.mkdir(exist_ok=True)
         sync(out_dir)
         with atomic_directory(path, replace=True) as partial:
+            # What follows either happens in the directory just made or fails, whatever becomes of the name.
+            if run_dir and run_dir.follow() != out_dir:
+                raise OSError(errno.ESTALE, f"{out_dir} was renamed")
             needed = sum(tensor.nbytes for tensor in (*model.values(), *optimizer.values()))
             free = shutil.disk_usage(partial).free
             if free < needed:
@@ -318,14 +323,16 @@ def save(
     return path
 
 
-def prune(out_dir: Path, keep_every: int) -> None:
+def prune(out_dir: Path, keep_every: int, run_dir: RunDir | None = None) -> None:
     """Delete all checkpoints but the newest two, the best, and those at multiples of `keep_every` (0: none of them)."""
-    for partial in (out_dir / "ckpt").glob(".step-*.partial"):  # left by a kill
-        shutil.rmtree(partial, ignore_errors=True)
+    unwanted = [*(out_dir / "ckpt").glob(".step-*.partial")]  # left by a kill
     paths = list_checkpoints(out_dir)
     for path in paths[2:]:
         is_multiple = keep_every and _step(path) % keep_every == 0
         if not is_multiple and path != best(paths):
+            unwanted.append(path)
+    for path in unwanted:
+        if run_dir is None or run_dir.follow() == out_dir:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -420,11 +427,11 @@ class Writer:
         try:
             path = self.run_dir.follow()
             try:
-                save(path, model, optimizer, state, self.tokenizer)
+                save(path, model, optimizer, state, self.tokenizer, self.run_dir)
             except RunStopped:
                 if self.run_dir.follow() == path:
                     raise
-                save(self.run_dir.path, model, optimizer, state, self.tokenizer)  # it was renamed meanwhile
-            prune(self.run_dir.follow(), self.keep_every)
+                save(self.run_dir.path, model, optimizer, state, self.tokenizer, self.run_dir)
+            prune(self.run_dir.follow(), self.keep_every, self.run_dir)
         except Exception as error:  # whatever it is, training continues, and reports it
             self._failure = str(error) or repr(error)

@@ -1,6 +1,7 @@
 """Run metrics: read them from the device a step late; metrics.jsonl always, TensorBoard and wandb on request."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -114,6 +115,7 @@ class MetricsWriter:
         self.run_dir = run_dir
         self.step = step
         try:
+            run_dir.follow()
             if self.path.exists():
                 _drop_lines_after(self.path, step, is_evaluated)
             self._file = self.path.open("a+b", buffering=0)
@@ -195,9 +197,12 @@ class MetricsWriter:
         if not is_same_file(self.path, self._file.fileno()):
             self.run_dir.follow()
         if not is_same_file(self.path, self._file.fileno()):
-            if self.path.exists():
-                regular_file_size(self.path)
-            file = self.path.open("a+b", buffering=0)
+            path = self.path
+            if path.exists():
+                regular_file_size(path)
+            file = path.open("a+b", buffering=0)
+            if self.run_dir.follow() != path.parent:  # renamed meanwhile
+                raise OSError(errno.ESTALE, "its directory was renamed")
             with self._file as old:
                 ours = _read(old).splitlines(keepends=True)
             self._file = file

@@ -48,9 +48,9 @@ class RunDir:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Release the directory; delete it if it was created for nothing."""
-        with contextlib.suppress(OSError):  # not empty, or not ours
-            if self._created and [*self.path.iterdir()] == [self.path / ".lock"] and self._is_ours(self.path):
+        """Release the directory; if no run came to be, leave no trace of it."""
+        if not is_run(self.path) and self._is_ours(self.path):
+            with contextlib.suppress(OSError):  # not empty
                 (self.path / ".lock").unlink()
                 for path in self._created:
                     path.rmdir()

@@ -9,17 +9,19 @@ import torch
 
 from nanogpt.console import START_TIME, format_bytes, format_duration, print0
 from nanogpt.control import Control
-from nanogpt.device import describe_device
+from nanogpt.data.dataset import Dataset
+from nanogpt.device import describe_device, free_memory
 from nanogpt.distributed import World
 from nanogpt.errors import RunStopped
 from nanogpt.guard import LayerStats
+from nanogpt.memory import estimate_training_memory, optimizer_state_numel
 from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats
 from nanogpt.schedule import RowSchedule
 from nanogpt.state import TrainState
 
 AFTER_A_STOP = (
-    "resume from the last checkpoint with --resume=True and a lower --learning_rate, delete it to resume from the one "
-    "before, or start again"
+    "lower --learning_rate, and resume from the last checkpoint with --resume=True (delete it to resume from the one "
+    "before) or, if there is none, start again with --resume=False"
 )
 CPU_FLOPS = 3e10  # FLOP/s that a small model's step reaches on one core; only for a guess before the first step
 LONG_ON_CPU_S = 30 * 60
@@ -191,28 +193,24 @@ def print_model_summary(model: Any, world: World) -> None:
     )
 
 
-def print_step_summary(rows: RowSchedule, micro_batch: int) -> None:
-    text = f"step        {rows.last} rows of {rows.block_size} = {rows.last * rows.block_size:,} tokens"
-    text += f", micro-batches of {micro_batch}"
+def print_run_summary(
+    model: Any, optimizer: str, rows: RowSchedule, micro_batch: int, max_iters: int, dataset: Dataset, world: World
+) -> None:
+    """Print a run's steps, its length, and the memory and disk space that it takes."""
+    step = f"{rows.last} rows of {rows.block_size} = {rows.last * rows.block_size:,} tokens"
+    step += f", micro-batches of {micro_batch}"
     if rows.rows_at(0) < rows.last:
-        text += f", from {rows.rows_at(0)} rows at first"
-    print0(text)
-
-
-def print_run_summary(model: Any, rows: RowSchedule, max_iters: int, dataset: str, train_tokens: int) -> None:
+        step += f", from {rows.rows_at(0)} rows at first"
     tokens = rows.total_rows(max_iters) * rows.block_size
-    print0(
-        f"run         {max_iters:,} steps = {tokens:,} tokens = {tokens / train_tokens:.3g} epochs of {dataset} "
-        f"= {tokens / model.count_parameters():.3g} tokens per parameter"
-    )
-
-
-def print_cost_summary(memory: float, free: int | None, checkpoint_bytes: float, out_dir: str) -> None:
-    """memory: of a step, bytes per process. free: bytes, None where unknown."""
+    memory = estimate_training_memory(model, optimizer, micro_batch, rows.block_size, world.dtype)
+    free = free_memory(world.device)
     free_text = f", {format_bytes(free)} free" if free else ""
     print0(
+        f"step        {step}",
+        f"run         {max_iters:,} steps = {tokens:,} tokens = {tokens / len(dataset.train):.3g} epochs of "
+        f"{dataset.name} = {tokens / model.count_parameters():.3g} tokens per parameter",
         f"memory      about {format_bytes(memory)} per process{free_text}",
-        f"checkpoint  {format_bytes(checkpoint_bytes)} in {out_dir}/ckpt",
+        f"checkpoint  {format_bytes(4 * (model.count_parameters() + optimizer_state_numel(model, optimizer)))} each",
     )
 
 
