@@ -279,13 +279,15 @@ class _Reader:
     def _read_json(self, stream: _Stream, omissions: Omissions) -> Iterator[Chunk]:
         """Read JSON lines, which the first line shows; or one array of rows, or one row."""
         blocks = self._read_utf8(stream, omissions)
-        head = bytearray()
+        head = bytearray()  # the first line, and some of what follows it
+        has_line = False
         for block in blocks:
             head += block
-            if len(head) > MAX_RECORD_BYTES or (b"\n" in block and b"\n" in head.lstrip()):
+            has_line = has_line or (b"\n" in block and b"\n" in head.lstrip())
+            if len(head) > MAX_RECORD_BYTES or (has_line and head.lstrip().partition(b"\n")[2].strip()):
                 break
-        first, _, rest = head.lstrip().partition(b"\n")
-        if rest.strip() and _is_row(bytes(first)):
+        line, _, rest = head.lstrip().partition(b"\n")
+        if rest.strip() and _is_row(bytes(line)):
             yield from _cut_records("lines", stream.name, itertools.chain([bytes(head)], blocks), b"\n")
             return
 
