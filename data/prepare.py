@@ -1,8 +1,8 @@
 """Turn any text into a dataset: python data/prepare.py --input PATH ... --out=data/mine [--tokenizer=gpt2]
 
 A document is a file, a line of JSON lines or a row. Each ends with the end-of-text token, if the tokenizer has one.
-Some are for validation, by their hash; of a single text it is the last tenth. After an interruption, run the same
-command again to resume.
+Some are for validation, by their hash; of a single text it is the last tenth. What is left out is printed, and is in
+meta.json. After an interruption, run the same command again to resume.
 """
 
 import codecs

@@ -362,7 +362,7 @@ def prepare(
     if (out / "meta.json").exists():
         with contextlib.suppress(InputError):
             meta = open_dataset(out, block_size=1).meta
-            if meta.get("made_from") == made_from:
+            if meta.get("made_from") == made_from and not staging.exists():
                 print("made before, of the same input with the same settings")
                 return meta
         print(f"{out} holds a dataset of other input or settings, which this one replaces when it is complete")
