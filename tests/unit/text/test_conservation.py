@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,12 @@ pieces = st.sampled_from(
 contents = st.lists(pieces, max_size=9).map("".join)
 
 
+def write_parquet(columns: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    parquet.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
 @st.composite
 def texts(draw: st.DrawFn, separator: str) -> Item:
     """A text in UTF-8, with invalid bytes and a mark perhaps, or in UTF-16."""
@@ -105,9 +112,7 @@ def json_rows(draw: st.DrawFn) -> Item:
     if kind == "array.json":
         item.data = json.dumps([{"text": row} for row in rows], indent=draw(st.sampled_from([None, 1]))).encode()
     elif kind == "x.parquet":
-        file = io.BytesIO()
-        parquet.write_table(pa.table({"text": pa.array(rows, pa.string()), "n": range(len(rows))}), file)
-        item.data = file.getvalue()
+        item.data = write_parquet({"text": pa.array(rows, pa.string()), "n": range(len(rows))})
     else:
         lines = [json.dumps({"text": row}) if row is None or draw(st.booleans()) else json.dumps(row) for row in rows]
         for extra, count in (("", "blank"), ('{"text": 5}', "bad"), ("{", "bad")):
@@ -125,6 +130,7 @@ def json_rows(draw: st.DrawFn) -> Item:
 
 
 OTHERS = [
+    ("wrong.parquet", write_parquet({"body": ["x"]}), "bad"),
     (".hidden.txt", b"x", "hidden"),
     ("picture.png", b"x", "unknown"),
     ("program", b"\0", "unknown"),
