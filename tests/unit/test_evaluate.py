@@ -215,7 +215,7 @@ def test_evaluate_refuses_flags(run_evaluate: Evaluate, flags: list[str], messag
         (["--dataset=other"], "^--dataset=other: its tokenizer is not the model's"),
         (["--dataset=five"], "id 4, but the model's vocab_size is 4"),
         (["--text=latin1.txt"], "^--text=latin1.txt: is not UTF-8 text"),
-        (["--text=no.txt"], "^--text=no.txt: cannot be read"),
+        (["--text=no.txt"], "^--text=no.txt: could not be read"),
         (["--text=short.txt"], "^--text=short.txt: has no token to predict"),
         (["--text=unknown.txt"], "'x'"),
         (["--init_from=exported"], "^--dataset is unknown"),

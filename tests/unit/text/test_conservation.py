@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,10 +61,14 @@ class Item:
         return self
 
 
-pieces = st.sampled_from(
-    ["a", "b ", "\n", "\r\n", "\r", "é", "中", "😀", " ", "Word", "\ufffd", SEPARATOR, SEPARATOR[:5]]
-)
+pieces = st.sampled_from(["a", SEPARATOR, "\n", "\r\n", "\r", "é", "中", "😀", " ", "Word", "\ufffd", SEPARATOR[:5]])
 contents = st.lists(pieces, max_size=9).map("".join)
+
+
+def write_parquet(columns: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    parquet.write_table(pa.table(columns), file)
+    return file.getvalue()
 
 
 @st.composite
@@ -105,9 +110,7 @@ def json_rows(draw: st.DrawFn) -> Item:
     if kind == "array.json":
         item.data = json.dumps([{"text": row} for row in rows], indent=draw(st.sampled_from([None, 1]))).encode()
     elif kind == "x.parquet":
-        file = io.BytesIO()
-        parquet.write_table(pa.table({"text": pa.array(rows, pa.string()), "n": range(len(rows))}), file)
-        item.data = file.getvalue()
+        item.data = write_parquet({"text": pa.array(rows, pa.string()), "n": range(len(rows))})
     else:
         lines = [json.dumps({"text": row}) if row is None or draw(st.booleans()) else json.dumps(row) for row in rows]
         for extra, count in (("", "blank"), ('{"text": 5}', "bad"), ("{", "bad")):
@@ -125,6 +128,7 @@ def json_rows(draw: st.DrawFn) -> Item:
 
 
 OTHERS = [
+    ("wrong.parquet", write_parquet({"body": ["x"]}), "bad"),
     (".hidden.txt", b"x", "hidden"),
     ("picture.png", b"x", "unknown"),
     ("program", b"\0", "unknown"),
@@ -202,7 +206,7 @@ def compressed(draw: st.DrawFn, items: st.SearchStrategy[Item]) -> Item:
 @st.composite
 def folders(draw: st.DrawFn) -> tuple[list[Item], str]:
     """The items of a folder, and the separator of documents."""
-    separator = draw(st.sampled_from(["", SEPARATOR]))
+    separator = draw(st.sampled_from([SEPARATOR, ""]))
     simple = st.one_of(texts(separator), json_rows(), others)
     nested = st.one_of(simple, simple, compressed(simple))
     nested = st.one_of(nested, archives(nested))
@@ -233,14 +237,18 @@ def decode(out: Path) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [30, pytest.param(2000, marks=pytest.mark.slow)])
 def test_text_is_in_the_tokens_or_named(examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prepare_module, "worker_pool", one_thread)
     done = Counter[str]()
 
     @settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=[*HealthCheck])
     @given(
-        folders(), st.sampled_from(["byte", "char", "bpe:300"]), st.integers(8, 60), st.integers(4, 60), st.booleans()
+        folders(),
+        st.sampled_from(["byte", "char", "bpe:300"]),
+        st.integers(8, 60),
+        st.sampled_from([4, 7, 1000]),
+        st.booleans(),
     )
     def check(
         folder: tuple[list[Item], str], tokenizer: str, chunk_bytes: int, piece_bytes: int, has_link: bool
@@ -259,7 +267,10 @@ def test_text_is_in_the_tokens_or_named(examples: int, tmp_path: Path, monkeypat
             counts += item.counts
         if has_link:
             (tmp_path / "in/again").symlink_to(tmp_path / "in")
-            counts["duplicate"] = 1
+            (tmp_path / "in/linked.txt").write_text("linked")
+            (tmp_path / "in/link.txt").symlink_to(tmp_path / "in/linked.txt")
+            documents.append("linked")
+            counts["duplicate"] = 2
 
         omissions = Omissions()
         options = ReadOptions(skip_bad=True, document_separator=separator)
@@ -270,7 +281,7 @@ def test_text_is_in_the_tokens_or_named(examples: int, tmp_path: Path, monkeypat
             )
         except InputError:
             done["refused"] += 1
-            if len(set(documents)) > 1:
+            if len({document[:1] for document in documents}) > 1:  # long documents are hashed by their first piece
                 raise
             return
         decoded = decode(tmp_path / "out")
@@ -288,6 +299,6 @@ def test_text_is_in_the_tokens_or_named(examples: int, tmp_path: Path, monkeypat
         done.update(["prepared", *(+counts).keys()])
 
     check()
-    assert done["prepared"] > examples / 2
+    assert done["prepared"] > examples / 3
     if examples > 1000:
         assert min(done[kind] for kind in done) > 10, done

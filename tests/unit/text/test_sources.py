@@ -119,6 +119,26 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
         find_inputs([str(tmp_path)], Omissions())
 
 
+def test_a_file_that_is_gone_is_named(tmp_path: Path):
+    (tmp_path / "a.txt").touch()
+    (source,) = find_inputs([str(tmp_path)], Omissions())
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(InputError, match=r"a\.txt: cannot be read \(No such file"):
+        list(DocumentParser(ReadOptions()).parse(read_chunks(source, ReadOptions(), SPLIT)))
+
+
+def test_an_encrypted_member_is_named(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "one")
+        archive.writestr("b.txt", "two")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1  # the flag of the first member
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.zip:a\.txt: cannot be read .*password"):
+        read(tmp_path / "a.zip")
+    assert read(tmp_path / "a.zip", skip_bad=True) == ["two"]
+
+
 def test_a_damaged_member_is_named_and_the_others_are_read(tmp_path: Path):
     """In a tar a damaged header looks like the end."""
     pack_tar(tmp_path / "a.tar", "", {"a.txt": b"one", "b.txt.gz": b"?", "c.txt": b"two", "d.txt": b"three"})
