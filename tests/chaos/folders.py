@@ -117,7 +117,7 @@ def delete(home: Path) -> None:
 
 def replace(home: Path) -> None:
     """The folder moves elsewhere, and a finished run takes its name."""
-    (home / "away").mkdir()
+    (home / "away").mkdir(exist_ok=True)
     (home / "out").rename(home / "away/out")
     shutil.copytree(home.parent / "reference-2/out", home / "out")
 
