@@ -30,6 +30,7 @@ test-gpu: $(VENV)/dev
 
 chaos: $(VENV)/dev
 	$(PY) tests/chaos/chaos.py --kills=110 --pair_kills=5
+	$(PY) tests/chaos/folders.py --deeds=200
 
 lint: $(VENV)/dev
 	$(PY) -m ruff check .

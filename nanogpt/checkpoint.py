@@ -168,12 +168,13 @@ def best(paths: list[Path]) -> Path | None:
     Damaged ones do not count, nor those that were evaluated on other data than the newest.
     """
     losses: dict[Path, float] = {}
-    data: set[str] = set()
+    newest_data = None
     for path in paths:
         with contextlib.suppress(InputError):
             state = verify(path, ["state.json"])
-            data |= {state["data"]["val"]} if "data" in state and not data else set()
-            if state["val_loss"] is not None and ("data" not in state or state["data"]["val"] in data):
+            data = state.get("data", {}).get("val")  # version 0.1 did not save it
+            newest_data = newest_data or data
+            if state["val_loss"] is not None and data in (None, newest_data):
                 losses[path] = state["val_loss"]
     return min(losses, key=lambda path: losses[path], default=None)
 

@@ -61,15 +61,17 @@ class RunDir:
 
         Raises InputError where that cannot be written.
         """
-        if not is_run(self.path):
-            return None
-        if not self.path.name:
-            raise InputError(f"out_dir={self.path} holds a run that cannot move from here: give another --out_dir")
-        archive = _unused_name(self.path)
+        archive = None
         try:
-            self.path.rename(archive)  # the lock moves along, until the new directory is locked
-            self.__enter__()
-            sync(self.path.parent)
+            if is_run(self.follow()):
+                if not self.path.name:
+                    raise InputError(
+                        f"out_dir={self.path} holds a run that cannot move from here: give another --out_dir"
+                    )
+                archive = _unused_name(self.path)
+                self.path.rename(archive)  # the lock moves along, until the new directory is locked
+                self.__enter__()
+                sync(self.path.parent)
         except OSError as error:
             raise _not_writable(self.path, error) from error
         return archive

@@ -388,7 +388,7 @@ def _open_split(dataset: Dataset, split: str, verify: bool, dtype: str | None) -
         if layout.starts is not None:
             dataset.separators.add(find_separator(ids(), layout.starts))
         if layout.tokens:
-            sha256 = hashes["sha256"] + hashes.get("mask_sha256", "") if hashes else None
+            sha256 = hashes.get("sha256", "") + hashes.get("mask_sha256", "") or None
             shards.append(Shard(str(path), layout.tokens, ids, mask, sha256))
     if not shards:
         raise InputError(f"{path} is empty: {AGAIN}")

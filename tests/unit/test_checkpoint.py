@@ -430,3 +430,16 @@ def test_tensors_that_the_file_does_not_hold_are_refused(
     (newest / name).write_bytes(size + header + bytes(100))
     sign(newest)
     assert_falls_back(out_dir, capsys)
+
+
+def test_losses_on_other_data_are_not_compared(out_dir: Path):
+    """Those of version 0.1, which did not save its data, are compared with all."""
+    for step, val in ((8, None), (16, "old"), (24, "new")):
+        path = out_dir / f"ckpt/step-{step:06d}"
+        state = json.loads((path / "state.json").read_text()) | ({"data": {"train": "t", "val": val}} if val else {})
+        (path / "state.json").write_text(json.dumps(state))
+        sign(path)
+    paths = checkpoint.list_checkpoints(out_dir)  # losses 2.5, 2.0, 3.0
+    assert checkpoint.best(paths) == paths[0]
+    assert checkpoint.best(paths[1:]) == paths[1]
+    assert checkpoint.best(paths[2:]) == paths[2]
