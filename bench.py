@@ -84,7 +84,7 @@ class BenchConfig(TrainConfig):
     """The keys of a recipe and of the measurement. Keys without effect on a step, such as eval_interval, do nothing."""
 
     dataset: str = key("", "folder, or name under data/, to take rows from; '': random ids", group="Data")
-    gradient_accumulation_steps: int = key(1, "micro-batches per step", ge=1)
+    gradient_accumulation_steps: int = key(1, "micro-batches per step", ge=1, le=2**20)
 
     steps: int = key(20, f"steps to measure; with --reference in rounds of {ROUND}", group="Bench", ge=1)
     warmup: int = key(5, "steps before them, not measured", ge=2)

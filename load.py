@@ -1,5 +1,6 @@
 """Load what a script starts from: a model with its tokenizer, the data and the model of a training run."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -275,7 +276,8 @@ def micro_batch_sizes(config: Any, world_size: int) -> list[int]:
     smallest_step = config.batch_size if config.batch_growth_tokens else config.rows_per_step
     share = smallest_step // world_size
     limit = share if config.micro_batch_size == "auto" else config.micro_batch_size or config.batch_size
-    return [n for n in range(min(limit, share), 0, -1) if share % n == 0]
+    divisors = {size for n in range(1, math.isqrt(share) + 1) if share % n == 0 for size in (n, share // n)}
+    return sorted((n for n in divisors if n <= limit), reverse=True)
 
 
 def document_separator_id(dataset: Dataset, mask_documents: bool) -> int | None:

@@ -63,7 +63,7 @@ class TrainConfig:
     out_dir: str = key("out", "directory for checkpoints and metrics", group="Run")
     init_from: str = key("scratch", "weights of a new run: scratch, gpt2*, a hub id, a directory, nanoGPT's ckpt.pt")
     resume: Literal["auto", True, False] = key(False, "resume the run in out_dir; auto: resume if there is one")
-    seed: int = key(1337, "seed of initialization, row order and dropout", ge=0)
+    seed: int = key(1337, "seed of initialization, row order and dropout", ge=0, le=None)
     eval_only: bool = key(False, "evaluate once and exit; writes nothing")
     dry_run: bool = key(False, "print sizes, time ten steps, exit; writes nothing")
 
@@ -73,15 +73,15 @@ class TrainConfig:
     new_data: bool = key(False, "resume on data that changed since the run began")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
     mask_documents: bool = key(False, "restrict attention and positions to each document")
-    batch_size: int = key(12, "rows per micro-batch", ge=1)
-    gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", ge=1)
+    batch_size: int = key(12, "rows per micro-batch", ge=1, le=2**20)
+    gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", ge=1, le=2**20)
     batch_growth_tokens: int = key(
-        0, "tokens over which the batch grows from batch_size to its full size; 0: no growth", ge=0
+        0, "tokens over which the batch grows from batch_size to its full size; 0: no growth", ge=0, le=None
     )
     block_size: int = key(1024, "context length: tokens per row", ge=1)
 
     arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
-    n_layer: int = key(12, "number of blocks", ge=1)
+    n_layer: int = key(12, "number of blocks", ge=1, le=1000)
     n_head: int = key(12, "attention heads per block", ge=1)
     n_kv_head: int = key(0, "modern: key and value heads (grouped-query attention); 0: n_head", ge=0)
     head_dim: int = key(0, "modern: channels per head; 0: n_embd / n_head", ge=0)

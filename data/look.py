@@ -33,15 +33,15 @@ class LookConfig:
     dataset: str = key("", "a folder, a name under data/, or a mixture; default: that of --run", group="Dataset")
     token_dtype: TokenDtype | None = key(None, "as of train.py")
     split: Literal["train", "val"] = key("train", "split to show")
-    count: int = key(100_000_000, "tokens to count, evenly spread", ge=1)
-    windows: int = key(3, "random windows to show", ge=0)
+    count: int = key(100_000_000, "tokens to count, evenly spread", ge=1, le=None)
+    windows: int = key(3, "random windows to show", ge=0, le=10**6)
     length: int = key(100, "tokens to show of each window or row", ge=1)
-    seed: int | None = key(None, "of the windows, None: random; of the rows of a step, None: 1337")
+    seed: int | None = key(None, "of the windows, None: random; of the rows of a step, None: 1337", ge=0, le=None)
 
     step: int | None = key(None, "show the training rows of the update after this many", group="Step", ge=0)
     run: str = key("", "out_dir of a run, whose settings are the defaults of the keys below and of the seed")
-    batch_size: int = key(12, "as of train.py", ge=1)
-    gradient_accumulation_steps: int = key(40, "as of train.py", ge=1)
+    batch_size: int = key(12, "as of train.py", ge=1, le=2**20)
+    gradient_accumulation_steps: int = key(40, "as of train.py", ge=1, le=2**20)
     block_size: int = key(1024, "as of train.py", ge=1)
     row_order: Literal["random", "epoch"] = key("random", "as of train.py")
 
@@ -151,8 +151,11 @@ def show_step(tokens: Tokens, tokenizer: Tokenizer, config: LookConfig) -> None:
     seed = 1337 if config.seed is None else config.seed
     rows = Rows(tokens, config.block_size, 2**32, seed, config.row_order)  # 2**32: any id will do here
     first = config.step * rows_per_step
+    if first + rows_per_step >= 2**63:
+        raise InputError(f"--step={config.step}: has rows of more than 63 bits; give less")
     print(f"update {config.step:,} to {config.step + 1:,}: {rows_per_step:,} rows of {config.block_size:,} tokens")
-    for number, start in enumerate(rows.starts(slice(first, first + rows_per_step)).tolist(), first):
+    for number in range(first, first + rows_per_step):
+        start = int(rows.starts(slice(number, number + 1))[0])
         title = f"row {number:,}: {format_place(tokens, start)}"
         if tokens.has_mask:
             targets = np.mean(tokens.mask(start + 1, start + config.block_size + 1))

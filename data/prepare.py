@@ -35,7 +35,7 @@ class PrepareConfig:
 
     out: str = key("", "folder to write to, such as data/mine", group="Output")
     val_share: float | None = key(None, "fraction for validation; None: 0.01, of a single text 0.1", gt=0, lt=1)
-    shard_tokens: int = key(100_000_000, "tokens in a file", ge=1)
+    shard_tokens: int = key(100_000_000, "tokens in a file", ge=1, le=None)
 
     tokenizer: str = key(
         "gpt2",
@@ -45,7 +45,7 @@ class PrepareConfig:
     pattern: Literal["gpt2", "words"] = key("gpt2", "how bpe:... splits text into words")
     train_mb: float = key(100.0, "MB of text that bpe:... is trained on", gt=0)
 
-    workers: int = key(available_cores(), "processes; one for each core", group="Machine", ge=1)
+    workers: int = key(available_cores(), "processes; one for each core", group="Machine", ge=1, le=1024)
 
 
 def main() -> None:

@@ -51,6 +51,7 @@ EXPECTED = {
     dict: "an object",
     Never: "nothing",
 }
+LARGEST = 2**31 - 1  # of a number that a user sets, unless its key says otherwise
 NOT_IN_FILE_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # NUL and broken Unicode
 
 
@@ -80,12 +81,13 @@ Count = Annotated[int, Limits(ge=0)]
 NonNegative = Annotated[float, Limits(ge=0)]
 
 
-def key(default: Any, help: str, *, group: str | None = None, **limits: float) -> Any:
+def key(default: Any, help: str, *, group: str | None = None, **limits: float | None) -> Any:
     """A dataclass field with its help line, and the limits (ge, le, gt, lt) of its numbers.
 
-    default: `...` makes the key required. group: a heading in --help, for this key and those that follow.
+    default: `...` makes the key required. group: a heading in --help, for this key and those that follow. le: unless
+    given, LARGEST, so that neither products of keys nor dates overflow; None lifts it.
     """
-    metadata = {"help": help, "group": group, "limits": Limits(**limits)}
+    metadata = {"help": help, "group": group, "limits": Limits(**{"le": LARGEST, **limits})}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -25,6 +25,7 @@ AFTER_A_STOP = (
 )
 CPU_FLOPS = 3e10  # FLOP/s that a small model's step reaches on one core; only for a guess before the first step
 LONG_ON_CPU_S = 30 * 60
+MAX_SECONDS = 1e11  # of an ETA: more is no date
 
 
 class StepLabel(NamedTuple):
@@ -163,7 +164,7 @@ class StepLogger:
     def _seconds_left(self, tokens: int, tokens_per_s: float) -> float:
         if self.deadline is not None:
             return max(self.deadline - time.perf_counter(), 0.0)
-        return (self.total_tokens - tokens) / tokens_per_s
+        return min((self.total_tokens - tokens) / tokens_per_s, MAX_SECONDS)
 
     def _print_eta(self, label: StepLabel, seconds: float) -> None:
         tokens = label.samples * self.block_size

@@ -31,7 +31,7 @@ class OpenWebTextConfig:
 
     out: str = key(str(Path(__file__).parent), "folder to write to", group="Output")
     val_share: float = key(0.0005, "fraction of the documents for validation", gt=0, lt=1)
-    workers: int = key(available_cores(), "processes; one for each core", ge=1)
+    workers: int = key(available_cores(), "processes; one for each core", ge=1, le=1024)
 
 
 def main() -> None:

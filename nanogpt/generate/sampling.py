@@ -47,7 +47,7 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor |
 
     if sampling.top_p < 1:
         before = probs.cumsum(-1) - probs
-        probs = probs * (before < sampling.top_p)
+        probs = probs * (before < max(sampling.top_p, 1e-30))  # less is 0 in float32, and would keep none
     if sampling.min_p > 0:
         probs = probs * (probs >= sampling.min_p * probs.amax(-1, keepdim=True))
 

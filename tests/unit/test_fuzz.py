@@ -5,23 +5,31 @@ import copy
 import hashlib
 import json
 import re
+import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import ROOT, Run, flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import bench
+import evaluate
+import export
+import play
+import sample
 import train
 from configurator import parse
 from nanogpt.data.dataset import open_dataset
 from nanogpt.data.rows import Rows
 from nanogpt.data.write import format_summary
 from nanogpt.errors import InputError, RunStopped
+from nanogpt.schema import options, type_hints
 
 KEYS = [*vars(train.TrainConfig())]
 # Derandomized, so that a change that passes here passes everywhere.
@@ -178,3 +186,80 @@ def test_any_flags_are_accepted_or_refused(tmp_path: Path, monkeypatch: pytest.M
 
     check()
     assert 20 < sum(accepted) < len(accepted) - 20
+
+
+# ---- extreme numbers, for each key of each script
+
+EXTREME = ["0", "-1", "1e300", "1e-320", "nan", "inf", str(2**63 - 1), str(2**31)]
+look, prepare = (SimpleNamespace(**runpy.run_path(str(ROOT / f"data/{name}.py"))) for name in ("look", "prepare"))
+CONFIGS = {
+    "train": train.TrainConfig,
+    "sample": sample.SampleConfig,
+    "evaluate": evaluate.EvaluateConfig,
+    "export": export.ExportConfig,
+    "bench": bench.BenchConfig,
+    "play": play.PlayConfig,
+    "look": look.LookConfig,
+    "prepare": prepare.PrepareConfig,
+}
+WITHOUT_LIMIT = {"seed", "batch_growth_tokens", "count", "shard_tokens"}
+
+
+def numeric_keys(config: type) -> list[str]:
+    return [name for name, hint in type_hints(config).items() if {int, float} & set(options(hint))]
+
+
+@pytest.mark.parametrize("script", CONFIGS)
+def test_extreme_numbers_are_refused_in_a_line(script: str):
+    """Unless its key allows more, no number is above LARGEST."""
+    for key in numeric_keys(CONFIGS[script]):
+        allowed = {"0", "1e-320"} | ({str(2**63 - 1), str(2**31)} if key in WITHOUT_LIMIT else set())
+        for text in EXTREME:
+            try:
+                parse(CONFIGS[script], [f"--{key}={text}"])
+                problem = None
+            except InputError as error:
+                problem = str(error)
+            if problem is None:
+                assert text in allowed
+            else:
+                assert re.fullmatch(rf"--{key}={re.escape(text)}: .*", problem)
+
+
+TINY_RUN = [flag for flag in flags(max_iters=2, eval_interval=1) if not flag.startswith("--dataset")]
+COMMANDS: dict[str, tuple[Any, list[str]]] = {
+    "train": (train.main, [*TINY_RUN, "--dataset=letters", "--out_dir=new"]),
+    "modern": (
+        train.main,
+        [*TINY_RUN, "--dataset=letters", "--out_dir=new", "--arch=modern", "--optimizer=muon", "--bias=False"],
+    ),
+    "sample": (sample.main, ["--start=ab", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]),
+    "evaluate": (evaluate.main, ["--device=cpu", "--dtype=float32"]),
+    "export": (export.main, ["--to=exported"]),
+    "look": (look.main, ["--run=out", "--length=9"]),
+    "rows": (look.main, ["--run=out", "--step=1", "--length=9"]),
+    "prepare": (prepare.main, ["--input=text.txt", "--tokenizer=bpe:300", "--out=prepared", "--workers=1"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_extreme_numbers_that_are_accepted_work(
+    run: Run, letters: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Status 0, or an error in lines; --minutes measures the machine for longer than a test may."""
+    Path("letters").symlink_to(letters)
+    Path("text.txt").write_text("".join(f"The {n}th line.\n" for n in range(300)))
+    run(out_dir="out", max_iters=2, dataset="letters")
+    main, argv = COMMANDS[name]
+    config = CONFIGS[{"modern": "train", "rows": "look"}.get(name, name)]
+    statuses = []
+    for key in set(numeric_keys(config)) - {"minutes", "workers"}:
+        for text in EXTREME:
+            for folder in ("new", "exported", "prepared"):
+                shutil.rmtree(folder, ignore_errors=True)
+            monkeypatch.setattr(sys, "argv", [name, *argv, f"--{key}={text}"])
+            with contextlib.suppress(InputError, RunStopped):
+                statuses.append(main() or 0)
+            capsys.readouterr()
+    assert set(statuses) == {0}

@@ -255,6 +255,7 @@ def test_a_mixture_is_opened_by_names_and_shares(folder: Path, tmp_path: Path):
         ("york:0.5,other", "'other' is not a valid mixture entry"),
         ("york:0.5,york:0.5", "not a valid mixture entry"),
         ("york:0", "not a valid mixture entry"),
+        ("york:1e308,other:1e308", "not a valid mixture entry"),
         ("york:0.5,nowhere:1,york/no:1", r"^there is no dataset 'nowhere'.*\nthere is no dataset 'york/no'"),
     ],
 )
