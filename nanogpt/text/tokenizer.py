@@ -39,6 +39,7 @@ GPT2_VOCAB = 50257
 END_OF_TEXT = "<|endoftext|>"
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each message of a conversation, as in Qwen's models
 TEMPLATE_FILE = "chat_template.jinja"
+SETTINGS_FILE = "tokenizer_config.json"
 MAX_JSON_BYTES = 64 * 2**20  # of a tokenizer.json; the largest published ones have half of that
 _UNKNOWN = 2**32 - 1  # marks code points without an id in a lookup table
 
@@ -48,7 +49,8 @@ class Tokenizer:
 
     Attributes: `name` ("char", "byte", tiktoken's, such as "gpt2", or the type of model in tokenizer.json, such as
     "bpe"), `vocab_size` (the largest id + 1), `special_tokens` (their ids by name), `end_of_text` (the id of
-    <|endoftext|>, or None), `template` (the Jinja chat template, or None).
+    <|endoftext|>, or None), `template` (the Jinja chat template, or None), `named_tokens` (the special tokens that
+    tokenizer_config.json names, such as "eos_token", which templates refer to).
     """
 
     def __init__(self, inner: "tokenizers.Tokenizer"):
@@ -64,6 +66,7 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         self.end_of_text: int | None = vocab.get(END_OF_TEXT)
         self.template: str | None = None
+        self.named_tokens = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT) if self.end_of_text is not None else {}
         added = inner.get_added_tokens_decoder()
         self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
         # tokenizers finds these in ordinary text too; tiktoken does not.
@@ -129,7 +132,7 @@ class Tokenizer:
             initial_alphabet=[*BYTE_DECODER],
             show_progress=False,
         )
-        trained.train_from_iterator(map(_replace_surrogates, itertools.chain([first], nonempty)), trainer)
+        trained.train_from_iterator(map(replace_surrogates, itertools.chain([first], nonempty)), trainer)
         model = json.loads(trained.to_str())["model"]
         merges = [(left, right) for left, right in model["merges"]]
         return cls._from_merges(model["vocab"], merges, PATTERNS[pattern], special_tokens)
@@ -213,8 +216,30 @@ class Tokenizer:
                 raise
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path} is damaged ({reason}): prepare the dataset again, or restore it") from error
-        tokenizer.template = _read_template(Path(folder))
+        tokenizer._read_settings(Path(folder))
         return tokenizer
+
+    def _read_settings(self, folder: Path) -> None:
+        """Read the chat template, and the special tokens that tokenizer_config.json names."""
+        settings: dict[str, Any] | None = None
+        try:
+            if (folder / SETTINGS_FILE).exists():
+                settings = read_json(folder / SETTINGS_FILE)
+            template = settings.get("chat_template") if settings else None
+            if (folder / TEMPLATE_FILE).exists():
+                template = read_small(folder / TEMPLATE_FILE).decode()
+        except (OSError, ValueError) as error:
+            raise InputError(f"the chat template in {folder} is damaged ({error}): restore it") from error
+
+        if isinstance(template, list):  # several, each with a name
+            by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = by_name.get("default")
+        self.template = template if isinstance(template, str) else None
+        if settings is not None:
+            contents = {key: entry.get("content") if isinstance(entry, dict) else entry for key, entry in settings.items()}
+            self.named_tokens = {
+                key: content for key, content in contents.items() if key.endswith("_token") and isinstance(content, str)
+            }
 
     def save(self, folder: str | Path, name: str = "tokenizer.json") -> None:
         """Write the files that `load` and other programs read. Raises OSError if the disk refuses."""
@@ -223,6 +248,7 @@ class Tokenizer:
             Path(folder, TEMPLATE_FILE).unlink(missing_ok=True)
         else:
             Path(folder, TEMPLATE_FILE).write_text(self.template, encoding="utf-8", newline="")
+        Path(folder, SETTINGS_FILE).write_text(json.dumps(self.named_tokens, indent=2) + "\n", encoding="utf-8")
 
     def save_pretrained(self, folder: str | Path, context: int) -> None:
         """Write the files of transformers' AutoTokenizer, which then encodes and decodes as this one does.
@@ -238,9 +264,8 @@ class Tokenizer:
             "model_max_length": context,
             "clean_up_tokenization_spaces": False,
         }
-        if self.end_of_text is not None:
-            settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        settings |= self.named_tokens
+        Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for another process, without gigatoken's encoder, which cannot be pickled."""
@@ -262,7 +287,21 @@ class Tokenizer:
         """Ids of `text`, with <|endoftext|> and the like as special tokens. Raises InputError as `encode_ordinary`."""
         if self._id_table is not None:
             return self.encode_ordinary(text).tolist()
-        return self._encode_slowly(_replace_surrogates(text))
+        return self._encode_slowly(replace_surrogates(text))
+
+    def encode_with_spans(self, text: str, ordinary: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of `text`, uint32 (tokens,), and where each begins and ends in it, (tokens, 2), in characters.
+
+        ordinary: the names of special tokens are plain text. Raises InputError as `encode_ordinary`.
+        """
+        self._inner.encode_special_tokens = ordinary  # the library's name for "special tokens are plain text"
+        try:
+            encoding = self._inner.encode(text, add_special_tokens=False)
+        except Exception as error:  # such as a word-level model without a token for unknown words
+            raise InputError(f"the tokenizer has no ids for this text ({error}): use another tokenizer.json") from error
+        finally:
+            self._inner.encode_special_tokens = False
+        return np.array(encoding.ids, dtype=np.uint32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
     def encode_ordinary(self, text: str) -> np.ndarray:
         """Ids of `text`, uint32 of shape (tokens,), the names of special tokens taken as plain text; fast.
@@ -271,7 +310,7 @@ class Tokenizer:
         """
         if self._id_table is not None:
             return self._encode_characters(text)
-        text = _replace_surrogates(text)
+        text = replace_surrogates(text)
         if self.name == "byte":
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
@@ -335,43 +374,13 @@ class Tokenizer:
         return "".join(f"<0x{BYTE_DECODER[character]:02X}>" for character in token)
 
 
-def _replace_surrogates(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Replace lone surrogates (from "\\ud800" in JSON, or undecodable bytes of a shell) by U+FFFD, as tiktoken does."""
     try:
         text.encode()
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _read_template(folder: Path) -> str | None:
-    """The chat template beside a tokenizer, with the special tokens that it names set as variables.
-
-    Raises InputError for a damaged file.
-    """
-    settings: dict[str, Any] = {}
-    try:
-        if (folder / "tokenizer_config.json").exists():
-            settings = read_json(folder / "tokenizer_config.json")
-        template = settings.get("chat_template")
-        if (folder / TEMPLATE_FILE).exists():
-            template = read_small(folder / TEMPLATE_FILE).decode()
-    except (OSError, ValueError) as error:
-        raise InputError(f"the chat template in {folder} is damaged ({error}): restore it") from error
-
-    if isinstance(template, list):  # several, each with a name
-        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = by_name.get("default")
-    if not isinstance(template, str):
-        return None
-
-    for name in ("bos_token", "eos_token"):
-        value = settings.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str) and name in template and f"set {name} =" not in template:
-            template = f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}" + template
-    return template
 
 
 def _read_meta_pkl(path: Path) -> Tokenizer:
