@@ -197,7 +197,7 @@ class Dataset:
     @property
     def end_of_text(self) -> int | None:
         """The id that ends each document; None where there is none."""
-        if self.meta.get("end_of_text") is not None:
+        if "end_of_text" in self.meta:
             return self.meta["end_of_text"]
         return self.tokenizer.end_of_text if self.tokenizer else None
 
