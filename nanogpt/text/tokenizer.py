@@ -84,7 +84,8 @@ class Tokenizer:
 
         self._name_tokens({})
         if self.end_of_text is not None:
-            self.named_tokens = dict.fromkeys(("bos_token", "eos_token"), inner.id_to_token(self.end_of_text))
+            end = str(inner.id_to_token(self.end_of_text))
+            self.named_tokens: dict[str, str] = {"bos_token": end, "eos_token": end}
 
     def _name_tokens(self, named_tokens: dict[str, str]) -> None:
         """Set `named_tokens`, and what depends on them."""
@@ -297,6 +298,20 @@ class Tokenizer:
         """
         encoding = self._encode_plainly(text, ordinary)
         return np.array(encoding.ids, dtype=np.uint32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        content = _to_content(self._inner)
+        steps = json.dumps([content["normalizer"], content["pre_tokenizer"]])
+        return re.search(r'"Prepend"|"Metaspace"|"add_prefix_space": true', steps) is not None
+
+    def encode_continuation(self, text: str) -> np.ndarray:
+        """Ids of a text that follows a newline, as `encode_ordinary`, but without a space added to its start."""
+        if self._adds_space:
+            newline, ids = self.encode_ordinary("\n"), self.encode_ordinary("\n" + text)
+            if np.array_equal(ids[: len(newline)], newline):
+                return ids[len(newline) :]
+        return self.encode_ordinary(text)
 
     def encode_ordinary(self, text: str) -> np.ndarray:
         """Ids of `text`, uint32 of shape (tokens,), the names of special tokens taken as plain text; fast.

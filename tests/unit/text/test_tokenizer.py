@@ -186,6 +186,17 @@ def test_gigatoken_is_used_for_proven_pipelines_alone(change: Any):
     assert tokenizer.encode_ordinary(text).tolist() == tokenizer.encode(text) == library_ids(tokenizer, text)
 
 
+def test_encode_continuation_adds_no_space_at_the_start():
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581": 256, "a": 257, "b": 258}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
+    steps = [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    inner.normalizer = tokenizers.normalizers.Sequence(steps)
+    for tokenizer in (Tokenizer(inner), Tokenizer.train_bpe([SOURCE], 400), Tokenizer.characters("ab\n ")):
+        parts = [*tokenizer.encode_ordinary("a b\n"), *tokenizer.encode_continuation("b a")]
+        assert parts == tokenizer.encode("a b\nb a")
+    assert Tokenizer.characters("ab").encode_ordinary("ab").tolist() == [0, 1]
+
+
 def test_encode_ordinary_drops_gigatoken_if_it_differs_on_a_sample(capsys: pytest.CaptureFixture[str]):
     tokenizer = Tokenizer.train_bpe([SOURCE], 300)
     tokenizer._gigatoken = tiktoken.Encoding(  # knows no merges
