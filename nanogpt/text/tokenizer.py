@@ -26,7 +26,6 @@ from nanogpt.text.fast_bpe import (
     BYTE_DECODER,
     BYTE_ENCODER,
     PATTERNS,
-    has_unicode_17,
     is_lossless,
     load_gigatoken,
     make_byte_level_bpe,
@@ -324,14 +323,15 @@ class Tokenizer:
         if self.name == "byte":
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
-        if self._gigatoken is not None and not has_unicode_17(text):
-            sample = text[: self._unproven]
+        ids = self._gigatoken(text) if self._gigatoken else None
+        sample = text[: self._unproven] if ids is not None else ""
+        if sample:
             self._unproven -= len(sample)
-            if self._gigatoken.encode(sample).tolist() == self._encode_plainly(sample, ordinary=True).ids:
-                return self._gigatoken.encode(text)
-            print("gigatoken and tokenizers give other ids for this text; using tokenizers", file=sys.stderr)
-            self._gigatoken = None
-        return np.array(self._encode_plainly(text, ordinary=True).ids, dtype=np.uint32)
+            if self._gigatoken(sample).tolist() != self._encode_plainly(sample, ordinary=True).ids:
+                print("gigatoken and tokenizers give other ids for this text; using tokenizers", file=sys.stderr)
+                self._gigatoken = None
+                ids = None
+        return np.array(self._encode_plainly(text, ordinary=True).ids, dtype=np.uint32) if ids is None else ids
 
     def _encode_characters(self, text: str) -> np.ndarray:
         assert self._id_table is not None
