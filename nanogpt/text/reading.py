@@ -373,16 +373,18 @@ def _cut_records(kind: str, name: str, blocks: Iterable[bytes], separator: bytes
     Raises ValueError for a record of more than MAX_RECORD_BYTES.
     """
     first = 1
-    incomplete = [b""]  # parts of the record that is not at its end
+    incomplete: list[bytes] = []  # parts of the record that is not at its end
+    tail = b""  # its last bytes, where a separator may have begun
     for block in blocks:
-        has_end = separator in incomplete[-1][-len(separator) :] + block
         incomplete.append(block)
-        if has_end:
-            *records, rest = b"".join(incomplete).split(separator)
+        tail += block
+        if separator in tail:
+            *records, tail = b"".join(incomplete).split(separator)
             yield Chunk(kind, name, first, records)
             first += len(records)
-            incomplete = [rest]
-        elif sum(map(len, incomplete)) > MAX_RECORD_BYTES:
+            incomplete = [tail]
+        tail = tail[-len(separator) :]
+        if sum(map(len, incomplete)) > MAX_RECORD_BYTES:
             unit = "line" if kind == "lines" else "document"
             raise ValueError(f"{unit} {first:,} is longer than {MAX_RECORD_BYTES:,} bytes")
     if rest := b"".join(incomplete):
@@ -390,8 +392,12 @@ def _cut_records(kind: str, name: str, blocks: Iterable[bytes], separator: bytes
     return first - 1
 
 
-def find_boundary(text: bytes, size: int = PIECE_BYTES) -> int:
-    """Find where to cut a longer text, after at most `size` bytes, such that both sides have the ids of the whole."""
+def find_boundary(text: bytes, size: int | None = None) -> int:
+    """Find where to cut a longer text, after at most `size` bytes (by default PIECE_BYTES).
+
+    Both sides have the ids of the whole, unless there is no such place.
+    """
+    size = size or PIECE_BYTES
     for start in (max(0, size - 2**14), 0):  # most texts have a boundary in the last 16 KB
         ends = [match.end() for match in _BOUNDARY.finditer(text, start, size)]
         if ends:
