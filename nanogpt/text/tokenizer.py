@@ -372,15 +372,15 @@ class Tokenizer:
         if self._inner.normalizer:
             text = self._inner.normalizer.normalize_str(text)
         plain, unknown, is_lost_byte = self._lossy
-        is_kept = np.zeros(len(text), dtype=bool)
+        is_lost = np.ones(len(text), dtype=bool)
         for token_id, (start, end) in zip(*plain.encode_with_spans(text, ordinary=True), strict=True):
             if token_id != unknown:
-                is_kept[start:end] = True
+                is_lost[start:end] = False
         if is_lost_byte.any():  # a character whose other bytes have ids is lost, too
             utf8 = np.frombuffer(text.encode(), dtype=np.uint8)
             number = np.cumsum(utf8 & 0xC0 != 0x80) - 1  # of the character that a byte is part of
-            is_kept[number[is_lost_byte[utf8]]] = False
-        return int(np.count_nonzero(~is_kept))
+            is_lost[number[is_lost_byte[utf8]]] = True
+        return int(np.count_nonzero(is_lost))
 
     @cached_property
     def _lossy(self) -> "tuple[Tokenizer, int | None, np.ndarray] | None":

@@ -120,9 +120,10 @@ def test_published_tokenizers_have_the_same_ids_everywhere(path: Path):
 @pytest.mark.parametrize("path", [pytest.param(path, id=name) for name, path in FOUND.items()])
 def test_published_tokenizers_agree_on_every_character(path: Path):
     ours, encode_data, _ = fuzz.load(path)
-    for start in range(0, 0x110000, 0x1000):
-        texts = [around(point) for point in range(start, start + 0x1000) if not 0xD800 <= point < 0xE000]
-        assert [ours.encode_ordinary(text).tolist() for text in texts] == encode_data(texts), hex(start)
+    points = [*range(0x33600), *range(0xE0000, 0xE0200), *range(0x40000, 0x110000, 997)]  # the assigned ones, and some
+    for start in range(0, len(points), 4096):
+        texts = [around(point) for point in points[start : start + 4096] if not 0xD800 <= point < 0xE000]
+        assert [ours.encode_ordinary(text).tolist() for text in texts] == encode_data(texts), hex(points[start])
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
