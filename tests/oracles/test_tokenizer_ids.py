@@ -113,7 +113,7 @@ FOUND = fuzz.find_tokenizers(FOLDER, SOURCE) if FOLDER.exists() else {}
 def test_published_tokenizers_have_the_same_ids_everywhere(path: Path):
     result = fuzz.compare(path, 4000, SOURCE)
     assert (result["data"], result["prompts"], result["data_and_prompts"]) == (0, 0, 0), result["examples"]
-    assert result["by_gigatoken"] > 3900 or path.name == "trained_words"
+    assert result["by_gigatoken"] > 3000 or path.name == "trained_words"
 
 
 @pytest.mark.slow
