@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nanogpt.text.tokenizer import Tokenizer
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-OPTIONAL_FILES = ("tokenizer.json", "chat_template.jinja")
+OPTIONAL_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MANIFEST = "MANIFEST.json"
 STEP_NAME = re.compile(r"step-(\d{6,})")
 RETRY_S = 60.0  # after which a failed save is tried again

@@ -254,7 +254,7 @@ class Dataset:
     @property
     def end_of_text(self) -> int | None:
         """The id between documents; None where there is none."""
-        if self.meta.get("end_of_text") is not None:
+        if "end_of_text" in self.meta:
             return self.meta["end_of_text"]
         if self.separators:
             return next(iter(self.separators)) if len(self.separators) == 1 else None

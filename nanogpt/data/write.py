@@ -23,7 +23,7 @@ from nanogpt.errors import InputError
 from nanogpt.files import atomic_write, file_sha256, output_directory, sync
 from nanogpt.text.omissions import Omissions
 from nanogpt.text.streams import read_text
-from nanogpt.text.tokenizer import TEMPLATE_FILE, Tokenizer
+from nanogpt.text.tokenizer import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer
 
 SPLITS = ("train", "val")
 HASH_KEYS = {".bin": "sha256", ".mask": "mask_sha256"}  # of a shard's files, in meta.json
@@ -176,7 +176,9 @@ def move_into_place(staging: Path, folder: Path) -> dict[str, Any]:
     After an interruption, call it again.
     """
     meta = json.loads((staging / "meta.json").read_text(encoding="utf-8"))
-    moves = {"tokenizer.json": "tokenizer.json", TEMPLATE_FILE: TEMPLATE_FILE}  # name in staging -> name in folder
+    moves = {
+        name: name for name in ("tokenizer.json", SETTINGS_FILE, TEMPLATE_FILE)
+    }  # name in staging -> name in folder
     for split, facts in meta["splits"].items():
         stems = {f"{split}-00000": split}
         if "shards" in facts:
@@ -187,7 +189,9 @@ def move_into_place(staging: Path, folder: Path) -> dict[str, Any]:
 
     if (staging / "tokenizer.json").exists():  # otherwise an interrupted move has removed the old files already
         for path in folder.iterdir():
-            if path.name in ("meta.json", TEMPLATE_FILE) or re.fullmatch(r"(train|val)(-\d+)?\.(bin|mask)", path.name):
+            if path.name in ("meta.json", SETTINGS_FILE, TEMPLATE_FILE) or re.fullmatch(
+                r"(train|val)(-\d+)?\.(bin|mask)", path.name
+            ):
                 path.unlink()
     for old, new in moves.items():
         if (staging / old).exists():

@@ -30,7 +30,7 @@ from nanogpt.text.chat import Chat
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json")
 TOKENIZER_HINT = "have transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) write one"
 GPT2_DEFAULTS = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": GPT2_VOCAB, "layer_norm_epsilon": 1e-5}

@@ -1,23 +1,30 @@
 """Conversations as tokens, by a chat template: the text and special tokens around each message.
 
-A template is Jinja, as Hugging Face's models have it, in `chat_template.jinja` beside tokenizer.json.
+A template is Jinja, as Hugging Face's models have it, in `chat_template.jinja` beside tokenizer.json. A conversation is
+rendered and encoded as a whole, so that its ids are those of transformers' `apply_chat_template`. One thing differs: a
+message that holds the name of a special token never becomes that token (`sanitize_control_tokens=True` there).
 """
 
 import datetime
-import itertools
 import json
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from nanogpt.errors import InputError
-from nanogpt.text.tokenizer import CHATML_TOKENS, END_OF_TEXT, Tokenizer
+from nanogpt.text.tokenizer import CHATML_TOKENS, END_OF_TEXT, Tokenizer, replace_surrogates
+
+if TYPE_CHECKING:
+    import jinja2
 
 Messages = Sequence[dict[str, str]]  # each with a role and a content
 CONTENT_KEYS = ("reasoning_content", "content")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # of which transformers takes the first
+ROLES = ("system", "developer", "user", "assistant", "tool")  # which may be part of a special token's name
 # For tokenizers without a template of their own: with ChatML's special tokens (as Qwen's models have them) and without.
 CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{{ message.content }}"
@@ -28,8 +35,11 @@ PLAIN_TEMPLATE = (
     "{{ '<|endoftext|>' if message.role == 'assistant' }}{{ '\\n\\n' if not loop.last }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:\\n' }}{% endif %}\n"
 )
-# Stands for a message's content while the template renders: the number of the message and a key.
-_PLACEHOLDER = re.compile(f"\ue000([0-9]+):({'|'.join(CONTENT_KEYS)})\ue001")
+# Unicode's noncharacters, which no text has, mark places in a rendered text.
+NAME_START, NAME_END = "\ufdd0", "\ufdd1"  # around a special token's name in a message
+BLOCK_EDGE = "\ufdd2"  # where {% generation %} begins and ends
+PROBE = "\ufdd3"  # takes the place of an answer, to find where that is
+MARKS = re.compile(f"[{NAME_START}{NAME_END}{BLOCK_EDGE}{PROBE}]")
 
 
 def template_for(tokenizer: Tokenizer) -> str:
@@ -38,12 +48,12 @@ def template_for(tokenizer: Tokenizer) -> str:
         return tokenizer.template
     if all(token in tokenizer.special_tokens for token in CHATML_TOKENS):
         return CHATML_TEMPLATE
-    if END_OF_TEXT not in tokenizer.special_tokens:
+    if tokenizer.end_of_text is None:
         raise InputError(
             f"the {tokenizer.name} tokenizer has no {END_OF_TEXT} to end an answer with: prepare conversations with "
             "--tokenizer=gpt2, byte, bpe:8192, or that of the model to fine-tune"
         )
-    return PLAIN_TEMPLATE
+    return PLAIN_TEMPLATE.replace(END_OF_TEXT, tokenizer.decode([tokenizer.end_of_text]))
 
 
 def parse_messages(row: Any) -> list[dict[str, str]]:
@@ -68,7 +78,10 @@ def parse_messages(row: Any) -> list[dict[str, str]]:
         fields = entry if isinstance(entry, dict) else {}
         if fields.get("tool_calls"):
             raise ValueError(f"message {number} calls a tool, which is not supported")
-        message = {key: fields[key] for key in ("role", *CONTENT_KEYS) if isinstance(fields.get(key), str)}
+        message = {key: fields[key] for key in ("role", "content") if isinstance(fields.get(key), str)}
+        reasoning = next((fields[key] for key in REASONING_KEYS if isinstance(fields.get(key), str)), None)
+        if reasoning is not None:
+            message["reasoning_content"] = reasoning
         if "content" not in message or not re.fullmatch(r"\w+", message.get("role", "")):
             raise ValueError(f"message {number} has no role and content that are text")
         messages.append(message)
@@ -83,121 +96,221 @@ class Chat:
     def __init__(self, tokenizer: Tokenizer):
         """Raises InputError if the tokenizer has no template, or a broken one."""
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if tokenizer.template is None:
             raise InputError(
                 "the tokenizer has no chat template: the model was not fine-tuned on conversations, which "
                 "`python data/prepare.py --chat=True` prepares"
             )
-        self.tokenizer = tokenizer
-
-        # The same settings, functions and tag {% generation %} as transformers gives to templates.
-        env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        env.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        env.globals["raise_exception"] = _raise_exception
-        env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", tokenizer.template)
         try:
-            self._template = env.from_string(source)
+            self._template = _make_environment().from_string(tokenizer.template)
         except TemplateError as error:
             raise InputError(f"the tokenizer's chat template is broken ({error}): restore it") from error
+        self._has_blocks = re.search(r"{%-?\s*generation\s*-?%}", tokenizer.template) is not None
+        self.tokenizer = tokenizer
 
         longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        self._special_token = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        names = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self._name = re.compile(f"({names})")
+        self._marked_name = re.compile(f"{NAME_START}({names}){NAME_END}")
+        self._token_or_mark = re.compile(f"{names}|{NAME_START}")
 
     def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a conversation, uint32 (tokens,), and its loss mask, uint8 (tokens,).
 
-        The mask is 1 for the answers, each with the special token that ends it. The end of text comes last.
-        Raises ValueError if the template refuses the conversation or does not end its answers.
+        The mask is 1 for the text in {% generation %} blocks; if the template has none, for the answers, each with the
+        special token that ends it. The end of text comes last. Raises ValueError if the template refuses the
+        conversation, does not end its answers, or changes them so that their places are not certain.
         """
-        ids, mask = self._encode(messages, self._render(messages))
+        messages, text = self._fill_in(messages)
+        ids, spans = self._tokenize(text)
+        mask = np.zeros(len(ids), dtype=np.uint8)
+        for start, end in self._find_blocks(messages, text) if self._has_blocks else self._find_answers(messages, text):
+            mask[(spans[:, 1] > start) & (spans[:, 0] < end)] = 1
         if not mask.any():
             raise ValueError("the chat template leaves the answers out")
-        end = self.tokenizer.end_of_text
-        if end is not None and ids[-1] != end:
-            ids = np.append(ids, np.uint32(end))
+
+        end_of_text = self.tokenizer.end_of_text
+        if end_of_text is not None and ids[-1] != end_of_text:
+            ids = np.append(ids, np.uint32(end_of_text))
             mask = np.append(mask, np.uint8(0))
         return ids, mask
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         """The ids of a conversation up to the start of the next answer. Raises ValueError as `encode`."""
-        return self._encode(messages, self._render(messages, add_generation_prompt=True))[0].tolist()
+        _, text = self._fill_in(messages, add_generation_prompt=True)
+        return self._tokenize(text)[0].tolist()
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The ids that end an answer."""
-        ids, mask = self.encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
-        last_of_answer = int(ids[np.flatnonzero(mask)[-1]])
-        end = self.tokenizer.end_of_text
-        return frozenset([last_of_answer] if end is None else [last_of_answer, end])
+        """The ids that end an answer. Raises ValueError as `encode`."""
+        messages, text = self._fill_in([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
+        ((start, end),) = self._find_answers(messages, text)
+        last_of_answer = self.tokenizer.special_tokens[self._name.findall(text[start:end])[-1]]
+        end_of_text = self.tokenizer.end_of_text
+        return frozenset([last_of_answer] if end_of_text is None else [last_of_answer, end_of_text])
+
+    def _fill_in(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[Messages, str]:
+        """The messages with marks around the names of special tokens in them, and the template's text with these.
+
+        Without the marks it is the text that the messages as they are would give.
+        """
+        plain, marked = [], []
+        for message in messages:
+            role = message["role"]
+            if role not in ROLES and any(role in name for name in self.tokenizer.special_tokens):
+                raise ValueError(f"the role {role!r} is part of the name of a special token")  # such as <|endoftext|>
+            contents = {key: replace_surrogates(message[key]) for key in CONTENT_KEYS if key in message}
+            if any(map(MARKS.search, contents.values())):
+                raise ValueError("a message holds one of Unicode's noncharacters U+FDD0 to U+FDD3")
+            plain.append({"role": role, **contents})
+            names_marked = {key: self._name.sub(rf"{NAME_START}\1{NAME_END}", contents[key]) for key in contents}
+            marked.append({"role": role, **names_marked})
+
+        text = self._render(marked, add_generation_prompt)
+        if marked != plain and self._marked_name.sub(r"\1", text) != self._render(plain, add_generation_prompt):
+            raise ValueError("the chat template depends on the name of a special token in a message")
+        return marked, text
+
+    def _render(self, messages: Messages, add_generation_prompt: bool = False, **variables: str) -> str:
+        with_thinking = [
+            {"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else message
+            for message in messages
+        ]
+        try:
+            return self._template.render(
+                messages=with_thinking,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.named_tokens,
+                **variables,
+            )
+        except Exception as error:  # a template can raise anything
+            raise ValueError(f"the chat template refuses it ({' '.join(str(error).split())[:200]})") from error
+
+    def _tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (tokens,) of a rendered text, and where in it each begins and ends, (tokens, 2)."""
+        first, *others = self._marked_name.split(text)  # text, name, text, …
+        ids, spans = self.tokenizer.encode_with_spans(first)
+        all_ids, all_spans = [ids], [spans]
+        position = len(first)
+        for number, part in enumerate(others):
+            is_name = number % 2 == 0
+            position += is_name  # a mark
+            ids, spans = self._encode_part(part, is_name)
+            all_ids.append(ids)
+            all_spans.append(spans + position)
+            position += len(part) + is_name
+        return np.concatenate(all_ids), np.concatenate(all_spans)
+
+    def _encode_part(self, text: str, is_name: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and spans of a text that follows another; the name of a special token as plain text."""
+        newline, _ = self.tokenizer.encode_with_spans("\n")
+        # Encoded after a newline, because some tokenizers add a space to the start of a text.
+        ids, spans = self.tokenizer.encode_with_spans("\n" + text, ordinary=is_name)
+        if np.array_equal(ids[: len(newline)], newline):
+            ids, spans = ids[len(newline) :], spans[len(newline) :] - 1
+        else:
+            ids, spans = self.tokenizer.encode_with_spans(text, ordinary=is_name)
+        if is_name and self.tokenizer.special_tokens[text] in ids:
+            raise ValueError(f"a message holds {text}, for which the tokenizer has no plain tokens")
+        return ids, spans
+
+    def _find_blocks(self, messages: Messages, text: str) -> list[tuple[int, int]]:
+        """Where the {% generation %} blocks of a rendered text begin and end."""
+        pieces = self._render(messages, block_edge=BLOCK_EDGE).split(BLOCK_EDGE)
+        if "".join(pieces) != text:
+            raise ValueError("the chat template changes the text of its generation blocks")
+        edges = np.cumsum([len(piece) for piece in pieces]).tolist()
+        return list(zip(edges[0:-1:2], edges[1::2], strict=True))
+
+    def _find_answers(self, messages: Messages, text: str) -> list[tuple[int, int]]:
+        """Where the answers of a rendered text begin and end, with the special tokens that end them."""
+        answers: list[tuple[int, int]] = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                answer = self._find_answer(messages, text, i, answers[-1][1] if answers else 0)
+                answers += [answer] if answer else []
+        return answers
+
+    def _find_answer(self, messages: Messages, text: str, i: int, earliest: int) -> tuple[int, int] | None:
+        """Where the answer messages[i] begins and ends; None if the template leaves it out.
+
+        It begins where the text for sampling it ends, and ends with the first special token after its content.
+        """
+        # Where the text changes if its content does.
+        replaced = {key: PROBE for key in CONTENT_KEYS if key in messages[i]}
+        other = self._render([*messages[:i], {**messages[i], **replaced}, *messages[i + 1 :]])
+        if other == text:
+            return None
+        first = len(os.path.commonprefix([text, other]))
+        last = max(first, len(text) - len(os.path.commonprefix([text[::-1], other[::-1]])))
+        next_content = messages[i + 1]["content"].strip() if i + 1 < len(messages) else ""
+        changed = other[first : len(other) - len(text) + last]
+        if PROBE not in changed or (next_content and next_content in changed):
+            raise ValueError("the chat template does not show where an answer is")
+
+        prompt = self._render_prompt(messages[:i])
+        if prompt and text.startswith(prompt):
+            start = len(prompt)
+        elif first == last:
+            return None
+        else:  # it renders the conversation so far otherwise once there is more of it
+            header = text.rfind(self._answer_header, earliest, first)
+            start = first if header < 0 else header + len(self._answer_header)
+
+        end = self._token_or_mark.search(text, last)
+        between = text[last : end.start()] if end else ""
+        if not end or end.group() == NAME_START or (next_content and next_content in between):
+            raise ValueError("the chat template ends an answer with no special token")
+        return start, end.end()
+
+    def _render_prompt(self, messages: Messages) -> str:
+        """The text up to the start of the next answer; empty if the template has none for these messages."""
+        try:
+            return self._render(messages, add_generation_prompt=True)
+        except ValueError:
+            return ""
 
     @cached_property
     def _answer_header(self) -> str:
         """The template's text before an answer that is to be generated."""
         question = [{"role": "user", "content": "?"}]
-        return self._render(question, add_generation_prompt=True).removeprefix(self._render(question))
+        return self._render_prompt(question).removeprefix(self._render(question))
 
-    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """The template's text with placeholders for contents, which it thus can neither change nor interpret."""
-        placeholders = []
-        for i, message in enumerate(messages):
-            contents = {key: f"\ue000{i}:{key}\ue001" for key in CONTENT_KEYS if key in message}
-            placeholders.append({"role": message["role"], **contents})
-        try:
-            return self._template.render(
-                messages=placeholders, add_generation_prompt=add_generation_prompt, bos_token="", eos_token=""
-            )
-        except Exception as error:  # a template can raise anything
-            raise ValueError(f"the chat template refuses it ({' '.join(str(error).split())[:200]})") from error
 
-    def _encode(self, messages: Messages, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and loss mask of a rendered text.
+def _make_environment() -> "jinja2.Environment":
+    """An environment with the settings, functions and tag {% generation %} that transformers gives to templates."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        Answers are encoded apart from the text before them, as in sampling. Other neighboring texts are encoded
-        together, as if the template had been filled in.
-        """
-        parts: list[tuple[str | int, bool]] = []  # a text or the id of a special token; is it part of an answer?
+    class Generation(Extension):
+        """{% generation %} … {% endgeneration %}, with the variable `block_edge` before and after."""
 
-        def add(part: str | int, is_answer: bool) -> None:
-            if isinstance(part, str) and parts and isinstance(parts[-1][0], str) and parts[-1][1] == is_answer:
-                parts[-1] = (parts[-1][0] + part, is_answer)
-            elif part != "":
-                parts.append((part, is_answer))
+        tags = {"generation"}  # noqa: RUF012
 
-        def add_template(text: str, is_answer: bool) -> None:
-            for piece in self._special_token.split(text):
-                add(self.tokenizer.special_tokens.get(piece, piece), is_answer)
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            edges = [nodes.Output([nodes.Name("block_edge", "load")], lineno=line) for _ in range(2)]
+            return [edges[0], nodes.Scope(body, lineno=line), edges[1]]
 
-        pieces = _PLACEHOLDER.split(text)  # text, message number, content key, text, …
-        answer = None  # the number of the message whose answer is open
-        for between, number, key in itertools.zip_longest(pieces[0::3], pieces[1::3], pieces[2::3]):
-            if answer is not None and number != answer:  # the answer ends with the next special token
-                end = self._special_token.search(between)
-                if not end:
-                    raise ValueError("the chat template ends an answer with no special token")
-                add_template(between[: end.end()], True)
-                between = between[end.end() :]
-                answer = None
-            if answer is None and number and messages[int(number)]["role"] == "assistant":  # the next answer begins
-                header = self._answer_header
-                start = between.rindex(header) + len(header) if header in between else len(between)
-                add_template(between[:start], False)
-                between = between[start:]
-                answer = number
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    env.filters["tojson"] = _to_json
+    env.globals["raise_exception"] = _raise_exception
+    env.globals["strftime_now"] = datetime.datetime.now().strftime
+    return env
 
-            add_template(between, answer is not None)
-            if number:
-                add(messages[int(number)][key], answer is not None)
 
-        ids, mask = [], []
-        for part, is_answer in parts:
-            ids.append(self.tokenizer.encode_ordinary(part) if isinstance(part, str) else np.array([part], np.uint32))
-            mask.append(np.full(len(ids[-1]), is_answer, dtype=np.uint8))
-        return np.concatenate(ids), np.concatenate(mask)
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

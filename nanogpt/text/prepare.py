@@ -112,6 +112,8 @@ class BatchEncoder:
                     ids[split] += self._encode_text(document)
                     for token in self._end_tokens:
                         parser.omissions.add("end_tokens", document.place, document.text.count(token))
+                lost = sum(map(self.tokenizer.count_lost_characters, document.texts))
+                parser.omissions.add("unencodable", document.place, lost)
             except ValueError as error:
                 parser.leave_out(document.place, error)
                 continue
@@ -132,7 +134,9 @@ class BatchEncoder:
         return EncodedBatch(encoded, parser.omissions)
 
     def _encode_text(self, document: Document) -> list[np.ndarray]:
-        ids = [self.tokenizer.encode_ordinary(piece.decode()) for piece in split_pieces(document.text)]
+        first, *others = (piece.decode() for piece in split_pieces(document.text))
+        encode_first = self.tokenizer.encode_ordinary if document.is_start else self.tokenizer.encode_continuation
+        ids = [encode_first(first), *map(self.tokenizer.encode_continuation, others)]
         if document.is_end and self.tokenizer.end_of_text is not None:
             ids.append(np.array([self.tokenizer.end_of_text], dtype=np.uint32))
         return ids
@@ -389,6 +393,8 @@ def prepare(
             if options.chat:
                 tokenizer.template = template_for(tokenizer)
                 Chat(tokenizer)  # raises InputError for a broken template
+            if tokenizer.changes:
+                print(f"the tokenizer's normalizer changes some characters: {', '.join(tokenizer.changes)}")
             tokenizer.save(staging)
             check_disk(job, tokenizer, out)
             encode_all(job, tokenizer, shard_tokens, progress)
@@ -535,7 +541,7 @@ def check_disk(job: Job, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
-    return _hash(tokenizer._inner.to_str() + str(tokenizer.template))
+    return _hash(tokenizer._inner.to_str() + str(tokenizer.template) + str(tokenizer.end_of_text))
 
 
 def _hash(text: str) -> str:

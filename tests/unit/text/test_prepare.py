@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from conftest import ROOT
 from text_files import DOCS, json_lines, pack_tar
 
@@ -246,6 +247,18 @@ def test_skipped_rows_and_files_are_in_meta(tmp_path: Path, capsys: pytest.Captu
     assert meta["replaced"] == [1, f"{tmp_path}/c.txt, byte 0"]
     assert "3 bad rows or files were left out; the first: " in capsys.readouterr().out
     assert sum(facts["documents"] for facts in meta["splits"].values()) == len(DOCS)  # one is bad, c.txt is new
+
+
+def test_lost_characters_and_normalizers_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    inner.normalizer = tokenizers.normalizers.Lowercase()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("abAB1" * 100)
+    meta = make(tmp_path / "out", tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert meta["omitted"]["unencodable"][0] == 100
+    printed = capsys.readouterr().out
+    assert "100 characters" in printed
+    assert "Lowercase" in printed
 
 
 def test_too_little_disk_space_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
