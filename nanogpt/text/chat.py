@@ -257,8 +257,12 @@ class Chat:
         elif first == last:
             return None
         else:  # it renders the conversation so far otherwise once there is more of it
-            header = text.rfind(self._answer_header, earliest, first)
-            start = first if header < 0 else header + len(self._answer_header)
+            header, lead = self._before_answers
+            found = text.rfind(header, earliest, first) if header else -1
+            if found >= 0:
+                start = found + len(header)
+            else:
+                start = first - len(lead) if text.endswith(lead, earliest, first) else first
 
         end = self._token_or_mark.search(text, last)
         between = text[last : end.start()] if end else ""
@@ -274,10 +278,14 @@ class Chat:
             return ""
 
     @cached_property
-    def _answer_header(self) -> str:
-        """The template's text before an answer that is to be generated."""
-        question = [{"role": "user", "content": "?"}]
-        return self._render_prompt(question).removeprefix(self._render(question))
+    def _before_answers(self) -> tuple[str, str]:
+        """The template's text that asks for an answer, and its text between there and the content of the answer."""
+        question = {"role": "user", "content": "?"}
+        prompt = self._render_prompt([question])
+        header = prompt.removeprefix(self._render([question]))
+        text = self._render([question, {"role": "assistant", "content": PROBE}])
+        lead = text[len(prompt) : text.find(PROBE)] if text.startswith(prompt) else ""
+        return header, lead
 
 
 def _make_environment() -> "jinja2.Environment":
