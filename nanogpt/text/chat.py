@@ -147,8 +147,8 @@ class Chat:
         messages, text = self._fill_in([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
         ((start, end),) = self._find_answers(messages, text)
         last_of_answer = self.tokenizer.special_tokens[self._name.findall(text[start:end])[-1]]
-        end_of_text = self.tokenizer.end_of_text
-        return frozenset([last_of_answer] if end_of_text is None else [last_of_answer, end_of_text])
+        ends = (last_of_answer, self.tokenizer.named_id("eos_token"), self.tokenizer.end_of_text)
+        return frozenset(end for end in ends if end is not None)
 
     def _fill_in(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[Messages, str]:
         """The messages with marks around the names of special tokens in them, and the template's text with these.

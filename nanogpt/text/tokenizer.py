@@ -271,6 +271,11 @@ class Tokenizer:
         """The state for another process, without gigatoken's encoder, which cannot be pickled."""
         return {name: value for name, value in self.__dict__.items() if name != "_gigatoken"}
 
+    def named_id(self, name: str) -> int | None:
+        """The id of "bos_token" or "eos_token"; where none is named, that of the end of text."""
+        token = self.named_tokens.get(name)
+        return self.end_of_text if token is None else self._inner.token_to_id(token)
+
     def has_same_vocab(self, other: "Tokenizer") -> bool:
         """True if both have the same id for every token."""
         return self._inner.get_vocab() == other._inner.get_vocab()
