@@ -12,7 +12,7 @@ from configurator import Config, build, key
 from model import GPT, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.console import print0
+from nanogpt.console import is_main, print0
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.data.dataset import Dataset, open_dataset, resolve
 from nanogpt.distributed import World
@@ -101,8 +101,8 @@ def check_vocabulary(model: GPT, tokenizer: Tokenizer) -> None:
     without_row = [name for name, token_id in tokenizer.special_tokens.items() if token_id >= rows]
     if tokenizer.vocab_size - len(without_row) > rows:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {rows}: it belongs to another model")
-    if without_row:
-        print0(f"the model has no row for {', '.join(without_row)}: text that holds it cannot be encoded")
+    if without_row and is_main():
+        print(f"no row of the model is for {', '.join(without_row)}: text with it is refused", file=sys.stderr)
 
 
 def check_finite(model: GPT, source: str) -> None:

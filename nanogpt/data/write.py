@@ -171,7 +171,9 @@ def move_into_place(staging: Path, folder: Path) -> dict[str, Any]:
     After an interruption, call it again.
     """
     meta = json.loads((staging / "meta.json").read_text(encoding="utf-8"))
-    moves = {name: name for name in ("tokenizer.json", SETTINGS_FILE, TEMPLATE_FILE)}  # name in staging -> name in folder
+    moves = {
+        name: name for name in ("tokenizer.json", SETTINGS_FILE, TEMPLATE_FILE)
+    }  # name in staging -> name in folder
     for split, facts in meta["splits"].items():
         stems = {f"{split}-00000": split}
         if "shards" in facts:
@@ -182,7 +184,9 @@ def move_into_place(staging: Path, folder: Path) -> dict[str, Any]:
 
     if (staging / "tokenizer.json").exists():  # otherwise an interrupted move has removed the old files already
         for path in folder.iterdir():
-            if path.name in ("meta.json", SETTINGS_FILE, TEMPLATE_FILE) or re.fullmatch(r"(train|val)(-\d+)?\.(bin|mask)", path.name):
+            if path.name in ("meta.json", SETTINGS_FILE, TEMPLATE_FILE) or re.fullmatch(
+                r"(train|val)(-\d+)?\.(bin|mask)", path.name
+            ):
                 path.unlink()
     for old, new in moves.items():
         if (staging / old).exists():

@@ -7,7 +7,6 @@ message that holds the name of a special token never becomes that token (`saniti
 
 import datetime
 import json
-import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -244,8 +243,8 @@ class Chat:
         other = self._render([*messages[:i], {**messages[i], **replaced}, *messages[i + 1 :]])
         if other == text:
             return None
-        first = len(os.path.commonprefix([text, other]))
-        last = max(first, len(text) - len(os.path.commonprefix([text[::-1], other[::-1]])))
+        first = _shared_length(text, other)
+        last = max(first, len(text) - _shared_length(text[::-1], other[::-1]))
         next_content = messages[i + 1]["content"].strip() if i + 1 < len(messages) else ""
         changed = other[first : len(other) - len(text) + last]
         if PROBE not in changed or (next_content and next_content in changed):
@@ -286,6 +285,12 @@ class Chat:
         text = self._render([question, {"role": "assistant", "content": PROBE}])
         lead = text[len(prompt) : text.find(PROBE)] if text.startswith(prompt) else ""
         return header, lead
+
+
+def _shared_length(one: str, other: str) -> int:
+    """The number of characters with which both texts begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _make_environment() -> "jinja2.Environment":

@@ -66,7 +66,9 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         self.end_of_text: int | None = vocab.get(END_OF_TEXT)
         self.template: str | None = None
-        self.named_tokens = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT) if self.end_of_text is not None else {}
+        self.named_tokens = (
+            dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT) if self.end_of_text is not None else {}
+        )
         added = inner.get_added_tokens_decoder()
         self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
         # tokenizers finds these in ordinary text too; tiktoken does not.
@@ -236,7 +238,9 @@ class Tokenizer:
             template = by_name.get("default")
         self.template = template if isinstance(template, str) else None
         if settings is not None:
-            contents = {key: entry.get("content") if isinstance(entry, dict) else entry for key, entry in settings.items()}
+            contents = {
+                key: entry.get("content") if isinstance(entry, dict) else entry for key, entry in settings.items()
+            }
             self.named_tokens = {
                 key: content for key, content in contents.items() if key.endswith("_token") and isinstance(content, str)
             }

@@ -1,7 +1,6 @@
 """Conversations as tokens against transformers' apply_chat_template, for templates in the style of published models."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,11 @@ def build(folder: Path, name: str, template: str) -> tuple[Tokenizer, Any]:
         vocab = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
         ids = {token: i for i, token in enumerate(vocab)}
         merges = [(left, right) for left, right in learned["merges"]]
-        decoders = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+        decoders = [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
         inner.decoder = tokenizers.decoders.Sequence(decoders)
         inner.model = tokenizers.models.BPE(ids, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
     else:
@@ -110,10 +113,10 @@ def test_chat_gives_transformers_ids_and_mask(talk: list[dict[str, str]], kind: 
     ours, plain, theirs = kind
     try:
         expected = theirs.apply_chat_template(talk, return_assistant_tokens_mask=True)
-    except Exception as refused:
-        with pytest.raises(ValueError, match="refuses it"):
-            Chat(ours).encode(talk)
-        assert "must alternate" in str(refused) or "role" in str(refused)
+    except Exception as refusal:
+        for tokenizer in (ours, plain):
+            with pytest.raises(ValueError, match=f"refuses it .{refusal}"):
+                Chat(tokenizer).encode(talk)
         return
 
     ids = [*expected["input_ids"]]
@@ -139,9 +142,11 @@ def test_encode_prompt_is_the_conversation_up_to_the_answer(length: int, kind: t
     assert prompt == theirs.apply_chat_template(talk[:-1], add_generation_prompt=True)["input_ids"]
     ids, mask = Chat(plain).encode(talk)
     is_deepseek = "<｜User｜>" in plain.special_tokens
-    shared = os.path.commonprefix([ids.tolist(), prompt])
-    assert plain.decode(prompt[len(shared) :]) == ("<think>\n" if is_deepseek else "")
-    assert mask[len(shared) - 1 : len(shared) + 1].tolist() == [0, 1]
+    if is_deepseek:
+        assert plain.decode(prompt).endswith("<think>\n")
+        prompt = plain.encode(plain.decode(prompt).removesuffix("<think>\n"))
+    assert ids.tolist()[: len(prompt)] == prompt
+    assert mask[len(prompt) - 1 : len(prompt) + 1].tolist() == [0, 1]
 
 
 def test_names_of_special_tokens_in_messages_are_text(kind: tuple[Tokenizer, Tokenizer, Any]):
@@ -164,6 +169,9 @@ def test_names_of_special_tokens_in_messages_are_text(kind: tuple[Tokenizer, Tok
         harmless_ids = Chat(tokenizer).encode(harmless)[0]
         assert ids[is_special].tolist() == harmless_ids[np.isin(harmless_ids, special_ids)].tolist()
         assert is_special[mask == 1].sum() == 1  # the one that ends the answer
-        assert Chat(tokenizer).encode_prompt(talk[:1]) == theirs.apply_chat_template(
-            talk[:1], add_generation_prompt=True, sanitize_control_tokens=True
-        )["input_ids"]
+        assert (
+            Chat(tokenizer).encode_prompt(talk[:1])
+            == theirs.apply_chat_template(talk[:1], add_generation_prompt=True, sanitize_control_tokens=True)[
+                "input_ids"
+            ]
+        )
