@@ -62,6 +62,8 @@ def parse_messages(row: Any) -> list[dict[str, str]]:
     """
     if not isinstance(row, dict):
         raise ValueError("is not an object with messages, or with prompt and completion")
+    if row.get("tools"):
+        raise ValueError("has tools, which are not supported")
     entries = row.get("messages")
     if entries is None:
         entries = []
@@ -245,29 +247,36 @@ class Chat:
             return None
         first = _shared_length(text, other)
         last = max(first, len(text) - _shared_length(text[::-1], other[::-1]))
-        next_content = messages[i + 1]["content"].strip() if i + 1 < len(messages) else ""
         changed = other[first : len(other) - len(text) + last]
-        if PROBE not in changed or (next_content and next_content in changed):
-            raise ValueError("the chat template does not show where an answer is")
 
         prompt = self._render_prompt(messages[:i])
+        header, lead = self._before_answers
+        found = text.rfind(header, earliest, first) if header else -1
         if prompt and text.startswith(prompt):
             start = len(prompt)
-        elif first == last:
-            return None
-        else:  # it renders the conversation so far otherwise once there is more of it
-            header, lead = self._before_answers
-            found = text.rfind(header, earliest, first) if header else -1
-            if found >= 0:
-                start = found + len(header)
-            else:
-                start = first - len(lead) if text.endswith(lead, earliest, first) else first
+        elif found >= 0:  # it renders the conversation so far otherwise once there is more of it
+            start = found + len(header)
+        else:
+            start = first - len(lead) if text.endswith(lead, earliest, first) else first
+        if first == last and changed != PROBE and not (header and text.startswith(prompt)):
+            return None  # it is empty, and the template has no text for it either
 
         end = self._token_or_mark.search(text, last)
-        between = text[last : end.start()] if end else ""
-        if not end or end.group() == NAME_START or (next_content and next_content in between):
+        if not end or end.group() == NAME_START:
             raise ValueError("the chat template ends an answer with no special token")
+        is_plain = changed == PROBE and not text[last : end.start()].strip()
+        if not is_plain and (PROBE not in changed or self._find_content(messages, text, i + 1) < end.end()):
+            raise ValueError("the chat template does not show where an answer ends")
         return start, end.end()
+
+    def _find_content(self, messages: Messages, text: str, i: int) -> int:
+        """Where a rendered text changes if the middle of the content of messages[i] does."""
+        if i == len(messages):
+            return len(text)
+        content = messages[i]["content"]
+        middle = len(content) // 2
+        replaced = {"content": content[:middle] + PROBE + content[middle:]}
+        return _shared_length(text, self._render([*messages[:i], {**messages[i], **replaced}, *messages[i + 1 :]]))
 
     def _render_prompt(self, messages: Messages) -> str:
         """The text up to the start of the next answer; empty if the template has none for these messages."""
@@ -289,8 +298,14 @@ class Chat:
 
 def _shared_length(one: str, other: str) -> int:
     """The number of characters with which both texts begin."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # by bisection, which compares long texts faster than a loop over characters
+        middle = (low + high + 1) // 2
+        if one[:middle] == other[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _make_environment() -> "jinja2.Environment":

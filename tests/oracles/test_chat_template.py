@@ -1,10 +1,13 @@
 """Conversations as tokens against transformers' apply_chat_template, for templates in the style of published models."""
 
 import json
+import os
+import random
 import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 import tokenizers
@@ -55,6 +58,37 @@ TALKS = {
     "answer first": [ANSWER, ASK, ANSWER],
     "short": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "i"}] * 2,
 }
+FRAGMENTS = [
+    "",
+    " ",
+    "\n",
+    "\n\n",
+    "a",
+    "yes",
+    "?",
+    "<think>",
+    "</think>",
+    "\n</think>\n\n",
+    "assistant\n",
+    "ASSISTANT:",
+    "😀",
+]
+FRAGMENTS += [
+    "It's",
+    "日本",
+    "<",
+    "[INST",
+    "INST]",
+    '"',
+    "\\",
+    "<|im",
+    "_end|>",
+    "\r",
+    "<tool_response>",
+    "Be kind.",
+    "model\n",
+]
+PUBLISHED = Path(os.environ.get("NANOGPT_TOKENIZERS", "/nonexistent"))  # as test_tokenizer_ids.py has them
 
 
 def build(folder: Path, name: str, template: str) -> tuple[Tokenizer, Any]:
@@ -79,7 +113,14 @@ def build(folder: Path, name: str, template: str) -> tuple[Tokenizer, Any]:
         inner.decoder = tokenizers.decoders.Sequence(decoders)
         inner.model = tokenizers.models.BPE(ids, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
     else:
-        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        # As Llama-3's and Qwen's patterns do, this one ends a piece after line breaks, whatever follows them.
+        pattern = tokenizers.Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s")
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Split(pattern, "isolated"),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         inner.decoder = tokenizers.decoders.ByteLevel()
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         inner.train_from_iterator(
@@ -110,7 +151,23 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("talk", TALKS.values(), ids=TALKS)
 def test_chat_gives_transformers_ids_and_mask(talk: list[dict[str, str]], kind: tuple[Tokenizer, Tokenizer, Any]):
     """With generation blocks, and without them by looking for the answers."""
-    ours, plain, theirs = kind
+    compare(talk, *kind)
+
+
+@pytest.mark.slow
+def test_chat_gives_transformers_ids_and_mask_for_random_talks(kind: tuple[Tokenizer, Tokenizer, Any]):
+    rng = random.Random(1)
+    for _ in range(300):
+        roles = ["user", "assistant"] * rng.randint(1, 3)
+        talk = [{"role": role, "content": "".join(rng.choices(FRAGMENTS, k=rng.randint(0, 6)))} for role in roles]
+        # An answer that begins with the rest of a longer text before answers to be generated is cut there.
+        differs = [*kind[0].special_tokens, *(["<think>\n"] if "<｜User｜>" in kind[0].special_tokens else [])]
+        if not any(name in message["content"] for name in differs for message in talk):
+            compare([SYSTEM, *talk] if rng.random() < 0.3 else talk, *kind)
+
+
+def compare(talk: list[dict[str, str]], ours: Tokenizer, plain: Tokenizer, theirs: Any) -> None:
+    """Compare ids and mask with transformers', by a template with generation blocks and by one without them."""
     try:
         expected = theirs.apply_chat_template(talk, return_assistant_tokens_mask=True)
     except Exception as refusal:
@@ -175,3 +232,27 @@ def test_names_of_special_tokens_in_messages_are_text(kind: tuple[Tokenizer, Tok
                 "input_ids"
             ]
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(PUBLISHED.rglob("tokenizer_config.json")), ids=str)
+def test_published_templates_give_transformers_ids(path: Path):
+    ours, theirs = Tokenizer.load(path.parent), transformers.AutoTokenizer.from_pretrained(path.parent)
+    if ours is None or ours.template is None:
+        pytest.skip("has no chat template")
+    chat = Chat(ours)
+    for talk in TALKS.values():
+        try:
+            expected = theirs.apply_chat_template(talk)["input_ids"]
+        except jinja2.TemplateError:
+            with pytest.raises(ValueError, match="refuses it"):
+                chat.encode(talk)
+            continue
+        ids, mask = chat.encode(talk)
+        assert ids.tolist()[: len(expected)] == expected
+        prompt = theirs.apply_chat_template(talk[:-1], add_generation_prompt=True)["input_ids"]
+        assert chat.encode_prompt(talk[:-1]) == prompt
+        contents = [message["content"] for message in talk if message["role"] == "assistant"]
+        for content, answer in zip(contents, answer_texts(ours, ids, mask), strict=True):
+            end = re.escape(content.rpartition("</think>")[2].strip())
+            assert re.search(end + r"\s*<[^<>]+>$", answer)
