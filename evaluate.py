@@ -35,6 +35,7 @@ from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
 from nanogpt.evaluation import score
 from nanogpt.memory import rows_to_score
+from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import Tokenizer
 
 LOSS_KEYS = ("dataset", "split", "text", "stride")
@@ -81,7 +82,7 @@ def main() -> None:
             loaded.model.to(world.device).eval()
             if world.device.type == "cpu":
                 use_cpu_kernels(loaded.model)
-            name, tokens = read_text(config.text, loaded.tokenizer) if config.text else open_split(config, loaded)
+            name, tokens = open_text(config.text, loaded.tokenizer) if config.text else open_split(config, loaded)
             results = print_loss(name, tokens, *split_loss(loaded.model, tokens, config.stride, world))
     if config.json:
         text = json.dumps({"model": loaded.source} | results, indent=2, default=str)
@@ -144,20 +145,17 @@ def open_split(config: EvaluateConfig, loaded: LoadedModel) -> tuple[str, Tokens
     return f"{config.split} of {dataset.name}", getattr(dataset, config.split)
 
 
-def read_text(file: str, tokenizer: Tokenizer) -> tuple[str, Tokens]:
+def open_text(file: str, tokenizer: Tokenizer) -> tuple[str, Tokens]:
     """Read a text as a split. Its first token is a target too if the tokenizer has an end of text to put before it."""
-    try:
-        content = Path(file).read_bytes()
-        ids = tokenizer.encode_ordinary(content.decode("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--text={file}: cannot be read as UTF-8 ({error}); give another file") from error
+    text = read_text(file, f"--text={file}")
+    ids = tokenizer.encode_ordinary(text)
     num_ids = len(ids)
     if tokenizer.end_of_text is not None:
         ids = np.insert(ids, 0, tokenizer.end_of_text)
     if len(ids) < 2:
         raise InputError(f"--text={file}: has no token to predict; give a longer text")
     tokens = Tokens.of(ids)
-    tokens.bytes_per_token = len(content) / num_ids
+    tokens.bytes_per_token = len(text.encode()) / num_ids
     return file, tokens
 
 

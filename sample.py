@@ -9,7 +9,6 @@ import itertools
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from configurator import key, parse
@@ -25,6 +24,7 @@ from nanogpt.generate.sampling import Sampling
 from nanogpt.generate.stream import SampleText, TextStream, print_in_order
 from nanogpt.memory import decoder_rows_that_fit
 from nanogpt.text.chat import Chat
+from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import Tokenizer
 
 SEPARATOR = "\n---------------\n"  # after each sample
@@ -82,10 +82,7 @@ def read_prompt(start: str) -> str:
     """Return the prompt, read from a file if `start` is FILE:path."""
     if not start.startswith("FILE:"):
         return start
-    try:
-        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--start={start}: cannot be read as UTF-8 text ({error}); give another file") from error
+    return read_text(start.removeprefix("FILE:"), f"--start={start}")
 
 
 def write_samples(

@@ -14,8 +14,10 @@ from typing import Literal
 from configurator import key, parse
 from nanogpt.data.write import format_summary
 from nanogpt.errors import InputError, run_script
+from nanogpt.text.omissions import Omissions
 from nanogpt.text.prepare import find_earlier, is_hub_id, prepare
-from nanogpt.text.sources import SUPPORTED, ReadOptions, find_inputs
+from nanogpt.text.reading import ReadOptions
+from nanogpt.text.sources import SUPPORTED, find_inputs
 from nanogpt.text.tokenizer import Tokenizer
 
 
@@ -27,6 +29,7 @@ class PrepareConfig:
     text_key: str = key("text", "column of rows that holds the text")
     chat: bool = key(False, "rows are conversations, with messages, or with prompt and completion")
     encoding: str = key("utf-8", "of text files and JSON lines")
+    document_separator: str = key("", "split texts into documents at this string; \\n stands for a newline")
     skip_bad: bool = key(False, "count bad rows and files and leave them out, instead of an error")
     docs: int | None = key(None, "read only this many documents", ge=1)
 
@@ -61,17 +64,20 @@ def main() -> None:
         from nanogpt.interop.huggingface import read_tokenizer
 
         tokenizer = read_tokenizer(config.tokenizer)
+    omissions = Omissions()
+    separator = config.document_separator.replace("\\n", "\n")
     meta = prepare(
         out,
-        find_inputs(config.input, find_earlier(out)),
+        find_inputs(config.input, omissions, find_earlier(out)),
         tokenizer,
-        options=ReadOptions(config.text_key, config.encoding, config.skip_bad, config.chat),
+        options=ReadOptions(config.text_key, config.encoding, config.skip_bad, config.chat, separator),
         val_share=config.val_share,
         shard_tokens=config.shard_tokens,
         workers=config.workers,
         limit=config.docs,
         train_mb=config.train_mb,
         pattern=config.pattern,
+        omissions=omissions,
     )
     print(f"{out}\n{format_summary(meta)}")
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from configurator import key, parse
 from nanogpt.data.write import format_summary
 from nanogpt.errors import run_script
+from nanogpt.text.omissions import Omissions
 from nanogpt.text.prepare import find_earlier, prepare
-from nanogpt.text.sources import ReadOptions, find_inputs, list_parquet
+from nanogpt.text.reading import ReadOptions
+from nanogpt.text.sources import find_inputs, list_parquet
 
 
 @dataclass
@@ -40,8 +42,9 @@ def main() -> None:
         chosen = [path for path in paths if path.startswith(config.under)]
         return [] if any("partial" in path for path in chosen) else chosen
 
+    omissions = Omissions()
     if config.input:
-        sources = find_inputs(config.input)
+        sources = find_inputs(config.input, omissions)
     else:
         sources = list_parquet(f"{config.repo}/{config.under}", config.repo, choose, find_earlier(out))
     meta = prepare(
@@ -52,6 +55,7 @@ def main() -> None:
         val_share=config.val_share,
         workers=config.workers,
         limit=config.docs,
+        omissions=omissions,
     )
     print(f"{out}\n{format_summary(meta)}")
 

@@ -197,7 +197,7 @@ class Dataset:
     @property
     def end_of_text(self) -> int | None:
         """The id that ends each document; None where there is none."""
-        if self.meta.get("end_of_text") is not None:
+        if "end_of_text" in self.meta:
             return self.meta["end_of_text"]
         return self.tokenizer.end_of_text if self.tokenizer else None
 
@@ -238,6 +238,11 @@ def resolve(dataset: str | Path) -> Path:
     data_folders = _data_folders()
     folders = [Path(dataset), *(parent / dataset for parent in data_folders)]
     for folder in folders:
+        if os.path.exists(folder / "preparing") and not os.path.exists(folder / "meta.json"):
+            raise InputError(
+                f"dataset {str(dataset)!r}: its preparation is not finished; run the same command again to resume, "
+                f"or delete {folder / 'preparing'}"
+            )
         if any(os.path.exists(folder / f"{split}.bin") for split in ("train", "val", "train-00000", "val-00000")):
             return folder
     for folder in folders:

@@ -21,6 +21,8 @@ import numpy as np
 from nanogpt.data.dataset import FORMAT, token_dtype
 from nanogpt.errors import InputError
 from nanogpt.files import atomic_write, file_sha256, output_directory, sync
+from nanogpt.text.omissions import Omissions
+from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer
 
 SPLITS = ("train", "val")
@@ -122,13 +124,12 @@ def write_meta(
     folder: Path,
     tokenizer: Tokenizer,
     splits: Mapping[str, SplitState],
-    replaced: tuple[int, str] = (0, ""),
-    bad: tuple[int, str] = (0, ""),
+    omissions: Omissions | None = None,
+    made_from: str = "",
 ) -> dict[str, Any]:
     """Write meta.json for splits whose shards are finished; return its contents.
 
-    replaced, bad: number and first place of the bytes that became U+FFFD, and of the rows and files left out.
-    Raises InputError for a split without tokens.
+    made_from: a hash of the input and the settings. Raises InputError for a split without tokens.
     """
     described: dict[str, dict[str, Any]] = {}
     for split, state in splits.items():
@@ -145,6 +146,7 @@ def write_meta(
             facts |= {name: value for name, value in state.shards[0].items() if name in HASH_KEYS.values()}
         described[split] = facts
 
+    omissions = omissions or Omissions()
     largest_id = max(state.largest_id for state in splits.values())
     assert largest_id < tokenizer.vocab_size, f"id {largest_id} is not in the vocabulary"
     meta = {
@@ -154,11 +156,14 @@ def write_meta(
         "largest_id": largest_id,
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "end_of_text": tokenizer.end_of_text,
-        "replaced": list(replaced),
-        "bad": list(bad),
+        "replaced": [*omissions.get("replaced")],  # these two again for readers of version 0.1
+        "bad": [*omissions.get("bad")],
+        "omitted": omissions.counts,
         "loss_mask": any(HASH_KEYS[".mask"] in state.shards[0] for state in splits.values()),
         "splits": described,
     }
+    if made_from:
+        meta["made_from"] = made_from
     with atomic_write(folder / "meta.json") as path:
         path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return meta
@@ -241,20 +246,6 @@ def format_summary(meta: Mapping[str, Any]) -> str:
     """Summarize meta.json: a line for each split and one for the vocabulary."""
     lines = [f"{split}: {facts['tokens']:,} tokens" for split, facts in meta["splits"].items()]
     return "\n".join([*lines, f"vocabulary: {meta['vocab_size']:,} ({meta['tokenizer']})"])
-
-
-def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file, with newlines as line ends. Raises InputError, with the offset of an invalid byte."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}; "
-            "convert it first, for example with `iconv -t utf-8`"
-        ) from error
-    except OSError as error:
-        raise InputError(f"{path} could not be read ({error.strerror}): give a text file with --input=FILE") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def download(url: str, path: Path, sha256: str) -> Path:

@@ -33,7 +33,7 @@ from nanogpt.text.chat import Chat
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 WEIGHT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json")
 TOKENIZER_HINT = "have transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) write one"
 GPT2_DEFAULTS = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": GPT2_VOCAB, "layer_norm_epsilon": 1e-5}
@@ -65,8 +65,9 @@ def read_huggingface(source: str) -> Weights:
     weights = Weights(source, config, translate(source, stored, config, transposed=True))
     if (folder / "generation_config.json").exists():
         settings |= _read_json(folder / "generation_config.json")
-    ends = settings.get("eos_token_id")
-    weights.end_ids = [end for end in (ends if isinstance(ends, list) else [ends]) if matches(end, int)]
+    ends: Any = settings.get("eos_token_id")
+    if matches(ends, int | list[int]):
+        weights.end_ids = ends if isinstance(ends, list) else [ends]
 
     if (folder / "tokenizer.json").exists():
         weights.tokenizer_folder = folder
@@ -201,7 +202,7 @@ def write_huggingface(
     from huggingface_hub import save_torch_state_dict
 
     # None is written too: transformers replaces a missing id by GPT-2's own.
-    ids = {f"{name}_id": tokenizer.named_id(name) for name in ("bos_token", "eos_token")}
+    ids: dict[str, Any] = {f"{name}_id": tokenizer.named_id(name) for name in ("bos_token", "eos_token")}
     _write_json(folder / "config.json", _to_their_config(model_config, dtype) | ids)
     ends = sorted({*end_ids, *_end_ids(tokenizer)})
     ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
@@ -249,11 +250,11 @@ def _to_their_config(model_config: dict[str, Any], dtype: torch.dtype) -> dict[s
 
 def _end_ids(tokenizer: Tokenizer) -> set[int]:
     """Return the ids that end a generated text: of a document, and of a chat model also of an answer."""
-    ends = {tokenizer.end_of_text, tokenizer.named_id("eos_token")} - {None}
+    ends = {tokenizer.end_of_text, tokenizer.named_id("eos_token")}
     if tokenizer.template is not None:
         with contextlib.suppress(InputError, ValueError):  # a template that needs more than a question and an answer
             ends |= Chat(tokenizer).stop_ids
-    return ends
+    return {end for end in ends if end is not None}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -47,12 +47,12 @@ def template_for(tokenizer: Tokenizer) -> str:
         return tokenizer.template
     if all(token in tokenizer.special_tokens for token in CHATML_TOKENS):
         return CHATML_TEMPLATE
-    if END_OF_TEXT not in tokenizer.special_tokens:
+    if tokenizer.end_of_text is None:
         raise InputError(
             f"the {tokenizer.name} tokenizer has no {END_OF_TEXT} to end an answer with: prepare conversations with "
             "--tokenizer=gpt2, byte, bpe:8192, or that of the model to fine-tune"
         )
-    return PLAIN_TEMPLATE
+    return PLAIN_TEMPLATE.replace(END_OF_TEXT, tokenizer.decode([tokenizer.end_of_text]))
 
 
 def parse_messages(row: Any) -> list[dict[str, str]]:

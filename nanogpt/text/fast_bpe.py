@@ -1,19 +1,20 @@
-"""Byte-level BPE: split patterns, the byte alphabet, and fast encoders that give equal ids.
+"""Byte-level BPE: split patterns, the byte alphabet, and a fast encoder where its ids are proven equal.
 
 GPT-2's scheme (Radford et al. 2019): a pattern splits text into words, each byte of a word is written as one printable
 character, and neighbors are merged, the pairs learned first before others.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    import tiktoken
     import tokenizers
 
 # "gpt2" is GPT-2's pattern. In "words", a word includes its accents and any one character before it ("'s", "(no" and
@@ -25,11 +26,28 @@ PATTERNS = {
 }
 # GPT-2's pattern as tiktoken writes it; it finds the same words.
 TIKTOKEN_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# Letters and digits added in Unicode 17: gigatoken 0.10 knows them, tiktoken 0.14 and tokenizers 0.23 do not.
+# Pre-tokenizers that can leave out text between the words, as white space.
+REMOVING_SPLIT = re.compile(r'"(Removed|Whitespace|WhitespaceSplit|BertPreTokenizer|CharDelimiterSplit)"')
+# Pipelines, by `fingerprint`, for which gigatoken 0.10 gives the ids of tokenizers 0.23: see runs/tokenizers/fuzz.json.
+PROVEN = {
+    "3becc92c3476fb9e": "GPT-2",
+    "7ebcc4cb28727249": "Llama 3",
+    "651d16132809d918": "Qwen",
+    "4d5898a68270c35a": "Qwen 2 and 3",
+    "353f1e51bddf1f8e": "GPT-4o",
+    "e95100f19b246a37": "gpt-oss",
+    "9a2f9ee5fba1a3f1": "Mistral (Tekken)",
+    "d0de3af6d08b2834": "DeepSeek V3 and R1",
+    "78cf547cbae72cf0": "Llama 2",
+    "56babee90c25a749": "Gemma 3",
+}
+# Characters of Unicode 17, which gigatoken 0.10 knows and tokenizers 0.23 does not.
 UNICODE_17 = (
-    "88F C5C CDC A7CE-A7CF A7D2 A7D4 A7F1 10940-10959 10EC5-10EC7 11DB0-11DDB 11DE0-11DE9 16EA0-16EB8 16EBB-16ED3 "
-    "16FF2-16FF6 187F8-187FF 18D09-18D1E 18D80-18DF2 1E6C0-1E6DE 1E6E0-1E6E2 1E6E4-1E6E5 1E6E7-1E6ED 1E6F0-1E6F4 "
-    "1E6FE-1E6FF 2B73A-2B73F 2CEA2-2CEAD 323B0-33479"
+    "88F C5C CDC 1ACF-1ADD 1AE0-1AEB 20C1 2B96 A7CE-A7CF A7D2 A7D4 A7F1 FBC3-FBD2 FD90-FD91 FDC8-FDCE 10940-10959 "
+    "10EC5-10EC7 10ED0-10ED8 10EFA-10EFB 113C2 11B60-11B67 11DB0-11DDB 11DE0-11DE9 1611E 16D67 16EA0-16EB8 "
+    "16EBB-16ED3 16FF2-16FF6 187F8-187FF 18D09-18D1E 18D80-18DF2 1CCFA-1CCFC 1CEBA-1CED0 1CEE0-1CEF0 1E6C0-1E6DE "
+    "1E6E0-1E6F5 1E6FE-1E6FF 1F6D8 1F777-1F77A 1F8D0-1F8D8 1FA54-1FA57 1FA8A 1FA8E 1FAC8 1FACD 1FAEA 1FAEF 1FBFA "
+    "2B73A-2B73F 2CEA2-2CEAD 323B0-33479"
 )
 # GPT-2's byte alphabet: a byte that Latin-1 prints is written as itself, any other as the next character from U+0100.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -48,17 +66,17 @@ def make_pre_tokenizer(pattern: str | None) -> "tokenizers.pre_tokenizers.PreTok
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), byte_level])
 
 
-def find_split_pattern(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
-    """The pattern of a pre-tokenizer (as JSON) like `make_pre_tokenizer`'s or GPT-2's; None for any other."""
-    match (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer]):
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            return PATTERNS["gpt2"]
-        case [
-            {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
-            return pattern
-    return None
+def make_byte_level_bpe(
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], pattern: str | None, special_tokens: Sequence[str]
+) -> "tokenizers.Tokenizer":
+    """A byte-level tokenizer with these ids and merges."""
+    import tokenizers
+
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({**vocab}, [*merges]))
+    inner.pre_tokenizer = make_pre_tokenizer(pattern)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens([*special_tokens])
+    return inner
 
 
 def to_oniguruma(pattern: str) -> str:
@@ -80,73 +98,66 @@ def recover_merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
             yield parts[0], parts[1]
 
 
-def to_tiktoken(tokenizer: "tokenizers.Tokenizer") -> "tiktoken.Encoding | None":
-    """The tiktoken encoding of a byte-level BPE tokenizer, if it surely gives the same ids; else None.
+def is_lossless(content: Mapping[str, Any]) -> bool:
+    """True if a tokenizer's ids hold everything that its normalizer leaves of any text.
 
-    Both merge the earliest-learned pair first, but tiktoken merges any two neighbors whose union is a token, tokenizers
-    only the pairs in its list. They agree if each token has one merge, listed in the order of the ids, and is what the
-    merges make of its own bytes: had tiktoken built it from another pair, tokenizers could not build it at all.
+    content: its tokenizer.json. Only byte pairs can, with an id for each byte and a split that removes nothing.
     """
-    import tiktoken
-    import tokenizers
-
-    content = json.loads(tokenizer.to_str())
-    model = content["model"]
-    pattern = find_split_pattern(content["pre_tokenizer"])
-    if model["type"] != "BPE" or pattern is None or content["normalizer"] is not None:
-        return None
-    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    if any(model.get(option) for option in options):
-        return None
-
-    vocab = _without_added_tokens(content)
-    if not set("".join(vocab)) <= BYTE_DECODER.keys() <= vocab.keys():
-        return None
-
-    merges = [(left, right) for left, right in model["merges"]]
-    merged = [left + right for left, right in merges]
-    if len(merged) != len(vocab) - 256 or set(merged) != vocab.keys() - BYTE_DECODER.keys():
-        return None
-    if merged != sorted(merged, key=vocab.__getitem__):
-        return None
-    bpe = tokenizers.models.BPE(vocab, merges)
-    if any(len(bpe.tokenize(token)) != 1 for token in merged):
-        return None
-
-    ranks = {bytes(BYTE_DECODER[character] for character in token): rank for token, rank in vocab.items()}
-    return tiktoken.Encoding("fast", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    model, split = content["model"], json.dumps(content["pre_tokenizer"])
+    if model["type"] != "BPE" or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+        return False
+    if REMOVING_SPLIT.search(split) and fingerprint(content) not in PROVEN:
+        return False
+    if '"ByteLevel"' in split:
+        return BYTE_DECODER.keys() <= model["vocab"].keys()
+    return model["byte_fallback"] and {f"<0x{byte:02X}>" for byte in range(256)} <= model["vocab"].keys()
 
 
-def to_gigatoken(tokenizer: "tokenizers.Tokenizer") -> Any:
-    """gigatoken's encoder of a tokenizer that `to_tiktoken` accepts: same ids, 40 times as fast.
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """A hash of all in a tokenizer.json that decides how a lossless tokenizer of any vocabulary finds the ids."""
+    irrelevant = ("vocab", "merges", "unk_token", "fuse_unk")
+    model = {name: value for name, value in content["model"].items() if value and name not in irrelevant}
+    steps = json.dumps([content["normalizer"], content["pre_tokenizer"], model], sort_keys=True)
+    steps = re.sub(r'"trim_offsets": \w+, ', "", steps)
+    return hashlib.sha256(steps.encode()).hexdigest()[:16]
 
-    None if it is not installed or the pattern is not GPT-2's. Not for texts that `has_unicode_17`.
+
+def load_gigatoken(content: dict[str, Any]) -> Callable[[str], np.ndarray | None] | None:
+    """A fast encoder of a tokenizer.json with the names of special tokens as text; None for texts it may not know.
+
+    Returns None where gigatoken's ids are not proven to be those of tokenizers, or where it is not installed.
     """
-    content = json.loads(tokenizer.to_str())
-    if find_split_pattern(content["pre_tokenizer"]) not in (PATTERNS["gpt2"], TIKTOKEN_GPT2_PATTERN):
+    match content["pre_tokenizer"]:
+        case {
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ]
+        } if pattern in (PATTERNS["gpt2"], TIKTOKEN_GPT2_PATTERN):
+            byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+            content = content | {"pre_tokenizer": byte_level}
+
+    added = [token for token in content["added_tokens"] if not token["special"]]
+    takes_more = any(token[name] for token in added for name in ("lstrip", "rstrip", "single_word"))
+    if takes_more or fingerprint(content) not in PROVEN or not is_lossless(content):
         return None
     try:
         import gigatoken
     except ImportError:
         return None
+    changes_text = '"NFC"' in json.dumps(content["normalizer"])  # by other versions of Unicode in the two libraries
+    if changes_text:
+        content = content | {"normalizer": None}
+    fast = gigatoken.Tokenizer.from_json(json.dumps(content | {"added_tokens": added, "post_processor": None}))
 
-    content["model"]["vocab"] = _without_added_tokens(content)
-    content["added_tokens"] = []
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    content["pre_tokenizer"] = byte_level
-    return gigatoken.Tokenizer.from_json(json.dumps(content))
+    def encode(text: str) -> np.ndarray | None:
+        if not text.isascii():
+            is_new = unicode_17_table()[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
+            if is_new.any() or (changes_text and not unicodedata.is_normalized("NFC", text)):
+                return None
+        return fast.encode(text)
 
-
-def _without_added_tokens(content: Mapping[str, Any]) -> dict[str, int]:
-    added = {token["content"] for token in content["added_tokens"]}
-    return {token: rank for token, rank in content["model"]["vocab"].items() if token not in added}
-
-
-def has_unicode_17(text: str) -> bool:
-    """True if `text` has characters that gigatoken and tiktoken classify differently."""
-    if text.isascii():
-        return False
-    return bool(unicode_17_table()[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")].any())
+    return encode
 
 
 @cache

@@ -16,9 +16,9 @@ from nanogpt.data.dataset import token_dtype
 from nanogpt.data.write import SPLITS, SplitState, SplitWriter, move_into_place, write_meta
 from nanogpt.errors import InputError
 from nanogpt.files import atomic_write, output_directory
-from nanogpt.text.documents import Omissions
+from nanogpt.text.omissions import Omissions
 from nanogpt.text.prepare import BatchEncoder
-from nanogpt.text.sources import CHUNK_BYTES, Chunk, ReadOptions, ValSplit
+from nanogpt.text.reading import CHUNK_BYTES, Chunk, ReadOptions, ValSplit
 from nanogpt.text.tokenizer import Tokenizer
 
 
@@ -61,12 +61,12 @@ def _chunks(data: Iterable[Any], name: str) -> Iterator[Chunk]:
         texts.append(document.text)
         size += len(document.text)
         if size >= CHUNK_BYTES:
-            yield Chunk("rows", name, first, texts, len(texts))
+            yield Chunk("rows", name, first, texts)
             first += len(texts)
             texts = []
             size = 0
     if texts:
-        yield Chunk("rows", name, first, texts, len(texts))
+        yield Chunk("rows", name, first, texts)
 
 
 def task_folder(out: Path, rank: int) -> Path:
@@ -88,9 +88,11 @@ def join(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
             for split, state in splits.items():
                 _append(state, SplitState(**done["splits"][split]), split, task_folder(out, rank), staging)
         tokenizer.save(staging)
-        write_meta(staging, tokenizer, splits, omissions.get("replaced"), omissions.get("bad"))
+        write_meta(staging, tokenizer, splits, omissions)
     meta = move_into_place(staging, out)
     shutil.rmtree(staging)
+    for line in Omissions(meta["omitted"]).lines:
+        print(line)
     return meta
 
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -22,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,26 +31,20 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt.data.dataset import token_dtype
+from nanogpt.data.dataset import open_dataset, token_dtype
 from nanogpt.data.write import SPLITS, SplitState, SplitWriter, move_into_place, write_meta
 from nanogpt.errors import InputError
 from nanogpt.files import atomic_write, output_directory
 from nanogpt.text.chat import Chat, template_for
-from nanogpt.text.documents import Document, DocumentParser, Omissions
-from nanogpt.text.sources import (
-    CHUNK_BYTES,
-    Chunk,
-    InputFile,
-    ReadOptions,
-    ValSplit,
-    file_kind,
-    hash_fraction,
-    read_chunks,
-    split_pieces,
-)
-from nanogpt.text.tokenizer import Tokenizer
+from nanogpt.text.documents import Document, DocumentParser
+from nanogpt.text.omissions import Omissions
+from nanogpt.text.reading import CHUNK_BYTES, Chunk, ReadOptions, ValSplit, hash_fraction, read_chunks, split_pieces
+from nanogpt.text.sources import InputFile
+from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 NO_TEXT = "the input holds no text: give other files, folders or rows with --input"
+SPLIT_SHARE = 0.01  # of documents, for validation
+TAIL_SHARE = 0.1  # of a single text
 Result = TypeVar("Result")
 
 
@@ -91,6 +86,12 @@ class BatchEncoder:
     def chat(self) -> Chat:
         return Chat(self.tokenizer)
 
+    @cached_property
+    def _end_tokens(self) -> set[bytes]:
+        """The texts of tokens that end documents, which may stand for that in other programs' texts."""
+        end = self.tokenizer.end_of_text
+        return {token.encode() for token in (END_OF_TEXT, "" if end is None else self.tokenizer.label(end)) if token}
+
     def encode(self, batch: list[Chunk]) -> EncodedBatch:
         """Raises InputError, with the place, for bad rows and files (unless skip_bad) and for unknown characters."""
         parser = DocumentParser(self.options)
@@ -108,6 +109,10 @@ class BatchEncoder:
                     masks[split].append(mask)
                 else:
                     ids[split] += self._encode_text(document)
+                    for token in self._end_tokens:
+                        parser.omissions.add("end_tokens", document.place, document.text.count(token))
+                lost = sum(map(self.tokenizer.count_lost_characters, document.texts))
+                parser.omissions.add("unencodable", document.place, lost)
             except ValueError as error:
                 parser.leave_out(document.place, error)
                 continue
@@ -128,7 +133,9 @@ class BatchEncoder:
         return EncodedBatch(encoded, parser.omissions)
 
     def _encode_text(self, document: Document) -> list[np.ndarray]:
-        ids = [self.tokenizer.encode_ordinary(piece.decode()) for piece in split_pieces(document.text)]
+        first, *others = (piece.decode() for piece in split_pieces(document.text))
+        encode_first = self.tokenizer.encode_ordinary if document.is_start else self.tokenizer.encode_continuation
+        ids = [encode_first(first), *map(self.tokenizer.encode_continuation, others)]
         if document.is_end and self.tokenizer.end_of_text is not None:
             ids.append(np.array([self.tokenizer.end_of_text], dtype=np.uint32))
         return ids
@@ -203,8 +210,8 @@ class Job:
             yield future.result(), done
 
 
-def read_batches(job: Job, start: Position) -> Iterator[tuple[list[Chunk], Position]]:
-    """Read batches of about CHUNK_BYTES, and the position after each."""
+def read_batches(job: Job, start: Position, batch_bytes: int | None = None) -> Iterator[tuple[list[Chunk], Position]]:
+    """Read batches of about `batch_bytes`, by default CHUNK_BYTES, and the position after each."""
     batch: list[Chunk] = []
     size = 0
     position = start
@@ -216,7 +223,7 @@ def read_batches(job: Job, start: Position) -> Iterator[tuple[list[Chunk], Posit
         batch.append(chunk)
         size += chunk.size
         position = after
-        if size >= CHUNK_BYTES:
+        if size >= (batch_bytes or CHUNK_BYTES):
             yield batch, position
             batch = []
             size = 0
@@ -266,6 +273,7 @@ class Progress:
 
     settings: dict[str, Any]
     sources: list[InputFile]
+    split: ValSplit | None = None  # None: not chosen yet
     position: Position = field(default_factory=Position)
     splits: dict[str, SplitState] = field(default_factory=lambda: {split: SplitState() for split in SPLITS})
     omissions: Omissions = field(default_factory=Omissions)
@@ -273,7 +281,8 @@ class Progress:
     def can_resume(self, settings: dict[str, Any], sources: list[InputFile]) -> bool:
         """Compare with a later call: inputs that were not read yet may have changed."""
         read = self.position.source + 1
-        if is_learned(settings["tokenizer"]):  # from all of them
+        is_of_all = self.split != ValSplit(settings["val_share"] or SPLIT_SHARE)
+        if is_of_all or is_learned(settings["tokenizer"]):  # all were read to choose the split, or the tokenizer
             read = max(len(sources), len(self.sources))
         return settings == self.settings and sources[:read] == self.sources[:read]
 
@@ -293,6 +302,7 @@ def read_progress(folder: Path) -> Progress | None:
     return Progress(
         saved["settings"],
         [InputFile(*source) for source in saved["sources"]],
+        ValSplit(**saved["split"]) if saved.get("split") else None,
         Position(*saved["position"]),
         {split: SplitState(**state) for split, state in saved["splits"].items()},
         Omissions(**saved["omissions"]),
@@ -320,35 +330,45 @@ def prepare(
     limit: int | None = None,
     train_mb: float = 100,
     pattern: str = "gpt2",
+    omissions: Omissions | None = None,
 ) -> dict[str, Any]:
     """Make a dataset of `sources` in the folder `out`, or resume the same call; return its meta.json.
 
+    A dataset that the same call made before stays; another one is replaced when the new one is complete.
+
     tokenizer_spec: "char", "byte", "bpe:<ids>" (trained on up to `train_mb` MB of the training documents, split into
     words by a `pattern` of PATTERNS), an argument of `Tokenizer.from_name_or_path`, or a Tokenizer. val_share: fraction
-    of the documents for validation, by their hash; None means 0.01, and for a single text its last tenth. limit:
-    number of documents to read. Raises InputError for input that cannot be read, an empty split, too little disk space.
+    of the documents for validation, by their hash, or the end of a single text; None means 0.01, or a tenth. limit:
+    number of documents to read. omissions: of finding the sources; what is omitted is printed and in meta.json.
+    Raises InputError for input that cannot be read, an empty split, too little disk space.
     """
     workers = workers or os.cpu_count() or 1
-    is_one_text = len(sources) == 1 and not sources[0].repo and file_kind(sources[0].name)[0] in ("text", None)
-    has_tail = is_one_text and val_share is None
-    split = ValSplit(val_share or 0.01)
     staging = out / "preparing"
+    known = tokenizer_spec if isinstance(tokenizer_spec, Tokenizer) else None
+    if isinstance(tokenizer_spec, str) and not is_learned(tokenizer_spec):
+        known = load_tokenizer(tokenizer_spec)
+    settings = {
+        "options": asdict(options),
+        "val_share": val_share,
+        "tokenizer": _fingerprint(known) if known else tokenizer_spec,
+        "shard_tokens": shard_tokens,
+        "limit": limit,
+        "train_mb": train_mb,
+        "pattern": pattern,
+    }
+    made_from = _hash(json.dumps([settings, sources]))
+    if (out / "meta.json").exists():
+        with contextlib.suppress(InputError):
+            meta = open_dataset(out, block_size=1).meta
+            if meta.get("made_from") == made_from:
+                print("made before, of the same input with the same settings")
+                return meta
+        print(f"{out} holds a dataset of other input or settings, which this one replaces when it is complete")
+
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(worker_pool(workers))
-        known = tokenizer_spec if isinstance(tokenizer_spec, Tokenizer) else None
-        if isinstance(tokenizer_spec, str) and not is_learned(tokenizer_spec):
-            known = load_tokenizer(tokenizer_spec)
         stack.enter_context(output_directory(staging))
         stack.enter_context(_lock(staging, out))
-        settings = {
-            "options": asdict(options),
-            "val_share": "tail" if has_tail else split.share,
-            "tokenizer": _fingerprint(known) if known else tokenizer_spec,
-            "shard_tokens": shard_tokens,
-            "limit": limit,
-            "train_mb": train_mb,
-            "pattern": pattern,
-        }
         progress = read_progress(staging)
         if progress and progress.can_resume(settings, sources):
             print(f"resuming after {progress.position.source} of {len(sources)} inputs")
@@ -359,33 +379,35 @@ def prepare(
             progress = Progress(settings, sources)
 
         if not (staging / "meta.json").exists():
-            if has_tail:
-                split = ValSplit(split.share, _tail_start(sources[0], options))
-            job = Job(sources, options, split, limit, staging, pool, workers)
+            job = Job(sources, options, ValSplit(val_share or SPLIT_SHARE), limit, staging, pool, workers)
+            progress.split = progress.split or choose_split(job, tail_share=val_share or TAIL_SHARE)
+            job = replace(job, split=progress.split)
             tokenizer = known or Tokenizer.load(staging)
             tokenizer = tokenizer or learn_tokenizer(str(tokenizer_spec), job, train_mb, pattern)
             if options.chat:
                 tokenizer.template = template_for(tokenizer)
                 Chat(tokenizer)  # raises InputError for a broken template
+            if tokenizer.changes:
+                print(f"the tokenizer's normalizer changes some characters: {', '.join(tokenizer.changes)}")
             tokenizer.save(staging)
             check_disk(job, tokenizer, out)
             encode_all(job, tokenizer, shard_tokens, progress)
+            all_omissions = Omissions()
+            for part in (omissions or Omissions(), progress.omissions):
+                all_omissions.merge(part)
+            write_meta(staging, tokenizer, progress.splits, all_omissions, made_from)
         meta = move_into_place(staging, out)
 
     shutil.rmtree(staging)
-    for (number, first), text in (
-        (meta["replaced"], "invalid bytes were replaced by U+FFFD"),
-        (meta["bad"], "bad rows or files were left out"),
-    ):
-        if number:
-            print(f"{number:,} {text}; the first: {first}")
+    for line in Omissions(meta["omitted"]).lines:
+        print(line)
     if meta["dtype"] == "uint32":
         print("the vocabulary is larger than 65,536, so each id takes four bytes (uint32)")
     return meta
 
 
 def encode_all(job: Job, tokenizer: Tokenizer, shard_tokens: int, progress: Progress) -> None:
-    """Encode and write everything after progress.position, then meta.json. Raises InputError for an empty split."""
+    """Encode and write everything after progress.position. Raises InputError for an empty split."""
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {}
     for split, state in progress.splits.items():
@@ -418,16 +440,45 @@ def encode_all(job: Job, tokenizer: Tokenizer, shard_tokens: int, progress: Prog
     progress.position = Position(len(job.sources))
     progress.save(job.staging)
     documents = sum(state.documents or 0 for state in progress.splits.values())
-    if not documents:
-        raise InputError(NO_TEXT)
     for split, state in progress.splits.items():
-        if documents > 1 and not state.shards:
+        if not state.shards:
             raise InputError(
                 f"none of the {documents:,} documents is in the {split} split, which their hashes decide: give more "
                 "documents or another --val_share"
             )
-    replaced = progress.omissions.get("replaced")
-    write_meta(job.staging, tokenizer, progress.splits, replaced, progress.omissions.get("bad"))
+
+
+def choose_split(job: Job, tail_share: float) -> ValSplit:
+    """The split of job; one that leaves neither side empty, if there are too few documents; or the end of one text.
+
+    Reads documents until both sides have one. Raises InputError if there is no document, or only one that is no text.
+    """
+    parser = DocumentParser(job.options)
+    hashes: set[float] = set()  # the lowest and the highest
+    text_bytes = 0
+    documents = 0
+    for batch, _ in read_batches(job, Position(), batch_bytes=1):
+        for chunk in batch:
+            if chunk.kind == "text":
+                text_bytes += len(chunk.data)
+            if not chunk.is_start:
+                continue
+            for document in parser.parse([chunk]):
+                documents += 1
+                hashes.add(hash_fraction(document.text))
+            hashes = {min(hashes), max(hashes)} if hashes else set()
+        if hashes and min(hashes) < job.split.share <= max(hashes):
+            return job.split
+
+    if not documents:
+        raise InputError("; ".join([NO_TEXT, *parser.omissions.lines]))
+    if documents == 1 and text_bytes > 1:
+        return ValSplit(job.split.share, min(int((1 - tail_share) * text_bytes), text_bytes - 1))
+    if len(hashes) == 1:
+        problem = "only one document" if documents == 1 else f"{documents:,} times the same document"
+        raise InputError(f"the input holds {problem}, where two splits need two: give more, or a longer text file")
+    lowest, highest = sorted(hashes)
+    return ValSplit(min(highest, math.nextafter(lowest, 1)) if lowest >= job.split.share else highest)
 
 
 def is_learned(tokenizer: str) -> bool:
@@ -484,7 +535,11 @@ def check_disk(job: Job, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256((tokenizer._inner.to_str() + str(tokenizer.template)).encode()).hexdigest()
+    return _hash(tokenizer._inner.to_str() + str(tokenizer.template) + str(tokenizer.end_of_text))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _lock(staging: Path, out: Path) -> Any:
@@ -503,9 +558,3 @@ def _clear(staging: Path) -> None:
             shutil.rmtree(path)
         elif path.name != "lock":
             path.unlink()
-
-
-def _tail_start(source: InputFile, options: ReadOptions) -> int:
-    """Where the last tenth of a text begins, in bytes of UTF-8."""
-    chunks = read_chunks(source, options, ValSplit(0.0))
-    return int(0.9 * sum(len(chunk.data) for chunk in chunks if chunk.kind == "text"))

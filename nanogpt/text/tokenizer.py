@@ -1,7 +1,8 @@
 """Text to ids and back: characters, bytes, byte pairs (GPT-2's or trained), or any `tokenizer.json`.
 
 Every tokenizer wraps a Hugging Face `tokenizers.Tokenizer`, so other programs can load what `save` writes. Preparing
-data takes faster paths: lookup tables for characters and bytes, tiktoken and gigatoken where they give the same ids.
+data takes faster paths that are proven to give the same ids: lookup tables for our own characters and bytes, gigatoken
+for published pipelines.
 """
 
 import copy
@@ -9,6 +10,8 @@ import io
 import itertools
 import json
 import os
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +26,12 @@ from nanogpt.text.fast_bpe import (
     BYTE_DECODER,
     BYTE_ENCODER,
     PATTERNS,
-    has_unicode_17,
+    is_lossless,
+    load_gigatoken,
+    make_byte_level_bpe,
     make_pre_tokenizer,
     recover_merges,
-    to_gigatoken,
     to_oniguruma,
-    to_tiktoken,
 )
 
 if TYPE_CHECKING:
@@ -38,50 +41,63 @@ if TYPE_CHECKING:
 GPT2_VOCAB = 50257
 END_OF_TEXT = "<|endoftext|>"
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each message of a conversation, as in Qwen's models
+# Usual names of the token that ends a document, and of those that end a message. Tuned models name one of the latter as
+# eos_token; pretraining has separated documents by the former.
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
+ENDS_OF_MESSAGE = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<|end|>", "<|return|>")
 TEMPLATE_FILE = "chat_template.jinja"
 SETTINGS_FILE = "tokenizer_config.json"
 MAX_JSON_BYTES = 64 * 2**20  # of a tokenizer.json; the largest published ones have half of that
 _UNKNOWN = 2**32 - 1  # marks code points without an id in a lookup table
+_SAMPLE = 100_000  # characters that gigatoken and tokenizers both encode before gigatoken is trusted
 
 
 class Tokenizer:
     """Encodes and decodes text.
 
     Attributes: `name` ("char", "byte", tiktoken's, such as "gpt2", or the type of model in tokenizer.json, such as
-    "bpe"), `vocab_size` (the largest id + 1), `special_tokens` (their ids by name), `end_of_text` (the id of
-    <|endoftext|>, or None), `template` (the Jinja chat template, or None), `named_tokens` (the special tokens that
+    "bpe"), `vocab_size` (the largest id + 1), `special_tokens` (their ids by name), `end_of_text` (the id that
+    ends a document, or None), `template` (the Jinja chat template, or None), `named_tokens` (the special tokens that
     tokenizer_config.json names, such as "eos_token", which templates refer to).
     """
 
     def __init__(self, inner: "tokenizers.Tokenizer"):
-        vocab = inner.get_vocab()
-        model_type = type(inner.model).__name__
-        is_char = model_type == "WordLevel" and all(len(token) == 1 for token in vocab)
-        if is_char:
-            self.name = "char"
-        elif vocab == BYTE_DECODER | {END_OF_TEXT: 256}:
-            self.name = "byte"
-        else:
-            self.name = model_type.lower()
-        self.vocab_size = max(vocab.values()) + 1
-        self.end_of_text: int | None = vocab.get(END_OF_TEXT)
-        self.template: str | None = None
-        self.named_tokens = (
-            dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT) if self.end_of_text is not None else {}
-        )
-        added = inner.get_added_tokens_decoder()
-        self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
-        # tokenizers finds these in ordinary text too; tiktoken does not.
-        self._ordinary_added_tokens = [token.content for token in added.values() if not token.special]
-
-        inner.no_truncation()  # a model's own tokenizer.json may set either
+        inner.no_truncation()  # a model's own tokenizer.json may set these, and dropout
         inner.no_padding()
+        if getattr(inner.model, "dropout", None):
+            inner.model.dropout = None
         self._inner = inner
+        self._unproven = _SAMPLE
 
+        vocab = inner.get_vocab()
+        self.name = type(inner.model).__name__.lower()
+        self.vocab_size = max(vocab.values()) + 1
+        self.template: str | None = None
         self._id_table: np.ndarray | None = None  # the id of each code point
-        if is_char:
+        if all(len(token) == 1 for token in vocab) and _has_same_pipeline(inner, _characters({})):
+            self.name = "char"
             self._id_table = np.full(max(map(ord, vocab)) + 1, _UNKNOWN, dtype=np.uint32)
             self._id_table[[ord(character) for character in vocab]] = [*vocab.values()]
+        elif vocab == BYTE_DECODER | {END_OF_TEXT: 256} and _has_same_pipeline(inner, _bytes()):
+            self.name = "byte"
+
+        self._name_tokens({})
+        if self.end_of_text is not None:
+            end = str(inner.id_to_token(self.end_of_text))
+            self.named_tokens: dict[str, str] = {"bos_token": end, "eos_token": end}
+
+    def _name_tokens(self, named_tokens: dict[str, str]) -> None:
+        """Set `named_tokens`, and what depends on them."""
+        vocab = self._inner.get_vocab()
+        self.named_tokens = {key: token for key, token in named_tokens.items() if token in vocab}
+        self._inner.add_special_tokens([*self.named_tokens.values()])  # as transformers does
+        added = self._inner.get_added_tokens_decoder()
+        self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
+
+        ends = [token for token in ENDS_OF_TEXT if token in self.special_tokens]
+        if (eos_token := self.named_tokens.get("eos_token")) is not None:
+            ends.insert(len(ends) if eos_token in ENDS_OF_MESSAGE else 0, eos_token)
+        self.end_of_text: int | None = vocab[ends[0]] if ends else None
 
     @classmethod
     def characters(cls, text: str) -> "Tokenizer":
@@ -92,18 +108,12 @@ class Tokenizer:
 
     @classmethod
     def _from_characters(cls, vocab: dict[str, int]) -> "Tokenizer":
-        import tokenizers
-
-        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
-        any_character = tokenizers.Regex(r"[\s\S]")  # a plain dot does not match newlines
-        inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(any_character, behavior="isolated")
-        inner.decoder = tokenizers.decoders.Fuse()
-        return cls(inner)
+        return cls(_characters(vocab))
 
     @classmethod
     def bytes(cls) -> "Tokenizer":
         """The 256 bytes of UTF-8, by value, and <|endoftext|>: 257 ids."""
-        return cls._from_merges(BYTE_DECODER, [], None, [END_OF_TEXT])
+        return cls(_bytes())
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int, pattern: str = "gpt2") -> "Tokenizer":
@@ -137,23 +147,7 @@ class Tokenizer:
         trained.train_from_iterator(map(replace_surrogates, itertools.chain([first], nonempty)), trainer)
         model = json.loads(trained.to_str())["model"]
         merges = [(left, right) for left, right in model["merges"]]
-        return cls._from_merges(model["vocab"], merges, PATTERNS[pattern], special_tokens)
-
-    @classmethod
-    def _from_merges(
-        cls,
-        vocab: dict[str, int],
-        merges: Sequence[tuple[str, str]],
-        pattern: str | None,
-        special_tokens: Sequence[str],
-    ) -> "Tokenizer":
-        import tokenizers
-
-        inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [*merges]))
-        inner.pre_tokenizer = make_pre_tokenizer(pattern)
-        inner.decoder = tokenizers.decoders.ByteLevel()
-        inner.add_special_tokens([*special_tokens])
-        return cls(inner)
+        return cls(make_byte_level_bpe(model["vocab"], merges, PATTERNS[pattern], special_tokens))
 
     @classmethod
     def from_tiktoken(cls, encoding: "tiktoken.Encoding") -> "Tokenizer":
@@ -162,9 +156,8 @@ class Tokenizer:
         spellings = {token: "".join(BYTE_ENCODER[byte] for byte in token) for token in ranks}
         vocab = {spellings[token]: rank for token, rank in ranks.items()} | special_tokens
         merges = [(spellings[left], spellings[right]) for left, right in recover_merges(ranks)]
-        tokenizer = cls._from_merges(vocab, merges, to_oniguruma(encoding._pat_str), [*special_tokens])
+        tokenizer = cls(make_byte_level_bpe(vocab, merges, to_oniguruma(encoding._pat_str), [*special_tokens]))
         tokenizer.name = encoding.name
-        tokenizer._tiktoken = encoding
         return tokenizer
 
     @classmethod
@@ -222,37 +215,41 @@ class Tokenizer:
         return tokenizer
 
     def _read_settings(self, folder: Path) -> None:
-        """Read the chat template, and the special tokens that tokenizer_config.json names."""
-        settings: dict[str, Any] | None = None
+        """Read the chat template, and the special tokens that the files beside tokenizer.json name."""
+        settings: dict[str, Any] = {}
         try:
-            if (folder / SETTINGS_FILE).exists():
-                settings = read_json(folder / SETTINGS_FILE)
-            template = settings.get("chat_template") if settings else None
+            for file in (SETTINGS_FILE, "special_tokens_map.json", "generation_config.json", "config.json"):
+                if (folder / file).exists():
+                    settings = read_json(folder / file) | settings
             if (folder / TEMPLATE_FILE).exists():
-                template = read_small(folder / TEMPLATE_FILE).decode()
+                settings["chat_template"] = read_small(folder / TEMPLATE_FILE).decode()
         except (OSError, ValueError) as error:
-            raise InputError(f"the chat template in {folder} is damaged ({error}): restore it") from error
+            raise InputError(f"the tokenizer or chat template in {folder} is damaged ({error}): restore it") from error
 
+        template = settings.get("chat_template")
         if isinstance(template, list):  # several, each with a name
             by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = by_name.get("default")
         self.template = template if isinstance(template, str) else None
-        if settings is not None:
-            contents = {
-                key: entry.get("content") if isinstance(entry, dict) else entry for key, entry in settings.items()
-            }
-            self.named_tokens = {
-                key: content for key, content in contents.items() if key.endswith("_token") and isinstance(content, str)
-            }
+
+        contents = {key: entry.get("content") if isinstance(entry, dict) else entry for key, entry in settings.items()}
+        named = {key: name for key, name in contents.items() if key.endswith("_token") and isinstance(name, str)}
+        ids = settings.get("eos_token_id")  # of a model
+        for token_id in ids if isinstance(ids, list) else [ids]:
+            if "eos_token" not in named and isinstance(token_id, int) and (name := self._inner.id_to_token(token_id)):
+                named["eos_token"] = name
+        if named:
+            self._name_tokens(named)
 
     def save(self, folder: str | Path, name: str = "tokenizer.json") -> None:
         """Write the files that `load` and other programs read. Raises OSError if the disk refuses."""
         Path(folder, name).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
-        if self.template is None:
-            Path(folder, TEMPLATE_FILE).unlink(missing_ok=True)
-        else:
-            Path(folder, TEMPLATE_FILE).write_text(self.template, encoding="utf-8", newline="")
-        Path(folder, SETTINGS_FILE).write_text(json.dumps(self.named_tokens, indent=2) + "\n", encoding="utf-8")
+        settings = json.dumps(self.named_tokens, indent=2) + "\n" if self.named_tokens else None
+        for file, content in ((TEMPLATE_FILE, self.template), (SETTINGS_FILE, settings)):
+            if content is None:
+                Path(folder, file).unlink(missing_ok=True)
+            else:
+                Path(folder, file).write_text(content, encoding="utf-8", newline="")
 
     def save_pretrained(self, folder: str | Path, context: int) -> None:
         """Write the files of transformers' AutoTokenizer, which then encodes and decodes as this one does.
@@ -271,46 +268,49 @@ class Tokenizer:
         settings |= self.named_tokens
         Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
+    def named_id(self, name: str) -> int | None:
+        """The id of one of `named_tokens`, such as "eos_token"."""
+        return self._inner.token_to_id(self.named_tokens.get(name, ""))
+
     def __getstate__(self) -> dict[str, Any]:
         """The state for another process, without gigatoken's encoder, which cannot be pickled."""
         return {name: value for name, value in self.__dict__.items() if name != "_gigatoken"}
-
-    def named_id(self, name: str) -> int | None:
-        """The id of "bos_token" or "eos_token"; where none is named, that of the end of text."""
-        token = self.named_tokens.get(name)
-        return self.end_of_text if token is None else self._inner.token_to_id(token)
 
     def has_same_vocab(self, other: "Tokenizer") -> bool:
         """True if both have the same id for every token."""
         return self._inner.get_vocab() == other._inner.get_vocab()
 
     @cached_property
-    def _tiktoken(self) -> "tiktoken.Encoding | None":
-        return to_tiktoken(self._inner)
-
-    @cached_property
     def _gigatoken(self) -> Any:
-        return to_gigatoken(self._inner) if self._tiktoken is not None else None
+        return load_gigatoken(_to_content(self._inner))
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with <|endoftext|> and the like as special tokens. Raises InputError as `encode_ordinary`."""
         if self._id_table is not None:
             return self.encode_ordinary(text).tolist()
-        return self._encode_slowly(replace_surrogates(text))
+        return self._encode_plainly(replace_surrogates(text)).ids
 
     def encode_with_spans(self, text: str, ordinary: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Ids of `text`, uint32 (tokens,), and where each begins and ends in it, (tokens, 2), in characters.
 
         ordinary: the names of special tokens are plain text. Raises InputError as `encode_ordinary`.
         """
-        self._inner.encode_special_tokens = ordinary  # the library's name for "special tokens are plain text"
-        try:
-            encoding = self._inner.encode(text, add_special_tokens=False)
-        except Exception as error:  # such as a word-level model without a token for unknown words
-            raise InputError(f"the tokenizer has no ids for this text ({error}): use another tokenizer.json") from error
-        finally:
-            self._inner.encode_special_tokens = False
+        encoding = self._encode_plainly(text, ordinary)
         return np.array(encoding.ids, dtype=np.uint32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        content = _to_content(self._inner)
+        steps = json.dumps([content["normalizer"], content["pre_tokenizer"]])
+        return re.search(r'"Prepend"|"Metaspace"|"add_prefix_space": true', steps) is not None
+
+    def encode_continuation(self, text: str) -> np.ndarray:
+        """Ids of a text that follows a newline, as `encode_ordinary`, but without a space added to its start."""
+        if self._adds_space:
+            newline, ids = self.encode_ordinary("\n"), self.encode_ordinary("\n" + text)
+            if np.array_equal(ids[: len(newline)], newline):
+                return ids[len(newline) :]
+        return self.encode_ordinary(text)
 
     def encode_ordinary(self, text: str) -> np.ndarray:
         """Ids of `text`, uint32 of shape (tokens,), the names of special tokens taken as plain text; fast.
@@ -323,20 +323,15 @@ class Tokenizer:
         if self.name == "byte":
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
-        if self._tiktoken is not None and not any(token in text for token in self._ordinary_added_tokens):
-            if self._gigatoken is not None and not has_unicode_17(text):
-                return self._gigatoken.encode(text)
-            try:
-                return self._tiktoken.encode_to_numpy(text, disallowed_special=())
-            except BaseException as error:  # it panics, not with an Exception, on a very long run of white space
-                if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-                    raise
-
-        self._inner.encode_special_tokens = True  # the library's name for "special tokens are plain text"
-        try:
-            return np.array(self._encode_slowly(text), dtype=np.uint32)
-        finally:
-            self._inner.encode_special_tokens = False
+        ids = self._gigatoken(text) if self._gigatoken else None
+        sample = text[: self._unproven] if ids is not None else ""
+        if sample:
+            self._unproven -= len(sample)
+            if self._gigatoken(sample).tolist() != self._encode_plainly(sample, ordinary=True).ids:
+                print("gigatoken and tokenizers give other ids for this text; using tokenizers", file=sys.stderr)
+                self._gigatoken = None
+                ids = None
+        return np.array(self._encode_plainly(text, ordinary=True).ids, dtype=np.uint32) if ids is None else ids
 
     def _encode_characters(self, text: str) -> np.ndarray:
         assert self._id_table is not None
@@ -353,11 +348,54 @@ class Tokenizer:
             )
         return ids
 
-    def _encode_slowly(self, text: str) -> list[int]:
+    def _encode_plainly(self, text: str, ordinary: bool = False) -> "tokenizers.Encoding":
+        self._inner.encode_special_tokens = ordinary  # the library's name for "special tokens are plain text"
         try:
-            return self._inner.encode(text, add_special_tokens=False).ids
+            return self._inner.encode(text, add_special_tokens=False)
         except Exception as error:  # such as a word-level model without a token for unknown words
             raise InputError(f"the tokenizer has no ids for this text ({error}): use another tokenizer.json") from error
+
+    @property
+    def changes(self) -> list[str]:
+        """The normalizers that change text for good, such as Lowercase or NFC."""
+        kinds = re.findall(r'"type": "(\w+)"', json.dumps(_to_content(self._inner)["normalizer"]))
+        return [kind for kind in kinds if kind not in ("Sequence", "Prepend", "Replace")]
+
+    def count_lost_characters(self, text: str) -> int:
+        """The number of characters that are not in the ids of `text`: dropped, or replaced by the unknown token.
+
+        What the normalizer changes is not counted.
+        """
+        if self._lossy is None:
+            return 0
+        text = replace_surrogates(text)
+        if self._inner.normalizer:
+            text = self._inner.normalizer.normalize_str(text)
+        plain, unknown, is_lost_byte = self._lossy
+        is_kept = np.zeros(len(text), dtype=bool)
+        for token_id, (start, end) in zip(*plain.encode_with_spans(text, ordinary=True), strict=True):
+            if token_id != unknown:
+                is_kept[start:end] = True
+        if is_lost_byte.any():  # a character whose other bytes have ids is lost, too
+            utf8 = np.frombuffer(text.encode(), dtype=np.uint8)
+            number = np.cumsum(utf8 & 0xC0 != 0x80) - 1  # of the character that a byte is part of
+            is_kept[number[is_lost_byte[utf8]]] = False
+        return int(np.count_nonzero(~is_kept))
+
+    @cached_property
+    def _lossy(self) -> "tuple[Tokenizer, int | None, np.ndarray] | None":
+        """This tokenizer without normalizer, the id for unknown text, the bytes without ids; None if lossless."""
+        import tokenizers
+
+        content = _to_content(self._inner)
+        if self._id_table is not None or is_lossless(content):
+            return None
+        plain = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content | {"normalizer": None})))
+        model = content["model"]
+        unknown = model["unk_id"] if model["type"] == "Unigram" else plain._inner.token_to_id(model["unk_token"] or "")
+        is_byte_level = '"ByteLevel"' in json.dumps(content["pre_tokenizer"])
+        is_lost_byte = [is_byte_level and BYTE_ENCODER[byte] not in model["vocab"] for byte in range(256)]
+        return plain, unknown, np.array(is_lost_byte)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD.
@@ -381,6 +419,33 @@ class Tokenizer:
         if token.startswith("<0x") or not set(token) <= BYTE_DECODER.keys():  # it spells bytes its own way
             return token
         return "".join(f"<0x{BYTE_DECODER[character]:02X}>" for character in token)
+
+
+def _characters(vocab: dict[str, int]) -> "tokenizers.Tokenizer":
+    import tokenizers
+
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
+    any_character = tokenizers.Regex(r"[\s\S]")  # a plain dot does not match newlines
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(any_character, behavior="isolated")
+    inner.decoder = tokenizers.decoders.Fuse()
+    return inner
+
+
+def _bytes() -> "tokenizers.Tokenizer":
+    return make_byte_level_bpe(BYTE_DECODER, [], None, [END_OF_TEXT])
+
+
+def _has_same_pipeline(one: "tokenizers.Tokenizer", other: "tokenizers.Tokenizer") -> bool:
+    """True if both differ in their vocabulary at most."""
+    contents = [_to_content(one), _to_content(other)]
+    for content in contents:
+        del content["model"]["vocab"]
+    return contents[0] == contents[1]
+
+
+def _to_content(tokenizer: "tokenizers.Tokenizer") -> dict[str, Any]:
+    """The content of its tokenizer.json."""
+    return json.loads(tokenizer.to_str())
 
 
 def replace_surrogates(text: str) -> str:

@@ -4,7 +4,7 @@
 
 The books are prepared as characters, as bytes, in GPT-2's tokens and in 8,192 byte pairs learned from them; the
 validation documents, chosen by their hash, are the same. Speed is that of one thread over the validation text, the
-three libraries alternating. Then one model trains on characters and another, with the same blocks and recipe, on the
+two libraries alternating. Then one model trains on characters and another, with the same blocks and recipe, on the
 8,192 byte pairs: at the same time, one thread each, so that both have the same machine for the same time. A short trial
 run of both shows how many steps fit. The bits per byte are those of the whole validation split.
 """
@@ -59,13 +59,12 @@ def measure_speeds(work: Path, kind: str, rounds: int) -> dict[str, float]:
     """Megabytes of text per second of each library on one thread."""
     tokenizer = Tokenizer.load(folder_of(work, kind))
     assert tokenizer is not None
-    assert tokenizer._tiktoken is not None
+    assert tokenizer._gigatoken is not None
     plain = open_dataset(folder_of(work, "byte"), block_size=8, splits=["val"]).val[:]
     text = bytes(plain[plain < 256].astype("u1")).decode()
     encoders = {
         "tokenizers": lambda: tokenizer._inner.encode(text, add_special_tokens=False),
-        "tiktoken": lambda: tokenizer._tiktoken.encode_to_numpy(text, disallowed_special=()),
-        "gigatoken": lambda: tokenizer._gigatoken.encode(text),
+        "gigatoken": lambda: tokenizer._gigatoken(text),
     }
     megabytes = len(text.encode()) / 1e6
     speeds: dict[str, list[float]] = {name: [] for name in encoders}

@@ -1,17 +1,22 @@
 """Token ids against the libraries that define them: tiktoken, gigatoken, tokenizers and transformers."""
 
+import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
 import tiktoken
 import tokenizers
 import transformers
-from conftest import needs_gpt2
+from conftest import ROOT, needs_gpt2
 from texts import HARD_TEXTS, random_text
 
 from nanogpt.text.fast_bpe import BYTE_DECODER, TIKTOKEN_GPT2_PATTERN, unicode_17_table
 from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
+
+sys.path.insert(0, str(ROOT / "runs/tokenizers"))
+import fuzz
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # a text to learn pairs from
 TEXTS = [*HARD_TEXTS, *map(random_text, range(4))]
@@ -80,23 +85,44 @@ def test_bpe_treats_broken_utf8_as_tiktoken_does(encoding: tiktoken.Encoding, co
 def around(point: int) -> str:
     """A code point between letters, digits, spaces and punctuation."""
     x = chr(point)
-    return f"a{x}b {x}'s 1{x}2 {x}{x} !{x}? \n{x}  {x}\n\n{x}\t{x}'ll{x} é{x}é 中{x}中"
+    return f"a{x}b {x}'s 1{x}2 {x}{x} !{x}? \n{x}  {x}\n\n{x}\t{x}'ll{x} é{x}é 中{x}中A{x}"
 
 
 @pytest.mark.parametrize(
     "points", [range(0x600), pytest.param(range(0x110000), marks=pytest.mark.slow)], ids=["latin", "all"]
 )
-def test_gigatoken_agrees_with_tiktoken_but_for_unicode_17(points: range, encoding, converted, loaded):
+def test_gigatoken_agrees_with_tiktoken_but_for_unicode_17(points: range, encoding, converted):
     pytest.importorskip("gigatoken")
-    assert converted._gigatoken is not None
-    assert loaded._gigatoken is not None
     is_new = unicode_17_table()
     for point in points:
         if not is_new[point] and not 0xD800 <= point < 0xE000:
             text = around(point)
-            assert converted._gigatoken.encode(text).tolist() == encoding.encode_ordinary(text), hex(point)
+            assert converted._gigatoken(text).tolist() == encoding.encode_ordinary(text), hex(point)
     for text in map(around, range(0x323B0, 0x323BA)):
         assert converted.encode_ordinary(text).tolist() == encoding.encode_ordinary(text)
+
+
+# ---- published tokenizers, downloaded by runs/tokenizers/download.sh
+
+FOLDER = Path(os.environ.get("NANOGPT_TOKENIZERS", "/nonexistent"))
+FOUND = fuzz.find_tokenizers(FOLDER, SOURCE) if FOLDER.exists() else {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [pytest.param(path, id=name) for name, path in FOUND.items()])
+def test_published_tokenizers_have_the_same_ids_everywhere(path: Path):
+    result = fuzz.compare(path, 4000, SOURCE)
+    assert (result["data"], result["prompts"], result["data_and_prompts"]) == (0, 0, 0), result["examples"]
+    assert result["by_gigatoken"] > 3900 or path.name == "trained_words"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [pytest.param(path, id=name) for name, path in FOUND.items()])
+def test_published_tokenizers_agree_on_every_character(path: Path):
+    ours, encode_data, _ = fuzz.load(path)
+    for start in range(0, 0x110000, 0x1000):
+        texts = [around(point) for point in range(start, start + 0x1000) if not 0xD800 <= point < 0xE000]
+        assert [ours.encode_ordinary(text).tolist() for text in texts] == encode_data(texts), hex(start)
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
@@ -112,7 +138,7 @@ def test_transformers_loads_a_saved_tokenizer(kind: str, tmp_path: Path):
 @pytest.mark.parametrize("pattern", ["gpt2", "words"])
 def test_trained_bpe_gives_the_librarys_ids(pattern: str, tmp_path: Path):
     trained = Tokenizer.train_bpe([SOURCE, *HARD_TEXTS], 700, pattern)
-    assert trained._tiktoken is not None  # else it would be compared with itself
+    assert pattern != "gpt2" or trained._gigatoken is not None  # else it would be compared with itself
     trained.save(tmp_path)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     theirs.encode_special_tokens = True

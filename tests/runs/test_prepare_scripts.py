@@ -16,7 +16,7 @@ from conftest import ROOT, environment, needs_gpt2
 from text_files import DOCS, json_lines, pack_tar
 
 from nanogpt.data.dataset import Tokens, open_dataset
-from nanogpt.text.sources import hash_fraction
+from nanogpt.text.reading import hash_fraction
 
 TINY_SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare.txt"
 
@@ -83,7 +83,7 @@ def test_a_text_with_the_tokenizer_of_another_model(tmp_path: Path):
 def test_a_text_that_is_not_utf8_is_an_error(tmp_path: Path):
     (tmp_path / "mine.txt").write_bytes(b"caf\xe9")
     output = run("shakespeare_char/prepare.py", f"--input={tmp_path / 'mine.txt'}", f"--out={tmp_path}", status=2)
-    assert "byte 0xe9 at offset 3" in output
+    assert "byte 0xe9 in line 1" in output
 
 
 def test_pydocs(tmp_path: Path):

@@ -214,7 +214,7 @@ def test_evaluate_refuses_flags(run_evaluate: Evaluate, flags: list[str], messag
         (["--stride=25"], "^--stride=25: .*give --stride=24 or less"),
         (["--dataset=other"], "^--dataset=other: its tokenizer is not the model's"),
         (["--dataset=five"], "id 4, but the model's vocab_size is 4"),
-        (["--text=latin1.txt"], "^--text=latin1.txt: cannot be read as UTF-8"),
+        (["--text=latin1.txt"], "^--text=latin1.txt: is not UTF-8 text"),
         (["--text=no.txt"], "^--text=no.txt: cannot be read"),
         (["--text=short.txt"], "^--text=short.txt: has no token to predict"),
         (["--text=unknown.txt"], "'x'"),

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from nanogpt.data.dataset import open_dataset
-from nanogpt.data.write import download, format_summary, read_text, write_dataset, write_text
+from nanogpt.data.write import download, format_summary, write_dataset, write_text
 from nanogpt.errors import InputError
+from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import Tokenizer
 
 TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of York;\n" * 30
@@ -87,10 +88,13 @@ def test_read_text(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_bytes("é\r\nb\rc\n".encode())
     assert read_text(path) == "é\nb\nc\n"
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):  # by its mark
+        path.write_bytes("é\r\nb\rc\n".encode(encoding))
+        assert read_text(path) == "é\nb\nc\n"
     path.write_bytes(b"abc\xe9def")
-    with pytest.raises(InputError, match=r"a\.txt is not UTF-8 text: byte 0xe9 at offset 3"):
+    with pytest.raises(InputError, match=r"a\.txt: is not UTF-8 text: byte 0xe9 in line 1"):
         read_text(path)
-    with pytest.raises(InputError, match=r"No such file.*--input=FILE"):
+    with pytest.raises(InputError, match="could not be read .No such file"):
         read_text(tmp_path / "b.txt")
 
 

@@ -12,15 +12,17 @@ import pytest
 from text_files import DOCS, json_lines
 
 from nanogpt.errors import InputError
-from nanogpt.text.documents import DocumentParser, Omissions
-from nanogpt.text.sources import ReadOptions, ValSplit, find_inputs, read_chunks
+from nanogpt.text.documents import DocumentParser
+from nanogpt.text.omissions import Omissions
+from nanogpt.text.reading import ReadOptions, ValSplit, read_chunks
+from nanogpt.text.sources import find_inputs
 
 SPLIT = ValSplit(0.1)
 
 
 def parse(path: Path, **options: Any) -> tuple[list[str], DocumentParser]:
     parser = DocumentParser(ReadOptions(**options))
-    (source,) = find_inputs([str(path)])
+    (source,) = find_inputs([str(path)], Omissions())
     return [document.text.decode() for document in parser.parse(read_chunks(source, parser.options, SPLIT))], parser
 
 
@@ -31,7 +33,8 @@ def parse(path: Path, **options: Any) -> tuple[list[str], DocumentParser]:
         ("Größe\nß".encode("latin-1"), "latin-1", "Größe\nß", (0, "")),
         ("\ufeffGröße\r\nß\r".encode(), "utf-8", "Größe\nß\n", (0, "")),
         ("Größe\nß".encode("utf-16"), "utf-16", "Größe\nß", (0, "")),
-        ("x".encode("utf-16") + b"\0", "utf-16", "x\ufffd", (1, "a.txt")),
+        ("x".encode("utf-16") + b"\0", "utf-16", "x\ufffd", (1, "a.txt, byte 1")),
+        ("Größe\nß".encode("utf-16"), "utf-8", "Größe\nß", (0, "")),
     ],
 )
 def test_encodings(data: bytes, encoding: str, text: str, replaced: tuple[int, str], tmp_path: Path):
@@ -98,7 +101,7 @@ def test_parquet_without_the_column_is_bad(tmp_path: Path):
 def test_a_document_that_is_cut_short_ends(tmp_path: Path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(3 * 2**20).hex().encode())[:-999])
     parser = DocumentParser(ReadOptions(skip_bad=True))
-    (source,) = find_inputs([str(tmp_path)])
+    (source,) = find_inputs([str(tmp_path)], Omissions())
     documents = list(parser.parse(read_chunks(source, parser.options, SPLIT)))
     assert [document.is_end for document in documents] == [False] * (len(documents) - 1) + [True]
     assert len(documents) > 1
@@ -116,8 +119,10 @@ def test_everything_left_out_is_counted(tmp_path: Path):
     assert texts == ["kept"]
     assert {kind: number for kind, (number, _) in parser.omissions.counts.items()} == {
         "empty": 3,
+        "blank": 1,
         "bad": 1,
-        "ignored": 2,
+        "unknown": 1,
+        "hidden": 1,
     }
     assert parser.omissions.get("empty")[1] == f"{tmp_path}/a.zip:a.jsonl, line 1"
 

@@ -16,7 +16,7 @@ from conftest import ROOT, environment
 from nanogpt.data.dataset import open_dataset
 from nanogpt.errors import InputError
 from nanogpt.text.pipeline import Shards, join, task_folder
-from nanogpt.text.sources import hash_fraction
+from nanogpt.text.reading import hash_fraction
 from nanogpt.text.tokenizer import Tokenizer
 
 DOCS = [f"Document {i}: " + "word " * (i % 30) + "😀\n" for i in range(400)]

@@ -1,5 +1,6 @@
 """Tokenizers: round trips, files, fast paths, and the errors of each."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -12,7 +13,7 @@ import tokenizers
 from texts import HARD_TEXTS, random_text
 
 from nanogpt.errors import InputError
-from nanogpt.text.fast_bpe import BYTE_DECODER, make_pre_tokenizer
+from nanogpt.text.fast_bpe import BYTE_DECODER, PATTERNS, make_byte_level_bpe, make_pre_tokenizer
 from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # a text to learn pairs from
@@ -101,29 +102,51 @@ def test_label_shows_the_bytes_of_a_part_of_a_character():
     assert [tokenizer.label(id) for id in (97, 10, 0xE6, 256)] == ["a", "\n", "<0xE6>", END_OF_TEXT]
 
 
-# ---- fast paths
+# ---- one encoder
 
 
-def test_to_tiktoken_takes_merges_in_the_order_of_their_ids():
-    tokenizer = Tokenizer._from_merges(BYTE_DECODER | {"ab": 256, "abc": 257}, [("a", "b"), ("ab", "c")], "abc|c", [])
-    assert tokenizer._tiktoken is not None
-    assert tokenizer.encode_ordinary("abcabc").tolist() == [257, 257]
+def library_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of `text` by tokenizers alone."""
+    plain = tokenizers.Tokenizer.from_str(tokenizer._inner.to_str())
+    plain.encode_special_tokens = True
+    return plain.encode(text, add_special_tokens=False).ids
+
+
+SPLITS = {
+    "words": r"\w+|[^\w\s]+",  # each leaves text between the matches
+    "digits": r"\d",
+    "lines": r".+",
+    "start": r"^.",  # these mean other things in other regex engines
+    "end": r"\s+$",
+    "possessive": r"\p{N}{1,3}+|\p{L}+",
+}
+
+
+@pytest.mark.parametrize("pattern", SPLITS.values(), ids=SPLITS)
+def test_data_and_prompts_have_the_librarys_ids_for_any_split(pattern: str):
+    trained = Tokenizer.train_bpe([SOURCE, *HARD_TEXTS], 500)
+    trained._inner.pre_tokenizer = make_pre_tokenizer(pattern)
+    tokenizer = Tokenizer(trained._inner)
+    for text in ["a b\n\nc 12345\n", *HARD_TEXTS[:-1]]:
+        assert tokenizer.encode_ordinary(text).tolist() == tokenizer.encode(text) == library_ids(tokenizer, text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize(
     ("tokens", "merges", "ids"),
     [
-        ({"bc": 256, "ab": 257, "abc": 258}, ["b c", "a b", "ab c"], [97, 256]),  # abc is out of tokenizers' reach
-        ({"bc": 256, "ab": 257}, ["a b", "b c"], [257, 99]),  # tiktoken would merge bc first
+        ({"ab": 256, "abc": 257}, ["a b", "ab c"], [257]),
+        ({"bc": 256, "ab": 257, "abc": 258}, ["b c", "a b", "ab c"], [97, 256]),  # abc is out of reach
+        ({"bc": 256, "ab": 257}, ["a b", "b c"], [257, 99]),  # by the order of merges, not of ids
         ({"ab": 256, "bc": 257, "abc": 258}, ["a b", "b c", "ab c", "a bc"], [258]),  # two ways to make abc
-        ({"ab": 256, "abc": 257}, ["a b"], [256, 99]),  # tiktoken would merge ab and c
+        ({"ab": 256, "abc": 257}, ["a b"], [256, 99]),  # no merge makes abc
     ],
 )
-def test_to_tiktoken_refuses_merges_that_it_would_apply_otherwise(tokens: dict, merges: list[str], ids: list[int]):
+def test_gigatoken_merges_as_the_library_does(tokens: dict, merges: list[str], ids: list[int]):
+    pytest.importorskip("gigatoken")
     pairs = [tuple(merge.split()) for merge in merges]
-    tokenizer = Tokenizer._from_merges(BYTE_DECODER | tokens, pairs, "abc|c", [])
-    assert tokenizer._tiktoken is None
-    assert tokenizer.encode_ordinary("abc").tolist() == ids
+    tokenizer = Tokenizer(make_byte_level_bpe(BYTE_DECODER | tokens, pairs, PATTERNS["gpt2"], []))
+    assert tokenizer._gigatoken("abc").tolist() == library_ids(tokenizer, "abc") == ids
 
 
 def change_normalizer(inner: Any) -> None:
@@ -135,30 +158,156 @@ def change_split(inner: Any) -> None:
 
 
 def change_behavior(inner: Any) -> None:
-    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(" "), behavior="removed")
+    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERNS["gpt2"]), behavior="removed")
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, make_pre_tokenizer(None)])
 
 
-def change_dropout(inner: Any) -> None:
-    inner.model.dropout = 0.5
+def change_alphabet(inner: Any) -> None:
+    model = json.loads(inner.to_str())["model"]
+    del model["vocab"]["7"]
+    inner.model = tokenizers.models.BPE(model["vocab"], [])
 
 
-@pytest.mark.parametrize("change", [change_normalizer, change_split, change_behavior, change_dropout])
-def test_to_tiktoken_refuses_what_it_cannot_express(change: Any):
+def change_added_tokens(inner: Any) -> None:
+    inner.add_tokens([tokenizers.AddedToken("<think>", lstrip=True)])
+
+
+@pytest.mark.parametrize(
+    "change", [change_normalizer, change_split, change_behavior, change_alphabet, change_added_tokens]
+)
+def test_gigatoken_is_used_for_proven_pipelines_alone(change: Any):
+    pytest.importorskip("gigatoken")
     inner = Tokenizer.train_bpe(["abab"], 300)._inner
-    assert Tokenizer(inner)._tiktoken is not None
+    assert Tokenizer(inner)._gigatoken is not None
     change(inner)
-    assert Tokenizer(inner)._tiktoken is None
+    tokenizer = Tokenizer(inner)
+    assert tokenizer._gigatoken is None
+    text = "AB  ab 0789 <think> x"
+    assert tokenizer.encode_ordinary(text).tolist() == tokenizer.encode(text) == library_ids(tokenizer, text)
+
+
+def test_encode_continuation_adds_no_space_at_the_start():
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581": 256, "a": 257, "b": 258}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
+    steps = [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    inner.normalizer = tokenizers.normalizers.Sequence(steps)
+    for tokenizer in (Tokenizer(inner), Tokenizer.train_bpe([SOURCE], 400), Tokenizer.characters("ab\n ")):
+        parts = [*tokenizer.encode_ordinary("a b\n"), *tokenizer.encode_continuation("b a")]
+        assert parts == tokenizer.encode("a b\nb a")
+    assert Tokenizer.characters("ab").encode_ordinary("ab").tolist() == [0, 1]
+
+
+def test_encode_ordinary_drops_gigatoken_if_it_differs_on_a_sample(capsys: pytest.CaptureFixture[str]):
+    tokenizer = Tokenizer.train_bpe([SOURCE], 300)
+    tokenizer._gigatoken = lambda text: np.frombuffer(text.encode(), dtype=np.uint8)  # knows no merges
+    for text in ("123", SOURCE, SOURCE):
+        assert tokenizer.encode_ordinary(text).tolist() == library_ids(tokenizer, text)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_encode_ordinary_finds_added_tokens_that_are_not_special():
     inner = Tokenizer.train_bpe(["abab"], 300)._inner
     inner.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
+    inner.model.dropout = 0.9  # a tokenizer.json may have this; ids must not be random
     tokenizer = Tokenizer(inner)
-    assert tokenizer._tiktoken is not None
     assert "<think>" not in tokenizer.special_tokens
-    assert tokenizer.encode_ordinary("a<think>b").tolist() == [*tokenizer.encode("a"), 260, *tokenizer.encode("b")]
+    assert tokenizer.encode_ordinary("ab<think>b").tolist() == [*tokenizer.encode("ab"), 260, *tokenizer.encode("b")]
     assert tokenizer.encode(END_OF_TEXT) == [tokenizer.end_of_text]  # special tokens are on again
+
+
+def letters(normalizer: Any = None, unknown: str = "<unk>") -> tokenizers.Tokenizer:
+    """A tokenizer of the letters a to z, with another pipeline than ours."""
+    vocab = {chr(97 + i): i for i in range(26)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=unknown))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
+    inner.decoder = tokenizers.decoders.Fuse()
+    inner.normalizer = normalizer
+    return inner
+
+
+def test_char_and_byte_are_our_own_pipelines_alone():
+    assert Tokenizer(letters()).name == "char"
+    lower = Tokenizer(letters(tokenizers.normalizers.Lowercase()))
+    unknown = Tokenizer(letters(unknown="x"))
+    dropping = letters()
+    dropping.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("b"), behavior="removed")
+    merging = make_byte_level_bpe(BYTE_DECODER, [], None, [END_OF_TEXT])
+    merging.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for tokenizer, text in (
+        (lower, "AbC"),
+        (unknown, "a1b"),
+        (Tokenizer(dropping), "abc"),
+        (Tokenizer(merging), "abc"),
+    ):
+        assert tokenizer.name in ("wordlevel", "bpe")
+        assert tokenizer.encode_ordinary(text).tolist() == tokenizer.encode(text) == library_ids(tokenizer, text)
+    assert lower.changes == ["Lowercase"]
+
+
+# ---- what is lost
+
+
+def test_count_lost_characters_is_exact():
+    byte_level = make_byte_level_bpe(
+        {character: byte for character, byte in BYTE_DECODER.items() if byte not in (*b"0123456789", 0xC3)},
+        [],
+        PATTERNS["gpt2"],
+        [],
+    )
+    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "ab": 1, "##c": 2}, unk_token="[UNK]"))
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    pieces.normalizer = tokenizers.normalizers.Lowercase()
+    dropping = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    unknown = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "?": 1}, [], unk_token="?", fuse_unk=True))
+    for inner, text, lost in (
+        (byte_level, "1 day, 22 é 日", 4),
+        (pieces, "AB abc xyz", 2 + 3),
+        (dropping, "abcdab", 2),
+        (unknown, "axyza", 3),
+        (letters(unknown="z"), "a1z", 2),
+    ):
+        tokenizer = Tokenizer(inner)
+        assert tokenizer.count_lost_characters(text) == lost
+    for tokenizer in (Tokenizer.bytes(), Tokenizer.characters("ab"), Tokenizer.train_bpe(["ab"], 259, "words")):
+        assert tokenizer._lossy is None
+
+
+# ---- the end of a text
+
+ENDS = ["<|im_end|>", "</s>", "<stop>", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "files", "end"),
+    [
+        (ENDS[:3], {"tokenizer_config.json": {"eos_token": "</s>"}}, "</s>"),
+        (ENDS[:3], {"tokenizer_config.json": {"eos_token": {"content": "<stop>"}}}, "<stop>"),
+        (ENDS[:3], {"special_tokens_map.json": {"eos_token": "<stop>"}}, "<stop>"),
+        (ENDS[:3], {"generation_config.json": {"eos_token_id": [258, 257]}}, "<stop>"),
+        (ENDS[:3], {"tokenizer_config.json": {"bos_token": "</s>"}, "config.json": {"eos_token_id": 258}}, "<stop>"),
+        (ENDS[:3], {}, "</s>"),
+        (ENDS[:1], {"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, "<|im_end|>"),
+        (ENDS, {"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, "<|endoftext|>"),  # as Qwen's
+        (ENDS[:1], {}, None),
+        (ENDS[:1], {"tokenizer_config.json": {"eos_token": "absent"}}, None),
+        (ENDS[:1], {"tokenizer_config.json": {"eos_token": "a"}}, "a"),  # made a special token, as by transformers
+    ],
+)
+def test_end_of_text_is_what_the_tokenizers_files_state(
+    tmp_path: Path, tokens: list[str], files: dict, end: str | None
+):
+    inner = make_byte_level_bpe(BYTE_DECODER, [], PATTERNS["gpt2"], tokens)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "saved").mkdir()
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer is not None
+    tokenizer.save(tmp_path / "saved")
+    for loaded in (tokenizer, Tokenizer.load(tmp_path / "saved")):
+        assert loaded is not None
+        assert loaded.end_of_text == (None if end is None else inner.token_to_id(end))
+        assert loaded.encode(f"x{end}") == [120, loaded.end_of_text] if end else True
 
 
 # ---- files

@@ -1,0 +1,53 @@
+"""The count of everything in the input that does not reach the dataset as it is."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+KINDS = {  # each with the end of the line that names it
+    "bad": "bad rows or files were left out",
+    "hidden": "hidden files were left out",
+    "unknown": "files of other kinds were left out",
+    "linked": "links in archives were left out",
+    "duplicate": "files or folders came a second time and were read once",
+    "empty": "documents without text were left out",
+    "blank": "blank lines were left out",
+    "separators": "document separators became the ends of documents",
+    "replaced": "invalid bytes were replaced by U+FFFD",
+    "normalized": "byte order marks were left out or line ends (CRLF, CR) became newlines",
+    "unencodable": "characters that the tokenizer does not have were lost or replaced",
+    "end_tokens": (
+        "end tokens in texts became ordinary tokens, and ended no document; "
+        "--document_separator splits texts at such a string"
+    ),
+}
+
+
+@dataclass
+class Omissions:
+    """Counts by kind, with the first place of each.
+
+    Whatever leaves something out or changes it adds to one of these: they end in what prepare.py prints and in
+    meta.json.
+    """
+
+    counts: dict[str, list[Any]] = field(default_factory=dict)  # kind -> [number, first place]
+
+    def add(self, kind: str, place: str, number: int = 1) -> None:
+        assert kind in KINDS, kind
+        if number:
+            before, first = self.get(kind)
+            readable = place.encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
+            self.counts[kind] = [before + number, first or readable]
+
+    def get(self, kind: str) -> tuple[int, str]:
+        number, first = self.counts.get(kind, (0, ""))
+        return number, first
+
+    def merge(self, later: "Omissions") -> None:
+        for kind, (number, first) in later.counts.items():
+            self.add(kind, first, number)
+
+    @property
+    def lines(self) -> list[str]:
+        """A line for each kind."""
+        return [f"{number:,} {KINDS[kind]}; the first: {first}" for kind, (number, first) in self.counts.items()]
