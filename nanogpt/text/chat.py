@@ -251,11 +251,11 @@ class Chat:
 
         prompt = self._render_prompt(messages[:i])
         header, lead = self._before_answers
-        found = text.rfind(header, earliest, first) if header else -1
+        header_start = text.rfind(header, earliest, first) if header else -1
         if prompt and text.startswith(prompt):
             start = len(prompt)
-        elif found >= 0:  # it renders the conversation so far otherwise once there is more of it
-            start = found + len(header)
+        elif header_start >= 0:  # it renders the conversation so far otherwise once there is more of it
+            start = header_start + len(header)
         else:
             start = first - len(lead) if text.endswith(lead, earliest, first) else first
         if first == last and changed != PROBE and not (header and text.startswith(prompt)):
