@@ -64,10 +64,10 @@ COMPARISONS = {  # by the name of a limit
 
 
 class Limits:
-    """Bounds of a number (ge, le, gt, lt), as an argument of Annotated; other values pass."""
+    """Bounds of a number (ge, le, gt, lt; None: none), as an argument of Annotated; other values pass."""
 
-    def __init__(self, **bounds: float):
-        self.bounds = bounds
+    def __init__(self, **bounds: float | None):
+        self.bounds = {name: bound for name, bound in bounds.items() if bound is not None}
 
     def problem(self, value: Any) -> str | None:
         for name, bound in self.bounds.items():
