@@ -72,6 +72,10 @@ def test_folders_of_nanogpt_are_accepted(folder: Path):
     (folder / "tokenizer.json").unlink()
     data = open_dataset(folder, block_size=8)
     assert (data.vocab_size, data.tokenizer) == (None, None)
+    assert data.end_of_text == 50256  # GPT-2's, as of nanoGPT's openwebtext
+    assert open_dataset(folder, block_size=8, vocab_size=VOCAB).end_of_text is None  # for another model
+    with pytest.raises(InputError, match=r"verify_data=True: .*has no meta\.json with hashes"):
+        open_dataset(folder, block_size=8, verify=True)
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "stoi": {"b": 0, "a": 1}, "itos": {}}))
     data = open_dataset(folder, block_size=8)
     assert data.vocab_size == 2
