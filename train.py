@@ -336,13 +336,13 @@ def print_end(run: Run, exit_status: int, out_of_patience: bool, has_trained: bo
         return
     if out_of_patience:
         print0(f"step {state.step}: no new best in {state.evals_since_best} evaluations (patience); the best is kept")
-    summary = run.schedule.summary(state.best_val_loss)
-    if summary and has_trained and state.val_loss is not None:
-        print0(summary)
     print0(
         f"done: step {state.step}, best validation loss {state.best_val_loss:.4f}; checkpoints are in {out_dir}/ckpt: "
         f"python sample.py --out_dir={out_dir}"
     )
+    summary = run.schedule.summary(state.best_val_loss)
+    if summary and has_trained and state.val_loss is not None:
+        print0(summary)
 
 
 # --- Before the loop
