@@ -45,6 +45,7 @@ def main() -> None:
                 asdict(loaded.model.config),
                 loaded.model.state_dict(),
                 loaded.tokenizer,
+                end_ids=loaded.end_ids,
                 dtype=getattr(torch, config.dtype),
                 shard_bytes=int(config.shard_gb * 1e9),
             )

@@ -1,7 +1,7 @@
 """Load what a script starts from: a model with its tokenizer, the data and the model of a training run."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from configurator import Config, build, key
 from model import GPT, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.console import print0
+from nanogpt.console import is_main, print0
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.data.dataset import Dataset, open_dataset, resolve
 from nanogpt.distributed import World
@@ -46,12 +46,14 @@ class ModelKeys:
 
 
 class LoadedModel(NamedTuple):
-    """A model with its tokenizer, its source, and the settings of the run that trained it, as far as known."""
+    """A model with its tokenizer and its source, and as far as known the settings of the run that trained it, and the
+    ids that end a text."""
 
     model: GPT
     tokenizer: Tokenizer
     source: str
     train_config: dict[str, Any]
+    end_ids: Sequence[int]
 
 
 def load_model(keys: ModelKeys, action: str) -> LoadedModel:
@@ -62,6 +64,7 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
     from_run = keys.init_from == "resume"
     source = Path(keys.out_dir if from_run else keys.init_from)
     tokenizer_folder: Path | None
+    end_ids: list[int] = []
     if checkpoint.is_checkpoint(source) or (from_run and not (source / "ckpt.pt").exists()):
         # From here on by the checkpoint's path: a run in progress may have a better one in a moment.
         source = tokenizer_folder = checkpoint.find(source, keys.checkpoint)
@@ -75,6 +78,7 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
             print(note, file=sys.stderr)
         model = GPT.from_pretrained(weights, dropout=0.0)
         train_config = weights.train_config
+        end_ids = weights.end_ids
         tokenizer_folder = weights.tokenizer_folder
         if tokenizer_folder is None and not weights.gpt2_encoding and train_config.get("dataset"):
             tokenizer_folder = resolve(train_config["dataset"])  # nanoGPT keeps the characters beside the data
@@ -85,7 +89,27 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
             f"{source} has no tokenizer, and {model.config.vocab_size} ids are not GPT-2's: put its tokenizer.json "
             "beside it"
         )
-    return LoadedModel(model, tokenizer or Tokenizer.gpt2(), str(source), train_config)
+    tokenizer = tokenizer or Tokenizer.gpt2()
+    check_vocabulary(model, tokenizer)
+    check_finite(model, str(source))
+    return LoadedModel(model, tokenizer, str(source), train_config, end_ids)
+
+
+def check_vocabulary(model: GPT, tokenizer: Tokenizer) -> None:
+    """Print the special tokens that the model has no rows for. Raises InputError if it has too few for the others."""
+    rows = model.config.vocab_size
+    without_row = [name for name, token_id in tokenizer.special_tokens.items() if token_id >= rows]
+    if tokenizer.vocab_size - len(without_row) > rows:
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {rows}: it belongs to another model")
+    if without_row and is_main():
+        print(f"no row of the model is for {', '.join(without_row)}: text with it is refused", file=sys.stderr)
+
+
+def check_finite(model: GPT, source: str) -> None:
+    """Raises InputError for weights that are NaN or infinite."""
+    for name, tensor in model.state_dict().items():
+        if not all(map(torch.isfinite, tensor.aminmax())):
+            raise InputError(f"{source}: {name} holds NaN or infinite weights; use another checkpoint")
 
 
 # --- A training run
@@ -215,7 +239,11 @@ def load_weights(
     except ValueError as error:
         raise InputError(f"init_from={init_from}: {error}; leave --block_size out or give less") from error
     raise_for_sizes(explicit, asdict(model.config), init_from)
-    return model, Tokenizer.load(folder) if folder else None
+    check_finite(model, init_from)
+    tokenizer = Tokenizer.load(folder) if folder else None
+    if tokenizer:
+        check_vocabulary(model, tokenizer)
+    return model, tokenizer
 
 
 def prepare_model(config: Any, model: GPT, world: World) -> None:

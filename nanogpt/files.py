@@ -88,8 +88,11 @@ def atomic_directory(final: Path, replace: bool = False) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in (*partial.iterdir(), partial):
+        mode = partial.stat().st_mode & 0o666  # as the umask has it; safetensors lets the owner alone read its files
+        for path in partial.iterdir():
+            path.chmod(mode)
             sync(path)
+        sync(partial)
         if replace and final.exists():
             shutil.rmtree(old, ignore_errors=True)
             final.rename(old)

@@ -4,8 +4,10 @@
 pickled weights are refused.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,13 @@ from nanogpt.interop.names import (
     validate_sizes,
 )
 from nanogpt.interop.nanogpt_ckpt import read_nanogpt
+from nanogpt.schema import matches
 from nanogpt.text.chat import Chat
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json")
+WEIGHT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json")
 TOKENIZER_HINT = "have transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) write one"
 GPT2_DEFAULTS = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": GPT2_VOCAB, "layer_norm_epsilon": 1e-5}
 
@@ -54,11 +57,17 @@ def read_huggingface(source: str) -> Weights:
     Raises InputError if it is missing, damaged, pickled, or computes a function that model.py does not.
     """
     folder = _local_folder(source, *WEIGHT_FILES, *TOKENIZER_FILES)
-    config = _read_config(source, _read_json(folder / "config.json"))
+    settings = _read_json(folder / "config.json")
+    config = _read_config(source, settings)
     stored = strip_wrappers(source, _read_safetensors(folder))
     can_have_biases = find_architecture(config["arch"]).has_biases
     config["bias"] = can_have_biases and any(name.endswith(".bias") for name in stored)
     weights = Weights(source, config, translate(source, stored, config, transposed=True))
+    if (folder / "generation_config.json").exists():
+        settings |= _read_json(folder / "generation_config.json")
+    ends: Any = settings.get("eos_token_id")
+    if matches(ends, int | list[int]):
+        weights.end_ids = ends if isinstance(ends, list) else [ends]
 
     if (folder / "tokenizer.json").exists():
         weights.tokenizer_folder = folder
@@ -180,26 +189,24 @@ def write_huggingface(
     tensors: dict[str, Tensor],
     tokenizer: Tokenizer,
     *,
+    end_ids: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a model and its tokenizer for transformers, as GPT2LMHeadModel or Qwen3ForCausalLM.
 
     folder: an existing one. model_config: all fields of GPTConfig. tensors: under our names, on the CPU, the
-    vocabulary's rows with or without padding. shard_bytes: larger weights are split into several files.
-    Raises InputError if the tokenizer has more ids than the model, OSError or SafetensorError if the disk is full.
+    vocabulary's rows with or without padding. end_ids: those that end a generated text, beside the tokenizer's.
+    shard_bytes: larger weights are split into several files. Raises OSError or SafetensorError if the disk is full.
     """
     from huggingface_hub import save_torch_state_dict
 
-    if tokenizer.vocab_size > model_config["vocab_size"]:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {model_config['vocab_size']}: it belongs to "
-            "another model"
-        )
     # None is written too: transformers replaces a missing id by GPT-2's own.
-    ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-    _write_json(folder / "config.json", _to_their_config(model_config, dtype) | ends)
-    _write_json(folder / "generation_config.json", ends | {"eos_token_id": _generation_ends(tokenizer)})
+    ids: dict[str, Any] = {f"{name}_id": tokenizer.named_id(name) for name in ("bos_token", "eos_token")}
+    _write_json(folder / "config.json", _to_their_config(model_config, dtype) | ids)
+    ends = sorted({*end_ids, *_end_ids(tokenizer)})
+    ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
+    _write_json(folder / "generation_config.json", ids)
     save_torch_state_dict(_to_their_names(model_config, tensors, dtype), folder, max_shard_size=shard_bytes)
     tokenizer.save_pretrained(folder, model_config["block_size"])
 
@@ -241,14 +248,13 @@ def _to_their_config(model_config: dict[str, Any], dtype: torch.dtype) -> dict[s
     return config
 
 
-def _generation_ends(tokenizer: Tokenizer) -> int | list[int] | None:
-    """Return the ids that end a generated text: the end of text, and of a chat model also the end of an answer."""
-    if tokenizer.template is None:
-        return tokenizer.end_of_text
-    try:
-        return sorted(Chat(tokenizer).stop_ids)
-    except (InputError, ValueError):  # a template that needs more than a question and an answer
-        return tokenizer.end_of_text
+def _end_ids(tokenizer: Tokenizer) -> set[int]:
+    """Return the ids that end a generated text: of a document, and of a chat model also of an answer."""
+    ends = {tokenizer.end_of_text, tokenizer.named_id("eos_token")}
+    if tokenizer.template is not None:
+        with contextlib.suppress(InputError, ValueError):  # a template that needs more than a question and an answer
+            ends |= Chat(tokenizer).stop_ids
+    return {end for end in ends if end is not None}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

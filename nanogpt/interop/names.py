@@ -142,6 +142,7 @@ class Weights:
     config: arguments of GPTConfig. tensors: float32 under our names, in their own memory; the token embedding has its
     true vocab_size rows. tokenizer_folder: where its tokenizer.json is. gpt2_encoding: it has no tokenizer files and
     its ids are GPT-2's. notes: lines for the user. train_config: nanoGPT's settings of the run (such as "dataset").
+    end_ids: the ids that end a generated text, as far as stated.
     """
 
     source: str
@@ -151,6 +152,7 @@ class Weights:
     gpt2_encoding: bool = False
     notes: list[str] = field(default_factory=list)
     train_config: dict[str, Any] = field(default_factory=dict)
+    end_ids: list[int] = field(default_factory=list)
 
 
 class Placement(NamedTuple):
@@ -236,9 +238,12 @@ def translate(
     """
     layout = tensor_layout(model_config, transposed=transposed)
     stored_head = None
-    if model_config.get("tied", True):  # some programs store a tied embedding twice
+    if model_config.get("tied", True):  # some programs store a tied embedding twice, or as the head alone
         stored = dict(stored)
         stored_head = stored.pop("lm_head.weight", None)
+        embedding = next(name for name, place in layout.items() if place.name == "token_embedding.weight")
+        if stored_head is not None:
+            stored.setdefault(embedding, stored_head)
     _check_tensors(source, stored, layout)
 
     parts: dict[str, list[Tensor]] = {}

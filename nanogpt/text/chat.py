@@ -7,7 +7,6 @@ message that holds the name of a special token never becomes that token (`saniti
 
 import datetime
 import json
-import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -63,6 +62,8 @@ def parse_messages(row: Any) -> list[dict[str, str]]:
     """
     if not isinstance(row, dict):
         raise ValueError("is not an object with messages, or with prompt and completion")
+    if row.get("tools"):
+        raise ValueError("has tools, which are not supported")
     entries = row.get("messages")
     if entries is None:
         entries = []
@@ -147,8 +148,8 @@ class Chat:
         messages, text = self._fill_in([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
         ((start, end),) = self._find_answers(messages, text)
         last_of_answer = self.tokenizer.special_tokens[self._name.findall(text[start:end])[-1]]
-        end_of_text = self.tokenizer.end_of_text
-        return frozenset([last_of_answer] if end_of_text is None else [last_of_answer, end_of_text])
+        ends = (last_of_answer, self.tokenizer.named_id("eos_token"), self.tokenizer.end_of_text)
+        return frozenset(end for end in ends if end is not None)
 
     def _fill_in(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[Messages, str]:
         """The messages with marks around the names of special tokens in them, and the template's text with these.
@@ -244,27 +245,38 @@ class Chat:
         other = self._render([*messages[:i], {**messages[i], **replaced}, *messages[i + 1 :]])
         if other == text:
             return None
-        first = len(os.path.commonprefix([text, other]))
-        last = max(first, len(text) - len(os.path.commonprefix([text[::-1], other[::-1]])))
-        next_content = messages[i + 1]["content"].strip() if i + 1 < len(messages) else ""
+        first = _shared_length(text, other)
+        last = max(first, len(text) - _shared_length(text[::-1], other[::-1]))
         changed = other[first : len(other) - len(text) + last]
-        if PROBE not in changed or (next_content and next_content in changed):
-            raise ValueError("the chat template does not show where an answer is")
 
         prompt = self._render_prompt(messages[:i])
+        header, lead = self._before_answers
+        header_start = text.rfind(header, earliest, first) if header else -1
         if prompt and text.startswith(prompt):
             start = len(prompt)
-        elif first == last:
-            return None
-        else:  # it renders the conversation so far otherwise once there is more of it
-            header = text.rfind(self._answer_header, earliest, first)
-            start = first if header < 0 else header + len(self._answer_header)
+        elif header_start >= 0:  # it renders the conversation so far otherwise once there is more of it
+            start = header_start + len(header)
+        else:
+            start = first - len(lead) if text.endswith(lead, earliest, first) else first
+        if first == last and changed != PROBE and not (header and text.startswith(prompt)):
+            return None  # it is empty, and the template has no text for it either
 
         end = self._token_or_mark.search(text, last)
-        between = text[last : end.start()] if end else ""
-        if not end or end.group() == NAME_START or (next_content and next_content in between):
+        if not end or end.group() == NAME_START:
             raise ValueError("the chat template ends an answer with no special token")
+        is_plain = changed == PROBE and not text[last : end.start()].strip()
+        if not is_plain and (PROBE not in changed or self._find_content(messages, text, i + 1) < end.end()):
+            raise ValueError("the chat template does not show where an answer ends")
         return start, end.end()
+
+    def _find_content(self, messages: Messages, text: str, i: int) -> int:
+        """Where a rendered text changes if the middle of the content of messages[i] does."""
+        if i == len(messages):
+            return len(text)
+        content = messages[i]["content"]
+        middle = len(content) // 2
+        replaced = {"content": content[:middle] + PROBE + content[middle:]}
+        return _shared_length(text, self._render([*messages[:i], {**messages[i], **replaced}, *messages[i + 1 :]]))
 
     def _render_prompt(self, messages: Messages) -> str:
         """The text up to the start of the next answer; empty if the template has none for these messages."""
@@ -274,10 +286,26 @@ class Chat:
             return ""
 
     @cached_property
-    def _answer_header(self) -> str:
-        """The template's text before an answer that is to be generated."""
-        question = [{"role": "user", "content": "?"}]
-        return self._render_prompt(question).removeprefix(self._render(question))
+    def _before_answers(self) -> tuple[str, str]:
+        """The template's text that asks for an answer, and its text between there and the content of the answer."""
+        question = {"role": "user", "content": "?"}
+        prompt = self._render_prompt([question])
+        header = prompt.removeprefix(self._render([question]))
+        text = self._render([question, {"role": "assistant", "content": PROBE}])
+        lead = text[len(prompt) : text.find(PROBE)] if text.startswith(prompt) else ""
+        return header, lead
+
+
+def _shared_length(one: str, other: str) -> int:
+    """The number of characters with which both texts begin."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # by bisection, which compares long texts faster than a loop over characters
+        middle = (low + high + 1) // 2
+        if one[:middle] == other[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _make_environment() -> "jinja2.Environment":

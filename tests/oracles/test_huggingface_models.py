@@ -74,6 +74,10 @@ def with_stored_head(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]
     )
 
 
+def with_head_alone(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"lm_head.weight" if name.endswith(("wte.weight", "tokens.weight")) else name: tensor}
+
+
 READ: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "gpt2": (build_gpt2, {}, None),
     "gpt2, gelu_pytorch_tanh": (build_gpt2, {"activation_function": "gelu_pytorch_tanh"}, None),
@@ -81,6 +85,8 @@ READ: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "gpt2, width and epsilon": (build_gpt2, {"n_inner": 40, "layer_norm_epsilon": 0.1}, None),
     "gpt2, OpenAI's names and masks": (build_gpt2, {}, with_causal_masks),
     "gpt2, stored head": (build_gpt2, {}, with_stored_head),
+    "gpt2, head alone": (build_gpt2, {}, with_head_alone),
+    "qwen3, tied, head alone": (build_qwen3, {"tie_word_embeddings": True}, with_head_alone),
     "qwen3, untied": (build_qwen3, {}, None),
     "qwen3, tied, stored head": (
         build_qwen3,
@@ -267,6 +273,27 @@ def test_export_writes_the_same_tokenizer_and_its_end_tokens(run_export: Export,
     if kind == "char":
         with pytest.raises(Exception, match=r"Missing .* from the vocabulary"):
             theirs("\ue000")  # no other character replaces one that the model does not have
+
+
+def test_export_keeps_the_end_tokens_and_template_of_a_folder(run_export: Export, tmp_path: Path):
+    """As of Qwen3's, which states two end tokens, names one of them, and has no bos token."""
+    folder = tmp_path / "theirs"
+    words = Tokenizer.train_bpe(TEXTS, 300)
+    build_qwen3(vocab_size=words.vocab_size + 5).save_pretrained(folder)
+    words.template = CHATML_TEMPLATE
+    words.save(folder)
+    settings = {"eos_token": "<|im_end|>", "pad_token": END_OF_TEXT, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    stop, end = words.special_tokens["<|im_end|>"], words.special_tokens[END_OF_TEXT]
+    ends = [stop, words.vocab_size, end]
+    transformers.GenerationConfig(eos_token_id=ends).save_pretrained(folder)
+
+    again = run_export("again", f"--init_from={folder}")
+    assert transformers.GenerationConfig.from_pretrained(again).eos_token_id == sorted(ends)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(again)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token) == (stop, end, None)
+    assert tokenizer.chat_template == transformers.AutoTokenizer.from_pretrained(folder).chat_template
+    assert transformers.AutoConfig.from_pretrained(again).eos_token_id == stop
 
 
 # ---- evaluate

@@ -1,6 +1,8 @@
 """export.py: the model card, what is refused, and that a failure leaves nothing behind."""
 
 import errno
+import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,9 @@ from random_models import CHARACTERS, save_random_run
 from safetensors import SafetensorError
 
 import export
+from load import load_weights
 from nanogpt.errors import InputError
+from nanogpt.text.tokenizer import Tokenizer
 
 Export = Callable[..., Path]
 
@@ -86,3 +90,42 @@ def test_export_that_fails_leaves_nothing(run_export: Export, monkeypatch: pytes
         run_export("new/folder")
     assert is_interrupt or str(caught.value).startswith("--to=new/folder: cannot be written (")
     assert sorted(Path().rglob("*")) == before
+
+
+def test_export_names_special_tokens_that_the_model_has_no_row_for(
+    run_export: Export, capsys: pytest.CaptureFixture[str]
+):
+    words = Tokenizer.bytes()
+    rows = words.vocab_size
+    words._inner.add_special_tokens(["[PAD]"])
+    padded = Tokenizer(words._inner)
+    save_random_run("padded", padded, vocab_size=rows)
+    folder = run_export("new", "--out_dir=padded")
+    assert "[PAD]" in capsys.readouterr().err
+    exported = Tokenizer.load(folder)
+    assert exported is not None
+    assert exported.special_tokens["[PAD]"] == rows
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(run_export: Export, value: float):
+    folder = run_export("new")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = value
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    message = r"new: blocks\.1\.mlp\.up\.weight holds NaN or infinite weights"
+    with pytest.raises(InputError, match=message):
+        run_export("again", "--init_from=new")
+    with pytest.raises(InputError, match=message):
+        load_weights("new", 0.0, None, {})
+
+
+def test_the_umask_decides_who_can_read_weights(run_export: Export):
+    before = os.umask(0o027)
+    try:
+        save_random_run("private")
+        files = [*run_export("new", "--out_dir=private").iterdir(), *Path("private/ckpt").glob("step-*/*")]
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert {"model.safetensors", "optimizer.safetensors"} <= {path.name for path in files}
