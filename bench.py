@@ -7,13 +7,12 @@ memory or settings of torch and the C library.
 
 import contextlib
 import gc
-import json
 import math
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +28,11 @@ from nanogpt.data.dataset import Tokens, open_dataset, token_dtype
 from nanogpt.device import describe_device, free_memory, seed_everything
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
-from nanogpt.interop import nanogpt_checkout
+from nanogpt.files import write_report
 from nanogpt.memory import memory_hint
 from nanogpt.text.tokenizer import GPT2_VOCAB
-from nanogpt.timing import Steps, Worker, measure_matmul_flops
+from nanogpt.timing import Round, Worker, measure_matmul_flops
+from runs.bench_cpu import nanogpt_steps
 from train import TrainConfig, check_config, train_step
 
 ROUND = 5  # steps of one program before it is the other's turn
@@ -76,6 +76,7 @@ LEGEND = """\
 of peak: FLOP/s of a step over those of matrix products; MFU: over the vendor's figure
 memory: the peak of torch's allocations on a GPU; on a CPU that of the process, less its imports"""
 Row = dict[str, Any]  # the measurements of one program
+NANOGPT_HAS = {"arch": "gpt2", "optimizer": "adamw", "n_inner": 0}
 
 
 @dataclass
@@ -94,17 +95,6 @@ class BenchConfig(TrainConfig):
     only: str = key("", "rows of the table whose names contain this")
     to: str = key("", "file for the measurements, as JSON")
 
-    def missing_in_nanogpt(self) -> str:
-        """The keys by which nanoGPT has no such model or optimizer."""
-        wanted = {"arch": "gpt2", "optimizer": "adamw", "n_inner": 0}
-        return ", ".join(f"{name}={getattr(self, name)}" for name in wanted if getattr(self, name) != wanted[name])
-
-
-class ModelInfo(NamedTuple):
-    config: GPTConfig
-    parameters: int
-    flops_per_token: float
-
 
 def main() -> None:
     config, explicit = parse(BenchConfig, description="Measure a training step.")
@@ -113,12 +103,13 @@ def main() -> None:
     world = distributed.start(config.device, config.dtype)
     recipes = pick_recipes(config, explicit, world.device)
     if config.reference:
-        nanogpt_checkout.load_model_module(config.reference)  # report its problems before measuring
+        nanogpt_steps.load_model_file(config.reference)  # report its problems before measuring
     dtype = str(world.dtype).removeprefix("torch.")
     mode = "compiled" if should_compile(config.compile, world.device) else "eager"
     machine = f"{describe_device(world.device)}, {dtype}, {mode}, torch {torch.__version__}"
     report: dict[str, Any] = {"command": shlex.join(sys.argv), "torch": torch.__version__, "machine": machine}
-    write_json(config.to, report)
+    if config.to:
+        write_report("to", config.to, report)
 
     peak = measure_matmul_flops(world)
     torch.cuda.empty_cache()  # leaves the memory to the workers; does nothing without a GPU
@@ -135,7 +126,8 @@ def main() -> None:
             rows = [{"name": name, "side": "ours", "error": "; ".join(str(error).splitlines())}]
         print_rows(rows, width)
         report["rows"] += rows
-        write_json(config.to, report)
+        if config.to:
+            write_report("to", config.to, report)
     if not config.table:
         print0(f"a step: {rows[0]['step']}")
     print0(LEGEND)
@@ -153,20 +145,20 @@ def pick_recipes(config: BenchConfig, explicit: dict[str, Any], device: torch.de
         if config.profile or config.init_from != "scratch":
             raise InputError("--table=True: --profile and --init_from need a single recipe; leave them out")
         table = TABLES.get(device.type, TABLES["cpu"])
-        recipes = {}
-        for name, flags in table.items():
-            if config.only.lower() in name.lower():
-                _, row = parse(BenchConfig, flags.split())
-                recipes[name] = replace(config, **{**row, **explicit})
-        if not recipes:
+        names = [name for name in table if config.only.lower() in name.lower()]
+        if not names:
             raise InputError(f"--only={config.only}: no row has this in its name; the rows are {'; '.join(table)}")
+        recipes = {name: replace(config, **parse(BenchConfig, table[name].split())[1] | explicit) for name in names}
     elif config.only:
         raise InputError(f"--only={config.only}: selects rows of the table; add --table=True")
     for name, recipe in recipes.items():
         check_config(recipe)
-        if config.reference and (missing := recipe.missing_in_nanogpt()):
+        missing = [f"{key}={getattr(recipe, key)}" for key in NANOGPT_HAS if getattr(recipe, key) != NANOGPT_HAS[key]]
+        if config.reference and missing:
             if not config.table:
-                raise InputError(f"--reference={config.reference}: nanoGPT has no {missing}; leave --reference out")
+                raise InputError(
+                    f"--reference={config.reference}: nanoGPT has no {', '.join(missing)}; leave --reference out"
+                )
             recipes[name] = replace(recipe, reference="")
     return recipes
 
@@ -179,50 +171,55 @@ def measure(name: str, config: BenchConfig, explicit: dict[str, Any], world: Wor
     free = free_memory(world.device)
     hint = memory_hint(micro_batch_sizes(config, 1)[0], config.rows_per_step, config.block_size, free)
     with contextlib.ExitStack() as stack:
-        workers = [Worker("ours", hint, open_our_steps, config, explicit)]
-        stack.callback(workers[0].close)
-        info: ModelInfo = workers[0].info
-        workers[0].run_steps(config.warmup - 1)
+        ours = stack.enter_context(Worker("ours", hint, open_our_steps, config, explicit))
+        model_config: GPTConfig = ours.info
+        workers = [ours]
         if config.reference:
-            workers.append(Worker("nanoGPT", hint, open_nanogpt_steps, config, info.config))
-            stack.callback(workers[1].close)
-            workers[1].run_steps(config.warmup - 1)
+            workers.append(stack.enter_context(Worker("nanoGPT", hint, open_nanogpt_steps, config, model_config)))
+        for worker in workers:
+            worker.run(config.warmup - 1)
+        rounds: dict[str, list[Round]] = {worker.name: [] for worker in workers}
         round_steps = min(ROUND, config.steps) if config.reference else config.steps
         for number in range(math.ceil(config.steps / round_steps)):
             # Alternate who begins, so that a drift of the machine's speed affects both alike.
             for worker in workers[:: -1 if number % 2 else 1]:
-                worker.run_round(round_steps)
+                rounds[worker.name].append(worker.run(round_steps))
         if config.profile:
-            workers[0].run_steps(PROFILED_STEPS, "trace.json")
+            ours.run(PROFILED_STEPS, "trace.json")
 
-    tokens = config.rows_per_step * info.config.block_size
-    step = f"{config.gradient_accumulation_steps} × {config.batch_size} rows of {info.config.block_size} = {tokens:,}"
+    with torch.device("meta"):
+        model = GPT(model_config)
+    tokens = config.rows_per_step * model_config.block_size
+    step = f"{config.gradient_accumulation_steps} × {config.batch_size} rows of {model_config.block_size} = {tokens:,}"
     vendor_peak = world.peak_flops()
     rows: list[Row] = []
     for worker in workers:
-        low, median, high = np.percentile(worker.seconds, [25, 50, 75]).tolist()
-        flops = info.flops_per_token * tokens / median
+        seconds = [timed.seconds for timed in rounds[worker.name]]
+        last = rounds[worker.name][-1]
+        low, median, high = np.percentile(seconds, [25, 50, 75]).tolist()
+        flops = model.flops_per_token() * tokens / median
         row = {
             "name": name,
             "side": worker.name,
             "step": f"{step} tokens of {config.dataset or 'random ids'}",
-            "parameters": info.parameters,
+            "parameters": model.count_parameters(),
             "ms": 1000 * median,
             "quartiles_ms": [1000 * low, 1000 * high],
             "tokens_per_s": tokens / median,
             "of_peak": flops / peak,
             "mfu": flops / vendor_peak if vendor_peak else None,
-            "memory": worker.memory,
+            "memory": last.memory,
             "first_step_s": worker.first_step_s,
-            "last_loss": worker.last_loss,
-            "seconds": worker.seconds,
+            "last_loss": last.losses[-1],
+            "seconds": seconds,
         }
         rows.append(row)
     if config.reference:
-        ours, theirs = workers
-        ratios = np.median(theirs.seconds, axis=1) / np.median(ours.seconds, axis=1)  # (rounds,)
-        rows[1]["times_as_fast"] = np.percentile(ratios, [25, 50, 75]).tolist()
-        rows[1]["of_its_memory"] = ours.memory / theirs.memory if ours.memory and theirs.memory else None
+        ours_row, row = rows
+        ratios = np.median(row["seconds"], axis=1) / np.median(ours_row["seconds"], axis=1)  # (rounds,)
+        row["times_as_fast"] = np.percentile(ratios, [25, 50, 75]).tolist()
+        memories = ours_row["memory"], row["memory"]
+        row["of_its_memory"] = memories[0] / memories[1] if all(memories) else None
     return rows
 
 
@@ -246,25 +243,17 @@ def print_rows(rows: list[Row], width: int) -> None:
             )
 
 
-def write_json(path: str, report: dict[str, Any]) -> None:
-    try:
-        if path:
-            Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--to={path}: cannot be written ({error.strerror}); give another file") from error
-
-
 # ---- in the worker processes
 
 
-def open_our_steps(config: BenchConfig, explicit: dict[str, Any]) -> tuple[World, ModelInfo, Steps]:
+def open_our_steps(config: BenchConfig, explicit: dict[str, Any]) -> tuple[World, GPTConfig, Iterator[list[float]]]:
     world = distributed.start(config.device, config.dtype)
     seed_everything(config.seed, config.deterministic)
     model = open_model(config, explicit)
     config = replace(config, block_size=model.config.block_size)
     steps = training_steps(config, model, open_tokens(config, model.config), world, train_step)
     gc.freeze()  # as train.py does
-    return world, ModelInfo(model.config, model.count_parameters(), model.flops_per_token()), steps
+    return world, model.config, steps
 
 
 def open_model(config: BenchConfig, explicit: dict[str, Any]) -> GPT:
@@ -283,31 +272,19 @@ def open_tokens(config: BenchConfig, model_config: GPTConfig) -> Tokens:
     """Tokens to take rows from: the dataset's, or random ones."""
     T, V = model_config.block_size, model_config.vocab_size
     if config.dataset:
-        return open_dataset(config.dataset, block_size=T, vocab_size=V).train
+        return open_dataset(config.dataset, block_size=T, vocab_size=V, token_dtype=config.token_dtype).train
     ids = np.random.default_rng(config.seed).integers(V, size=1_000_000 + T)
     return Tokens.of(ids.astype(token_dtype(V)))
 
 
-def open_nanogpt_steps(config: BenchConfig, model_config: GPTConfig) -> tuple[World, None, Steps]:
+def open_nanogpt_steps(config: BenchConfig, model_config: GPTConfig) -> tuple[World, None, Iterator[list[float]]]:
     """Steps of nanoGPT with the sizes of our model. Raises InputError for a model that nanoGPT does not have."""
     if model_config.arch != "gpt2":
         raise InputError(f"--reference={config.reference}: nanoGPT has no arch={model_config.arch}; leave it out")
-    world = nanogpt_checkout.start_world(config.device, config.dtype)
+    world = nanogpt_steps.start_world(config.device, config.dtype)
     seed_everything(config.seed, config.deterministic)
-    steps = nanogpt_checkout.training_steps(
-        config.reference,
-        {name: getattr(model_config, name) for name in nanogpt_checkout.SIZES},
-        open_tokens(config, model_config),
-        world,
-        batch_size=config.batch_size,
-        micro_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        grad_clip=config.grad_clip,
-        compiled=should_compile(config.compile, world.device),
-    )
-    return world, None, steps
+    tokens = open_tokens(config, model_config)
+    return world, None, nanogpt_steps.training_steps(config, model_config, tokens, world)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from nanogpt.memory import estimate_training_memory, fits_in_memory, pick_micro_
 from nanogpt.metrics import DeferredRead, StepStats, Stopwatch
 from nanogpt.schedule import StepSchedule
 from nanogpt.text.tokenizer import GPT2_VOCAB
+from nanogpt.timing import time_steps
 from nanogpt.train_log import format_losses
 
 WIDTHS = [*range(32, 256, 16), *range(256, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
@@ -71,7 +72,7 @@ LONG_MINUTES = 5.0  # from here on the run is also evaluated on its way, with fe
 SHUTDOWN_S = 0.5  # for the last save and the end of the interpreter
 IMPORT_S = 2.0  # before the program's first line, where the system does not know
 
-# Keys that a time budget sets besides those of `scaling.recipe`.
+# Keys that a time budget sets besides those of `scaling.make_recipe`.
 DEFAULTS: dict[str, Any] = {
     "n_kv_head": 0,
     "head_dim": 0,
@@ -85,7 +86,7 @@ DEFAULTS: dict[str, Any] = {
     "eval_train": False,
     "sample_chars": 0,
 }
-BUDGET_KEYS = {*scaling.recipe(64, 1e6, 64), *DEFAULTS, "eval_interval", "eval_iters"}
+BUDGET_KEYS = {*scaling.make_recipe(64, 1e6, 64), *DEFAULTS, "eval_interval", "eval_iters"}
 NO_PATIENCE = "patience: a time budget ends the run by the clock, at the lowest learning rate; leave one of the two out"
 
 TrainStep = Callable[..., StepStats]  # train.py's train_step
@@ -95,7 +96,7 @@ Plan = dict[str, Any]  # minutes, expected_loss (None: unknown), evaluation_s, s
 # --- During the run
 
 
-class ClockSchedule:
+class ClockSchedule(StepSchedule):
     """A schedule that ends with a time budget: constant learning rate, then a decay that begins in time.
 
     Until then it has no last step. The decay is counted in steps, so that a resumed run repeats it exactly.
@@ -103,24 +104,18 @@ class ClockSchedule:
 
     def __init__(self, steps: StepSchedule, plan: Plan, minutes: float, eval_interval: int):
         """steps: by the run's keys; its name is "constant" until the decay has begun. plan: of `choose`."""
-        self.steps = steps
+        super().__init__(**vars(steps))
         self.plan = plan
         self.minutes = minutes
         self.eval_interval = eval_interval
         self.end = time.perf_counter() + 60 * minutes - plan["spent_s"] - process_age()
-        self.is_decaying = steps.name != "constant"
+        self.is_decaying = self.name != "constant"
         self.deadline = None if self.is_decaying else self.end
         self.last_update_at: float | None = None
         self.step_times: deque[float] = deque(maxlen=100)
 
-    def lr(self, step: int) -> float:
-        return self.steps.lr(step)
-
-    def lr_scale(self, step: int) -> float:
-        return self.steps.lr_scale(step)
-
     def is_done(self, step: int) -> bool:
-        return self.is_decaying and self.steps.is_done(step)
+        return self.is_decaying and super().is_done(step)
 
     def decay_due(self) -> int:
         """Updates that fit into the remaining time, if it is time for the decay; else 0. Call it once an update."""
@@ -142,17 +137,13 @@ class ClockSchedule:
         if self.is_decaying:
             return False
         self.is_decaying = True
-        return self.steps.begin_decay(step, max(steps - 1, 1))
+        return super().begin_decay(step, max(steps - 1, 1))
 
     def changed_keys(self) -> dict[str, Any]:
         """The keys of TrainConfig that the decay settles, for checkpoints."""
         if not self.is_decaying:
             return {}
-        return {
-            "schedule": self.steps.name,
-            "max_iters": self.steps.max_iters,
-            "decay_iters": self.steps.decay_steps,
-        }
+        return {"schedule": self.name, "max_iters": self.max_iters, "decay_iters": self.decay_steps}
 
     def state_dict(self) -> Plan:
         """The plan for the process that resumes the run."""
@@ -215,12 +206,12 @@ def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, Plan]
         raise InputError(NO_PATIENCE)
     total_s = 60 * config.minutes
     trial = SpeedTrial(config, world, train_step)
-    trial.measure(PILOT_WIDTH, trial.settings(PILOT_WIDTH, 1e6, world.size))
+    trial.measure_speed(PILOT_WIDTH, trial.make_config(PILOT_WIDTH, 1e6, world.size))
     pilot_s = min(max(PILOT_SHARE * total_s, MIN_PILOT_S), MAX_PILOT_S)
-    difficulty = trial.agree(trial.difficulty(pilot_s))
+    difficulty = trial.agree(trial.measure_difficulty(pilot_s))
     chosen, loss, tokens, left_s = _best_run(trial, total_s)
 
-    token_s = trial.token_s(chosen.n_embd)
+    token_s = trial.predict_token_s(chosen.n_embd)
     ends_early = tokens * token_s < EARLY_STOP_SHARE * left_s
     if ends_early:
         total_s += (tokens * token_s - left_s) / (1 - EVALUATION_SHARE)
@@ -243,19 +234,18 @@ def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, Plan]
     expected_loss = None if math.isnan(difficulty) else loss * difficulty * SHORT_DECAY_PENALTY
     plan = {"minutes": config.minutes, "expected_loss": expected_loss, "evaluation_s": evaluation_s, "spent_s": 0.0}
 
-    tried = f"tried    {len(trial.speeds)} widths, {1 / trial.token_s(PILOT_WIDTH):,.0f} to {1 / token_s:,.0f} tokens/s"
-    expected = "expected no particular loss: the pilot was too short"
+    hardness = ""
+    expected = "no particular loss: the pilot was too short"
     if expected_loss:
-        tried += f"; this text is {difficulty:.3f} × as hard as the reference text"
-        expected = (
-            f"expected {format_losses({'validation': expected_loss}, trial.dataset.val.bits_per_byte(expected_loss))}"
-        )
+        hardness = f"; this text is {difficulty:.3f} × as hard as the reference text"
+        expected = format_losses({"validation": expected_loss}, trial.dataset.val.bits_per_byte(expected_loss))
+    pilot_speed = 1 / trial.predict_token_s(PILOT_WIDTH)
     print0(
-        tried,
+        f"tried    {len(trial.speeds)} widths, {pilot_speed:,.0f} to {1 / token_s:,.0f} tokens/s{hardness}",
         f"chosen   {chosen.n_embd} channels, {chosen.n_layer} layers; about {chosen.max_iters:,} steps of "
         f"{chosen.rows_per_step} rows, {tokens:,.0f} tokens = {tokens / trial.num_tokens:.3g} epochs; Muon's learning "
         f"rate {chosen.muon_lr:.2e}",
-        expected,
+        f"expected {expected}",
     )
     return chosen, plan
 
@@ -266,7 +256,7 @@ def _best_run(trial: "SpeedTrial", total_s: float) -> tuple[Any, float, float, f
     Measures the speed of the width that is best by the speeds known so far, until that width is among them.
     """
     minutes = trial.config.minutes
-    widths = [w for w in WIDTHS if scaling.weights(scaling.shape(w)) < MAX_WEIGHTS_PER_TOKEN * trial.num_tokens]
+    widths = [w for w in WIDTHS if scaling.count_weights(w) < MAX_WEIGHTS_PER_TOKEN * trial.num_tokens]
     widths = widths or WIDTHS[:1]
     while widths:
         age_s = process_age()
@@ -275,18 +265,18 @@ def _best_run(trial: "SpeedTrial", total_s: float) -> tuple[Any, float, float, f
             raise InputError(
                 f"minutes={minutes:g}: {age_s:.0f} s passed before the first step; give at least {age_s / 20:.1f}"
             )
-        runs = {width: trial.predict(width, left_s) for width in widths}
+        runs = {width: trial.predict_run(width, left_s) for width in widths}
         best = min(widths, key=lambda width: runs[width][0])
         loss, tokens = runs[best]
-        chosen = trial.settings(best, tokens, trial.world.size)
-        micro_batch = trial.largest_micro_batch(chosen)
+        chosen = trial.make_config(best, tokens, trial.world.size)
+        micro_batch = trial.pick_micro_batch(chosen)
         if micro_batch is None:
             widths = [width for width in widths if width < best]
             continue
         chosen = replace(chosen, micro_batch_size=micro_batch)
         if best in trial.speeds or len(trial.speeds) > MAX_TRIALS:
             return chosen, loss, tokens, left_s
-        trial.measure(best, chosen)
+        trial.measure_speed(best, chosen)
     block_size = trial.config.block_size
     raise InputError(f"minutes: not enough memory for a row with {WIDTHS[0]} channels; lower --block_size={block_size}")
 
@@ -299,39 +289,37 @@ class SpeedTrial:
         self.world = world
         self.train_step = train_step
         self.single = World(0, 1, world.device, world.dtype)  # trials run in each process on its own
-        self.dataset = open_dataset(config.dataset, block_size=config.block_size)
+        self.dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
         self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
         self.num_tokens = len(self.dataset.train)
         self.separator_id = document_separator_id(self.dataset, config.mask_documents)
         self.speeds: dict[int, float] = {}  # measured seconds a token, by width
 
-    def settings(self, width: int, tokens: float, num_processes: int) -> Any:
+    def make_config(self, width: int, tokens: float, num_processes: int) -> Any:
         """The config of a run of this width and length, its rows shared by num_processes."""
-        keys = {**DEFAULTS, **scaling.recipe(width, tokens, self.config.block_size)}
+        keys = {**DEFAULTS, **scaling.make_recipe(width, tokens, self.config.block_size)}
         keys["batch_size"] = -(-keys["batch_size"] // num_processes)
         keys["gradient_accumulation_steps"] = num_processes
         return replace(self.config, **keys)
 
-    def new_model(self, config: Any) -> GPT:
-        return GPT(new_model_config(config, self.vocab_size))
-
-    def steps(self, config: Any, model: GPT) -> Iterator[list[float]]:
-        """One process's steps of a run."""
+    def start_steps(self, config: Any) -> tuple[GPT, Iterator[list[float]]]:
+        """A new model and one process's steps of its run."""
         if "torch._dynamo" in sys.modules:  # the versions compiled for other widths count against a limit
             torch._dynamo.reset()
         torch.manual_seed(config.seed)
+        model = GPT(new_model_config(config, self.vocab_size))
         model.document_separator_id = self.separator_id
         config = replace(config, gradient_accumulation_steps=1)
-        return training_steps(config, model, self.dataset.train, self.single, self.train_step)
+        return model, training_steps(config, model, self.dataset.train, self.single, self.train_step)
 
-    def flops(self, width: int) -> float:
+    def count_flops(self, width: int) -> float:
         """FLOPs of a token, about: the blocks' weights and the output layer's."""
-        return 6 * (scaling.weights(scaling.shape(width)) + width * self.vocab_size)
+        return 6 * (scaling.count_weights(width) + width * self.vocab_size)
 
-    def largest_micro_batch(self, config: Any) -> int | None:
+    def pick_micro_batch(self, config: Any) -> int | None:
         """Rows of a forward pass that fit into memory on all ranks, by the estimate; None: not even one."""
         with torch.device("meta"):
-            model = self.new_model(config)
+            model = GPT(new_model_config(config, self.vocab_size))
         model.activation_checkpointing = config.activation_checkpointing
         model.loss_chunk = config.loss_chunk
         for rows in micro_batch_sizes(config, self.world.size):
@@ -340,62 +328,53 @@ class SpeedTrial:
                 return rows
         return None
 
-    def measure(self, width: int, config: Any) -> None:
+    def measure_speed(self, width: int, config: Any) -> None:
         """Time a few steps: seconds a token over all processes, if all are as fast as this one."""
-        steps = self.steps(config, self.new_model(config))
-
-        def step_s(count: int) -> float:
-            start = time.perf_counter()
-            for _ in range(count):
-                next(steps)
-            self.single.synchronize()
-            return (time.perf_counter() - start) / count
-
-        step_s(1)  # warmup
-        count = max(round(TRIAL_S / 8 / step_s(1)), 1)  # at a time, so that a GPU seldom waits for the host
+        _, steps = self.start_steps(config)
+        time_steps(steps, 1, self.single)  # warmup
+        (first_s,), _ = time_steps(steps, 1, self.single)
+        count = max(round(TRIAL_S / 8 / first_s), 1)  # at a time, so that a GPU seldom waits for the host
         start = time.perf_counter()
-        seconds = [step_s(count)]
-        while time.perf_counter() - start < TRIAL_S:
-            seconds.append(step_s(count))
-        self.speeds[width] = self.agree(statistics.median(seconds) / (config.rows_per_step * config.block_size))
+        means: list[float] = []
+        while not means or time.perf_counter() - start < TRIAL_S:
+            means.append(statistics.mean(time_steps(steps, count, self.single)[0]))
+        self.speeds[width] = self.agree(statistics.median(means) / (config.rows_per_step * config.block_size))
 
-    def token_s(self, width: int) -> float:
+    def predict_token_s(self, width: int) -> float:
         """Seconds a token: linear in the logarithms of FLOPs and seconds between the measured widths.
 
         Beyond them, larger models are assumed to be a little more efficient.
         """
         measured = sorted(self.speeds)
-        log_flops = np.log([self.flops(w) for w in measured])
+        log_flops = np.log([self.count_flops(w) for w in measured])
         log_seconds = np.log([self.speeds[w] for w in measured])
-        x = math.log(self.flops(width))
+        x = math.log(self.count_flops(width))
         beyond = max(x - log_flops[-1], 0) + min(x - log_flops[0], 0)
         return math.exp(np.interp(x, log_flops, log_seconds) + EXTRAPOLATION_EXPONENT * beyond)
 
-    def predict(self, width: int, seconds: float) -> tuple[float, float]:
+    def predict_run(self, width: int, seconds: float) -> tuple[float, float]:
         """The law's loss of a run of this width in this time, and its tokens: fewer where more epochs would overfit."""
-        size = scaling.weights(scaling.shape(width))
-        tokens = seconds / self.token_s(width)
-        best = scaling.LAW.length(size, tokens, self.num_tokens)
+        size = scaling.count_weights(width)
+        tokens = seconds / self.predict_token_s(width)
+        best = scaling.LAW.pick_tokens(size, tokens, self.num_tokens)
         if best > EARLY_STOP_SHARE * tokens:
             best = tokens
-        if width > WIDTHS[0] and self.settings(width, tokens, self.world.size).max_iters < MIN_STEPS:
+        if width > WIDTHS[0] and self.make_config(width, tokens, self.world.size).max_iters < MIN_STEPS:
             return math.inf, best
-        return scaling.LAW.loss(size, best, self.num_tokens), best
+        return scaling.LAW.predict_loss(size, best, self.num_tokens), best
 
     def agree(self, value: float) -> float:
         """The mean over all processes, so that all choose the same."""
         total = self.world.all_reduce_sum(torch.tensor(float(value), device=self.world.device))
         return total.item() / self.world.size
 
-    def difficulty(self, seconds: float) -> float:
+    def measure_difficulty(self, seconds: float) -> float:
         """This text's loss over the law's, from a small model trained on it for some seconds."""
-        size = scaling.weights(scaling.shape(PILOT_WIDTH))
+        size = scaling.count_weights(PILOT_WIDTH)
         tokens = seconds / self.speeds[PILOT_WIDTH] / self.world.size
-        tokens = scaling.LAW.length(size, tokens, self.num_tokens)
-        config = self.settings(PILOT_WIDTH, tokens, num_processes=1)
-        torch.manual_seed(config.seed)
-        model = self.new_model(config)
-        steps = self.steps(config, model)
+        tokens = scaling.LAW.pick_tokens(size, tokens, self.num_tokens)
+        config = self.make_config(PILOT_WIDTH, tokens, num_processes=1)
+        model, steps = self.start_steps(config)
         for _ in range(config.max_iters):
             next(steps)
         T = config.block_size
@@ -403,7 +382,7 @@ class SpeedTrial:
         windows = EvalWindows(self.dataset.val, T, -(-PILOT_WINDOWS // rows), rows, self.vocab_size)
         with torch.no_grad():
             loss = evaluate(model, windows, rows, self.single)
-        return scaling.difficulty(loss, config.max_iters * rows * T, self.num_tokens, T)
+        return scaling.estimate_difficulty(loss, config.max_iters * rows * T, self.num_tokens, T)
 
 
 def training_steps(config: Any, gpt: GPT, tokens: Tokens, world: World, train_step: TrainStep) -> Iterator[list[float]]:

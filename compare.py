@@ -2,25 +2,29 @@
 
     python compare.py out-a out-b out-c --out=compare.png
 
-Runs that differ only in their seed are repeats: they share a row and a curve, mean ± standard error. For runs trained
+Runs that differ in their seed alone are repeats: they share a row and a curve, mean ± standard error. For runs trained
 with --log_layers=True the picture also shows the gradient and update norms of each layer.
 """
 
+import contextlib
 import json
 import math
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 
 from configurator import key, parse
 from nanogpt.errors import InputError, run_script
+from nanogpt.files import read_json
+from nanogpt.schema import Count, Limits, check
 
 AXES = {"step": "steps", "tokens": "tokens", "time_s": "seconds"}
-OPTIONAL_FIELDS = {"train_loss": None, "val_bpb": None}
-EVAL_FIELDS = (*AXES, "val_loss", *OPTIONAL_FIELDS)
+EVAL_FIELDS = (*AXES, "val_loss", "train_loss", "val_bpb")
 STEP_FIELDS = ("step", "tokens", "time_s", "loss")
 NORMS = {"layer_grad_norms": "gradient norm of a layer", "layer_update_norms": "update norm of a layer"}
 GRID = np.array([0.25, 0.5, 0.75, 1.0])  # rows of the table, as fractions of the shortest run
@@ -43,6 +47,35 @@ class CompareConfig:
     out: str = key("compare.png", "file for the picture")
 
 
+# The lines of metrics.jsonl that are read. Limits: beyond them matplotlib cannot draw.
+Number = Annotated[float, Limits(ge=-1e38, le=1e38)] | None
+
+
+class Position(TypedDict):
+    step: Count
+    tokens: Count
+    time_s: Annotated[float, Limits(ge=0, le=1e12)]
+
+
+class Evaluation(Position):
+    val_loss: Number
+    train_loss: NotRequired[Number]
+    val_bpb: NotRequired[Number]
+
+
+class Update(Position):
+    loss: Number
+
+
+class LayerNorms(TypedDict):
+    step: Count
+    layer_grad_norms: dict[str, Number]
+    layer_update_norms: dict[str, Number]
+
+
+LINES: dict[str, Any] = {"val_loss": Evaluation, "loss": Update, "layer_grad_norms": LayerNorms}  # by what they hold
+
+
 @dataclass
 class Run:
     path: Path
@@ -62,9 +95,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, _ = parse(CompareConfig, argv, "Compare runs by their validation losses.", positional="runs")
     runs = []
     problems = []
-    for path in dict.fromkeys(config.runs):
+    paths: dict[str, Path] = {}
+    for path in map(Path, config.runs):
+        paths.setdefault(os.path.realpath(path), path)
+    for path in paths.values():
         try:
-            runs.append(read_run(Path(path)))
+            runs.append(read_run(path))
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -87,28 +123,34 @@ def read_run(path: Path) -> Run:
     except OSError as error:
         raise InputError(f"{file}: {(error.strerror or 'unreadable').lower()}; give the out_dir of a run") from None
 
-    evaluations = []
-    steps = []
-    layer_norms = []
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in LINES}
     for number, line in enumerate(lines, 1):
-        try:
-            record = OPTIONAL_FIELDS | json.loads(line)
-            if record.keys() >= NORMS.keys():
-                layer_norms.append(record)
-            if "loss" in record:
-                steps.append(np.array([record[field] for field in STEP_FIELDS], dtype=float))
-            if "val_loss" in record:
-                evaluations.append(np.array([record[field] for field in EVAL_FIELDS], dtype=float))  # null becomes NaN
-        except (ValueError, TypeError, KeyError):
-            # The last line of a live or killed run may be incomplete.
-            if number < len(lines):
-                raise InputError(f"{file}:{number}: damaged line; remove it or restore the file") from None
-    if not evaluations:
+        record: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line.strip() or b"{}")
+        if record is None and number == len(lines):
+            break  # the last line of a live or killed run may be incomplete
+        _, problems = check(record, dict[str, Any])
+        for name in () if problems else LINES.keys() & record.keys():
+            checked, line_problems = check(record, LINES[name])
+            records[name].append(checked)
+            problems += line_problems
+        if problems:
+            raise InputError(f"{file}:{number}: damaged line ({problems[0]}); remove it or restore the file")
+    if not records["val_loss"]:
         raise InputError(f"{file}: no evaluation yet; wait for the run's first one")
 
-    evals = dict(zip(EVAL_FIELDS, np.stack(evaluations, axis=1), strict=True))
-    logged = np.stack(steps, axis=1) if steps else np.empty((len(STEP_FIELDS), 0))
-    return Run(path, _read_settings(path), evals, dict(zip(STEP_FIELDS, logged, strict=True)), layer_norms)
+    evals = {field: _column(records["val_loss"], field) for field in EVAL_FIELDS}
+    steps = {field: _column(records["loss"], field) for field in STEP_FIELDS}
+    for axis in AXES:
+        if min(np.diff(evals[axis]).min(initial=0), np.diff(steps[axis]).min(initial=0)) < 0:
+            raise InputError(f"{file}: {axis} goes back, as in a file of two runs; separate their lines")
+    return Run(path, _read_settings(path), evals, steps, records["layer_grad_norms"])
+
+
+def _column(records: list[dict[str, Any]], field: str) -> np.ndarray:
+    """A field of all records, null and missing as NaN."""
+    return np.array([record.get(field) for record in records], dtype=float)
 
 
 def _read_settings(path: Path) -> dict[str, Any] | None:
@@ -116,13 +158,13 @@ def _read_settings(path: Path) -> dict[str, Any] | None:
     states = [file for file in path.glob("ckpt/step-*/state.json") if file.parent.name[5:].isdigit()]
     try:
         newest = max(states, key=lambda file: int(file.parent.name[5:]))
-        return dict(json.loads(newest.read_bytes())["config"])
+        return dict(read_json(newest)["config"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def group_repeats(runs: Sequence[Run]) -> list[Group]:
-    """Group the runs whose settings differ only in keys without effect.
+    """Group the runs whose settings differ in keys without effect, the seed among them.
 
     A group's label lists the settings that distinguish it, or its first folder if they are none, unknown or too many.
     """
@@ -132,19 +174,28 @@ def group_repeats(runs: Sequence[Run]) -> list[Group]:
 
     known = [run.settings for run in runs if run.settings is not None]
     names = dict.fromkeys(name for settings in known for name in settings if name not in ignored)
-    differing = [name for name in names if len({json.dumps(settings.get(name, "unset")) for settings in known}) > 1]
+    differing = [name for name in names if len({json.dumps(settings.get(name)) for settings in known}) > 1]
 
-    repeats: dict[str, list[Run]] = {}
+    repeats: dict[tuple[str, int], list[Run]] = {}
+    copies: Counter[tuple[str, Any]] = Counter()
     for run in runs:
         label = str(run.path)
+        seed = None
         if run.settings is not None:
-            label = " ".join(f"{name}={run.settings.get(name, 'unset')}" for name in differing)
-        repeats.setdefault(label, []).append(run)
+            label = " ".join(f"{name}={run.settings.get(name)}" for name in differing)
+            seed = run.settings.get("seed")
+        repeats.setdefault((label, copies[label, seed]), []).append(run)  # a group has each seed once
+        copies[label, seed] += 1
 
+    folders = Counter(run.path.resolve().name for run in runs)
     groups = []
-    for label, members in repeats.items():
+    for (label, copy), members in repeats.items():
+        folder = members[0].path.resolve().name
+        folder = folder if folders[folder] == 1 else str(members[0].path)
         if members[0].settings is None or not 0 < len(differing) <= MAX_LABEL_SETTINGS:
-            label = members[0].path.resolve().name
+            label = folder
+        elif copy or (label, 1) in repeats:
+            label += f" {folder}"
         if len(members) > 1:
             label += f" ({len(members)} runs)"
         groups.append(Group(label, members))
@@ -207,7 +258,8 @@ def _best_rows(groups: Sequence[Group]) -> list[list[str]]:
 def _format_loss(mean: float, error: float) -> str:
     if np.isnan(mean):
         return "–"
-    return f"{mean:.4f}" if np.isnan(error) else f"{mean:.4f} ±{error:.4f}"
+    digits = ".4f" if mean < 1e5 else ".4g"
+    return f"{mean:{digits}}" if np.isnan(error) else f"{mean:{digits}} ±{error:{digits}}"
 
 
 def draw_picture(groups: Sequence[Group], out: str) -> None:
@@ -229,9 +281,15 @@ def draw_picture(groups: Sequence[Group], out: str) -> None:
             draw_layer_norms(figure, run)
 
     try:
-        picture.savefig(out, dpi=120)
+        picture.savefig(out, dpi=120, format=Path(out).suffix[1:] or "png")  # else a name without suffix gets one
     except (OSError, ValueError) as error:
         raise InputError(f"--out={out}: {error}; give a writable path that ends in .png, .svg or .pdf") from None
+
+
+def _plain(text: str) -> str:
+    """A label that matplotlib draws as it is: no $formula$, not hidden by a leading underscore, valid Unicode."""
+    text = text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def draw_losses(figure: Any, groups: Sequence[Group]) -> None:
@@ -247,7 +305,7 @@ def draw_losses(figure: Any, groups: Sequence[Group]) -> None:
             val, error = mean_loss(group, axis, x)
             train, _ = mean_loss(group, axis, x, "train_loss")
             color = f"C{number % 10}"
-            panel.plot(x, val, color=color, linewidth=2, marker=".", label=group.label)
+            panel.plot(x, val, color=color, linewidth=2, marker=".", label=_plain(group.label))
             panel.fill_between(x, val - error, val + error, color=color, alpha=0.2, linewidth=0)
             if np.isnan(train).all():  # --eval_train=False, or a time budget: the logged losses of the steps instead
                 x, train = group.runs[0].steps[axis], group.runs[0].steps["loss"]
@@ -277,11 +335,11 @@ def draw_layer_norms(figure: Any, run: Run) -> None:
         for number, layer in enumerate(layers):
             norms = np.array([record[field].get(layer) for record in run.layer_norms], dtype=float)
             color = colormaps["viridis"](0.9 * number / max(len(layers) - 1, 1))
-            panel.plot(steps, norms, color=color, linewidth=1, label=layer)
+            panel.plot(steps, norms, color=color, linewidth=1, label=_plain(layer))
         bottom = [0.02] * len(clipped)
         panel.plot(clipped, bottom, "|", color="C3", transform=panel.get_xaxis_transform(), label="clipped")
         panel.set(xlabel="steps", ylabel=label, yscale="log")
-    figure.suptitle(run.path.resolve().name, fontsize="medium")
+    figure.suptitle(_plain(run.path.resolve().name), fontsize="medium")
     columns = math.ceil(len(layers) / 14)
     panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small", ncols=columns)
 

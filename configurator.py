@@ -13,7 +13,6 @@ import builtins
 import dataclasses
 import difflib
 import os
-import symtable
 import sys
 import traceback
 from collections.abc import Sequence
@@ -157,7 +156,7 @@ def _run_file(file: str, current: dict[str, Any]) -> tuple[list[Entry], list[str
     try:
         source = Path(file).read_bytes()
         tree = ast.parse(source, filename=file)
-        symbols = symtable.symtable(source, file, "exec").get_symbols()  # type: ignore[arg-type]  # takes bytes
+        code = compile(tree, file, "exec")
     except OSError as error:
         return [], [f"{file}: {_explain_unreadable(file, error)}"]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
@@ -167,17 +166,16 @@ def _run_file(file: str, current: dict[str, Any]) -> tuple[list[Entry], list[str
     names: dict[str, Any] = {"__builtins__": vars(builtins) | current, "__file__": file, "__name__": "config"}
     problems = []
     try:
-        exec(compile(tree, file, "exec"), names)
+        exec(code, names)
     except Exception as error:
         at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         problems.append(f"{file}:{at[-1] if at else 1}: {type(error).__name__}: {' '.join(str(error).split())}")
 
     stores = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     lines = {node.id: node.lineno for node in stores}
-    assigned = {symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_namespace()}
-    keys = {name for name in names if name in current}
-    unknown = {name for name in assigned - {*current} if not name.startswith("_")}
-    ordered = sorted((lines.get(name, 1), name) for name in keys | unknown)
+    # Imported modules and functions are no attempts to set a key.
+    is_set = [name for name in names if name in current or (name in lines and not name.startswith("_"))]
+    ordered = sorted((lines.get(name, 1), name) for name in is_set)
     return [(f"{file}:{line}: {name}", name, names.get(name)) for line, name in ordered], problems
 
 

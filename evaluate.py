@@ -13,7 +13,6 @@ its error and the perplexity's are to first order, that of bits per byte is scal
 Hugging Face backend on a temporary export of the model (pip install -e ".[eval]").
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import ExplicitKeys, key, parse
@@ -31,14 +32,16 @@ from nanogpt import checkpoint, distributed
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.data.dataset import MixturePart, Tokens, open_dataset
 from nanogpt.data.rows import SlidingWindows
+from nanogpt.data.token_shards import TokenDtype
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
-from nanogpt.evaluation import score
+from nanogpt.files import write_report
+from nanogpt.generate.sampling import check_finite
 from nanogpt.memory import rows_to_score
 from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import Tokenizer
 
-LOSS_KEYS = ("dataset", "split", "text", "stride")
+LOSS_KEYS = ("dataset", "token_dtype", "split", "text", "stride")
 TASK_KEYS = ("limit", "num_fewshot", "chat", "include_path", "unsafe_code")
 MAX_BLOCKS = 64  # enough to know the standard error to 9%, and each as long as possible
 MEMORY_HINT = "too little memory: try --dtype=bfloat16, or a machine with more"
@@ -49,6 +52,7 @@ class EvaluateConfig(ModelKeys):
     """The model to evaluate, and the data or the tasks."""
 
     dataset: str | None = key(None, "a folder, a name under data/, a mixture; None: the run's own", group="Loss")
+    token_dtype: TokenDtype | None = key(None, "type of ids in files that do not say it; None: as nanoGPT, uint16")
     split: Literal["val", "train"] = key("val", "the split of it to read, whole")
     text: str | None = key(None, "a UTF-8 file to evaluate on instead")
     stride: int = key(0, "tokens by which windows advance, and targets of each; 0: block_size", ge=0)
@@ -85,13 +89,7 @@ def main() -> None:
             name, tokens = open_text(config.text, loaded.tokenizer) if config.text else open_split(config, loaded)
             results = print_loss(name, tokens, *split_loss(loaded.model, tokens, config.stride, world))
     if config.json:
-        text = json.dumps({"model": loaded.source} | results, indent=2, default=str)
-        try:
-            Path(config.json).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"--json={config.json}: cannot be written ({error.strerror}); give another file"
-            ) from error
+        write_report("json", config.json, {"model": loaded.source} | results)
 
 
 def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
@@ -102,7 +100,7 @@ def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
     else:
         unused |= dict.fromkeys(TASK_KEYS, "has no effect without --tasks")
     if config.text:
-        unused |= dict.fromkeys(("dataset", "split"), f"--text={config.text} takes its place")
+        unused |= dict.fromkeys(("dataset", "token_dtype", "split"), f"--text={config.text} takes its place")
     if config.init_from != "resume":
         is_run = checkpoint.is_checkpoint(Path(config.init_from))
         replaced = ("out_dir",) if is_run else ("out_dir", "checkpoint")
@@ -134,7 +132,8 @@ def open_split(config: EvaluateConfig, loaded: LoadedModel) -> tuple[str, Tokens
     if not name:
         raise InputError("--dataset is unknown: the model does not state it; give --dataset=NAME or --text=FILE")
     vocab_size = loaded.model.config.vocab_size
-    dataset = open_dataset(name, block_size=1, vocab_size=vocab_size, splits=[config.split])
+    dtype = config.token_dtype or (None if config.dataset else loaded.train_config.get("token_dtype"))
+    dataset = open_dataset(name, block_size=1, vocab_size=vocab_size, splits=[config.split], token_dtype=dtype)
     if dataset.tokenizer and not dataset.tokenizer.has_same_vocab(loaded.tokenizer):
         raise InputError(
             f"--dataset={name}: its tokenizer is not the model's; prepare its text with the model's tokenizer, or "
@@ -182,6 +181,7 @@ def split_loss(model: GPT, tokens: Tokens, stride: int, world: World) -> tuple[f
     return float(loss), math.sqrt(variance) / float(weight), int(num_targets)
 
 
+@torch.inference_mode()
 def block_sums(model: GPT, tokens: Tokens, part: MixturePart, stride: int, world: World) -> np.ndarray:
     """Return the summed loss in nats and the number of targets of each block of a part, (2, blocks)."""
     block_size = model.config.block_size
@@ -194,9 +194,14 @@ def block_sums(model: GPT, tokens: Tokens, part: MixturePart, stride: int, world
     for starts, x, y in tqdm(windows, unit="batch", disable=None):
         positions = starts[:, None] + np.arange(x.shape[1])
         blocks = positions[y.numpy() >= 0] // block_tokens
+        x, y = world.to_device(x, y)
+        has_target = y >= 0
         with world.autocast():
-            logprobs, _ = score(model, *world.to_device(x, y))
-        np.add.at(sums[0], blocks, -logprobs.cpu().double().numpy())
+            # Logits of the targets alone: each row of them is as large as the vocabulary.
+            logits = model.logits(model.norm(model.hidden_states(x)[has_target])).float()
+            nats = F.cross_entropy(logits, y[has_target], reduction="none")
+        check_finite(nats)  # the softmax spreads a NaN to the whole row
+        np.add.at(sums[0], blocks, nats.cpu().double().numpy())
         np.add.at(sums[1], blocks, 1)
     return sums
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from configurator import Config, build, key
+from configurator import Config, key
 from model import GPT, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 # Keys of TrainConfig that are sizes of GPTConfig. vocab_size comes from the data, gelu from weights; dropout may vary.
 MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in ("vocab_size", "dropout", "gelu")]
 # Keys that are about one start of a run and are not taken from its checkpoint.
-START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data")
+START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data", "new_data")
 
 
 # --- A trained model
@@ -119,14 +119,11 @@ def resume_config(config: Config, explicit: Mapping[str, Any], flags: set[str], 
     """The run's own settings, updated by the explicit keys; prints what changes.
 
     flags: the explicit keys that came from the command line. Sizes come from the checkpoint: a file that says otherwise
-    is overruled with a printed line. Raises InputError for a flag that contradicts them, and for a state.json that is
-    not a run's.
+    is overruled with a printed line. Raises InputError for a flag that contradicts them, and for a checkpoint whose
+    sizes are not those of its tensors.
     """
-    source = str(resumed.path / "state.json")
-    model_config = _read_model_config(resumed, source)
-    sizes = asdict(model_config)
+    sizes = asdict(resumed.build_model(GPT, GPTConfig).config)
     resumed.state["model"] = sizes
-
     saved = {**resumed.state["config"], **{name: getattr(config, name) for name in START_KEYS}}
     changed = {name: value for name, value in explicit.items() if saved.get(name) != value and name != "init_from"}
     conflicts = conflicting_sizes(changed, sizes)
@@ -137,21 +134,8 @@ def resume_config(config: Config, explicit: Mapping[str, Any], flags: set[str], 
     for name in conflicts:
         print0(f"  {name}: {changed.pop(name)} in a config file is ignored; the run has {sizes[name]}")
     for name, value in changed.items():
-        print0(f"  {name}: {saved.get(name)} -> {value}")
-    return build(type(config), {**saved, **changed}, source)
-
-
-def _read_model_config(resumed: Checkpoint, source: str) -> GPTConfig:
-    """The GPTConfig of a checkpoint, checked against its tensors before anything of its size is allocated."""
-    try:
-        model_config = build(GPTConfig, resumed.state["model"], source)
-        if model_config.n_layer > len(resumed.model):
-            raise ValueError(f"n_layer={model_config.n_layer}, but there are {len(resumed.model)} tensors")
-        GPT.from_tensors(model_config, resumed.model)  # on the meta device: takes neither memory nor time
-        return model_config
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source}: the sizes do not match the tensors ({reason})") from error
+        print0(f"  {name}: {saved[name]} -> {value}")
+    return type(config)(**{**saved, **changed})
 
 
 def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
@@ -188,11 +172,20 @@ def load_data_and_model(
         block_size = config.block_size if "block_size" in explicit else None
         model, model_tokenizer = load_weights(config.init_from, config.dropout, block_size, explicit)
     else:
-        num_ids = open_dataset(config.dataset, block_size=config.block_size).vocab_size or GPT2_VOCAB
+        dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
+        num_ids = dataset.vocab_size or GPT2_VOCAB
         model = GPT(new_model_config(config, num_ids))
 
     T, vocab_size = model.config.block_size, model.config.vocab_size
-    dataset = open_dataset(config.dataset, block_size=T, vocab_size=vocab_size, verify=config.verify_data)
+    dataset = open_dataset(
+        config.dataset,
+        block_size=T,
+        vocab_size=vocab_size,
+        verify=config.verify_data,
+        token_dtype=config.token_dtype,
+    )
+    if resumed and not config.eval_only:
+        compare_data(config, resumed, dataset)
     tokenizer = dataset.tokenizer
     if model_tokenizer and tokenizer and not tokenizer.has_same_vocab(model_tokenizer):
         if resumed:
@@ -210,6 +203,23 @@ def load_data_and_model(
             except InputError as error:
                 print0(f"no samples will be printed: {error}")
     return dataset, model, tokenizer
+
+
+def compare_data(config: Any, resumed: Checkpoint, dataset: Dataset) -> None:
+    """Raise InputError where a run's data is not what it was, unless new_data or another dataset is given.
+
+    Losses on another val split are not compared with the new ones.
+    """
+    saved = resumed.state.get("data", dataset.fingerprints)  # version 0.1 did not save it
+    changed = [split for split in saved if saved[split] != dataset.fingerprints[split]]
+    if changed and not config.new_data and config.dataset == resumed.state["config"]["dataset"]:
+        raise InputError(
+            f"dataset={config.dataset}: the {' and '.join(changed)} tokens are not those that the run began with; put "
+            "them back, or give --new_data=True to continue with these"
+        )
+    if "val" in changed:
+        print0("the val split is another one: losses are compared from here on only")
+        resumed.state |= {"val_loss": None, "best_val_loss": None, "since_best": 0}
 
 
 def new_model_config(config: Any, vocab_size: int) -> GPTConfig:

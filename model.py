@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -51,48 +51,41 @@ class GPTConfig:
     tied: bool = True  # the token embedding is the output layer too
 
     def __post_init__(self) -> None:
-        self._check_sizes()
-        modern = self.arch == "modern"
-        self._set_default("n_kv_head", self.n_head)
-        self._set_default("head_dim", self.n_embd // self.n_head)
-        self._set_default("n_inner", round_up(-(-8 * self.n_embd // 3), 64) if modern else 4 * self.n_embd)
-        self._set_default("norm_eps", 1e-6 if modern else 1e-5)
-        if modern:
-            self._check_modern()
-        else:
-            self._check_gpt2()
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: change one of them")
-
-    def _set_default(self, name: str, default: float) -> None:
-        object.__setattr__(self, name, getattr(self, name) or default)  # the dataclass is frozen
-
-    def _check_sizes(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("n_kv_head", "head_dim", "n_inner", "norm_eps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0, or 0 for the default")
-        if self.rope_theta <= 0:
-            raise ValueError(f"rope_theta={self.rope_theta}: must be above 0")
         if self.arch not in ("gpt2", "modern"):
             raise ValueError(f"arch={self.arch!r}: must be 'gpt2' or 'modern'")
         if self.gelu not in ("tanh", "erf"):
             raise ValueError(f"gelu={self.gelu!r}: must be 'tanh' or 'erf'")
-        if self.n_embd % self.n_head and not (self.arch == "modern" and self.head_dim):
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta}: must be above 0")
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
+        modern = self.arch == "modern"
+        if self.n_embd % self.n_head and not (modern and self.head_dim):
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
+        defaults = {
+            "n_kv_head": self.n_head,
+            "head_dim": self.n_embd // self.n_head,
+            "n_inner": round_up(math.ceil(8 * self.n_embd / 3), 64) if modern else 4 * self.n_embd,
+            "norm_eps": 1e-6 if modern else 1e-5,
+        }
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name}={value}: must be above 0, or 0 for the default")
+            if not modern and name in ("n_kv_head", "head_dim") and value not in (0, default):
+                raise ValueError(f"{name}={value}: arch=gpt2 has {default}; leave it out or set arch=modern")
+            object.__setattr__(self, name, value or default)  # the dataclass is frozen
 
-    def _check_modern(self) -> None:
-        if self.bias:
+        if not modern and not self.tied:
+            raise ValueError("tied=False: arch=gpt2 has True; leave it out or set arch=modern")
+        if modern and self.bias:
             raise ValueError("bias=True: arch=modern has no biases; set bias=False")
-        if self.head_dim % 2:
+        if modern and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions rotate pairs of channels; make it even")
-
-    def _check_gpt2(self) -> None:
-        for name, only in (("n_kv_head", self.n_head), ("head_dim", self.n_embd // self.n_head), ("tied", True)):
-            if getattr(self, name) != only:
-                raise ValueError(f"{name}={getattr(self, name)}: arch=gpt2 has {only}; leave it out or set arch=modern")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: change one of them")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -284,11 +277,8 @@ class GPT(nn.Module):
         """
         c = self.config
         qkv_rows = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim]
-        params: dict[str, list[int]] = {}
-        for name, parameter in self.named_parameters():
-            if name.startswith("blocks.") and parameter.dim() == 2:
-                params[name] = qkv_rows if name.endswith("qkv.weight") else [len(parameter)]
-        return params
+        matrices = [(name, p) for name, p in self.blocks.named_parameters("blocks") if p.dim() == 2]
+        return {name: qkv_rows if name.endswith("qkv.weight") else [len(p)] for name, p in matrices}
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -379,11 +369,21 @@ class GPT(nn.Module):
         return idx
 
     @classmethod
-    def from_tensors(cls, config: GPTConfig, tensors: dict[str, Tensor]) -> "GPT":
+    def from_tensors(
+        cls,
+        config: GPTConfig,
+        tensors: dict[str, Tensor],
+        *,
+        dropout: float | None = None,
+        block_size: int | None = None,
+    ) -> "GPT":
         """A model whose parameters are these very tensors; vocabulary rows with or without padding.
 
-        Raises RuntimeError for a name or a shape that does not fit `config`.
+        dropout: None for the config's. block_size: a shorter context. Raises RuntimeError for a name or a shape that
+        does not fit `config`, ValueError for a block_size beyond its own.
         """
+        if dropout is not None:
+            config = replace(config, dropout=dropout)
         with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
             model = cls(config)
         padding = config.padded_vocab_size - config.vocab_size
@@ -391,48 +391,35 @@ class GPT(nn.Module):
             if padding and name in tensors and len(tensors[name]) == config.vocab_size:
                 tensors = {**tensors, name: F.pad(tensors[name], (0, 0, 0, padding))}
         model.load_state_dict(tensors, assign=True)
+        if block_size is not None:
+            model.crop_block_size(block_size)
         return model
 
     @classmethod
-    def from_pretrained(
-        cls, source: "str | Path | Weights", *, dropout: float | None = None, block_size: int | None = None
-    ) -> "GPT":
+    def from_pretrained(cls, source: "str | Path | Weights", **changes: Any) -> "GPT":
         """Load GPT-2 or Qwen3 as published or fine-tuned, or nanoGPT's ckpt.pt.
 
-        source: "gpt2-xl", a Hugging Face id or folder, a ckpt.pt, or `Weights` read before. dropout: default as stored.
-        block_size: a shorter context. Raises InputError for weights that cannot be read or used, ValueError for a
-        block_size beyond theirs.
+        source: "gpt2-xl", a Hugging Face id or folder, a ckpt.pt, or `Weights` read before. changes: dropout and
+        block_size of `from_tensors`. Raises InputError for weights that cannot be read or used.
         """
         from nanogpt.interop.huggingface import read_weights
         from nanogpt.interop.names import Weights
 
         weights = source if isinstance(source, Weights) else read_weights(source)
-        return cls._from_parts(GPTConfig(**weights.config), weights.tensors, dropout, block_size)
+        return cls.from_tensors(GPTConfig(**weights.config), weights.tensors, **changes)
 
     @classmethod
-    def from_checkpoint(
-        cls, path: "str | Path", which: str = "best", *, dropout: float | None = None, block_size: int | None = None
-    ) -> "GPT":
+    def from_checkpoint(cls, path: "str | Path", which: str = "best", **changes: Any) -> "GPT":
         """Load a model that train.py saved.
 
-        path: a run's out_dir or one of its ckpt/step-* folders. which: "best", "latest" or "step-NNNNNN". dropout and
-        block_size as in `from_pretrained`. Raises InputError for a missing or damaged checkpoint.
+        path: a run's out_dir or one of its ckpt/step-* folders. which: "best", "latest" or "step-NNNNNN". changes:
+        dropout and block_size of `from_tensors`. Raises InputError for a missing or damaged checkpoint.
         """
         from nanogpt import checkpoint
 
         loaded = checkpoint.load(checkpoint.find(path, which), with_optimizer=False)
-        return cls._from_parts(GPTConfig(**loaded.state["model"]), loaded.model, dropout, block_size)
-
-    @classmethod
-    def _from_parts(
-        cls, config: GPTConfig, tensors: dict[str, Tensor], dropout: float | None, block_size: int | None
-    ) -> "GPT":
-        if dropout is not None:
-            config = replace(config, dropout=dropout)
-        model = cls.from_tensors(config, tensors)
-        if block_size is not None:
-            model.crop_block_size(block_size)
-        return model
+        config = loaded.build_model(cls, GPTConfig).config
+        return cls.from_tensors(config, loaded.model, **changes)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place, as when GPT-2 is fine-tuned on shorter rows."""
@@ -444,26 +431,14 @@ class GPT(nn.Module):
             self.position_embedding = nn.Embedding.from_pretrained(rows, freeze=False)
 
     def count_parameters(self) -> int:
-        """Parameters by formula: without padding, a tied output layer counted once."""
-        c = self.config
-        modern = c.arch == "modern"
-        embeddings = c.vocab_size * c.n_embd * (1 if c.tied else 2)
-        if not modern:
-            embeddings += c.block_size * c.n_embd
-        norms = (2 * c.n_layer + 1) * c.n_embd
-        if modern:
-            norms += 2 * c.n_layer * c.head_dim  # QK norm
-        biases = 0
-        if c.bias:
-            biases = norms + c.n_layer * (5 * c.n_embd + c.n_inner)
-        return embeddings + c.n_layer * self.block_weights() + norms + biases
+        """Parameters without the padding of the vocabulary; a tied output layer counts once."""
+        vocab_matrices = 1 if self.head is None else 2
+        padding = vocab_matrices * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
 
     def block_weights(self) -> int:
         """Number of weights in a block's matrices."""
-        c = self.config
-        attention = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
-        mlp = (3 if c.arch == "modern" else 2) * c.n_inner
-        return c.n_embd * (attention + mlp)
+        return sum(p.numel() for p in self.blocks[0].parameters() if p.dim() == 2)
 
     def flops_per_token(self, T: int | None = None) -> int:
         """FLOPs of forward and backward for one token in a row of T tokens (default block_size).

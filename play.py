@@ -43,12 +43,12 @@ def main() -> None:
     world = distributed.start(config.device, config.dtype)
     loaded = load_model(config, action="playing with")
     compiled = should_compile(config.compile, world.device)
+    heading = {"parameters": loaded.model.count_parameters(), "device": describe_device(world.device)}
     context = to_inference_precision(loaded.model, world, config.dtype, compiled)
     playground = Playground(loaded.model, loaded.tokenizer, context, compiled)
 
     run_dir = Path(config.out_dir if config.init_from == "resume" else config.init_from)
-    device = describe_device(world.device)
-    app = create_app(playground, run_dir.resolve().name, device, run_dir / "metrics.jsonl")
+    app = create_app(playground, {"name": run_dir.resolve().name, **heading}, run_dir / "metrics.jsonl")
     print(f"http://127.0.0.1:{listener.getsockname()[1]} is open; press Ctrl-C to stop", flush=True)
     create_server(app).run(sockets=[listener])
 

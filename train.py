@@ -33,21 +33,16 @@ from nanogpt.console import is_main, print0
 from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
 from nanogpt.data.dataset import Dataset
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
+from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
 from nanogpt.distributed import World, explain_errors, world_size
 from nanogpt.errors import InputError, RunStopped, run_script
 from nanogpt.evaluation import evaluate, sample_text
 from nanogpt.guard import LayerStats, UpdateGuard
-from nanogpt.memory import (
-    estimate_training_memory,
-    memory_hint,
-    optimizer_state_numel,
-    pick_micro_batch,
-    raise_if_cpu_memory_is_short,
-)
+from nanogpt.memory import estimate_training_memory, memory_hint, pick_micro_batch, raise_if_cpu_memory_is_short
 from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
-from nanogpt.run_dir import RunLock, archive_previous_run, quarantine_damaged
+from nanogpt.run_dir import RunDir
 from nanogpt.schedule import RowSchedule, StepSchedule
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import Tokenizer
@@ -55,14 +50,10 @@ from nanogpt.train_log import (
     AFTER_A_STOP,
     StepLogger,
     format_losses,
-    print_cost_summary,
     print_model_summary,
     print_run_summary,
-    print_step_summary,
     warn_if_slow_on_cpu,
 )
-
-Schedule = StepSchedule | budget.ClockSchedule
 
 
 @dataclass
@@ -77,7 +68,9 @@ class TrainConfig:
     dry_run: bool = key(False, "print sizes, time ten steps, exit; writes nothing")
 
     dataset: str = key("openwebtext", "a directory, its name under data/, or a mixture: one:0.7,two:0.3", group="Data")
+    token_dtype: TokenDtype | None = key(None, "type of ids in files that do not say it; None: as nanoGPT, uint16")
     verify_data: bool = key(False, "first check the data against the SHA-256 in its meta.json")
+    new_data: bool = key(False, "resume on data that changed since the run began")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
     mask_documents: bool = key(False, "restrict attention and positions to each document")
     batch_size: int = key(12, "rows per micro-batch", ge=1)
@@ -203,16 +196,17 @@ class Run:
 
     config: TrainConfig
     world: World
-    schedule: Schedule
+    schedule: StepSchedule
     state: TrainState
     model: torch.nn.Module  # state.model, compiled and wrapped in DDP as configured
     micro_batch: int
+    row_schedule: RowSchedule
     rows: Rows
     windows: dict[str, EvalWindows]  # for evaluation, by split
     dataset: Dataset
     tokenizer: Tokenizer | None
     layer_stats: LayerStats | None
-    lock: RunLock
+    run_dir: RunDir
     writer: MetricsWriter | None  # None: writes nothing, or not the main process
     checkpoints: checkpoint.Writer | None
     is_resumed: bool
@@ -224,10 +218,9 @@ def train(run: Run) -> int:
     config = run.config
     schedule = run.schedule
     state = run.state
-    row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, config.block_size)
-    total_rows = row_schedule.total_rows(config.max_iters)
+    total_rows = run.row_schedule.total_rows(config.max_iters)
     log = StepLogger(state, run.world, run.writer, config.log_interval, total_rows, schedule.deadline, run.layer_stats)
-    signals = SignalCatcher()
+    signals = SignalCatcher(can_save=not config.dry_run)
     requests = Requests()
     first_step = state.step
     is_saved = run.is_resumed
@@ -269,7 +262,7 @@ def train(run: Run) -> int:
         # One update.
         state.clock.start()
         first_row = state.samples
-        num_rows = row_schedule.rows_at(first_row)
+        num_rows = run.row_schedule.rows_at(first_row)
         if run.layer_stats:
             run.layer_stats.is_due = (state.step + 1) % config.log_interval == 0
         with explain_errors(run.memory_hint, before_update=state.step == first_step):
@@ -308,7 +301,7 @@ def save(run: Run) -> None:
     """Write a checkpoint in the background (the main process alone); returns when the state is copied."""
     if run.writer is None or run.checkpoints is None:
         return
-    run.writer.sync(run.lock)
+    run.writer.sync()
     model: Any = run.state.model
     run.checkpoints.save(
         *run.state.tensors(),
@@ -318,6 +311,7 @@ def save(run: Run) -> None:
             "wandb_id": run.writer.wandb_id,
             "dial": run.schedule.state_dict(),  # the name that version 0.1 gave the time budget
             "model": asdict(model.config),
+            "data": run.dataset.fingerprints,
             "config": {**asdict(run.config), **run.schedule.changed_keys()},
         },
     )
@@ -332,14 +326,23 @@ def print_sample(run: Run) -> None:
 
 
 def print_end(run: Run, exit_status: int, out_of_patience: bool, has_trained: bool) -> None:
+    """Say how the run ended, and what to do next."""
     state = run.state
-    if exit_status and not run.config.dry_run:
-        print0(f"stopped at step {state.step} by a signal; saved: resume with --resume=True")
-    elif out_of_patience:
+    out_dir = run.run_dir.path
+    if run.config.dry_run:
+        return
+    if exit_status:
+        print0(f"stopped at step {state.step} by a signal; saved: resume with --out_dir={out_dir} --resume=True")
+        return
+    if out_of_patience:
         print0(f"step {state.step}: no new best in {state.evals_since_best} evaluations (patience); the best is kept")
     summary = run.schedule.summary(state.best_val_loss)
-    if summary and has_trained and not exit_status and state.val_loss is not None:
+    if summary and has_trained and state.val_loss is not None:
         print0(summary)
+    print0(
+        f"done: step {state.step}, best validation loss {state.best_val_loss:.4f}; checkpoints are in {out_dir}/ckpt: "
+        f"python sample.py --out_dir={out_dir}"
+    )
 
 
 # --- Before the loop
@@ -357,15 +360,15 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
 
     stack: closes what the run opens.
     """
-    out_dir = Path(config.out_dir)
-    lock = RunLock(out_dir)
+    run_dir = RunDir(Path(config.out_dir))
     writes = not (config.eval_only or config.dry_run)
     if is_main() and writes:
-        stack.enter_context(lock)  # before anything in out_dir is read
-    if config.resume == "auto" and (reason := read_stop_reason(out_dir)):
+        stack.enter_context(run_dir)
+    if config.resume == "auto" and (reason := read_stop_reason(run_dir.path)):
         raise RunStopped(f"{reason}: --resume=auto does not repeat it; {AFTER_A_STOP}")
-    resumed = checkpoint.load_latest(out_dir, config.init_from == "resume" or config.resume)
+    resumed = checkpoint.load_latest(run_dir.path, config.init_from == "resume" or config.resume)
     if resumed:
+        resumed.state["config"] = asdict(resumed.build_config(TrainConfig, "config"))
         explicit = budget.check_resume(explicit, resumed.state)
         config = resume_config(config, explicit, explicit.flags, resumed)
     has_budget = config.minutes is not None and not config.eval_only
@@ -381,10 +384,10 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
             explicit = budget.drop_budget_keys(explicit)
             config, plan = budget.choose(config, world, train_step)
             check_config(config)
-        schedule: Schedule = make_schedule(config)
+        schedule = make_schedule(config)
         if plan and config.minutes:
-            schedule = budget.ClockSchedule(make_schedule(config), plan, config.minutes, config.eval_interval)
-        status = open_run(config, explicit, resumed, schedule, world, lock, stack)
+            schedule = budget.ClockSchedule(schedule, plan, config.minutes, config.eval_interval)
+        status = open_run(config, explicit, resumed, schedule, world, run_dir, stack)
     world.close()
     return status
 
@@ -424,9 +427,9 @@ def open_run(
     config: TrainConfig,
     explicit: Mapping[str, Any],
     resumed: Checkpoint | None,
-    schedule: Schedule,
+    schedule: StepSchedule,
     world: World,
-    lock: RunLock,
+    run_dir: RunDir,
     stack: contextlib.ExitStack,
 ) -> int:
     """Load data and model, check memory, set up out_dir, restore the state; then train. Returns the exit status."""
@@ -448,11 +451,19 @@ def open_run(
     if config.micro_batch_size == "auto":
         micro_batch = pick_micro_batch(gpt, config.optimizer, sizes, world)
         config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, whatever is free by then
-    rows_per_rank = config.rows_per_step // world.size
-    hint = memory_hint(micro_batch, rows_per_rank, config.block_size, free_memory(world.device))
+    T = config.block_size
+    row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
+    print_run_summary(gpt, config.optimizer, row_schedule, micro_batch, config.max_iters, dataset, world)
+    end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
+    if config.decay_lr and config.warmup_iters > end_step:
+        print0(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end_step} updates")
+    if not config.minutes:
+        warn_if_slow_on_cpu(gpt, row_schedule.total_rows(config.max_iters) * T, world)
+    hint = memory_hint(micro_batch, config.rows_per_step // world.size, T, free_memory(world.device))
     stack.enter_context(explain_errors(hint))
-    summarize(config, gpt, micro_batch, dataset, world, hint)
-    open_out_dir(config, resumed, world, lock)
+    memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype)
+    raise_if_cpu_memory_is_short(memory, world.device, hint)
+    open_out_dir(config, resumed, world, run_dir)
     model: torch.nn.Module = gpt
     if should_compile(config.compile, world.device):
         x, y = world.to_device(*rows[0:micro_batch])
@@ -462,12 +473,11 @@ def open_run(
         restore(state, resumed, schedule, config, world)
     writer = checkpoints = None
     if world.is_main and not config.dry_run:
-        out_dir = Path(config.out_dir)
-        writer = MetricsWriter(out_dir, state.step, is_evaluated=state.val_loss is not None or not resumed)
+        writer = MetricsWriter(run_dir, state.step, is_evaluated=state.val_loss is not None or not resumed)
         stack.callback(writer.close)
         wandb_id = resumed.state["wandb_id"] if resumed else None
         writer.open_trackers(asdict(config) if config.wandb_log else None, wandb_id, config.tensorboard)
-        checkpoints = checkpoint.Writer(out_dir, config.keep_every, config.checkpoint_minutes, tokenizer)
+        checkpoints = checkpoint.Writer(run_dir, config.keep_every, config.checkpoint_minutes, tokenizer)
         stack.enter_context(checkpoints)
     gc.freeze()  # what exists now stays: the garbage collector need not scan it while a GPU waits
     stack.callback(gc.unfreeze)
@@ -478,12 +488,13 @@ def open_run(
         state=state,
         model=world.wrap_ddp(model),
         micro_batch=micro_batch,
+        row_schedule=row_schedule,
         rows=rows,
         windows=windows,
         dataset=dataset,
         tokenizer=tokenizer,
         layer_stats=LayerStats(gpt, config.grad_clip) if config.log_layers else None,
-        lock=lock,
+        run_dir=run_dir,
         writer=writer,
         checkpoints=checkpoints,
         is_resumed=resumed is not None,
@@ -504,41 +515,22 @@ def open_rows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> tuple[Rows, di
     return rows, windows
 
 
-def summarize(config: TrainConfig, gpt: GPT, micro_batch: int, dataset: Dataset, world: World, hint: str) -> None:
-    """Print what the run will be, before it begins.
-
-    Raises InputError with `hint` where a CPU's memory is too small: the system would kill the process without a word.
-    """
-    T = gpt.config.block_size
-    row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
-    memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype)
-    checkpoint_bytes = 4 * (gpt.count_parameters() + optimizer_state_numel(gpt, config.optimizer))
-    print_step_summary(row_schedule, micro_batch)
-    print_run_summary(gpt, row_schedule, config.max_iters, dataset.name, len(dataset.train))
-    print_cost_summary(memory, free_memory(world.device), checkpoint_bytes, config.out_dir)
-    end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
-    if config.decay_lr and config.warmup_iters > end_step:
-        print0(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end_step} updates")
-    if not config.minutes:
-        warn_if_slow_on_cpu(gpt, row_schedule.total_rows(config.max_iters) * T, world)
-    raise_if_cpu_memory_is_short(memory, world.device, hint)
-
-
-def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, lock: RunLock) -> None:
+def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, run_dir: RunDir) -> None:
     """Make out_dir ready to write. All ranks meet here, because some may have read their weights from it."""
-    out_dir = Path(config.out_dir)
     step = resumed.state["step"] if resumed else 0
-    if world.all_reduce_sum(torch.tensor(float(step), device=world.device)).item() != step * world.size:
-        raise InputError(f"out_dir={out_dir} has different checkpoints on different ranks: share it between the nodes")
+    if world.all_reduce_sum(torch.tensor(step, device=world.device)).item() != step * world.size:  # int64 is exact
+        raise InputError(
+            f"out_dir={run_dir.path} has different checkpoints on different ranks: share it between the nodes"
+        )
     if not world.is_main or config.dry_run:
         return
     if resumed:
-        quarantine_damaged(out_dir, resumed.path)
-    elif archived := archive_previous_run(lock):
-        print0(f"{out_dir} held a run already: moved to {archived}")
+        checkpoint.quarantine_damaged(resumed.path)
+    elif archived := run_dir.archive_previous_run():
+        print0(f"{run_dir.path} held a run already: moved to {archived}")
 
 
-def restore(state: TrainState, resumed: Checkpoint, schedule: Schedule, config: TrainConfig, world: World) -> None:
+def restore(state: TrainState, resumed: Checkpoint, schedule: StepSchedule, config: TrainConfig, world: World) -> None:
     """Continue from a checkpoint: weights, optimizer, and in state.samples the position in the data."""
     state.load_state_dict(resumed.state, resumed.optimizer)
     resumed.model.clear()
@@ -552,4 +544,4 @@ def restore(state: TrainState, resumed: Checkpoint, schedule: Schedule, config: 
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, is_output_expendable=True)

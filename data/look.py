@@ -16,6 +16,7 @@ from configurator import key, parse
 from nanogpt import checkpoint
 from nanogpt.data.dataset import Dataset, Tokens, open_dataset
 from nanogpt.data.rows import Rows
+from nanogpt.data.token_shards import TokenDtype
 from nanogpt.errors import InputError, run_script
 from nanogpt.files import read_json
 from nanogpt.text.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class LookConfig:
     """Dataset, and tokens or rows to show."""
 
     dataset: str = key("", "a folder, a name under data/, or a mixture; default: that of --run", group="Dataset")
+    token_dtype: TokenDtype | None = key(None, "as of train.py")
     split: Literal["train", "val"] = key("train", "split to show")
     count: int = key(100_000_000, "tokens to count, evenly spread", ge=1)
     windows: int = key(3, "random windows to show", ge=0)
@@ -48,15 +50,16 @@ def main() -> None:
     config, explicit = parse(LookConfig, description="Show the contents of a dataset.", positional="dataset")
     if config.run:
         settings = read_json(checkpoint.find(Path(config.run), "latest") / "state.json")["config"]
-        for name in ("dataset", *ROW_KEYS):
+        for name in ("dataset", "token_dtype", *ROW_KEYS):
             if name not in explicit:
-                setattr(config, name, settings[name])
+                setattr(config, name, settings.get(name))
     if not config.dataset:
         raise InputError("no dataset: give a folder, or a run with --run=OUT_DIR")
 
     is_step = config.step is not None
     split = "train" if is_step else config.split
-    dataset = open_dataset(config.dataset, block_size=config.block_size if is_step else 1, splits=[split])
+    block_size = config.block_size if is_step else 1
+    dataset = open_dataset(config.dataset, block_size=block_size, splits=[split], token_dtype=config.token_dtype)
     tokenizer = dataset.tokenizer or Tokenizer.gpt2()  # nanoGPT's folders without meta.pkl are in GPT-2's encoding
     tokens = getattr(dataset, split)
     if is_step:
@@ -95,6 +98,7 @@ def show_counts(dataset: Dataset, tokens: Tokens, tokenizer: Tokenizer, limit: i
     block_end = 0
     for start in range(0, len(tokens), stride):
         ids = tokens[start : start + BLOCK_TOKENS]
+        tokens.check_ids(start, start + len(ids), max(dataset.vocab_size or 0, tokenizer.vocab_size))
         block_counts = np.bincount(ids, minlength=len(counts))
         block_counts[: len(counts)] += counts
         counts = block_counts

@@ -1,17 +1,17 @@
 """Turn any text into a dataset: python data/prepare.py --input PATH ... --out=data/mine [--tokenizer=gpt2]
 
 A document is a file, a line of JSON lines or a row. Each ends with the end-of-text token, if the tokenizer has one.
-Some are for validation, by their hash; of a single text it is the last tenth. After an interruption, run the same
-command again to resume.
+Some are for validation, by their hash; of a single text it is the last tenth. What is left out is printed, and is in
+meta.json. After an interruption, run the same command again to resume.
 """
 
 import codecs
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from configurator import key, parse
+from nanogpt.console import available_cores
 from nanogpt.data.write import format_summary
 from nanogpt.errors import InputError, run_script
 from nanogpt.text.omissions import Omissions
@@ -45,7 +45,7 @@ class PrepareConfig:
     pattern: Literal["gpt2", "words"] = key("gpt2", "how bpe:... splits text into words")
     train_mb: float = key(100.0, "MB of text that bpe:... is trained on", gt=0)
 
-    workers: int = key(os.cpu_count() or 1, "processes; one for each core", group="Machine", ge=1)
+    workers: int = key(available_cores(), "processes; one for each core", group="Machine", ge=1)
 
 
 def main() -> None:

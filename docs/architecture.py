@@ -24,13 +24,23 @@ LAYERS: dict[str, list[str]] = {
     "load": ["load.py", "budget.py"],
     "model": ["model.py", "configurator.py"],
     "run": [
-        *("state.py", "checkpoint.py", "run_dir.py", "train_log.py", "evaluation.py", "optim.py", "guard.py"),
+        *("state.py", "checkpoint.py", "train_log.py", "evaluation.py", "optim.py", "guard.py"),
         *("timing.py", "generate/", "interop/", "playground/"),
     ],
     "data": ["data/", "text/", "metrics.py", "memory.py"],
     "machine": ["distributed.py", "device.py", "compile.py", "cpu_kernels.py"],
     "ground": [
-        *("errors.py", "files.py", "console.py", "hashing.py", "schema.py", "control.py", "schedule.py", "scaling.py"),
+        *(
+            "errors.py",
+            "files.py",
+            "run_dir.py",
+            "console.py",
+            "hashing.py",
+            "schema.py",
+            "control.py",
+            "schedule.py",
+            "scaling.py",
+        ),
         "interop/safe_pickle.py",
     ],
 }

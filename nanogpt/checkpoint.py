@@ -22,8 +22,9 @@ from torch import Tensor
 
 from nanogpt.console import format_bytes, print0
 from nanogpt.errors import InputError, RunStopped
-from nanogpt.files import atomic_directory, file_sha256, read_json, recover_directories, sync
-from nanogpt.schema import Count, NonNegative, check, matches
+from nanogpt.files import atomic_directory, file_sha256, read_json, recover_directories, sync, utf8_path
+from nanogpt.run_dir import RunDir
+from nanogpt.schema import Config, Count, NonNegative, check, check_keys, matches
 
 if TYPE_CHECKING:
     from nanogpt.text.tokenizer import Tokenizer
@@ -56,6 +57,15 @@ class GuardState(TypedDict):
     checked: Count
 
 
+class Plan(TypedDict):
+    """The plan of a time budget, of budget.py."""
+
+    minutes: NonNegative
+    expected_loss: NonNegative | None
+    evaluation_s: NonNegative
+    spent_s: NonNegative
+
+
 class State(TypedDict):
     """The keys of state.json. An empty object stands for a scaler or guard that was not in use."""
 
@@ -70,7 +80,8 @@ class State(TypedDict):
     guard: dict[str, Never] | GuardState
     processes: Count
     wandb_id: str | None
-    dial: NotRequired[dict[str, Any] | None]
+    dial: NotRequired[Plan | None]  # the name that version 0.1 gave it
+    data: NotRequired[dict[str, str]]  # the fingerprint of each split
     model: dict[str, Any]
     config: dict[str, Any]
 
@@ -86,6 +97,28 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+
+    def build_config(self, config_class: type[Config], part: str) -> Config:
+        """The settings in `state[part]`. Raises InputError where `config_class` does not have or take them."""
+        entries = [(f"state.json: {part}.{name}", name, value) for name, value in self.state[part].items()]
+        checked, problems = check_keys(config_class, entries, hint="another version wrote it")
+        try:
+            if not problems:
+                return config_class(**checked)
+        except ValueError as error:
+            problems = [f"state.json: {part}.{error}"]
+        raise _damaged(self.path, "; ".join(problems[:3]))
+
+    def build_model(self, model_class: Any, config_class: type[Config]) -> Any:
+        """A model with these tensors, which take no new memory. Raises InputError where its sizes are not theirs."""
+        sizes: Any = self.build_config(config_class, "model")
+        try:
+            if sizes.n_layer > len(self.model):  # even without memory a billion blocks take hours
+                raise RuntimeError(f"n_layer={sizes.n_layer}, but there are {len(self.model)} tensors")
+            return model_class.from_tensors(sizes, self.model)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise _damaged(self.path, f"state.json: the sizes are not those of the tensors ({reason})") from error
 
 
 # ---- find and load
@@ -130,13 +163,19 @@ def find(source: str | Path, which: str = "best") -> Path:
 
 
 def best(paths: list[Path]) -> Path | None:
-    """The checkpoint with the lowest validation loss; None where none was evaluated. Damaged ones do not count."""
-    losses = {}
+    """The checkpoint with the lowest validation loss; None where none was evaluated.
+
+    Damaged ones do not count, nor those that were evaluated on other data than the newest.
+    """
+    losses: dict[Path, float] = {}
+    data: set[str] = set()
     for path in paths:
         with contextlib.suppress(InputError):
-            losses[path] = verify(path, ["state.json"])["val_loss"]
-    evaluated = [path for path, loss in losses.items() if loss is not None]
-    return min(evaluated, key=lambda path: losses[path], default=None)
+            state = verify(path, ["state.json"])
+            data |= {state["data"]["val"]} if "data" in state and not data else set()
+            if state["val_loss"] is not None and ("data" not in state or state["data"]["val"] in data):
+                losses[path] = state["val_loss"]
+    return min(losses, key=lambda path: losses[path], default=None)
 
 
 def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
@@ -161,7 +200,7 @@ def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
         try:
             return load(path)
         except InputError as error:
-            print0(f"warning: {error}; trying the one before it")
+            print0(f"warning: {error}")
     raise InputError(f"no checkpoint of {out_dir} is intact: start a new run without --resume")
 
 
@@ -181,8 +220,10 @@ def _load_tensors(path: Path, file: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        with utf8_path(path / file) as name:
+            tensors = load_file(name)
         # Clones, because the file's memory is mapped and not aligned as torch aligns its own.
-        return {_rename(key, NAMES_IN_MODEL): tensor.clone() for key, tensor in load_file(path / file).items()}
+        return {_rename(key, NAMES_IN_MODEL): tensor.clone() for key, tensor in tensors.items()}
     except SafetensorError as error:  # the manifest vouches for it, so it was written so
         raise _damaged(path, f"its tensors cannot be read ({error})") from error
 
@@ -231,7 +272,7 @@ def _format_manifest(hashes: dict[str, str]) -> str:
 
 
 def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(f"{path} is damaged: {reason}; use another checkpoint")
+    return InputError(f"{path} is damaged: {reason}; an earlier one may be intact")
 
 
 # ---- save and prune
@@ -243,19 +284,24 @@ def save(
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     tokenizer: "Tokenizer | None",
+    run_dir: RunDir | None = None,
 ) -> Path:
     """Write `ckpt/step-NNNNNN` for `state["step"]`, atomically. Returns its path.
 
-    Raises RunStopped where the disk does not take it; earlier checkpoints stay.
+    run_dir: of out_dir, to make sure that this is still its name. Raises RunStopped where the disk does not take it;
+    earlier checkpoints stay.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = out_dir / "ckpt" / f"step-{state['step']:06d}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         sync(out_dir)
         with atomic_directory(path, replace=True) as partial:
+            # What follows either happens in the directory just made or fails, whatever becomes of the name.
+            if run_dir and run_dir.follow() != out_dir:
+                raise OSError(errno.ESTALE, f"{out_dir} was renamed")
             needed = sum(tensor.nbytes for tensor in (*model.values(), *optimizer.values()))
             free = shutil.disk_usage(partial).free
             if free < needed:
@@ -277,15 +323,38 @@ def save(
     return path
 
 
-def prune(out_dir: Path, keep_every: int) -> None:
+def prune(out_dir: Path, keep_every: int, run_dir: RunDir | None = None) -> None:
     """Delete all checkpoints but the newest two, the best, and those at multiples of `keep_every` (0: none of them)."""
-    for partial in (out_dir / "ckpt").glob(".step-*.partial"):  # left by a kill
-        shutil.rmtree(partial, ignore_errors=True)
+    unwanted = [*(out_dir / "ckpt").glob(".step-*.partial")]  # left by a kill
     paths = list_checkpoints(out_dir)
     for path in paths[2:]:
         is_multiple = keep_every and _step(path) % keep_every == 0
         if not is_multiple and path != best(paths):
+            unwanted.append(path)
+    for path in unwanted:
+        if run_dir is None or run_dir.follow() == out_dir:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def quarantine_damaged(resumed: Path) -> None:
+    """Rename damaged checkpoints of a run: those newer than `resumed`, and each whose loss is the lowest.
+
+    Under their own names they would count as the newest and the best, and intact ones would be pruned in their place.
+    """
+    paths = list_checkpoints(resumed.parent.parent)
+    damaged, intact = paths[: paths.index(resumed)], paths[paths.index(resumed) :]
+    while (lowest := best(intact)) and lowest != resumed:
+        try:
+            verify(lowest, [*FILES, *OPTIONAL_FILES])
+            break
+        except InputError:
+            damaged.append(lowest)
+            intact.remove(lowest)
+    for path in damaged:
+        renamed = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(renamed, ignore_errors=True)
+        path.rename(renamed)
+        print0(f"warning: {path} is damaged: renamed to {renamed.name}, for you to look at or delete")
 
 
 class Writer:
@@ -294,8 +363,8 @@ class Writer:
     minutes: a save is overdue when the last began longer ago; 0: never.
     """
 
-    def __init__(self, out_dir: Path, keep_every: int, minutes: float, tokenizer: "Tokenizer | None"):
-        self.out_dir = out_dir
+    def __init__(self, run_dir: RunDir, keep_every: int, minutes: float, tokenizer: "Tokenizer | None"):
+        self.run_dir = run_dir
         self.keep_every = keep_every
         self.tokenizer = tokenizer
         self._interval_s = 60 * minutes or float("inf")
@@ -334,11 +403,11 @@ class Writer:
             raise RunStopped(f"{self._failure}; then resume with --resume=True")
 
     def __enter__(self) -> "Writer":
-        prune(self.out_dir, self.keep_every)  # a kill may have come before the end of it
+        prune(self.run_dir.path, self.keep_every)  # a kill may have come before the end of it
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is not KeyboardInterrupt or not list_checkpoints(self.out_dir):  # the first one is worth a wait
+        if kind is not KeyboardInterrupt or not list_checkpoints(self.run_dir.path):  # the first one is worth a wait
             self.wait()
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -356,7 +425,13 @@ class Writer:
 
     def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
         try:
-            save(self.out_dir, model, optimizer, state, self.tokenizer)
-            prune(self.out_dir, self.keep_every)
+            path = self.run_dir.follow()
+            try:
+                save(path, model, optimizer, state, self.tokenizer, self.run_dir)
+            except RunStopped:
+                if self.run_dir.follow() == path:
+                    raise
+                save(self.run_dir.path, model, optimizer, state, self.tokenizer, self.run_dir)
+            prune(self.run_dir.follow(), self.keep_every, self.run_dir)
         except Exception as error:  # whatever it is, training continues, and reports it
             self._failure = str(error) or repr(error)

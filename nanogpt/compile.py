@@ -25,34 +25,18 @@ def should_compile(setting: bool | str, device: torch.device) -> bool:
 def compile_model(model: Any, world: World, x: Tensor, y: Tensor, *, is_whole_step: bool) -> nn.Module:
     """The GPT compiled; itself, after a printed warning, if compiling fails on the micro-batch x, y (B, T).
 
-    is_whole_step: a step is this one micro-batch, which a CUDA graph requires.
+    is_whole_step: a step is this one micro-batch. On CUDA, if it is short too, each pass is replayed as one CUDA graph:
+    a gradient then lives where the next pass writes its own. The compiler's cache is ~/.cache/nanogpt, unless
+    TORCHINDUCTOR_CACHE_DIR is set: torch's default is /tmp, which a reboot empties.
     """
     flops = model.flops_per_token() * x.numel()
     use_graphs = world.device.type == "cuda" and is_whole_step and flops < CUDA_GRAPH_FLOPS
-    compiled, problem = try_compile(model, world, x, y, use_graphs)
-    if problem:
-        print0(f"warning: torch.compile failed, continuing without it ({problem})")
-        return model
-    return compiled
-
-
-def try_compile(
-    model: nn.Module, world: World, x: Tensor, y: Tensor, use_graphs: bool = False
-) -> tuple[nn.Module, str | None]:
-    """Compile `model`, run forward and backward on x, y (B, T); return it and what went wrong. Leaves no gradients.
-
-    use_graphs: replay each pass as one CUDA graph. A gradient then lives where the next pass writes its own, so each
-    pass must be a whole step. The compiler's cache is ~/.cache/nanogpt, unless TORCHINDUCTOR_CACHE_DIR is set: torch's
-    default is /tmp, which a reboot empties.
-    """
     with contextlib.suppress(OSError, RuntimeError):  # no home, or a read-only one
         cache = Path.home() / ".cache" / "nanogpt" / "compiled"
         cache.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    problem = None
-    compiled: Any = model
     try:
-        compiled = torch.compile(model, mode="reduce-overhead" if use_graphs else None)
+        compiled: Any = torch.compile(model, mode="reduce-overhead" if use_graphs else None)
         for _ in range(3 if use_graphs else 1):  # a graph is recorded in the second pass and replayed in the third
             with world.autocast():
                 compiled(x, y)[1].backward()
@@ -61,11 +45,12 @@ def try_compile(
                     compiled(x, y)
             model.train()
             model.zero_grad(set_to_none=True)
+        return compiled
     except Exception as error:  # the compiler and its backends raise anything
         if is_out_of_memory(error):
             raise
-        lines = str(error).strip().splitlines() or [""]
-        problem = f"{type(error).__name__}: {lines[0][:200]}"
-    model.train()
-    model.zero_grad(set_to_none=True)
-    return compiled, problem
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        print0(f"warning: torch.compile failed, continuing without it ({type(error).__name__}: {reason})")
+        model.train()
+        model.zero_grad(set_to_none=True)
+        return model

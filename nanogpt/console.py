@@ -1,8 +1,10 @@
-"""Print from the main process, and format bytes and durations."""
+"""The process and its console: cores, printing from the main process, formats of bytes and durations."""
 
+import contextlib
 import os
 import sys
 import time
+from typing import Any
 
 START_TIME = time.perf_counter()  # when the program began, without the import of torch
 
@@ -12,16 +14,48 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def available_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def print0(*lines: str) -> None:
-    """Print lines from the first process only. A closed pipe or a full disk does not end the run."""
-    if not is_main():
-        return
-    try:
+    """Print lines from the first process only."""
+    if is_main():
         print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError:
+
+
+class Expendable:
+    """A stream for text that may be lost: a closed pipe or a full disk is no error."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def prepare_streams(is_output_expendable: bool) -> None:
+    """Make stdout and stderr take any text: escape what they cannot encode, replace them where they are closed."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would be stdout
         pass
+    os.close(handle)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name) or open(number, "w", closefd=False)  # noqa: SIM115
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        if number == 2 or is_output_expendable:
+            stream = Expendable(stream)
+        setattr(sys, name, stream)
 
 
 def format_bytes(count: float) -> str:

@@ -38,12 +38,15 @@ class Requests:
 
 
 class SignalCatcher:
-    """Remembers SIGINT, SIGTERM and SIGUSR1 from now on; a second SIGINT interrupts at once."""
+    """Remembers SIGINT, SIGTERM and SIGUSR1 from now on; a second SIGINT interrupts at once.
 
-    def __init__(self) -> None:
+    can_save: False where there is nothing to save: SIGINT and SIGTERM then end the process at once.
+    """
+
+    def __init__(self, can_save: bool = True) -> None:
         self.received: set[str] = set()
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
+            if can_save and hasattr(signal, name):  # Windows has no SIGUSR1
                 signal.signal(getattr(signal, name), self._remember)
 
     def _remember(self, number: int, frame: Any) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -48,40 +49,28 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     Raises InputError for a device that this machine lacks.
     """
     if name == "auto":
-        name = _best_device_type(is_single_process=local_rank is None)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device={name}: unknown device; use auto, cpu, cuda, cuda:N or mps") from None
-    if device.type == "cuda":
-        return _pick_cuda_device(device, name, local_rank)
-    if device.type == "mps" and not torch.backends.mps.is_available():
+        # Several processes cannot share an Apple GPU.
+        has_mps = local_rank is None and torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    kind, _, index = name.partition(":")
+    if name == "mps" and not torch.backends.mps.is_available():
         raise InputError("device=mps: this machine has no Apple GPU that torch can use; use --device=cpu")
-    if device.type not in ("cpu", "mps"):
-        raise InputError(f"device={name}: not supported; use auto, cpu, cuda, cuda:N or mps")
-    return device
+    if name in ("cpu", "mps"):
+        return torch.device(name)
+    if kind != "cuda" or not re.fullmatch("[0-9]*", index):
+        raise InputError(f"device={name}: unknown device; use auto, cpu, cuda, cuda:N or mps")
 
-
-def _best_device_type(is_single_process: bool) -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    if is_single_process and torch.backends.mps.is_available():  # several processes cannot share one
-        return "mps"
-    return "cpu"
-
-
-def _pick_cuda_device(device: torch.device, name: str, local_rank: int | None) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         raise InputError(f"device={name}: this machine has no usable CUDA device; use --device=cpu or --device=auto")
-    if device.index is not None and local_rank is not None:
+    if index and local_rank is not None:
         raise InputError(f"device={name}: each process takes its own GPU; use --device=cuda")
-    index = device.index if device.index is not None else local_rank or 0
-    if index >= count:
+    number = int(index or local_rank or 0)
+    if number >= count:
         raise InputError(
-            f"device=cuda:{index}: this machine has {count} CUDA device(s); start at most {count} processes"
+            f"device=cuda:{number}: this machine has {count} CUDA device(s); start at most {count} processes"
         )
-    return torch.device("cuda", index)
+    return torch.device("cuda", number)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -1,8 +1,11 @@
 """The two errors that users see, and how a script ends."""
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
+
+from nanogpt.console import prepare_streams
 
 
 class InputError(Exception):
@@ -13,27 +16,38 @@ class RunStopped(Exception):
     """A run stopped to protect what it has. The message says why and how to continue; scripts end with status 3."""
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit with its return value (0 if None), or report its error and exit with 2 or 3."""
+def run_script(main: Callable[[], int | None], is_output_expendable: bool = False) -> None:
+    """Run a script's `main` and exit with its return value (0 if None), or report its error and exit with 2 or 3.
+
+    is_output_expendable: what it prints is a log, whose loss is no error.
+    """
+    prepare_streams(is_output_expendable)
+    faulthandler.enable(2)  # a data file that is cut while it is read ends the process with a bus error
+    lines: list[str] = []
     try:
         status = main() or 0
         sys.stdout.flush()
-        sys.exit(status)
     except (InputError, RunStopped) as error:
-        sys.stdout.flush()
+        status = 3 if isinstance(error, RunStopped) else 2
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error on rank {rank}"
-        for line in str(error).splitlines():
-            print(f"{prefix}: {line}", file=sys.stderr)
-        status = 3 if isinstance(error, RunStopped) else 2
-        distributed = sys.modules.get("torch.distributed")
-        if distributed and distributed.is_available() and distributed.is_initialized():
-            sys.stderr.flush()
-            os._exit(status)  # at a normal exit the destructor of a broken process group may abort the process
-        sys.exit(status)
+        lines = [f"{prefix}: {line}" for line in str(error).splitlines()]
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
-        sys.exit(141)
+        status = 141
+    except OSError as error:  # as a full disk under stdout
+        status = 2
+        lines = [f"error: {error}"]
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+        lines = ["interrupted"]
+
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+    distributed = sys.modules.get("torch.distributed")
+    if status in (2, 3) and distributed and distributed.is_available() and distributed.is_initialized():
+        os._exit(status)  # at a normal exit the destructor of a broken process group may abort the process
+    sys.exit(status)

@@ -1,16 +1,16 @@
-"""Evaluate a model: its loss on fixed windows, log-probabilities of given tokens, a sample of its text."""
+"""Evaluate a model: its loss on fixed windows, and a sample of its text."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from nanogpt.data.rows import EvalWindows
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.generate.decoder import Decoder
-from nanogpt.generate.sampling import Sampling, check_finite
+from nanogpt.generate.sampling import Sampling
 from nanogpt.generate.stream import TextStream
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -41,22 +41,6 @@ def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: Wor
     if not total_targets:
         raise InputError("the loss mask leaves no token to evaluate on; give a larger --eval_iters or more data")
     return total_loss / total_targets
-
-
-@torch.inference_mode()
-def score(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of targets in nats, and whether each is the most probable id.
-
-    x: ids (B, T). y: the target after each, (B, T); -1 for none. Both results are (targets,), row by row.
-    Raises InputError for logits that are not finite.
-    """
-    has_target = y >= 0
-    targets = y[has_target]
-    # Logits of the targets alone: each row of them is as large as the vocabulary.
-    logits = model.logits(model.norm(model.hidden_states(x)[has_target])).float()
-    logprobs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    check_finite(logprobs)  # the softmax spreads a NaN to the whole row
-    return logprobs, logits.argmax(-1) == targets
 
 
 def sample_text(model: Any, tokenizer: Tokenizer, characters: int, seed: int) -> str:

@@ -7,13 +7,18 @@ import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from nanogpt.console import print0
 from nanogpt.errors import InputError
 
 SMALL_BYTES = 16 * 2**20  # JSON takes up to a hundred times its size in memory
+LOCKED = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+# Of system calls that a file system does not support: SMB and FUSE mounts cannot sync a directory, NFS may not lock.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def regular_file_size(path: Path) -> int:
@@ -57,8 +62,61 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not is_directory or error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(handle)
+
+
+def is_same_file(path: Path, handle: int) -> bool:
+    """True if `path` is by now a name of the open file or directory `handle`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except OSError:
+        return False
+
+
+def lock_file(path: Path) -> IO[bytes] | None:
+    """Create and lock a file until what is returned is closed; None where another process has locked it.
+
+    On a file system without locks it prints a warning. Raises OSError where the file cannot be written.
+    """
+    while True:
+        file = path.open("ab", buffering=0)
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in LOCKED:
+                file.close()
+                return None
+            if error.errno not in UNSUPPORTED:
+                raise
+            print0(f"warning: {path.parent} cannot be locked ({error.strerror}): let no other process write there")
+        if is_same_file(path, file.fileno()):
+            return file
+        file.close()  # it was moved or deleted between the two calls: lock the one that has its name now
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[str]:
+    """A name of a file for a library that takes only names in UTF-8, which names on Linux need not be."""
+    try:
+        str(path).encode()
+        yield str(path)
+    except UnicodeEncodeError:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            yield f"/proc/self/fd/{folder}/{path.name}"
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager
@@ -116,6 +174,14 @@ def recover_directories(folder: Path) -> None:
         if not final.exists():
             with contextlib.suppress(OSError):  # another rank was first, or the folder cannot be written
                 old.rename(final)
+
+
+def write_report(flag: str, path: str, report: dict[str, Any]) -> None:
+    """Write a JSON object to the file that a flag names. Raises InputError where that fails."""
+    try:
+        Path(path).write_text(json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--{flag}={path}: cannot be written ({error.strerror}); give another file") from error
 
 
 @contextlib.contextmanager

@@ -65,28 +65,23 @@ def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: 
     else:
         head_channels = (c.n_head + c.n_kv_head) * c.head_dim
         block = 4 / 3 * (18 * c.n_embd + (8 + 2 * itemsize) * head_channels + 4 * itemsize * c.n_inner)
-    if model.activation_checkpointing:
-        blocks = c.n_layer * 4 * c.n_embd + block
-    else:
-        blocks = c.n_layer * block
+    blocks = c.n_layer * 4 * c.n_embd + block if model.activation_checkpointing else c.n_layer * block
     logits = 12 * c.vocab_size * min(B * T, model.loss_chunk or B * T)  # log-probabilities and two of their gradients
     state = 4 * (2 * model.count_parameters() + optimizer_state_numel(model, optimizer))
     return state + max(B * T * blocks + logits, 1.1 * optimizer_step_bytes(model, optimizer, itemsize))
 
 
+def fits_in_memory(needed: float, device: torch.device, share: float = USABLE_SHARE) -> bool:
+    """Compare an estimate, of each of the processes that share this machine's memory, with a share of what is free."""
+    free = free_memory(device)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    return free is None or needed * processes < share * free
+
+
 def raise_if_cpu_memory_is_short(needed: float, device: torch.device, hint: str) -> None:
     """Raise InputError with `hint` where an estimate exceeds all that is free on a CPU."""
-    free = free_memory(device)
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device.type == "cpu" and free and needed * sharing > free:
+    if device.type == "cpu" and not fits_in_memory(needed, device, share=1.0):
         raise InputError(f"{hint}; about {format_bytes(needed)} are needed")
-
-
-def fits_in_memory(needed: float, device: torch.device) -> bool:
-    """Compare an estimate, of each of the processes that share this machine's memory, with what is free."""
-    free = free_memory(device)
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
-    return free is None or needed * sharing < USABLE_SHARE * free
 
 
 def pick_micro_batch(model: Any, optimizer: str, sizes: Sequence[int], world: World) -> int:
@@ -96,17 +91,15 @@ def pick_micro_batch(model: Any, optimizer: str, sizes: Sequence[int], world: Wo
     much, relies on the estimate.
     """
     T = model.config.block_size
-    chosen = sizes[-1]
     for size in sizes:
         if world.device.type == "cpu":
             fits = fits_in_memory(estimate_training_memory(model, optimizer, size, T, world.dtype), world.device)
         else:
             fits = _try_step(model, world, torch.zeros(size, T, dtype=torch.int64, device=world.device))
         if world.all_reduce_sum(torch.tensor(float(fits), device=world.device)).item() == world.size:
-            chosen = size
             break
-    print0(f"micro_batch_size=auto: {chosen} rows")
-    return chosen
+    print0(f"micro_batch_size=auto: {size} rows")
+    return size
 
 
 def _try_step(model: Any, world: World, x: torch.Tensor) -> bool:
@@ -117,15 +110,14 @@ def _try_step(model: Any, world: World, x: torch.Tensor) -> bool:
             loss = model(x, x)[1]
         loss.backward()
         del optimizer_state, loss
-        fits = True
+        return True
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        fits = False
-    model.zero_grad(set_to_none=True)
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return fits
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def memory_hint(micro_batch: int, rows_per_process: int, block_size: int, free: int | None) -> str:

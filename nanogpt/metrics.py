@@ -1,12 +1,14 @@
 """Run metrics: read them from the device a step late; metrics.jsonl always, TensorBoard and wandb on request."""
 
 import contextlib
+import errno
 import json
 import math
 import os
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +18,8 @@ from torch import Tensor
 from nanogpt.console import print0
 from nanogpt.control import Control
 from nanogpt.errors import InputError
-from nanogpt.files import atomic_write
-
-APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-
+from nanogpt.files import atomic_write, is_same_file, regular_file_size
+from nanogpt.run_dir import RunDir
 
 # --- From the device
 
@@ -105,26 +105,34 @@ class DeferredRead:
 
 
 class MetricsWriter:
-    """Appends JSON objects, one a line, to out_dir/metrics.jsonl; TensorBoard and wandb get the same numbers."""
+    """Appends JSON objects, one a line, to metrics.jsonl; TensorBoard and wandb get the same numbers."""
 
-    def __init__(self, out_dir: Path, step: int, is_evaluated: bool):
+    def __init__(self, run_dir: RunDir, step: int, is_evaluated: bool):
         """Drop the lines that a run resumed at `step` writes again; is_evaluated: its evaluation there is not.
 
         Raises InputError where metrics.jsonl cannot be written.
         """
-        self.path = out_dir / "metrics.jsonl"
+        self.run_dir = run_dir
         self.step = step
         try:
+            run_dir.follow()
             if self.path.exists():
                 _drop_lines_after(self.path, step, is_evaluated)
-            self._file = os.open(self.path, APPEND, 0o666)
+            self._file = self.path.open("a+b", buffering=0)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error.strerror}): make {out_dir} writable") from error
+            raise InputError(
+                f"{self.path} cannot be written ({error.strerror}): make {run_dir.path} writable"
+            ) from error
+        self._size = os.fstat(self._file.fileno()).st_size
         self._unwritten = b""  # what a full disk has not taken yet
         self._has_warned = False
         self._tensorboard: Any = None
         self._wandb: Any = None
         self.wandb_id: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.run_dir.path / "metrics.jsonl"
 
     def open_trackers(self, wandb_config: dict[str, Any] | None, wandb_id: str | None, tensorboard: bool) -> None:
         """wandb_config: the settings of the run; None for no wandb. wandb_id: of the wandb run to resume.
@@ -132,7 +140,7 @@ class MetricsWriter:
         Raises InputError where wandb does not start.
         """
         self.wandb_id = wandb_id
-        out_dir = self.path.parent
+        out_dir = self.run_dir.path
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -167,27 +175,46 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(scalars, step=line["step"])
 
-    def sync(self, lock: Any) -> None:
-        """Force the lines to disk, before a checkpoint that relies on them.
-
-        lock: the RunLock of out_dir, taken again if the directory has to be created again.
-        """
+    def sync(self) -> None:
+        """Force the lines to disk, before a checkpoint that relies on them."""
         with self._warn_of_disk_errors():
-            if not self.path.exists():
-                print0(f"warning: {self.path} was deleted, its lines are lost: continuing with a new file")
-                if not self.path.parent.exists():
-                    self.path.parent.mkdir(parents=True)
-                    lock.acquire()
-                os.close(self._file)
-                self._file = os.open(self.path, APPEND, 0o666)
             self._write()
-            os.fsync(self._file)
+            os.fsync(self._file.fileno())
 
     def _write(self) -> None:
+        self._reopen_if_replaced()
         while self._unwritten:  # a disk that is nearly full takes a part of it
-            written = os.write(self._file, self._unwritten)
+            written = self._file.write(self._unwritten)
             self._unwritten = self._unwritten[written:]
+            self._size += written
         self._has_warned = False
+
+    def _reopen_if_replaced(self) -> None:
+        """Look after the file: editors replace it, or write it anew, by the lines that it had when they read it."""
+        size = self._file.seek(0, os.SEEK_END)
+        if size < self._size:
+            print0(f"warning: {self.path} was cut by another program: its last lines are lost")
+        if not is_same_file(self.path, self._file.fileno()):
+            self.run_dir.follow()
+        if not is_same_file(self.path, self._file.fileno()):
+            path = self.path
+            if path.exists():
+                regular_file_size(path)
+            file = path.open("a+b", buffering=0)
+            if self.run_dir.follow() != path.parent:  # renamed meanwhile
+                raise OSError(errno.ESTALE, "its directory was renamed")
+            with self._file as old:
+                ours = _read(old).splitlines(keepends=True)
+            self._file = file
+            theirs = {*_read(file).splitlines()}
+            shared = max((n for n, line in enumerate(ours, 1) if line.strip() in theirs), default=0)
+            self._unwritten = b"".join(ours[shared:]) + self._unwritten
+            print0(f"warning: {self.path} was replaced or deleted: {len(ours) - shared} lines that it lacked are back")
+            size = file.tell()
+            self._size = -1
+        if size != self._size and size and not _read(self._file).endswith(b"\n"):
+            self._unwritten = b"\n" + self._unwritten
+        self._size = size
 
     @contextlib.contextmanager
     def _warn_of_disk_errors(self) -> Iterator[None]:
@@ -202,7 +229,7 @@ class MetricsWriter:
     def close(self) -> None:
         with self._warn_of_disk_errors():
             self._write()
-            os.close(self._file)
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -221,9 +248,20 @@ def missing_trackers(tensorboard: bool, wandb_log: bool) -> list[str]:
 def read_stop_reason(out_dir: Path) -> str | None:
     """Why the run in out_dir stopped to protect itself; None if it did not, or was resumed since."""
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
-        last_line = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        last_line = _read_lines(out_dir / "metrics.jsonl")[-1]
         return json.loads(last_line).get("stopped")
     return None
+
+
+def _read_lines(path: Path) -> list[str]:
+    """The lines of a file that are not blank. Raises OSError, also for what is not a regular file."""
+    regular_file_size(path)
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+
+
+def _read(file: FileIO) -> bytes:
+    file.seek(0)
+    return file.read()
 
 
 def _replace_non_finite(value: Any) -> Any:
@@ -236,7 +274,7 @@ def _replace_non_finite(value: Any) -> Any:
 def _drop_lines_after(path: Path, step: int, is_evaluated: bool) -> None:
     """Keep the lines up to `step`, its evaluation only if is_evaluated; drop a last line that a kill has cut."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in _read_lines(path):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             line = json.loads(text)
             is_evaluation = "val_loss" in line

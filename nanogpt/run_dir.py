@@ -1,108 +1,142 @@
-"""The directory of a run: lock it, archive a previous run, quarantine damaged checkpoints."""
+"""The directory of a run: lock it, archive a previous run in it, find it again when it is renamed."""
 
+import contextlib
 import itertools
 import os
-import shutil
 import tempfile
+import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from nanogpt.checkpoint import FILES, OPTIONAL_FILES, best, list_checkpoints, verify
 from nanogpt.console import print0
 from nanogpt.errors import InputError
-from nanogpt.files import sync
+from nanogpt.files import is_same_file, lock_file, sync
 
 
 def is_run(out_dir: Path) -> bool:
     """True if a training run has written into `out_dir`."""
-    return os.path.exists(out_dir / "metrics.jsonl") or bool(list_checkpoints(out_dir))
+    return os.path.exists(out_dir / "metrics.jsonl") or any((out_dir / "ckpt").glob("step-*"))
 
 
-class RunLock:
-    """Keeps other runs out of `out_dir`, from `acquire` on or, if it holds a run, from entering on."""
+class RunDir:
+    """The directory that a run writes into, and no other run while it is claimed.
+
+    It is known by itself, not by its name: `path` is its present name, which `follow` brings up to date.
+    """
 
     def __init__(self, out_dir: Path):
-        self.out_dir = out_dir
-        self._lock: Any = None  # of filelock
+        has_link = os.path.realpath(out_dir) != os.path.abspath(out_dir)
+        self.path = Path(os.path.realpath(out_dir)) if has_link else out_dir  # a link may point elsewhere later
+        self._lock: IO[bytes] | None = None
+        self._directory = -1  # open, so that no other directory gets its inode
+        self._created: list[Path] = []
+        self._mutex = threading.Lock()
 
-    def acquire(self) -> None:
-        """Lock the directory of this name. Raises InputError where another run is in it, or it is read-only."""
-        import filelock
+    def __enter__(self) -> "RunDir":
+        """Claim the directory, before anything in it is read.
 
-        lock = filelock.FileLock(self.out_dir / ".lock")
+        Raises InputError where another run is in it, or it cannot be written.
+        """
         try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise InputError(
-                f"out_dir={self.out_dir}: a run is writing there now; wait for its end, or give another --out_dir"
-            ) from None
+            is_free = self._claim()
         except OSError as error:
-            raise _not_writable(self.out_dir, error) from error
-        self.release()
-        self._lock = lock
-
-    def is_acquired(self) -> bool:
-        return self._lock is not None
-
-    def release(self) -> None:
-        if self._lock:
-            self._lock.release()
-
-    def __enter__(self) -> "RunLock":
-        if is_run(self.out_dir):
-            self.acquire()
+            raise _not_writable(self.path, error) from error
+        if not is_free:
+            raise InputError(
+                f"out_dir={self.path}: a run is writing there now; wait for its end, or give another --out_dir"
+            )
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.release()
+        """Release the directory; if no run came to be, leave no trace of it."""
+        if not is_run(self.path) and self._is_ours(self.path):
+            with contextlib.suppress(OSError):  # not empty
+                (self.path / ".lock").unlink()
+                for path in self._created:
+                    path.rmdir()
+        self._release()
 
+    def archive_previous_run(self) -> Path | None:
+        """Move a previous run to `out_dir.1` (`.2`, …), which is returned, and claim a new directory.
 
-def archive_previous_run(lock: RunLock) -> Path | None:
-    """Create the directory of `lock` for a new run, and lock it.
+        Raises InputError where that cannot be written.
+        """
+        if not is_run(self.path):
+            return None
+        if not self.path.name:
+            raise InputError(f"out_dir={self.path} holds a run that cannot move from here: give another --out_dir")
+        archive = _unused_name(self.path)
+        try:
+            self.path.rename(archive)  # the lock moves along, until the new directory is locked
+            self.__enter__()
+            sync(self.path.parent)
+        except OSError as error:
+            raise _not_writable(self.path, error) from error
+        return archive
 
-    A previous run there moves to `out_dir.1` (`.2`, …), which is returned. Raises InputError where the directory cannot
-    be written.
-    """
-    out_dir = lock.out_dir
-    archive = None
-    try:
-        if is_run(out_dir):
-            if not out_dir.name:
-                raise InputError(f"out_dir={out_dir} holds a run that cannot move from here: give another --out_dir")
-            names = (f"{out_dir.name}.{n}" for n in itertools.count(1))
-            archive = next(out_dir.with_name(name) for name in names if not out_dir.with_name(name).exists())
-            out_dir.rename(archive)  # the lock moves along
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
+    def follow(self) -> Path:
+        """The present path of the directory, which may have been renamed beside its old name.
+
+        Where it is gone, or another run has locked it, the run continues in a new one. Raises OSError where there can
+        be none.
+        """
+        with self._mutex:
+            before = self.path
+            if not self._is_ours(before):
+                own = self._find()
+                if own and self._is_ours(own):
+                    self.path = own
+                else:  # what has its name by now is left alone
+                    self.path = own or before
+                    if (own is None and os.path.lexists(before)) or not self._claim():
+                        self.path = _unused_name(before)
+                        self._claim()
+                print0(f"warning: {before} was renamed, replaced or deleted: the run continues in {self.path}")
+            return self.path
+
+    def _find(self) -> Path | None:
+        """The present name of the directory that was claimed."""
+        if is_same_file(self.path, self._directory):
+            return self.path
+        names = os.listdir(self.path.parent) if self.path.parent.exists() else []
+        return next((p for p in map(self.path.with_name, names) if is_same_file(p, self._directory)), None)
+
+    def _claim(self) -> bool:
+        """Create and lock `path`; False where another run has locked it."""
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.path):  # it can be written
             pass
-        sync(out_dir.parent)
-    except OSError as error:
-        raise _not_writable(out_dir, error) from error
-    if archive or not lock.is_acquired():
-        lock.acquire()
-    return archive
+        lock = lock_file(self.path / ".lock")
+        if lock is None:
+            return False
+        self._release()
+        self._lock = lock
+        self._created = missing
+        if os.name == "posix":
+            self._directory = os.open(self.path, os.O_RDONLY)
+        return True
+
+    def _is_ours(self, path: Path) -> bool:
+        """True if `path` is the directory that was claimed, with the lock in it."""
+        if self._lock is None or os.name != "posix":  # Windows renames no directory in which a file is open
+            return True
+        return is_same_file(path, self._directory) and is_same_file(path / ".lock", self._lock.fileno())
+
+    def _release(self) -> None:
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+
+def _unused_name(path: Path) -> Path:
+    """`path` with the first of .1, .2, … that does not exist."""
+    names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _not_writable(out_dir: Path, error: OSError) -> InputError:
     return InputError(f"out_dir={out_dir} cannot be written ({error.strerror}): give another --out_dir")
-
-
-def quarantine_damaged(out_dir: Path, resumed: Path) -> None:
-    """Rename damaged checkpoints: those newer than `resumed`, and each whose loss is the lowest.
-
-    Under their own names they would count as the newest and the best, and intact ones would be pruned in their place.
-    """
-    paths = list_checkpoints(out_dir)
-    damaged, intact = paths[: paths.index(resumed)], paths[paths.index(resumed) :]
-    while (lowest := best(intact)) and lowest != resumed:
-        try:
-            verify(lowest, [*FILES, *OPTIONAL_FILES])
-            break
-        except InputError:
-            damaged.append(lowest)
-            intact.remove(lowest)
-    for path in damaged:
-        renamed = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(renamed, ignore_errors=True)
-        path.rename(renamed)
-        print0(f"warning: {path} is damaged: renamed to {renamed.name}, for you to look at or delete")

@@ -4,7 +4,6 @@ The constants come from the runs in runs/scaling; scaling_laws.ipynb shows the f
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ RECIPE = {
 }
 
 
-def shape(n_embd: int) -> dict[str, int]:
+def pick_sizes(n_embd: int) -> dict[str, int]:
     """Sizes of a modern GPT of this width, a multiple of 16: deeper as it is wider, 12 layers at 768 as GPT-2."""
     n_layer = max(2, round(2 * (n_embd / 48) ** 0.65))
     head_dim = next(d for d in (64, 32, 16) if n_embd % d == 0 and (n_embd >= 8 * d or d <= 32))
@@ -32,19 +31,20 @@ def shape(n_embd: int) -> dict[str, int]:
     return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // head_dim, "n_inner": n_inner}
 
 
-def weights(sizes: dict[str, int]) -> int:
-    """Number of weights in the blocks' matrices: the law's model size."""
-    return sizes["n_layer"] * sizes["n_embd"] * (4 * sizes["n_embd"] + 3 * sizes["n_inner"])
+def count_weights(n_embd: int) -> int:
+    """Number of weights in the blocks' matrices at this width: the law's model size."""
+    sizes = pick_sizes(n_embd)
+    return sizes["n_layer"] * n_embd * (4 * n_embd + 3 * sizes["n_inner"])
 
 
-def recipe(n_embd: int, tokens: float, block_size: int) -> dict[str, Any]:
+def make_recipe(n_embd: int, tokens: float, block_size: int) -> dict[str, Any]:
     """The keys of TrainConfig for a run of this width and length: sizes, batch, steps, learning rates."""
     rows = max(4, round(2048 * (tokens / 1e6) ** 0.5 / block_size / 4) * 4)
     steps = max(round(tokens / rows / block_size), 1)
     muon_lr = 0.0103 * (64 / n_embd) ** 0.8
     return {
         **RECIPE,
-        **shape(n_embd),
+        **pick_sizes(n_embd),
         "batch_size": rows,
         "gradient_accumulation_steps": 1,
         "learning_rate": ADAMW_LR_RATIO * muon_lr,
@@ -72,51 +72,28 @@ class Law:
     p: float = 1.0
     q: float = 0.0
 
-    def loss(self, N: float, D: float, unique: float = math.inf) -> float:
+    def predict_loss(self, N: float, D: float, unique: float = math.inf) -> float:
         """unique: U, the text's own tokens."""
-        return self.E + self.A / N**self.alpha + self.B / D**self.beta + self.repetition_penalty(N, D, unique)
+        return self.E + self.A / N**self.alpha + self.B / D**self.beta + self.predict_penalty(N, D, unique)
 
-    def repetition_penalty(self, N: float, D: float, unique: float) -> float:
+    def predict_penalty(self, N: float, D: float, unique: float) -> float:
         if unique >= D:
             return 0.0
         return self.K * (D / unique - 1) ** (self.p * (N / unique) ** self.q)
 
-    def length(self, N: float, D: float, unique: float) -> float:
+    def pick_tokens(self, N: float, D: float, unique: float) -> float:
         """Tokens that are best read, of at most D: the most that cost less than 0.2% of the loss."""
         if unique >= D:
             return D
         lengths = np.geomspace(unique, D, 200)
-        losses = [self.loss(N, length, unique) for length in lengths.tolist()]
+        losses = [self.predict_loss(N, length, unique) for length in lengths.tolist()]
         return float(max(lengths[np.array(losses) <= 1.002 * min(losses)]))
 
-    def best(self, flops: float) -> tuple[float, float]:
+    def split_flops(self, flops: float) -> tuple[float, float]:
         """N and D of the lowest loss with 6 N D = flops."""
         G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         N = G * (flops / 6) ** (self.beta / (self.alpha + self.beta))
         return N, flops / 6 / N
-
-
-def fit(points: Sequence[tuple[float, float, float]]) -> Law:
-    """The law nearest to points (N, D, loss), by least squares of the relative errors.
-
-    With the exponents given the rest is linear, so a grid of exponents is searched, finer and finer.
-    """
-    N, D, loss = np.array(points, float).T
-    center = np.array([0.5, 0.5])
-    width = 0.45
-    while width > 1e-4:
-        axes = [np.linspace(x - width, x + width, 11).clip(0.02) for x in center]
-        alpha, beta = (grid.ravel() for grid in np.meshgrid(*axes))
-        terms = [np.ones((len(alpha), len(N))), (N / N[0]) ** -alpha[:, None], (D / D[0]) ** -beta[:, None]]
-        columns = np.stack(terms, -1) / loss[:, None]  # (exponents, points, 3)
-        gram = columns.mT @ columns + 1e-12 * np.eye(3)
-        solution = np.linalg.solve(gram, columns.sum(1)[..., None])  # (exponents, 3, 1)
-        best = ((columns @ solution - 1) ** 2).sum((1, 2)).argmin()
-        center = np.array([alpha[best], beta[best]])
-        width /= 2
-    E, A, B = solution[best, :, 0].tolist()
-    alpha, beta = center.tolist()
-    return Law(E, A * N[0].item() ** alpha, B * D[0].item() ** beta, alpha, beta)
 
 
 LAW = Law(E=0.95368, A=12.1774, B=33.3436, alpha=0.32501, beta=0.32288, K=0.0218, p=0.779, q=0.269)
@@ -137,7 +114,7 @@ PILOT_LOSSES = {
 CONTEXTS = {32: 1.031, 64: 1.010, 128: 1.0, 256: 1.003}
 
 
-def difficulty(loss: float, tokens: float, unique: float, block_size: int) -> float:
+def estimate_difficulty(loss: float, tokens: float, unique: float, block_size: int) -> float:
     """A text's loss over the law's, from the loss of a PILOT_WIDTH model after `tokens` tokens; NaN if too few.
 
     unique: the text's own tokens. A short pilot makes texts look alike, so the difference from the reference text is
@@ -146,12 +123,12 @@ def difficulty(loss: float, tokens: float, unique: float, block_size: int) -> fl
     """
     if tokens < 0.9 * min(PILOT_LOSSES):
         return math.nan
-    size = weights(shape(PILOT_WIDTH))
+    size = count_weights(PILOT_WIDTH)
     longest = max(PILOT_LOSSES)
     reference = _interpolate_log(tokens, PILOT_LOSSES)
     if tokens > longest:
-        reference *= LAW.loss(size, tokens) / LAW.loss(size, longest)
-    ratio = loss / (reference + LAW.repetition_penalty(size, tokens, unique))
+        reference *= LAW.predict_loss(size, tokens) / LAW.predict_loss(size, longest)
+    ratio = loss / (reference + LAW.predict_penalty(size, tokens, unique))
     correction = (ratio - 1) * 0.55 * (125_000 / max(tokens, 62_500)) ** 1.4
     correction = min(max(correction, -0.05 * ratio), 0.05 * ratio)
     return (ratio + correction) * _interpolate_log(block_size, CONTEXTS)

@@ -44,7 +44,7 @@ class StepSchedule:
     warmup_steps: int
     end_step: int
     decay_steps: int | None = None
-    deadline: None = None  # the run ends by steps, not by the clock
+    deadline: float | None = None  # time.perf_counter() at the end of the run; None: it ends by steps
 
     def lr(self, step: int) -> float:
         """Learning rate of the update that follows `step` updates."""

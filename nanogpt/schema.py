@@ -54,31 +54,28 @@ EXPECTED = {
 NOT_IN_FILE_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # NUL and broken Unicode
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Bounds of a number, as an argument of Annotated; other values pass."""
+COMPARISONS = {  # by the name of a limit
+    "ge": ("at least", operator.ge),
+    "le": ("at most", operator.le),
+    "gt": ("above", operator.gt),
+    "lt": ("below", operator.lt),
+}
 
-    ge: float | None = None
-    le: float | None = None
-    gt: float | None = None
-    lt: float | None = None
+
+class Limits:
+    """Bounds of a number (ge, le, gt, lt), as an argument of Annotated; other values pass."""
+
+    def __init__(self, **bounds: float):
+        self.bounds = bounds
 
     def problem(self, value: Any) -> str | None:
-        if type(value) not in (int, float):
-            return None
-        for name, text, holds in COMPARISONS:
-            bound = getattr(self, name)
-            if bound is not None and not holds(value, bound):
-                return f"must be {text} {bound}, is {value}"
+        for name, bound in self.bounds.items():
+            words, holds = COMPARISONS[name]
+            if type(value) in (int, float) and not holds(value, bound):
+                return f"must be {words} {bound}, is {value}"
         return None
 
 
-COMPARISONS = (
-    ("ge", "at least", operator.ge),
-    ("le", "at most", operator.le),
-    ("gt", "above", operator.gt),
-    ("lt", "below", operator.lt),
-)
 Count = Annotated[int, Limits(ge=0)]
 NonNegative = Annotated[float, Limits(ge=0)]
 
@@ -202,10 +199,10 @@ def build(config_class: type[Config], values: Mapping[str, Any], source: str) ->
 def type_hints(schema: Any) -> dict[str, Any]:
     """The annotations of a TypedDict, or of a dataclass's fields with their limits."""
     hints = get_type_hints(schema, include_extras=True)
-    if not dataclasses.is_dataclass(schema):
-        return hints
-    fields = dataclasses.fields(schema)
-    return {field.name: Annotated[hints[field.name], field.metadata.get("limits", Limits())] for field in fields}
+    if dataclasses.is_dataclass(schema):
+        for field in dataclasses.fields(schema):
+            hints[field.name] = Annotated[hints[field.name], field.metadata.get("limits", Limits())]
+    return hints
 
 
 def options(annotation: Any) -> list[Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 import multiprocessing
 import re
 import signal
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,15 +22,20 @@ Steps = Iterator[list[float]]  # next() makes one step and returns the losses th
 OpenSteps = Callable[..., tuple[World, Any, Steps]]  # the Any is for the parent process
 
 
+class Round(NamedTuple):
+    """Steps made in a row: the seconds of each, the losses that became known, the peak memory so far."""
+
+    seconds: list[float]
+    losses: list[float]
+    memory: int | None  # in bytes; None: unknown
+
+
 class Worker:
-    """A program in a process of its own, and the measurements of its steps."""
+    """A program in a process of its own, which makes steps when asked to; `with` ends it."""
 
     def __init__(self, name: str, hint: str, open_steps: OpenSteps, *args: Any):
         """Call open_steps(*args) in the process and make the first step. hint: for running out of memory."""
         self.name = name
-        self.seconds: list[list[float]] = []  # (rounds, steps)
-        self.last_loss = math.nan
-        self.memory: int | None = None  # peak in bytes; None: unknown
         context = multiprocessing.get_context("spawn")
         self.pipe, worker_pipe = context.Pipe()
         self.process = context.Process(target=_serve, args=(worker_pipe, hint, open_steps, *args), daemon=True)
@@ -41,19 +45,16 @@ class Worker:
         self.info = self._receive()
         self.first_step_s = time.perf_counter() - start
 
-    def run_steps(self, count: int, trace: str = "") -> tuple[list[float], list[float], int]:
-        """Make steps; return their seconds, their losses and the peak memory. trace: file for a profile of them."""
+    def run(self, count: int, trace: str = "") -> Round:
+        """Make steps. trace: file for a profile of them."""
         with contextlib.suppress(OSError):  # the process died, as `_receive` reports
             self.pipe.send((count, trace))
         return self._receive()
 
-    def run_round(self, count: int) -> None:
-        seconds, losses, memory = self.run_steps(count)
-        self.seconds.append(seconds)
-        self.last_loss = losses[-1]
-        self.memory = memory if memory > 0 else None
+    def __enter__(self) -> "Worker":
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self.process.terminate()
         self.process.join()
 
@@ -89,7 +90,7 @@ def _serve(pipe: Connection, hint: str, open_steps: OpenSteps, *args: Any) -> No
                 memory = _resident_memory("VmHWM") - memory_at_start
                 if world.device.type == "cuda":
                     memory = torch.cuda.max_memory_allocated()
-                pipe.send((seconds, losses, memory))
+                pipe.send(Round(seconds, losses, memory if memory > 0 else None))
     except InputError as error:
         pipe.send(error)
     except EOFError:

@@ -9,17 +9,19 @@ import torch
 
 from nanogpt.console import START_TIME, format_bytes, format_duration, print0
 from nanogpt.control import Control
-from nanogpt.device import describe_device
+from nanogpt.data.dataset import Dataset
+from nanogpt.device import describe_device, free_memory
 from nanogpt.distributed import World
 from nanogpt.errors import RunStopped
 from nanogpt.guard import LayerStats
+from nanogpt.memory import estimate_training_memory, optimizer_state_numel
 from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats
 from nanogpt.schedule import RowSchedule
 from nanogpt.state import TrainState
 
 AFTER_A_STOP = (
-    "resume from the last checkpoint with --resume=True and a lower --learning_rate, delete it to resume from the one "
-    "before, or start again"
+    "lower --learning_rate, and resume from the last checkpoint with --resume=True (delete it to resume from the one "
+    "before) or, if there is none, start again with --resume=False"
 )
 CPU_FLOPS = 3e10  # FLOP/s that a small model's step reaches on one core; only for a guess before the first step
 LONG_ON_CPU_S = 30 * 60
@@ -94,9 +96,8 @@ class StepLogger:
         step = self.state.step
         seconds = self.state.clock.seconds
         if self.writer:
-            line: dict[str, Any] = {"step": step, "tokens": self._tokens(), "time_s": round(seconds, 3)}
-            for split, loss in losses.items():
-                line[f"{split}_loss"] = loss
+            line = {"step": step, "tokens": self.state.samples * self.block_size, "time_s": round(seconds, 3)}
+            line |= {f"{split}_loss": loss for split, loss in losses.items()}
             if val_bpb is not None:
                 line["val_bpb"] = val_bpb
             self.writer.log(line)
@@ -124,9 +125,8 @@ class StepLogger:
 
     def _log_step(self, label: StepLabel, stats: StepStats, seconds: float) -> None:
         tokens = label.samples * self.block_size
-        last_tokens, last_seconds = self.last_line
+        tokens_per_s = tokens_per_second(self.last_line, (tokens, seconds))
         self.last_line = (tokens, seconds)
-        tokens_per_s = (tokens - last_tokens) / max(seconds - last_seconds, 1e-9)
         mfu = self._mfu(tokens_per_s)
         line = {
             "step": label.step,
@@ -167,15 +167,15 @@ class StepLogger:
 
     def _print_eta(self, label: StepLabel, seconds: float) -> None:
         tokens = label.samples * self.block_size
-        warmup_tokens, warmup_seconds = self.after_warmup
-        tokens_per_s = (tokens - warmup_tokens) / max(seconds - warmup_seconds, 1e-9)
-        left = self._seconds_left(tokens, tokens_per_s)
+        left = self._seconds_left(tokens, tokens_per_second(self.after_warmup, (tokens, seconds)))
         end = datetime.now() + timedelta(seconds=left)
         suffix = ", excluding evaluations" if self.deadline is None else ""
         print0(f"ETA {format_duration(left)} ({end:%a %H:%M}){suffix}")
 
-    def _tokens(self) -> int:
-        return self.state.samples * self.block_size
+
+def tokens_per_second(since: tuple[int, float], now: tuple[int, float]) -> float:
+    """The speed between two points of a run, each its tokens and its training seconds."""
+    return (now[0] - since[0]) / max(now[1] - since[1], 1e-9)
 
 
 def format_losses(losses: dict[str, float], val_bpb: float | None) -> str:
@@ -193,28 +193,24 @@ def print_model_summary(model: Any, world: World) -> None:
     )
 
 
-def print_step_summary(rows: RowSchedule, micro_batch: int) -> None:
-    text = f"step        {rows.last} rows of {rows.block_size} = {rows.last * rows.block_size:,} tokens"
-    text += f", micro-batches of {micro_batch}"
+def print_run_summary(
+    model: Any, optimizer: str, rows: RowSchedule, micro_batch: int, max_iters: int, dataset: Dataset, world: World
+) -> None:
+    """Print a run's steps, its length, and the memory and disk space that it takes."""
+    step = f"{rows.last} rows of {rows.block_size} = {rows.last * rows.block_size:,} tokens"
+    step += f", micro-batches of {micro_batch}"
     if rows.rows_at(0) < rows.last:
-        text += f", from {rows.rows_at(0)} rows at first"
-    print0(text)
-
-
-def print_run_summary(model: Any, rows: RowSchedule, max_iters: int, dataset: str, train_tokens: int) -> None:
+        step += f", from {rows.rows_at(0)} rows at first"
     tokens = rows.total_rows(max_iters) * rows.block_size
-    print0(
-        f"run         {max_iters:,} steps = {tokens:,} tokens = {tokens / train_tokens:.3g} epochs of {dataset} "
-        f"= {tokens / model.count_parameters():.3g} tokens per parameter"
-    )
-
-
-def print_cost_summary(memory: float, free: int | None, checkpoint_bytes: float, out_dir: str) -> None:
-    """memory: of a step, bytes per process. free: bytes, None where unknown."""
+    memory = estimate_training_memory(model, optimizer, micro_batch, rows.block_size, world.dtype)
+    free = free_memory(world.device)
     free_text = f", {format_bytes(free)} free" if free else ""
     print0(
+        f"step        {step}",
+        f"run         {max_iters:,} steps = {tokens:,} tokens = {tokens / len(dataset.train):.3g} epochs of "
+        f"{dataset.name} = {tokens / model.count_parameters():.3g} tokens per parameter",
         f"memory      about {format_bytes(memory)} per process{free_text}",
-        f"checkpoint  {format_bytes(checkpoint_bytes)} in {out_dir}/ckpt",
+        f"checkpoint  {format_bytes(4 * (model.count_parameters() + optimizer_state_numel(model, optimizer)))} each",
     )
 
 

@@ -88,7 +88,7 @@ def read_events(connection: http.client.HTTPConnection) -> Iterator[dict[str, An
 @contextlib.contextmanager
 def serve(playground: Playground, metrics: Path, listener: socket.socket | None = None) -> Iterator[Server]:
     listener = listener or socket.create_server(("127.0.0.1", 0))
-    server = create_server(create_app(playground, "tiny", "cpu", metrics))
+    server = create_server(create_app(playground, {"name": "tiny", "parameters": 12_345, "device": "cpu"}, metrics))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

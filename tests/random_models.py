@@ -59,6 +59,7 @@ def save_random_run(out_dir: str, tokenizer: Tokenizer | None = CHARACTERS, sett
     state: dict[str, Any] = {"step": 1234, "samples": 2000, "time_s": 1.0, "val_loss": 1.5, "best_val_loss": 1.5}
     state |= {"scaler": {}, "guard": {}, "processes": 1, "wandb_id": None, "model": asdict(model.config)}
     state["config"] = {"dataset": "/home/me/poems", "init_from": "scratch"} | (settings or {})
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
     checkpoint.save(Path(out_dir), model.state_dict(), {}, state, tokenizer)
     return model
 

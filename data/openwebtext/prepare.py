@@ -7,11 +7,11 @@ Any other dataset of parquet files on the hub with a column `text`, such as ten 
 python data/openwebtext/prepare.py --repo=HuggingFaceFW/fineweb --under=sample/10BT --out=data/fineweb
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import key, parse
+from nanogpt.console import available_cores
 from nanogpt.data.write import format_summary
 from nanogpt.errors import run_script
 from nanogpt.text.omissions import Omissions
@@ -31,7 +31,7 @@ class OpenWebTextConfig:
 
     out: str = key(str(Path(__file__).parent), "folder to write to", group="Output")
     val_share: float = key(0.0005, "fraction of the documents for validation", gt=0, lt=1)
-    workers: int = key(os.cpu_count() or 1, "processes; one for each core", ge=1)
+    workers: int = key(available_cores(), "processes; one for each core", ge=1)
 
 
 def main() -> None:

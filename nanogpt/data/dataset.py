@@ -3,15 +3,16 @@
 A dataset is a folder with `train.bin` and `val.bin` (headerless little-endian uint16, or uint32 above 65,536 ids),
 `tokenizer.json` and `meta.json`. A large split is cut into shards, `train-00000.bin` and so on. Beside each file may be
 a loss mask, `train.mask`: a byte per token, 0 where the token is no target of the loss. nanoGPT's own folders, with
-`meta.pkl` or nothing beside the `.bin` files, are accepted.
+`meta.pkl` or nothing beside the `.bin` files, are accepted, and token files of other programs (token_shards.py).
 """
 
 import bisect
 import difflib
+import hashlib
 import itertools
 import math
-import mmap
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -19,10 +20,22 @@ from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
+from nanogpt.data.token_shards import (
+    AGAIN,
+    Layout,
+    find_separator,
+    has_token_files,
+    is_token_file,
+    open_file,
+    raise_for_missing,
+    read_layout,
+    split_of,
+    token_files,
+)
 from nanogpt.errors import InputError
-from nanogpt.files import file_sha256, read_json
+from nanogpt.files import read_json
 from nanogpt.schema import Count, Limits, check
-from nanogpt.text.tokenizer import Tokenizer
+from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 FORMAT = 1  # of meta.json
 WEIGHT_SUM = 10**6  # of the parts of a mixture
@@ -67,6 +80,7 @@ class Shard(NamedTuple):
     tokens: int
     ids: Callable[[], np.ndarray]
     mask: Callable[[], np.ndarray] | None = None
+    sha256: str | None = None  # of its files, by meta.json; None: the dtype and the tokenizer are assumptions
 
 
 class MixturePart(NamedTuple):
@@ -80,8 +94,8 @@ class MixturePart(NamedTuple):
 class Tokens:
     """The ids of a split, numbered across its shards and, in a mixture, across its parts.
 
-    `tokens[first:last]` (uint16 or uint32) and `tokens.mask(first, last)` (uint8) read a range. Files are memory-mapped
-    when a range needs them, only as many at a time as the system lets a process open.
+    `tokens[first:last]` (in the files' type) and `tokens.mask(first, last)` (uint8) read a range. Files are
+    memory-mapped when a range needs them, only as many at a time as the system lets a process open.
 
     Attributes: `parts` of the mixture; `has_mask`, whether some tokens are no targets; `bytes_per_token` of the text,
     None where unknown.
@@ -120,14 +134,33 @@ class Tokens:
 
     def __getitem__(self, span: slice) -> np.ndarray:
         first, last, _ = span.indices(len(self))
-        return _concatenate([self._map(shard.ids)[a:b] for shard, a, b in self.pieces(first, last)])
+        return _concatenate([self._read(shard.name, shard.ids, a, b) for shard, a, b in self.pieces(first, last)])
 
     def mask(self, first: int, last: int) -> np.ndarray:
         """1 for each token that counts as a target, else 0."""
         masks = []
         for shard, a, b in self.pieces(first, last):
-            masks.append(self._map(shard.mask)[a:b] if shard.mask else np.ones(b - a, np.uint8))
+            masks.append(self._read(shard.name, shard.mask, a, b) if shard.mask else np.ones(b - a, np.uint8))
         return _concatenate(masks)
+
+    def _read(self, name: str, map_file: Callable[[], np.ndarray], first: int, last: int) -> np.ndarray:
+        """A range of a file. Raises InputError where it was cut meanwhile: reading beyond its end kills a process."""
+        numbers = self._map(map_file)
+        file = getattr(numbers.base, "obj", None)  # unless they are in memory
+        if file and file.size() < numbers.nbytes:
+            raise InputError(f"{name} or its mask was cut short while it was read: prepare the data again")
+        return numbers[first:last]
+
+    def fingerprint(self) -> str:
+        """A hash of the tokens: of the hashes in meta.json, or without them of the length and evenly spaced samples."""
+        digest = hashlib.sha256()
+        if all(shard.sha256 for shard in self.shards):
+            digest.update("".join(str(shard.sha256) for shard in self.shards).encode())
+            return digest.hexdigest()
+        digest.update(str(len(self)).encode())
+        for first in np.linspace(0, max(len(self) - 1024, 0), 256, dtype=np.int64).tolist():
+            digest.update(self[first : first + 1024].astype("<u4").tobytes())
+        return digest.hexdigest()
 
     def pieces(self, first: int, last: int) -> Iterator[tuple[Shard, int, int]]:
         """The shards that hold the tokens from first to last, each with the range of them in it."""
@@ -139,6 +172,20 @@ class Tokens:
             yield shard, first - start, end - start
             first = end
             k += 1
+
+    def check_ids(self, first: int, last: int, vocab_size: int) -> None:
+        """Raise InputError for the first id from first to last that is outside of the vocabulary."""
+        for shard, a, b in self.pieces(first, last):
+            ids = self._map(shard.ids)[a:b]
+            bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+            if len(bad):
+                fix = "use the dataset that the model was made for, or prepare it again"
+                if not shard.sha256:
+                    fix += "; or put the tokenizer.json of its ids beside it, or give its --token_dtype"
+                raise InputError(
+                    f"{shard.name} holds id {ids[bad[0]]} at token {a + bad[0]:,}, but the model's vocab_size is "
+                    f"{vocab_size}: {fix}"
+                )
 
     def bits_per_byte(self, loss: float) -> float | None:
         """Convert a mean loss in nats per token; comparable across tokenizers.
@@ -170,17 +217,22 @@ def _max_maps() -> int:
 class Dataset:
     """An opened dataset, or several mixed.
 
-    Attributes: `name`; `folder` (of a mixture, the first's); `meta`, the content of meta.json, {} without one; `train`
-    and `val` (`Tokens`; only those opened).
+    Attributes: `name`; `folder` (of a mixture, the first's); `file`, where a single one is the dataset; `meta`, the
+    content of meta.json, {} without one; `separators`, the ids at the borders of documents, None for borders without
+    one, as far as other programs' files say; `assumes_gpt2`, whether nothing but nanoGPT's convention says what the ids
+    mean; `train` and `val` (`Tokens`; only those opened).
     """
 
     train: Tokens
     val: Tokens
 
-    def __init__(self, folder: Path, meta: dict[str, Any]):
-        self.name = folder.resolve().name
-        self.folder = folder
+    def __init__(self, path: Path, meta: dict[str, Any]):
+        self.name = path.resolve().name
+        self.file = path if path.is_file() else None
+        self.folder = path.parent if self.file else path
         self.meta = meta
+        self.separators: set[int | None] = set()
+        self.assumes_gpt2 = False
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -194,11 +246,20 @@ class Dataset:
             return self.meta["vocab_size"]
         return self.tokenizer.vocab_size if self.tokenizer else None
 
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each split's tokens."""
+        return {"train": self.train.fingerprint(), "val": self.val.fingerprint()}
+
     @property
     def end_of_text(self) -> int | None:
-        """The id that ends each document; None where there is none."""
+        """The id between documents; None where there is none."""
         if "end_of_text" in self.meta:
             return self.meta["end_of_text"]
+        if self.separators:
+            return next(iter(self.separators)) if len(self.separators) == 1 else None
+        if self.assumes_gpt2:
+            return GPT2_VOCAB - 1
         return self.tokenizer.end_of_text if self.tokenizer else None
 
 
@@ -209,17 +270,26 @@ def open_dataset(
     vocab_size: int | None = None,
     splits: Sequence[str] = ("train", "val"),
     verify: bool = False,
+    token_dtype: str | None = None,
 ) -> Dataset:
     """Open and check a dataset: a name under `data/` or a path; or a mixture, "mine:0.7,data/other:0.3".
 
     vocab_size: the model's, if known. verify: compare the files with the SHA-256 in meta.json (seconds per gigabyte);
-    their sizes are always checked. Rows and evaluation windows of a mixture come from its parts in these proportions.
+    their sizes are always checked. token_dtype: of ids in files that do not say it; None: nanoGPT's. Rows and
+    evaluation windows of a mixture come from its parts in these proportions.
 
     Raises InputError with a line for each problem: no such dataset; files missing, empty, cut short or not those of
     meta.json; ids too large for the model; a split shorter than a block and the token after it; different tokenizers
     in a mixture.
     """
-    open_one = partial(_open_folder, block_size=block_size, vocab_size=vocab_size, splits=splits, verify=verify)
+    open_one = partial(
+        _open_one,
+        block_size=block_size,
+        vocab_size=vocab_size,
+        splits=splits,
+        verify=verify,
+        token_dtype=token_dtype,
+    )
     shares = _parse_mixture(str(dataset))
     if shares:
         return _open_mixture(str(dataset), shares, splits, open_one)
@@ -235,48 +305,74 @@ def resolve(dataset: str | Path) -> Path:
 
     Raises InputError where no prepared dataset is found, with the command that prepares it.
     """
+    path = _find(dataset)
+    return path.parent if path.is_file() else path
+
+
+def _find(dataset: str | Path) -> Path:
+    """The path of a dataset's folder or file. Megatron's pair of files may be named without suffix, as it does."""
     data_folders = _data_folders()
-    folders = [Path(dataset), *(parent / dataset for parent in data_folders)]
-    for folder in folders:
-        if os.path.exists(folder / "preparing") and not os.path.exists(folder / "meta.json"):
+    paths = [Path(dataset), *(parent / dataset for parent in data_folders)]
+    for path in paths:
+        if os.path.exists(path / "preparing") and not os.path.exists(path / "meta.json"):
             raise InputError(
                 f"dataset {str(dataset)!r}: its preparation is not finished; run the same command again to resume, "
-                f"or delete {folder / 'preparing'}"
+                f"or delete {path / 'preparing'}"
             )
-        if any(os.path.exists(folder / f"{split}.bin") for split in ("train", "val", "train-00000", "val-00000")):
-            return folder
-    for folder in folders:
-        if os.path.exists(folder / "prepare.py"):
-            raise InputError(f"dataset {str(dataset)!r} is not prepared yet: run `python {folder / 'prepare.py'}`")
+        if token_files(path, "train") or token_files(path, "val"):
+            return path
+        for file in (path, path.with_name(f"{path.name}.bin"), path.with_suffix(".bin")):
+            if is_token_file(file) and (file == path or os.path.exists(file.with_suffix(".idx"))):
+                return file
+    for path in paths:
+        if has_token_files(path):
+            raise InputError(
+                f"dataset={path}: the names of its token files do not say which are train and which are val; rename "
+                "them (my_train_0.bin, my_val.bin), or move or link them into folders train and val; or give one of "
+                "the files: its last tenth is val"
+            )
+        if os.path.exists(path / "prepare.py"):
+            raise InputError(f"dataset {str(dataset)!r} is not prepared yet: run `python {path / 'prepare.py'}`")
     names = sorted({path.name for parent in data_folders for path in parent.glob("*/")})
     close = difflib.get_close_matches(str(dataset), names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"give a folder, or one of data/: {', '.join(names)}"
     raise InputError(f"there is no dataset {str(dataset)!r} (a folder with train.bin and val.bin): {hint}")
 
 
-def _open_folder(
-    name: str | Path, *, block_size: int, vocab_size: int | None, splits: Sequence[str], verify: bool
+def _open_one(
+    name: str | Path,
+    *,
+    block_size: int,
+    vocab_size: int | None,
+    splits: Sequence[str],
+    verify: bool,
+    token_dtype: str | None,
 ) -> Dataset:
-    folder = resolve(name)
-    dataset = Dataset(folder, _read_meta(folder / "meta.json"))
+    path = _find(name)
+    dataset = Dataset(path, _read_meta((path.parent if path.is_file() else path) / "meta.json"))
+    dataset.assumes_gpt2 = dataset.vocab_size is None and vocab_size in (None, GPT2_VOCAB)
     problems = []
+    if dataset.file and dataset.meta:
+        problems.append(f"dataset={path}: it is described by the meta.json beside it; give their folder")
+    if verify and not dataset.meta:
+        problems.append(f"verify_data=True: {path} has no meta.json with hashes; leave it out")
     for split in splits:
         try:
-            tokens = _open_split(dataset, split, verify)
+            tokens = _open_split(dataset, split, verify, token_dtype)
         except InputError as error:
             problems.append(str(error))
             continue
         setattr(dataset, split, tokens)
         if len(tokens) <= block_size:
             problems.append(
-                f"{folder}: the {split} split is shorter than one block: {len(tokens):,} tokens, block_size "
+                f"{path}: the {split} split is shorter than one block: {len(tokens):,} tokens, block_size "
                 f"{block_size} needs {block_size + 1:,}; set --block_size={max(len(tokens) - 1, 1)} or less, "
                 "or prepare a longer text"
             )
     largest_id = dataset.meta.get("largest_id", 0)
     if vocab_size is not None and largest_id >= vocab_size:
         problems.append(
-            f"{folder} holds id {largest_id}, but the model's vocab_size is {vocab_size}: "
+            f"{path} holds id {largest_id}, but the model's vocab_size is {vocab_size}: "
             "use the dataset that the model was made for, or a new model"
         )
     if problems:
@@ -284,49 +380,57 @@ def _open_folder(
     return dataset
 
 
-def _open_split(dataset: Dataset, split: str, verify: bool) -> Tokens:
+def _open_split(dataset: Dataset, split: str, verify: bool, dtype: str | None) -> Tokens:
     meta = dataset.meta.get("splits", {}).get(split, {})
     shards = []
-    for file in _files(split, meta):
-        path = dataset.folder / file["file"]
-        sha256, mask_sha256 = (file.get("sha256"), file.get("mask_sha256")) if verify else (None, None)
-        count, ids = _check_file(path, token_dtype(dataset.vocab_size), file.get("tokens"), sha256)
-        mask = None
-        if dataset.meta.get("loss_mask"):
-            _, mask = _check_file(path.with_suffix(".mask"), np.dtype(np.uint8), count, mask_sha256)
-        shards.append(Shard(str(path), count, ids, mask))
+    for path, layout, hashes in _described(dataset, split) if dataset.meta else _recognized(dataset, split, dtype):
+        ids, mask = open_file(path, layout, hashes if verify else {})
+        if layout.starts is not None:
+            dataset.separators.add(find_separator(ids(), layout.starts))
+        if layout.tokens:
+            sha256 = hashes["sha256"] + hashes.get("mask_sha256", "") if hashes else None
+            shards.append(Shard(str(path), layout.tokens, ids, mask, sha256))
+    if not shards:
+        raise InputError(f"{path} is empty: {AGAIN}")
+    if dataset.file and split_of(dataset.file) is None:
+        shards = [_part(shards[0], split)]
     tokens = Tokens(shards)
     tokens.bytes_per_token = meta.get("bytes", 0) / len(tokens) or None
     return tokens
 
 
-def _check_file(
-    path: Path, dtype: np.dtype, tokens: int | None, sha256: str | None
-) -> tuple[int, Callable[[], np.ndarray]]:
-    """Compare a file with its expected size and hash, where known: its tokens, and a function that maps them."""
-    fix = "prepare the dataset again"
-    if not os.path.isfile(path) or not os.access(path, os.R_OK):
-        raise InputError(f"{path} is {'unreadable' if os.path.exists(path) else 'missing'}: {fix}")
-    size = path.stat().st_size
-    actual = size // dtype.itemsize
-    if size == 0:
-        raise InputError(f"{path} is empty: {fix}")
-    if size % dtype.itemsize:
-        raise InputError(f"{path} is cut short: {size} bytes are not whole {dtype.name} tokens; {fix}")
-    if tokens not in (None, actual):
-        raise InputError(f"{path} holds {actual:,} tokens where meta.json counts {tokens:,}: {fix}")
-    if sha256 and file_sha256(path) != sha256:
-        raise InputError(f"{path} is not the file that meta.json describes (its SHA-256 differs): {fix}")
-    return actual, partial(_map, path, dtype, actual)
+def _described(dataset: Dataset, split: str) -> Iterator[tuple[Path, Layout, dict[str, Any]]]:
+    """The files of a split by meta.json, with their hashes."""
+    dtype = token_dtype(dataset.vocab_size)
+    for file in _files(split, dataset.meta["splits"].get(split, {})):
+        path = dataset.folder / file["file"]
+        raise_for_missing(path)
+        tokens = file.get("tokens", path.stat().st_size // dtype.itemsize)
+        mask = path.with_suffix(".mask") if dataset.meta.get("loss_mask") else None
+        yield path, Layout(dtype, tokens, source="meta.json", mask=mask), file
 
 
-def _map(path: Path, dtype: np.dtype, tokens: int) -> np.ndarray:
-    """Memory-map a file of numbers. Raises InputError where it is gone or shorter by now."""
-    try:
-        with path.open("rb", buffering=0) as file:  # as np.memmap does, in half the time
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype, tokens)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read any more ({error}): put it back, or prepare the data again") from error
+def _recognized(dataset: Dataset, split: str, dtype: str | None) -> Iterator[tuple[Path, Layout, dict[str, Any]]]:
+    """The files of a split by their names: nanoGPT's, or another program's, some of which leave empty ones."""
+    files = [dataset.file] if dataset.file else token_files(dataset.folder, split)
+    if dataset.file and split_of(dataset.file) not in (None, split):
+        raise InputError(f"{dataset.file} is no {split} split, by its name: give its folder")
+    if not files or re.fullmatch(rf"{split}-\d{{5}}\.bin", files[0].name):  # shards whose preparation has not ended
+        missing = dataset.folder / f"{split}.bin"
+        raise InputError(f"{missing} is missing: {AGAIN}; files of another program need {split!r} in their names")
+    for path in files:
+        raise_for_missing(path)
+        yield path, read_layout(path, dtype, token_dtype(dataset.vocab_size)), {}
+
+
+def _part(shard: Shard, split: str) -> Shard:
+    """The part of a file that is a split: the last tenth is val."""
+    cut = shard.tokens * 9 // 10
+    own = slice(0, cut) if split == "train" else slice(cut, shard.tokens)
+    ids, mask = shard.ids, shard.mask
+    return shard._replace(
+        tokens=own.stop - own.start, ids=lambda: ids()[own], mask=(lambda: mask()[own]) if mask else None
+    )
 
 
 # ---- a mixture
@@ -337,7 +441,7 @@ def _parse_mixture(dataset: str) -> dict[str, float]:
 
     Raises InputError where only a part of it reads like a share.
     """
-    if ":" not in dataset or any(os.path.isdir(parent / dataset) for parent in (Path(), *_data_folders())):
+    if ":" not in dataset or any(os.path.exists(parent / dataset) for parent in (Path(), *_data_folders())):
         return {}
     shares: dict[str, float] = {}
     for entry in dataset.split(","):
@@ -379,6 +483,8 @@ def _open_mixture(
 
     mixture = Dataset(first.folder, first.meta)
     mixture.name = name
+    mixture.assumes_gpt2 = first.assumes_gpt2
+    mixture.separators = set().union(*(dataset.separators for dataset in datasets))
     if tokenizers:
         mixture.tokenizer = max(tokenizers, key=lambda tokenizer: tokenizer.template is not None)
     weights = [max(round(share * WEIGHT_SUM / sum(shares.values())), 1) for share in shares.values()]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanogpt.data.dataset import MixturePart, Tokens
-from nanogpt.errors import InputError
 from nanogpt.hashing import derive_seed, hash64, permute
 
 if TYPE_CHECKING:
@@ -39,8 +38,10 @@ class Windows:
             ids = self.tokens[start : start + T + 1]
             x[row] = ids[:-1]
             y[row] = ids[1:]
-        if len(starts) and max(x.max(), y[:, -1].max()) >= self.vocab_size:
-            self._raise_for_bad_id(starts)
+        unsigned = x.view(np.uint64)  # where negative ids are large
+        if len(starts) and max(unsigned.max(), y[:, -1].view(np.uint64).max()) >= self.vocab_size:
+            for start in starts.tolist():
+                self.tokens.check_ids(start, start + T + 1, self.vocab_size)
         if self.tokens.has_mask:
             y[self.target_mask(starts) == 0] = -1
         return torch.from_numpy(x), torch.from_numpy(y)
@@ -52,17 +53,6 @@ class Windows:
         for row, start in enumerate(starts.tolist()):
             mask[row] = self.tokens.mask(start + 1, start + 1 + T)
         return mask
-
-    def _raise_for_bad_id(self, starts: np.ndarray) -> None:
-        for start in starts.tolist():
-            for shard, first, last in self.tokens.pieces(start, start + self.block_size + 1):
-                ids = shard.ids()[first:last]
-                bad = np.flatnonzero(ids >= self.vocab_size)
-                if len(bad):
-                    raise InputError(
-                        f"{shard.name} holds id {ids[bad[0]]} at token {first + bad[0]:,}, but the model's vocab_size "
-                        f"is {self.vocab_size}: use the dataset that the model was made for, or prepare it again"
-                    )
 
 
 def _rows_per_part(rows: np.ndarray, weights: Sequence[int]) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Generate tokens with a KV cache: prefill, then one decode step per token."""
 
-import types
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -82,10 +81,8 @@ class Decoder:
 
         self._step = self._forward_step
         if compiled:
-            # torch keeps a few compiled versions of each function, and every decoder needs one: compile a copy.
-            copy = types.FunctionType(Decoder._forward_step.__code__.replace(), globals())
             mode = "reduce-overhead" if device_type == "cuda" else None
-            self._step = torch.compile(types.MethodType(copy, self), mode=mode, fullgraph=True, dynamic=False)
+            self._step = torch.compile(self._forward_step, mode=mode, fullgraph=True, dynamic=False)
             for _ in range(3):  # the first step compiles, the others record the CUDA graph
                 self.prefill([[0]] * rows)
                 self.decode_step(torch.zeros(rows, dtype=torch.long))

@@ -45,7 +45,6 @@ MAX_REQUEST_BYTES = 2**20
 MAX_IDS = 50_000  # in a text to continue
 SEND_TIMEOUT_S = 10.0  # for which the model waits for a client to read, over a whole text
 FRAME_S = 1 / 30  # tokens generated within one frame of the screen are sent together
-METRICS_CHUNK_BYTES = 4 * 2**20
 EXAMPLE = '{"prompt": "ROMEO:", "temperature": 0.8}'
 
 Event = dict[str, Any]
@@ -89,29 +88,25 @@ class Playground:
             raise InputError(f"the request is not valid JSON ({error}); send an object such as {EXAMPLE}") from None
         if not isinstance(request, dict) or ("prompt" in request) == ("ids" in request):
             raise InputError(f"the request needs either a prompt or ids; send an object such as {EXAMPLE}")
-        if "prompt" in request:
-            ids = self._encode(request.pop("prompt"))
-        else:
-            ids = request.pop("ids")
-        return self._check_ids(ids), build(RequestSettings, request, "request")
+        ids = self._encode(request.pop("prompt")) if "prompt" in request else request.pop("ids")
+        ids, problems = check(ids, list[Annotated[int, Limits(ge=0, lt=self.vocab_size)]], "ids")
+        if not problems and not 1 <= len(ids) <= MAX_IDS:
+            problems = [f"ids: expected a list of 1 to {MAX_IDS:,} token ids, got {len(ids):,}"]
+        if problems:
+            raise InputError(f"{problems[0]}; send ids from earlier events")
+        return ids, build(RequestSettings, request, "request")
 
-    def _encode(self, prompt: Any) -> Any:
+    def _encode(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):
             raise InputError(f"prompt: expected text, got {type(prompt).__name__}; put it in quotes")
-        if not prompt and self.tokenizer.end_of_text is None:
-            raise InputError("prompt: is empty, and this tokenizer has no token that starts a text; enter a prompt")
-        ids = self.tokenizer.encode(prompt) if prompt else [self.tokenizer.end_of_text]
+        ids = self.tokenizer.encode(prompt)
+        if not prompt:
+            if self.tokenizer.end_of_text is None:
+                raise InputError("prompt: is empty, and this tokenizer has no token that starts a text; enter a prompt")
+            ids = [self.tokenizer.end_of_text]
         block_size = self.model.config.block_size
         if len(ids) > block_size:
             raise InputError(f"prompt: has {len(ids):,} tokens, more than the context of {block_size:,}; shorten it")
-        return ids
-
-    def _check_ids(self, ids: Any) -> list[int]:
-        if not isinstance(ids, list) or not 1 <= len(ids) <= MAX_IDS:
-            raise InputError(f"ids: expected a list of 1 to {MAX_IDS:,} token ids; send ids from earlier events")
-        ids, problems = check(ids, list[Annotated[int, Limits(ge=0, lt=self.vocab_size)]], "ids")
-        if problems:
-            raise InputError(f"{problems[0]}; send ids from earlier events")
         return ids
 
     async def generate(self, ids: list[int], settings: RequestSettings) -> AsyncGenerator[str, None]:
@@ -221,9 +216,9 @@ def read_metrics(path: Path, offset: int, file: str) -> Event:
             if inode != file or offset > status.st_size:
                 offset = 0
             lines.seek(offset)
-            data = lines.read(METRICS_CHUNK_BYTES)
+            data = lines.read()
     except OSError:  # there is no such file yet
-        return {"file": "", "after": 0, "next": 0, "more": False, "points": []}
+        return {"file": "", "after": 0, "next": 0, "points": []}
 
     size = data.rfind(b"\n") + 1
     points = []
@@ -233,22 +228,19 @@ def read_metrics(path: Path, offset: int, file: str) -> Event:
             if isinstance(record, dict) and matches(record.get("step"), Count):
                 fields = ("step", "loss", "train_loss", "val_loss")
                 points.append({name: record[name] for name in fields if matches(record.get(name), float)})
-    more = size > 0 and len(data) == METRICS_CHUNK_BYTES
-    return {"file": inode, "after": offset, "next": offset + size, "more": more, "points": points}
+    return {"file": inode, "after": offset, "next": offset + size, "points": points}
 
 
-def create_app(playground: Playground, name: str, device: str, metrics: Path) -> Starlette:
-    """Create the web application. name, device: for the page's heading. metrics: the run's metrics.jsonl."""
+def create_app(playground: Playground, heading: dict[str, Any], metrics: Path) -> Starlette:
+    """Create the web application. heading: name, parameters and device. metrics: the run's metrics.jsonl."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     page_headers = {"content-security-policy": content_security_policy(page)}
     settings = dataclasses.fields(RequestSettings)
     model_info = {
-        "name": name,
-        "parameters": playground.model.count_parameters(),
+        **heading,
         "context": playground.model.config.block_size,
         "vocab_size": playground.vocab_size,
         "tokenizer": playground.tokenizer.name,
-        "device": device,
         "settings": {key.name: {"default": key.default, "help": key.metadata["help"]} for key in settings},
     }
 
@@ -299,11 +291,8 @@ def create_app(playground: Playground, name: str, device: str, metrics: Path) ->
 
 def content_security_policy(page: str) -> str:
     """Allow the page its own script and style, identified by their hashes, and requests to this server."""
-    hashes = {}
-    for tag in ("script", "style"):
-        _, _, rest = page.partition(f"<{tag}>")
-        content, _, _ = rest.partition(f"</{tag}>")
-        hashes[tag] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    contents = re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
+    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in contents}
     return (
         f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "

@@ -21,20 +21,21 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from nanogpt.console import available_cores
 from nanogpt.data.dataset import open_dataset, token_dtype
 from nanogpt.data.write import SPLITS, SplitState, SplitWriter, move_into_place, write_meta
 from nanogpt.errors import InputError
-from nanogpt.files import atomic_write, output_directory
+from nanogpt.files import atomic_write, lock_file, output_directory
 from nanogpt.text.chat import Chat, template_for
 from nanogpt.text.documents import Document, DocumentParser
 from nanogpt.text.omissions import Omissions
@@ -246,7 +247,12 @@ def _read_all(job: Job, start: Position) -> Iterator[tuple[Chunk, Position]]:
 def worker_pool(workers: int) -> Iterator[Executor]:
     """Start worker processes at once. Raises InputError if one is killed."""
     spawn = multiprocessing.get_context("spawn")  # the threads of pyarrow and tqdm do not survive a fork
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker)
+    pool: Executor
+    try:
+        pool = ProcessPoolExecutor(workers, spawn, _start_worker)
+    except OSError as error:  # some containers have no shared memory, as semaphores need
+        print(f"no worker processes, because the system has no shared memory ({error.strerror}): one thread prepares")
+        pool = ThreadPoolExecutor(1)
     try:
         for _ in range(workers):
             pool.submit(int)
@@ -342,7 +348,7 @@ def prepare(
     number of documents to read. omissions: of finding the sources; what is omitted is printed and in meta.json.
     Raises InputError for input that cannot be read, an empty split, too little disk space.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = workers or available_cores()
     staging = out / "preparing"
     known = tokenizer_spec if isinstance(tokenizer_spec, Tokenizer) else None
     if isinstance(tokenizer_spec, str) and not is_learned(tokenizer_spec):
@@ -360,7 +366,7 @@ def prepare(
     if (out / "meta.json").exists():
         with contextlib.suppress(InputError):
             meta = open_dataset(out, block_size=1).meta
-            if meta.get("made_from") == made_from:
+            if meta.get("made_from") == made_from and not staging.exists():
                 print("made before, of the same input with the same settings")
                 return meta
         print(f"{out} holds a dataset of other input or settings, which this one replaces when it is complete")
@@ -542,14 +548,12 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _lock(staging: Path, out: Path) -> Any:
+def _lock(staging: Path, out: Path) -> IO[bytes]:
     """A context that keeps other processes from preparing the same folder. Raises InputError if one does."""
-    import filelock
-
-    try:
-        return filelock.FileLock(staging / "lock").acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise InputError(f"another process is preparing {out}: wait until it ends, or give another --out") from error
+    lock = lock_file(staging / "lock")
+    if lock is None:
+        raise InputError(f"another process is preparing {out}: wait until it ends, or give another --out")
+    return lock
 
 
 def _clear(staging: Path) -> None:

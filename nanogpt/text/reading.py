@@ -30,6 +30,7 @@ from nanogpt.text.streams import CHUNK_BYTES, LastBlock, decompress, normalize_n
 
 PIECE_BYTES = 2**22  # longer documents are encoded in pieces
 MAX_RECORD_BYTES = 2**28  # a longer line is not JSON but a file without line ends
+TAR_BYTES = 2**16  # of an archive, read at once
 READ_ERRORS = (
     *(OSError, EOFError, ValueError, RuntimeError),
     *(zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile),
@@ -229,9 +230,8 @@ class _Reader:
         """Read the members of an archive, and those of others that are appended to it."""
         rest: IO[bytes] | None = stream.file
         while rest:
-            # Blocks of the format's own size leave the file at the end of the archive.
             blocks: Any = LastBlock(rest)
-            with tarfile.open(fileobj=blocks, mode="r|", bufsize=tarfile.BLOCKSIZE) as archive:
+            with tarfile.open(fileobj=blocks, mode="r|", bufsize=TAR_BYTES) as archive:
                 for member in archive:
                     archive.members = []  # type: ignore[attr-defined]  # or the list grows with the archive
                     name = f"{stream.name}:{member.name}"
@@ -247,7 +247,7 @@ class _Reader:
                     elif not member.isdir():
                         omissions.add(kind, name)
             # tarfile takes a damaged header for the end, but after the end are only zeros, or another archive.
-            rest = skip_zeros(blocks.last, rest)
+            rest = skip_zeros(blocks.from_position(archive.offset), rest)
 
     # ---- rows
 
@@ -279,13 +279,15 @@ class _Reader:
     def _read_json(self, stream: _Stream, omissions: Omissions) -> Iterator[Chunk]:
         """Read JSON lines, which the first line shows; or one array of rows, or one row."""
         blocks = self._read_utf8(stream, omissions)
-        head = bytearray()
+        head = bytearray()  # the first line, and some of what follows it
+        has_line = False
         for block in blocks:
             head += block
-            if len(head) > MAX_RECORD_BYTES or (b"\n" in block and b"\n" in head.lstrip()):
+            has_line = has_line or (b"\n" in block and b"\n" in head.lstrip())
+            if len(head) > MAX_RECORD_BYTES or (has_line and head.lstrip().partition(b"\n")[2].strip()):
                 break
-        first, _, rest = head.lstrip().partition(b"\n")
-        if rest.strip() and _is_row(bytes(first)):
+        line, _, rest = head.lstrip().partition(b"\n")
+        if rest.strip() and _is_row(bytes(line)):
             yield from _cut_records("lines", stream.name, itertools.chain([bytes(head)], blocks), b"\n")
             return
 

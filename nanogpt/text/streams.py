@@ -32,10 +32,16 @@ class LastBlock:
     def __init__(self, file: IO[bytes]):
         self.file = file
         self.last = b""
+        self.position = 0
 
     def read(self, size: int) -> bytes:
         self.last = self.file.read(size)
+        self.position += len(self.last)
         return self.last
+
+    def from_position(self, position: int) -> bytes:
+        """The end of the last block, from a position in the file."""
+        return self.last[len(self.last) - (self.position - position) :] if position < self.position else b""
 
 
 class _Blocks(io.RawIOBase):

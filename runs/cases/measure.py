@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:1] = [str(ROOT), str(ROOT / "runs")]  # not this folder, whose numbers.py is not the library's
+sys.path[:1] = [str(ROOT), str(ROOT / "runs")]  # not this folder, whose numbers.py would hide Python's
 
 from cases.command import Case  # noqa: E402
 from configurator import key, parse  # noqa: E402

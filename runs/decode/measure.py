@@ -74,6 +74,8 @@ class Int8Linear(nn.Module):
 
 def decoding(model: GPT, rows: int, compiled: bool, amp: Any) -> tuple[Decoder, Make]:
     """Return a decoder and a function that makes its step; one decoder for all contexts, so compiled once."""
+    if compiled:
+        torch._dynamo.reset()  # the versions compiled for other decoders count against a limit
     with amp:
         decoder = Decoder(model, rows, compiled=compiled)
 

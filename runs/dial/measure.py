@@ -43,14 +43,14 @@ from nanogpt import scaling
 from nanogpt.errors import run_script
 width = int(sys.argv.pop(1))
 lr_ratio = float(sys.argv.pop(1))
-original_recipe = scaling.recipe
+original_recipe = scaling.make_recipe
 def recipe(*args):
     keys = original_recipe(*args)
     return keys | {name: lr_ratio * keys[name] for name in ("learning_rate", "muon_lr")}
-scaling.recipe = recipe
+scaling.make_recipe = recipe
 budget.WIDTHS = [width]
 budget.PILOT_WIDTH = width
-budget.SpeedTrial.difficulty = lambda *_: 1.0
+budget.SpeedTrial.measure_difficulty = lambda *_: 1.0
 run_script(train.main)
 """
 

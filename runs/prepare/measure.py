@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runs/shakespeare_char_cpu")]
 
 from compare_with_nanogpt import machine  # noqa: E402
 
-from nanogpt.text.sources import hash_fraction  # noqa: E402
+from nanogpt.text.reading import hash_fraction  # noqa: E402
 
 VAL_SHARE = 0.01
 

@@ -25,6 +25,7 @@ from nanogpt import checkpoint  # noqa: E402
 from nanogpt.device import disable_malloc_trim  # noqa: E402
 from nanogpt.distributed import World  # noqa: E402
 from nanogpt.optim import Optimizer  # noqa: E402
+from nanogpt.run_dir import RunDir  # noqa: E402
 
 ROUNDS = 5
 
@@ -38,7 +39,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         out_dir = Path(folder)
-        with checkpoint.Writer(out_dir, 0, 0.0, None) as writer:
+        with checkpoint.Writer(RunDir(out_dir), 0, 0.0, None) as writer:
             for number in range(ROUNDS):
                 state = {"step": 2 * number, "val_loss": None}
                 start = time.perf_counter()

@@ -22,11 +22,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path(__file__).with_name("runs.jsonl")
@@ -105,12 +108,14 @@ def point(stage: str, width: int, tokens: int, **more: Any) -> dict[str, Any]:
 
 
 def work(width: int, tokens: int) -> float:
-    return scaling.weights(scaling.shape(width)) * tokens
+    return scaling.count_weights(width) * tokens
 
 
 def train_keys(point: dict[str, Any]) -> dict[str, Any]:
     """The keys of train.py for a point of the ladder."""
-    keys = scaling.recipe(point["n_embd"], point["tokens"], point["block_size"]) | {"block_size": point["block_size"]}
+    keys = scaling.make_recipe(point["n_embd"], point["tokens"], point["block_size"]) | {
+        "block_size": point["block_size"]
+    }
     if point["rate"]:
         keys |= {"muon_lr": point["rate"], "learning_rate": scaling.ADAMW_LR_RATIO * point["rate"]}
     if point["fall"]:
@@ -133,7 +138,7 @@ def run(point: dict[str, Any], data: Path, work: Path, lock: threading.Lock) -> 
         raise SystemExit(f"{log}: status {done.returncode}")
     lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(lines) if "val_loss" in line)
-    result = point | {"weights": scaling.weights(scaling.shape(point["n_embd"])), "tokens_run": last["tokens"]}
+    result = point | {"weights": scaling.count_weights(point["n_embd"]), "tokens_run": last["tokens"]}
     result |= {"rows": keys["batch_size"], "muon_lr": keys["muon_lr"], "val_loss": last["val_loss"]}
     result |= {"time_s": last["time_s"]}
     with lock, RUNS.open("a") as file:
@@ -144,16 +149,39 @@ def run(point: dict[str, Any], data: Path, work: Path, lock: threading.Lock) -> 
 def predict(points: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
     """Add the predictions of the ladder's law for the coming runs; earlier predictions stay."""
     ladder = [result for result in results if result["stage"] == "ladder"]
-    law = scaling.fit([(result["weights"], result["tokens_run"], result["val_loss"]) for result in ladder])
+    law = fit_law([(result["weights"], result["tokens_run"], result["val_loss"]) for result in ladder])
     predictions = json.loads(PREDICTION.read_text()) if PREDICTION.exists() else []
     for point in points[len(predictions) :]:
         keys = train_keys(point)
-        size = scaling.weights(scaling.shape(point["n_embd"]))
+        size = scaling.count_weights(point["n_embd"])
         tokens = keys["max_iters"] * keys["batch_size"] * T
-        prediction = {"weights": size, "tokens": tokens, "val_loss": law.loss(size, tokens), "law": asdict(law)}
+        prediction = {"weights": size, "tokens": tokens, "val_loss": law.predict_loss(size, tokens), "law": asdict(law)}
         predictions.append(prediction | {"on": f"{datetime.now():%Y-%m-%d %H:%M}"})
     PREDICTION.write_text(json.dumps(predictions, indent=1) + "\n")
     print(PREDICTION.read_text())
+
+
+def fit_law(points: Sequence[tuple[float, float, float]]) -> scaling.Law:
+    """The law nearest to points (N, D, loss), by least squares of the relative errors.
+
+    With the exponents given the rest is linear, so a grid of exponents is searched, finer and finer.
+    """
+    N, D, loss = np.array(points, float).T
+    center = np.array([0.5, 0.5])
+    width = 0.45
+    while width > 1e-4:
+        axes = [np.linspace(x - width, x + width, 11).clip(0.02) for x in center]
+        alpha, beta = (grid.ravel() for grid in np.meshgrid(*axes))
+        terms = [np.ones((len(alpha), len(N))), (N / N[0]) ** -alpha[:, None], (D / D[0]) ** -beta[:, None]]
+        columns = np.stack(terms, -1) / loss[:, None]  # (exponents, points, 3)
+        gram = columns.mT @ columns + 1e-12 * np.eye(3)
+        solution = np.linalg.solve(gram, columns.sum(1)[..., None])  # (exponents, 3, 1)
+        best = ((columns @ solution - 1) ** 2).sum((1, 2)).argmin()
+        center = np.array([alpha[best], beta[best]])
+        width /= 2
+    E, A, B = solution[best, :, 0].tolist()
+    alpha, beta = center.tolist()
+    return scaling.Law(E, A * N[0].item() ** alpha, B * D[0].item() ** beta, alpha, beta)
 
 
 def open_part(data: Path, unique: int | None, work: Path, lock: threading.Lock) -> Path:

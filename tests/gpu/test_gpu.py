@@ -191,11 +191,11 @@ def test_peak_memory_is_near_the_estimate(letters: Path):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         config = make_config(dataset=letters, block_size=512, batch_size=32, n_layer=6, **keys)
-        world, info, steps = open_our_steps(config, {})
+        world, model_config, steps = open_our_steps(config, {})
         time_steps(steps, 2, world)
         peak = torch.cuda.max_memory_allocated() - before
         with torch.device("meta"):
-            model = GPT(info.config)
+            model = GPT(model_config)
         assert 0.5 < peak / estimate_training_memory(model, config.optimizer, 32, 512, world.dtype) < 1.2
         del steps
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, Run, environment, flags
 
+from model import GPT
 from nanogpt import checkpoint, distributed, memory
 from nanogpt import metrics as metrics_module
 from nanogpt.data.rows import Rows
@@ -206,17 +207,18 @@ def test_a_state_of_impossible_sizes_is_refused(
     run: Run, used: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any]
 ):
     """Before they take memory, and though the hashes match."""
-    original = checkpoint.load_latest
+    original = checkpoint.load
 
-    def load_latest(*args: Any) -> checkpoint.Checkpoint | None:
-        resumed = original(*args)
-        assert resumed
-        resumed.state["model"] |= sizes
-        return resumed
+    def load(*args: Any, **keys: Any) -> checkpoint.Checkpoint:
+        loaded = original(*args, **keys)
+        loaded.state["model"] |= sizes
+        return loaded
 
-    monkeypatch.setattr(checkpoint, "load_latest", load_latest)
+    monkeypatch.setattr(checkpoint, "load", load)
     message = refuse(run, out_dir="out", resume=True, **NO_SIZES)
-    assert message.startswith("out/ckpt/step-000003/state.json: ")
+    assert message.startswith("out/ckpt/step-000003 is damaged: state.json: ")
+    with pytest.raises(InputError, match=re.escape(message)):
+        GPT.from_checkpoint("out")
     assert "\n" not in message
 
 

@@ -56,12 +56,12 @@ def simulate(letters: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
             trial.vocab_size = 83
 
         def measure(trial: budget.SpeedTrial, width: int, config: TrainConfig) -> None:
-            trial.speeds[width] = trial.agree(token_s(trial.flops(width)))
+            trial.speeds[width] = trial.agree(token_s(trial.count_flops(width)))
 
         with monkeypatch.context() as patch:
             patch.setattr(budget.SpeedTrial, "__init__", init)
-            patch.setattr(budget.SpeedTrial, "measure", measure)
-            patch.setattr(budget.SpeedTrial, "difficulty", lambda *_: 1.1)
+            patch.setattr(budget.SpeedTrial, "measure_speed", measure)
+            patch.setattr(budget.SpeedTrial, "measure_difficulty", lambda *_: 1.1)
             config = TrainConfig(dataset=str(letters), minutes=minutes, block_size=16, device="cpu")
             return budget.choose(config, WORLD, train_step)
 
@@ -80,9 +80,9 @@ def test_choice_is_the_best_of_all_widths(simulate: Any, clock: list[float], min
     losses = {}
     speeds = {}
     for width in budget.WIDTHS:
-        size = scaling.weights(scaling.shape(width))
+        size = scaling.count_weights(width)
         speeds[width] = token_s(6 * (size + width * 83))
-        losses[width] = scaling.LAW.loss(size, left_s / speeds[width])
+        losses[width] = scaling.LAW.predict_loss(size, left_s / speeds[width])
     best = min(losses.values())
     assert losses[chosen.n_embd] == pytest.approx(best, rel=3e-3)
     assert plan["expected_loss"] == pytest.approx(1.1 * budget.SHORT_DECAY_PENALTY * best, rel=3e-3)
@@ -100,7 +100,7 @@ def test_small_texts_end_early_instead_of_overfitting(simulate: Any, clock: list
         chosen, plan = simulate(minutes, num_tokens, lambda flops: 1e-11 * flops)
         assert plan["expected_loss"] < 1.003 * before
         before = plan["expected_loss"]
-        size = scaling.weights(scaling.shape(chosen.n_embd))
+        size = scaling.count_weights(chosen.n_embd)
         assert size < budget.MAX_WEIGHTS_PER_TOKEN * num_tokens or chosen.n_embd == budget.WIDTHS[0]
         if chosen.schedule == "trapezoid":
             assert chosen.decay_iters == pytest.approx(budget.DECAY_SHARE * chosen.max_iters, abs=1)
@@ -124,7 +124,7 @@ def test_ranks_choose_the_same(letters: Path, monkeypatch: pytest.MonkeyPatch, i
             return total
 
     def measure(trial: budget.SpeedTrial, width: int, config: TrainConfig) -> None:
-        trial.speeds[width] = trial.agree((1 + this.rank) * 1e-11 * trial.flops(width))
+        trial.speeds[width] = trial.agree((1 + this.rank) * 1e-11 * trial.count_flops(width))
 
     def difficulty(*_: Any) -> float:
         return 1 + 0.1 * this.rank if is_known or this.rank == 0 else math.nan
@@ -134,8 +134,8 @@ def test_ranks_choose_the_same(letters: Path, monkeypatch: pytest.MonkeyPatch, i
         world = ThreadWorld(rank, 2, torch.device("cpu"), torch.float32)
         return budget.choose(config, world, train_step)
 
-    monkeypatch.setattr(budget.SpeedTrial, "measure", measure)
-    monkeypatch.setattr(budget.SpeedTrial, "difficulty", difficulty)
+    monkeypatch.setattr(budget.SpeedTrial, "measure_speed", measure)
+    monkeypatch.setattr(budget.SpeedTrial, "measure_difficulty", difficulty)
     monkeypatch.setattr(budget, "fits_in_memory", lambda needed, _: needed < (5e6 if this.rank else 1e9))
     monkeypatch.setattr(budget, "process_age", lambda: 1 + 9 * this.rank)
     config = TrainConfig(dataset=str(letters), minutes=1.0, block_size=16, device="cpu")
@@ -151,12 +151,12 @@ def test_trial_of_one_rank_trains_its_share(letters: Path, monkeypatch: pytest.M
     world = World(0, 4, WORLD.device, WORLD.dtype)
     monkeypatch.setattr(World, "all_reduce_sum", lambda self, values: values * self.size)
     trial = budget.SpeedTrial(TrainConfig(dataset=str(letters), block_size=16), world, train_step)
-    config = trial.settings(32, 1e3, num_processes=4)
+    config = trial.make_config(32, 1e3, num_processes=4)
     assert (config.batch_size, config.rows_per_step) == (1, 4)
-    trial.measure(32, config)
-    assert 0 < trial.token_s(32) < trial.token_s(64) < trial.token_s(512)
+    trial.measure_speed(32, config)
+    assert 0 < trial.predict_token_s(32) < trial.predict_token_s(64) < trial.predict_token_s(512)
     monkeypatch.setattr(budget, "fits_in_memory", lambda *_: False)
-    assert trial.largest_micro_batch(config) is None
+    assert trial.pick_micro_batch(config) is None
 
 
 # --- The clock during a run

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import environment
+from conftest import AtStep, Run, environment, steps
 from random_models import save_as_nanogpt
 
 from nanogpt.data.write import write_dataset
+from nanogpt.errors import RunStopped
 from nanogpt.interop.huggingface import read_weights
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -202,3 +204,12 @@ def test_all_that_nanogpt_may_save_is_read(foreign: Any, tmp_path: Path, old: bo
     weights = read_weights(tmp_path / "ckpt.pt")
     assert weights.train_config["dataset"] == "x"
     assert torch.equal(weights.tensors["token_embedding.weight"], foreign.transformer.wte.weight)
+
+
+def test_data_that_is_cut_in_mid_run_stops_the_run(run: Run, letters: Path, at_step: AtStep):
+    """Memory beyond the end of a mapped file kills a process that reads it."""
+    shutil.copytree(letters, "data")
+    at_step(10, lambda: os.truncate("data/train.bin", 100))
+    with pytest.raises(RunStopped, match=r"data/train.bin or its mask was cut short"):
+        run(dataset="data", out_dir="out")
+    assert steps("out") == [8]

@@ -1,10 +1,14 @@
 """Stop and resume: to the bit, whatever stopped the run; settings and sizes after a resume."""
 
+import hashlib
+import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import MIXTURE, Run, SignalAt, assert_same_checkpoint, metrics, steps
 
@@ -114,3 +118,67 @@ def test_sizes_come_from_the_checkpoint(run: Run, capsys: pytest.CaptureFixture[
     with pytest.raises(InputError, match=r"^n_embd=32: the run in out has n_embd=16"):
         run("wider.py", out_dir="out", resume=True, max_iters=4, **sizes | {"n_embd": 32})
     assert steps("out") == [1, 3]
+
+
+def prepare_anew(folder: Path, split: str, has_meta: bool) -> None:
+    """Other tokens, as many as before."""
+    ids = np.fromfile(folder / f"{split}.bin", "<u2")
+    np.roll(ids, 1).tofile(folder / f"{split}.bin")
+    if has_meta:
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["splits"][split]["sha256"] = hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("has_meta", [True, False])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_data_that_changed_is_refused_unless_it_is_accepted(
+    run: Run, letters: Path, capsys: pytest.CaptureFixture[str], split: str, has_meta: bool
+):
+    shutil.copytree(letters, "data")
+    if not has_meta:
+        Path("data/meta.json").unlink()
+    run(dataset="data", out_dir="out", max_iters=8)
+    shutil.copytree("data", "moved")
+    assert run(dataset="moved", out_dir="out", max_iters=9, resume=True) == 0  # the same data elsewhere
+    prepare_anew(Path("moved"), split, has_meta)
+    keys = {"dataset": "moved", "out_dir": "out", "max_iters": 16}
+    for resume in (True, "auto"):
+        with pytest.raises(InputError, match=f"dataset=moved: the {split} tokens are not .* give --new_data=True"):
+            run(resume=resume, **keys)
+    assert run(resume=True, eval_only=True, **keys) == 0
+    capsys.readouterr()
+    best = checkpoint.load(Path("out/ckpt/step-000009")).state["best_val_loss"]
+    assert run(resume=True, new_data=True, **keys) == 0
+    assert ("losses are compared from here on only" in capsys.readouterr().out) == (split == "val")
+    state = checkpoint.load(Path("out/ckpt/step-000016")).state
+    own = min(loss for step, loss in metrics("out", "step", "val_loss") if step > 9)
+    assert state["best_val_loss"] == (own if split == "val" else min(best, own))
+    assert run(resume=True, **keys | {"max_iters": 17}) == 0  # accepted once is enough
+
+
+def test_checkpoints_without_the_hashes_of_their_data_are_resumed(run: Run, letters: Path):
+    shutil.copytree(letters, "data")
+    run(dataset="data", out_dir="out", max_iters=3)
+    change_state(Path("out/ckpt/step-000003"), lambda state: state.pop("data"))
+    prepare_anew(Path("data"), "train", has_meta=True)
+    assert run(dataset="data", out_dir="out", max_iters=4, resume=True) == 0
+
+
+def test_steps_beyond_the_integers_of_float32(run: Run):
+    run(out_dir="out", max_iters=2)
+    step = 2**24 + 1
+    change_state(Path("out/ckpt/step-000002"), lambda state: state.update(step=step))
+    Path("out/ckpt/step-000002").rename(f"out/ckpt/step-{step}")
+    assert run(out_dir="out", resume=True, max_iters=step + 1) == 0
+    assert steps("out") == [step, step + 1]
+
+
+def change_state(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change state.json, and its hash in the manifest."""
+    state = json.loads((path / "state.json").read_text())
+    change(state)
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["sha256"]["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+    (path / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))

@@ -1,7 +1,10 @@
 """The directory of a run: locked, archived, what is saved in it and when, damaged checkpoints, small disks."""
 
+import errno
+import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Run, assert_same_checkpoint, environment, flags, metrics, steps
+import safetensors.torch
+from conftest import TINY, AtStep, Run, assert_same_checkpoint, environment, flags, metrics, steps
 
 import train
 from model import GPT
 from nanogpt import checkpoint
 from nanogpt.errors import InputError
-from nanogpt.metrics import MetricsWriter
-from nanogpt.run_dir import RunLock, archive_previous_run
+from nanogpt.run_dir import RunDir
 from nanogpt.text.tokenizer import Tokenizer
 
 IS_LOCKED = "a run is writing there now"
@@ -35,7 +38,7 @@ def damage(step: int) -> None:
 def test_a_locked_folder_is_refused_and_unchanged(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run(out_dir="out", max_iters=2)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with RunLock(Path("out")):
+    with RunDir(Path("out")):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "load_latest", lambda *_: pytest.fail("read before it is locked"))
             for resume in (True, "auto", False):
@@ -46,6 +49,11 @@ def test_a_locked_folder_is_refused_and_unchanged(run: Run, tmp_path: Path, monk
     assert run(out_dir="out", resume=True, max_iters=4) == 0
 
 
+def refuse(out_dir: Path) -> None:
+    with pytest.raises(InputError, match=IS_LOCKED), RunDir(out_dir):
+        pass
+
+
 def test_a_folder_moves_with_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Between the old run's folder and the new one there is no instant for another run."""
     out = tmp_path / "out"
@@ -54,52 +62,166 @@ def test_a_folder_moves_with_its_lock(tmp_path: Path, monkeypatch: pytest.Monkey
     original, renamed = Path.rename, []
 
     def rename(path: Path, target: Path) -> Path:
-        with pytest.raises(InputError, match=IS_LOCKED):
-            RunLock(out).acquire()
+        refuse(out)
         renamed.append(path)
         return original(path, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    with RunLock(out) as lock:
-        assert archive_previous_run(lock) == tmp_path / "out.1"
+    with RunDir(out) as run_dir:
+        assert run_dir.archive_previous_run() == tmp_path / "out.1"
         assert renamed == [out]
-        with pytest.raises(InputError, match=IS_LOCKED):
-            RunLock(out).acquire()
-        RunLock(tmp_path / "out.1").acquire()  # the old folder is free
+        refuse(out)
+        with RunDir(tmp_path / "out.1"):  # the old folder is free
+            pass
 
 
-def test_a_folder_deleted_in_mid_run_is_created_and_locked_again(
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    at_step: Callable[[int, Callable[[], Any]], None],
-    capsys: pytest.CaptureFixture[str],
+def test_a_folder_is_claimed_at_once_under_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("disk").mkdir()
+    Path("link").symlink_to("disk/run")
+    with RunDir(Path("link")) as run_dir:
+        for name in ("link", "disk/run", "disk/../disk/run", str(tmp_path / "disk/run")):
+            refuse(Path(name))
+        Path("link").unlink()
+        Path("link").symlink_to("elsewhere")  # which is no business of the run
+        assert run_dir.follow() == tmp_path / "disk/run"
+    assert [*Path("disk").iterdir()] == []  # created for nothing
+    Path("disk/run").mkdir()
+    Path("disk/run/metrics.jsonl").touch()
+    Path("link").unlink()
+    Path("link").symlink_to("disk/run")
+    with RunDir(Path("link")) as run_dir:
+        assert run_dir.archive_previous_run() == tmp_path / "disk/run.1"  # the link keeps its target
+        assert [path.name for path in Path("link").iterdir()] == [".lock"]
+
+
+def test_no_error_of_use_leaves_a_folder(run: Run):
+    with pytest.raises(InputError):
+        run(out_dir="deep/er/out", dataset="none")
+    assert not Path("deep").exists()
+
+
+def rename(run_dir: RunDir) -> str:
+    Path("out").rename("moved")
+    return "moved"
+
+
+def rename_and_start_another(run_dir: RunDir) -> str:
+    Path("out").rename("moved")
+    shutil.copytree("moved", "out")
+    return "moved"
+
+
+def delete(run_dir: RunDir) -> str:
+    shutil.rmtree("out")
+    return "out"
+
+
+def delete_with_the_folder_above(run_dir: RunDir) -> str:
+    shutil.rmtree(Path().resolve())
+    return "out"
+
+
+def delete_the_lock(run_dir: RunDir) -> str:
+    Path("out/.lock").unlink()
+    return "out"
+
+
+def replace(run_dir: RunDir) -> str:
+    Path("away").mkdir()
+    Path("out").rename("away/out")
+    Path("out/ckpt/step-000001").mkdir(parents=True)
+    return "out.1"
+
+
+@pytest.mark.parametrize(
+    "deed", [rename, rename_and_start_another, delete, delete_with_the_folder_above, delete_the_lock, replace]
+)
+def test_a_run_follows_its_own_folder(
+    deed: Callable[[RunDir], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    writers: list[checkpoint.Writer] = []
-    refused = []
-    enter, sync = checkpoint.Writer.__enter__, MetricsWriter.sync
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    with RunDir(home / "out") as run_dir:
+        Path("out/metrics.jsonl").touch()
+        expected = home / deed(run_dir)
+        monkeypatch.chdir(tmp_path)
+        before = {path: path.read_bytes() for path in (home / "out").rglob("*") if path.is_file()}
+        assert run_dir.follow() == expected
+        assert capsys.readouterr().out.count("warning: ") == 1
+        assert run_dir.follow() == expected
+        assert capsys.readouterr().out == ""
+        refuse(expected)
+        if expected.name != "out":
+            assert {path: path.read_bytes() for path in (home / "out").rglob("*") if path.is_file()} == before
 
-    def watched_enter(writer: checkpoint.Writer) -> checkpoint.Writer:
-        writers.append(writer)
-        return enter(writer)
 
-    def watched_sync(writer: MetricsWriter, lock: RunLock) -> None:
-        sync(writer, lock)
-        with pytest.raises(InputError, match=IS_LOCKED):
-            RunLock(Path("out")).acquire()
-        refused.append(True)
+def test_a_lost_lock_that_another_run_has_taken_is_not_taken_back(tmp_path: Path):
+    with RunDir(tmp_path / "out") as run_dir:
+        (tmp_path / "out/.lock").unlink()
+        with RunDir(tmp_path / "out") as other:
+            assert run_dir.follow() == tmp_path / "out.1"
+            assert other.follow() == tmp_path / "out"
 
-    def delete() -> None:
-        writers[0].wait()  # or it would write into the folder that is being deleted
-        shutil.rmtree("out")
 
-    monkeypatch.setattr(checkpoint.Writer, "__enter__", watched_enter)
-    monkeypatch.setattr(MetricsWriter, "sync", watched_sync)
-    at_step(10, delete)
+@pytest.mark.parametrize("call", ["flock", "fsync"])
+def test_a_file_system_without_locks_or_sync_of_folders_is_used(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
+):
+    import fcntl
+
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(*{"flock": (fcntl, "flock", flock), "fsync": (os, "fsync", fsync)}[call])
     assert run(out_dir="out") == 0
-    assert len(refused) == 3
-    assert "warning: out/metrics.jsonl was deleted" in capsys.readouterr().out
-    assert steps("out") == [16, 20]
-    assert metrics("out", "step", "loss")[-1][0] == 20
+    assert ("warning: out cannot be locked" in capsys.readouterr().out) == (call == "flock")
+    assert steps("out")[-1] == 20
+
+
+@pytest.mark.parametrize("deed", [rename, rename_and_start_another, delete, replace])
+@pytest.mark.parametrize("step", [3, 10])
+def test_a_folder_taken_away_in_mid_run_costs_no_step(
+    run: Run, at_step: AtStep, monkeypatch: pytest.MonkeyPatch, deed: Callable[[RunDir], str], step: int
+):
+    """Before the first save, and between two."""
+    entered: list[checkpoint.Writer] = []
+    enter = checkpoint.Writer.__enter__
+    monkeypatch.setattr(checkpoint.Writer, "__enter__", lambda writer: entered.append(writer) or enter(writer))
+    places: list[Any] = []
+
+    def act() -> None:
+        entered[0].wait()  # or it would write into the folder that is being deleted
+        places.append(deed(entered[0].run_dir))
+        places.append({path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()})
+
+    at_step(step, act)
+    assert run(out_dir="out") == 0
+    place, others = places
+    assert steps(place)[-1] == 20
+    assert [n for (n,) in metrics(place, "step") if n] == [*range(1, 9), 8, *range(9, 17), 16, *range(17, 21), 20]
+    if place != "out":
+        assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == others
+    assert run(out_dir=place, resume=True, max_iters=22) == 0
+
+
+def test_a_folder_renamed_amid_a_save_gets_it(run: Run, monkeypatch: pytest.MonkeyPatch):
+    save_file = safetensors.torch.save_file
+
+    def rename_and_save(tensors: Any, path: Path) -> None:
+        if "step-000016" in str(path) and Path("out").exists():
+            Path("out").rename("moved")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", rename_and_save)
+    assert run(out_dir="out") == 0
+    assert steps("moved") == [8, 16, 20] or steps("moved") == [16, 20]
+    assert not Path("out").exists()
 
 
 # ---- the previous run
@@ -121,7 +243,7 @@ def test_a_previous_run_is_archived(run: Run, capsys: pytest.CaptureFixture[str]
     assert not Path("mine.1").exists()
 
 
-@pytest.mark.parametrize("name", ["run/", "deep/er/run", "../run.gpt", "out of März", "出力/ö"])
+@pytest.mark.parametrize("name", ["run/", "deep/er/run", "../run.gpt", "out of März", "出力/ö", os.fsdecode(b"\xff")])
 def test_out_dir_in_any_spelling(run: Run, name: str):
     run(out_dir=name, max_iters=1)
     run(out_dir=name, max_iters=2)

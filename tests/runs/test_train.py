@@ -331,7 +331,7 @@ def test_a_signal_to_the_process_saves_and_ends_it(number: signal.Signals, lette
     assert process.returncode == 128 + number
     (step,) = steps(tmp_path / "out")
     assert step >= 20
-    assert f"stopped at step {step} by a signal; saved: resume with --resume=True" in output
+    assert f"stopped at step {step} by a signal; saved: resume with --out_dir=" in output
     assert "Traceback" not in output
     assert metrics(tmp_path / "out")[-1]["step"] == step
     assert checkpoint.load(tmp_path / f"out/ckpt/step-{step:06d}").state["samples"] == 4 * step

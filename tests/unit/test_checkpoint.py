@@ -19,6 +19,7 @@ from conftest import steps
 
 from nanogpt import checkpoint
 from nanogpt.errors import InputError, RunStopped
+from nanogpt.run_dir import RunDir
 from nanogpt.text.tokenizer import Tokenizer
 
 FILES = ("MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
@@ -209,7 +210,7 @@ def test_writer_saves_while_training_continues(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
     weights = torch.zeros(3)
-    with checkpoint.Writer(tmp_path, 0, 0.0, None) as writer:
+    with checkpoint.Writer(RunDir(tmp_path), 0, 0.0, None) as writer:
         writer.save({"w": weights}, {"w/step": weights}, make_state(1))
         assert has_begun.acquire(timeout=10)
         weights += 1  # the next update, before anything is on disk
@@ -226,7 +227,7 @@ def test_an_interrupt_does_not_wait_for_the_writer(tmp_path: Path, monkeypatch: 
     save(tmp_path, 1)
     may_write, original = threading.Event(), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *args: may_write.wait(60) and original(*args))
-    writer = checkpoint.Writer(tmp_path, 0, 0.0, None)
+    writer = checkpoint.Writer(RunDir(tmp_path), 0, 0.0, None)
     write(writer, 2)
     writer.__exit__(KeyboardInterrupt)  # would wait for a minute
     assert steps(tmp_path) == [1]
@@ -241,7 +242,7 @@ def test_writer_reports_a_failed_save_and_tries_again(
 ):
     monkeypatch.setattr(checkpoint, "RETRY_S", 0.0)
     warning = "warning: .*step-00000{} could not be written .*; trying again in 0 s"
-    with checkpoint.Writer(tmp_path, 0, 15.0, None) as writer:
+    with checkpoint.Writer(RunDir(tmp_path), 0, 15.0, None) as writer:
         write(writer, 1)
         assert not writer.overdue()
         write(writer, 2, size=1_000_000)
@@ -265,7 +266,7 @@ def assert_falls_back(out_dir: Path, capsys: pytest.CaptureFixture[str], to: int
     """Checkpoints after step `to` are refused and named, and that one is loaded."""
     capsys.readouterr()
     for step in range(24, to, -8):
-        with pytest.raises(InputError, match=f"step-{step:06d} is damaged: .*; use another checkpoint") as caught:
+        with pytest.raises(InputError, match=f"step-{step:06d} is damaged: .*; an earlier one may be intact") as caught:
             checkpoint.load(out_dir / f"ckpt/step-{step:06d}")
         assert "\n" not in str(caught.value)
     loaded = checkpoint.load_latest(out_dir, True)

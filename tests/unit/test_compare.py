@@ -1,6 +1,7 @@
 """compare.py: means and interpolations worked out by hand, repeats grouped, damaged files named."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,9 @@ TIMED = BASE | {"minutes": 1.0, "max_iters": 400, "decay_iters": 80, "eval_iters
         ([BASE, BASE | {"seed": 2}], ["run0 (2 runs)"]),
         ([None, None], ["run0", "run1"]),
         ([TIMED, TIMED | {"seed": 2, "max_iters": 401}], ["run0 (2 runs)"]),
+        ([BASE, BASE, BASE | {"seed": 2}, BASE], ["run0 (2 runs)", "run1", "run3"]),  # the same seed is no repeat
+        ([BASE, BASE | {"n_head": 2}, BASE], ["n_head=4 run0", "n_head=2", "n_head=4 run2"]),
+        ([BASE, BASE | {"seed": 2, "new_key": None}], ["run0 (2 runs)"]),
         ([BASE | {"max_iters": 400}, BASE | {"max_iters": 401}], ["max_iters=400", "max_iters=401"]),
         ([BASE, BASE | dict.fromkeys("uvwxyz", 1)], ["run0", "run1"]),  # too many differences for a label
     ],
@@ -127,6 +131,39 @@ def test_read_run_forgives_only_an_incomplete_last_line(make_run: MakeRun):
             read_run(make_run(name, [4.0], tail=line + '\n{"step": 30}\n'))
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({"step": None}, "step: expected a whole number"),
+        ({"step": 10**400}, "step: expected a whole number"),
+        ({"time_s": -1.0}, "time_s: must be at least 0"),
+        ({"val_loss": 1e300}, r"val_loss: must be at most 1e\+38"),
+        ({"val_bpb": "0.5"}, "val_bpb: expected a finite number or None"),
+        ({name: [1] for name in NORMS}, "layer_grad_norms: expected an object"),
+    ],
+)
+def test_a_line_that_cannot_be_drawn_is_named(make_run: MakeRun, line: dict[str, Any], problem: str):
+    full = {"step": 20, "tokens": 2000, "time_s": 20.0, "val_loss": 1.0} | line
+    with pytest.raises(InputError, match=rf"metrics\.jsonl:5: damaged line \({problem}"):
+        read_run(make_run("a", [4.0, 3.0], tail=json.dumps(full) + "\n\n"))
+
+
+def test_the_lines_of_two_runs_are_refused(make_run: MakeRun):
+    run = make_run("a", [4.0, 3.0])
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() * 2)
+    with pytest.raises(InputError, match="step goes back, as in a file of two runs"):
+        read_run(run)
+
+
+def test_a_run_counts_once_by_whatever_path(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    run = make_run("a", [4.0, 3.0], BASE)
+    (tmp_path / "link").symlink_to(run)
+    main([str(run), f"{run}/", str(tmp_path / "link"), f"--out={tmp_path / 'x.png'}"])
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert rows.count(["a", "3.0000"]) == 1
+
+
 def test_main_names_every_unreadable_run(make_run: MakeRun, tmp_path: Path):
     with pytest.raises(InputError) as caught:
         main([str(tmp_path / "nowhere"), str(make_run("a", [4.0])), str(make_run("empty", []))])
@@ -142,6 +179,22 @@ def test_picture_of_one_evaluation_and_of_nan(make_run: MakeRun, tmp_path: Path)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match=r"--out=.*\.png, \.svg or \.pdf"):
         main([*runs, f"--out={tmp_path / 'x.docx'}"])
+    main([*runs, f"--out={tmp_path / 'picture'}"])
+    assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")  # under its own name, without a suffix
+    assert not (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_picture_labels_are_the_names(make_run: MakeRun, tmp_path: Path):
+    """Also those that matplotlib takes for formulas, or hides."""
+    pytest.importorskip("matplotlib")
+    names = ["_hidden", "$x^{$", "a\udcffb"]
+    norms = {name: {"_layer$_$": 0.5} for name in NORMS}
+    runs = [str(make_run(name, [4.0, 3.0], tail=json.dumps({"step": 10} | norms) + "\n")) for name in names]
+    main([*runs, f"--out={tmp_path / 'x.svg'}"])
+    comments = re.findall("<!-- (.*) -->", (tmp_path / "x.svg").read_text())
+    seen = [comments.count(label) for label in (" _hidden", "$x^{$", "a\\udcffb", " _layer$_$")]
+    assert seen == [2, 2, 2, 3]  # in the legend and above the norms; of the layer in the legend of each run's norms
 
 
 def test_picture_has_a_row_for_layer_norms(make_run: MakeRun, tmp_path: Path):

@@ -57,3 +57,10 @@ def test_requests_obey_the_sum_over_the_ranks():
     assert (requests.exit_status, requests.save, requests.decay_steps) == (130, True, 12)
     requests.add([Control(terminate=1.0)])
     assert (requests.exit_status, requests.save, requests.decay_steps) == (143, True, 0)
+
+
+def test_a_run_that_saves_nothing_is_interrupted_at_once():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    SignalCatcher(can_save=False)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)

@@ -1,5 +1,6 @@
 """Stopwatch, values read a step late, and metrics.jsonl."""
 
+import os
 import resource
 import time
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from nanogpt.control import Control
-from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats, Stopwatch
+from nanogpt.errors import InputError
+from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats, Stopwatch, read_stop_reason
+from nanogpt.run_dir import RunDir
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def test_deferred_read_holds_back_the_last_value(clock: list[float]):
 
 def write(out_dir: Path, step: int, *lines: dict[str, Any], is_evaluated: bool = True) -> list[str]:
     """Resume metrics.jsonl at `step`, append lines, and return the file's lines."""
-    writer = MetricsWriter(out_dir, step, is_evaluated)
+    writer = MetricsWriter(RunDir(out_dir), step, is_evaluated)
     for line in lines:
         writer.log(line)
     writer.close()
@@ -85,7 +88,7 @@ def test_an_evaluation_that_is_repeated_is_dropped(tmp_path: Path, is_evaluated:
 
 
 def test_a_full_disk_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    writer = MetricsWriter(tmp_path, 0, is_evaluated=True)
+    writer = MetricsWriter(RunDir(tmp_path), 0, is_evaluated=True)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
     try:
@@ -98,3 +101,52 @@ def test_a_full_disk_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture
     writer.log({"step": 3})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def edit(path: Path, content: str) -> None:
+    """Save as editors do: a new file takes the name."""
+    path.with_suffix(".swp").write_text(content)
+    path.with_suffix(".swp").replace(path)
+
+
+@pytest.mark.parametrize(
+    ("deed", "expected"),
+    [
+        (lambda path: path.unlink(), "1 2 3 4"),
+        (lambda path: edit(path, '{"step": 1}\n'), "1 2 3 4"),  # as it was when the editor read it
+        (lambda path: edit(path, '{"step": 0}\n{"step": 1}'), "0 1 2 3 4"),  # without the last newline
+        (lambda path: edit(path, '{"step": 2}\n'), "2 3 4"),  # a line that was removed on purpose
+        (lambda path: path.write_text('{"step": 1}'), "1 4"),  # in place: what it had not read is lost
+        (lambda path: path.write_text("# mine\n" * 9), "1 4"),
+    ],
+)
+def test_lines_survive_an_editor(tmp_path: Path, capsys: pytest.CaptureFixture[str], deed: Any, expected: str):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(RunDir(tmp_path), 0, is_evaluated=True)
+    for step in (1, 2, 3):
+        writer.log({"step": step})
+    deed(path)
+    writer.log({"step": 4})
+    writer.sync()
+    output = capsys.readouterr().out
+    lines = path.read_text().splitlines()
+    if "# mine" in lines:
+        assert (output, lines) == ("", ["# mine"] * 9 + ['{"step": 4}'])  # only longer: nothing to report
+    else:
+        assert [line.rstrip("}").rpartition(" ")[2] for line in lines] == expected.split()
+        assert "was replaced or deleted" in output or "was cut by another program: its last lines are lost" in output
+    writer.close()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make: Any):
+    make(tmp_path / "metrics.jsonl")
+    assert read_stop_reason(tmp_path) is None
+    with pytest.raises(InputError, match=r"metrics.jsonl cannot be written .is not a regular file"):
+        MetricsWriter(RunDir(tmp_path), 0, is_evaluated=True)
+
+
+@pytest.mark.parametrize("end", [b"", b"\n\n", b" \n"])
+def test_the_reason_of_a_stop_is_in_the_last_line_that_is_not_blank(tmp_path: Path, end: bytes):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "stopped": "why"}\n' + end)
+    assert read_stop_reason(tmp_path) == "why"

@@ -132,6 +132,11 @@ def test_resolve_finds_paths_and_names(folder: Path, tmp_path: Path, monkeypatch
     (tmp_path / "data/lear/prepare.py").touch()
     with pytest.raises(InputError, match=r"'lear' is not prepared yet: run `python data/lear/prepare\.py`"):
         open_dataset("lear", block_size=8)
+    (tmp_path / "data/york/preparing").mkdir()
+    assert resolve("york") == Path("data/york")  # another dataset is being prepared there
+    (tmp_path / "data/york/meta.json").unlink()
+    with pytest.raises(InputError, match=r"'york': its preparation is not finished; run the same command again"):
+        resolve("york")
 
 
 # ---- shards and loss masks

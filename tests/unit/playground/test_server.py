@@ -18,7 +18,7 @@ from playground_server import BLOCK_SIZE, Gate, Server, bytes_tokenizer, make_pl
 from nanogpt.generate.decoder import Decoder
 from nanogpt.generate.sampling import Sampling
 from nanogpt.playground import server as server_module
-from nanogpt.playground.server import EventResponse, Playground, read_metrics
+from nanogpt.playground.server import EventResponse, Playground
 from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 PLAIN: dict[str, Any] = {"temperature": 1.0, "seed": 3}
@@ -356,7 +356,7 @@ def test_metrics_follow_file(own_server: Server):
         assert status == 200
         return update
 
-    assert fetch() == {"file": "", "after": 0, "next": 0, "more": False, "points": []}
+    assert fetch() == {"file": "", "after": 0, "next": 0, "points": []}
     own_server.metrics.write_text(
         '{"step": 0, "train_loss": 4.2, "val_loss": 4.25, "time_s": 0}\n{"step": 1, "loss": 4'
     )
@@ -378,17 +378,3 @@ def test_metrics_follow_file(own_server: Server):
     assert (third["after"], len(third["points"])) == (0, 50)
     own_server.metrics.write_text('{"step": 7, "loss": 5}\n')  # truncated
     assert fetch(third["next"], third["file"])["points"] == [{"step": 7, "loss": 5}]
-
-
-def test_read_metrics_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server_module, "METRICS_CHUNK_BYTES", 100)
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(f'{{"step": {i}, "loss": {i}}}\n' for i in range(20)))
-    points: list[Any] = []
-    update: dict[str, Any] = {"next": 0, "file": "", "more": True}
-    while update["more"]:
-        update = read_metrics(path, update["next"], update["file"])
-        assert len(update["points"]) < 20
-        points += update["points"]
-    assert [point["step"] for point in points] == list(range(20))
-    assert update["next"] == path.stat().st_size

@@ -112,6 +112,38 @@ def test_a_limit_takes_the_first_documents(tmp_path: Path):
         )
 
 
+@pytest.mark.parametrize("count", [2, 3, 10, 99])
+def test_few_documents_are_in_both_splits(count: int, tmp_path: Path):
+    """One moves, which has the lowest hash, or the highest; with enough documents none does."""
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS[:count]))
+    for share in (1e-9, 0.999999999):
+        meta = make(tmp_path / "out", tmp_path / "a.jsonl", val_share=share)
+        counts = [meta["splits"][split]["documents"] for split in ("val", "train")]
+        assert counts == ([1, count - 1] if share < 0.5 else [count - 1, 1])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.999, 1e-9])
+def test_val_share_holds_for_one_text(share: float, tmp_path: Path):
+    pack_tar(tmp_path / "a.tar", "", {"a.txt": b"word\n" * 2000})
+    meta = make(tmp_path / "out", tmp_path / "a.tar", val_share=share)
+    assert meta["splits"]["val"]["bytes"] == max(1, round(share * 10_000))
+
+
+def test_the_same_call_makes_nothing_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS))
+    made = make(tmp_path / "out", tmp_path / "a.jsonl", val_share=0.2)
+    inode = (tmp_path / "out/train.bin").stat().st_ino
+    capsys.readouterr()
+    assert make(tmp_path / "out", tmp_path / "a.jsonl", val_share=0.2) == made
+    assert "made before" in capsys.readouterr().out
+    assert (tmp_path / "out/train.bin").stat().st_ino == inode
+    (tmp_path / "out/val.bin").unlink()
+    assert make(tmp_path / "out", tmp_path / "a.jsonl", val_share=0.2) == made
+    assert "which this one replaces" in capsys.readouterr().out
+    assert make(tmp_path / "out", tmp_path / "a.jsonl", val_share=0.3) != made
+    assert "which this one replaces" in capsys.readouterr().out
+
+
 def test_long_documents_have_the_ids_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     text = "\n".join(DOCS) * 3
     (tmp_path / "a.jsonl").write_bytes(json_lines([text, *DOCS]))
@@ -198,7 +230,7 @@ def test_bad_input_is_one_error_and_no_dataset(
     monkeypatch.setattr(sys, "argv", [*map(str, argv)])
     with pytest.raises(InputError, match=re.escape(message)):
         runpy.run_path(str(ROOT / "data/prepare.py"))["main"]()
-    with pytest.raises(InputError, match="there is no dataset|its preparation is not finished"):
+    with pytest.raises(InputError, match=r"there is no dataset|its preparation is not finished"):
         open_dataset(tmp_path / "out", block_size=8)
 
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import lzma
+import os
 import random
 import zipfile
 from pathlib import Path
@@ -87,6 +88,51 @@ def test_reading_resumes_after_any_item(name: str, formats: Path):
 def test_inputs_come_in_the_order_given_and_once(formats: Path):
     names = [str(formats / name) for name in ("a.tar", "a.jsonl", "a.tar")]
     assert [source.name for source in find_inputs(names, Omissions())] == names[:2]
+
+
+def test_no_file_comes_twice_and_none_is_lost(tmp_path: Path):
+    """By a quoted glob, a linked folder, another spelling."""
+    for name in ("in/a.txt", "in/sub/b.txt", "else/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "in/link").symlink_to(tmp_path / "else")
+    (tmp_path / "in/sub/round").symlink_to(tmp_path / "in")
+    names = ["in/*", "in", "else/../in/a.txt"]
+    omissions = Omissions()
+    sources = find_inputs([str(tmp_path / name) for name in names], omissions)
+    assert [Path(source.name).name for source in sources] == ["a.txt", "c.txt", "b.txt"]
+    assert [*omissions.counts] == ["duplicate"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"sub cannot be read \(Permission denied\)"):
+        find_inputs([str(tmp_path)], Omissions())
+
+
+def test_a_damaged_member_is_named_and_the_others_are_read(tmp_path: Path):
+    """In a tar a damaged header looks like the end."""
+    pack_tar(tmp_path / "a.tar", "", {"a.txt": b"one", "b.txt.gz": b"?", "c.txt": b"two", "d.txt": b"three"})
+    assert read(tmp_path / "a.tar", skip_bad=True) == ["one", "two", "three"]
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    header = data.index(b"in/c.txt")
+    data[header + 150] ^= 1  # its checksum
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(InputError, match=r"b\.txt\.gz: cannot be read"):
+        read(tmp_path / "a.tar")
+    parser = DocumentParser(ReadOptions(skip_bad=True))
+    (source,) = find_inputs([str(tmp_path / "a.tar")], Omissions())
+    assert [document.text for document in parser.parse(read_chunks(source, parser.options, SPLIT))] == [b"one"]
+    assert parser.omissions.get("bad")[0] == 2
 
 
 @pytest.mark.parametrize(
