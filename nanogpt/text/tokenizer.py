@@ -94,7 +94,8 @@ class Tokenizer:
         added = self._inner.get_added_tokens_decoder()
         self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
 
-        ends = [token for token in ENDS_OF_TEXT if token in self.special_tokens]
+        known = self.special_tokens.keys() | ({END_OF_TEXT} & vocab.keys())  # which need not be an added token
+        ends = [token for token in ENDS_OF_TEXT if token in known]
         if (eos_token := self.named_tokens.get("eos_token")) is not None:
             ends.insert(len(ends) if eos_token in ENDS_OF_MESSAGE else 0, eos_token)
         self.end_of_text: int | None = vocab[ends[0]] if ends else None

@@ -247,12 +247,12 @@ def test_compiled_run_has_the_losses_of_an_eager_one(run: Run):
 
 @pytest.mark.parametrize("eval_interval", [1, 100])
 def test_a_run_that_diverges_stops_and_is_not_repeated_by_auto(run: Run, eval_interval: int):
-    """A rate of 1e30 breaks the weights in one update; an evaluation or the next update finds it."""
+    """A rate of 2e9 breaks the weights in one update; an evaluation or the next update finds it."""
     keys = {"warmup_iters": 0, "decay_lr": False}
     run(out_dir="out", max_iters=8, eval_interval=4, **keys)
     for _ in range(2):
         with pytest.raises(RunStopped, match="finite"):
-            run(out_dir="out", resume=True, max_iters=30, learning_rate=1e30, eval_interval=eval_interval, **keys)
+            run(out_dir="out", resume=True, max_iters=30, learning_rate=2e9, eval_interval=eval_interval, **keys)
         with pytest.raises(RunStopped, match=r"^step \d+.*--resume=auto does not repeat it; .*--learning_rate"):
             run(out_dir="out", resume="auto", max_iters=30, **keys)
     assert steps("out") == [4, 8]
