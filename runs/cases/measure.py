@@ -45,7 +45,8 @@ def try_case(case: Case, checkout: Path) -> dict[str, object]:
             is_right, seen = case.run(checkout, Path(folder))
         except Exception as error:  # the old build ends in whatever way
             is_right, seen = False, f"{type(error).__name__}: {error}"
-    return {"right": is_right, "seen": " ".join(seen.split())[:200]}
+    seen = " ".join(seen.replace(folder, "…").split())
+    return {"right": is_right, "seen": seen[:200]}
 
 
 def main() -> None:
