@@ -55,6 +55,8 @@ from nanogpt.train_log import (
     warn_if_slow_on_cpu,
 )
 
+MAX_SIZE = 2**30  # of each size of a model: products of two have 64 bits
+
 
 @dataclass
 class TrainConfig:
@@ -63,7 +65,7 @@ class TrainConfig:
     out_dir: str = key("out", "directory for checkpoints and metrics", group="Run")
     init_from: str = key("scratch", "weights of a new run: scratch, gpt2*, a hub id, a directory, nanoGPT's ckpt.pt")
     resume: Literal["auto", True, False] = key(False, "resume the run in out_dir; auto: resume if there is one")
-    seed: int = key(1337, "seed of initialization, row order and dropout", ge=0, le=None)
+    seed: int = key(1337, "seed of initialization, row order and dropout", ge=0)
     eval_only: bool = key(False, "evaluate once and exit; writes nothing")
     dry_run: bool = key(False, "print sizes, time ten steps, exit; writes nothing")
 
@@ -76,17 +78,17 @@ class TrainConfig:
     batch_size: int = key(12, "rows per micro-batch", ge=1, le=2**20)
     gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", ge=1, le=2**20)
     batch_growth_tokens: int = key(
-        0, "tokens over which the batch grows from batch_size to its full size; 0: no growth", ge=0, le=None
+        0, "tokens over which the batch grows from batch_size to its full size; 0: no growth", ge=0
     )
-    block_size: int = key(1024, "context length: tokens per row", ge=1)
+    block_size: int = key(1024, "context length: tokens per row", ge=1, le=MAX_SIZE)
 
     arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
     n_layer: int = key(12, "number of blocks", ge=1, le=1000)
-    n_head: int = key(12, "attention heads per block", ge=1)
-    n_kv_head: int = key(0, "modern: key and value heads (grouped-query attention); 0: n_head", ge=0)
-    head_dim: int = key(0, "modern: channels per head; 0: n_embd / n_head", ge=0)
-    n_embd: int = key(768, "channels (embedding size)", ge=1)
-    n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd rounded up to 64", ge=0)
+    n_head: int = key(12, "attention heads per block", ge=1, le=MAX_SIZE)
+    n_kv_head: int = key(0, "modern: key and value heads (grouped-query attention); 0: n_head", ge=0, le=MAX_SIZE)
+    head_dim: int = key(0, "modern: channels per head; 0: n_embd / n_head", ge=0, le=MAX_SIZE)
+    n_embd: int = key(768, "channels (embedding size)", ge=1, le=MAX_SIZE)
+    n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd rounded up to 64", ge=0, le=MAX_SIZE)
     rope_theta: float = key(1e4, "modern: base of the rotary positions", gt=0)
     norm_eps: float = key(0.0, "epsilon of the norms; 0: 1e-5, modern 1e-6", ge=0)
     tied: bool = key(True, "tie token embedding and output layer; modern may untie them")
@@ -99,8 +101,10 @@ class TrainConfig:
     learning_rate: float = key(6e-4, "maximum learning rate", gt=0)
     muon_lr: float | None = key(None, "maximum learning rate of Muon; None: learning_rate", gt=0)
     muon_momentum: float = key(0.95, "Muon momentum", ge=0, lt=1)
-    max_iters: int = key(600_000, "total number of updates", ge=0)
-    minutes: float | None = key(None, "time budget: choose model size, learning rate and max_iters for it", gt=0)
+    max_iters: int = key(600_000, "total number of updates", ge=0, le=10**12)
+    minutes: float | None = key(
+        None, "time budget: choose model size, learning rate and max_iters for it", gt=0, le=10**6
+    )
     weight_decay: float = key(0.1, "decoupled weight decay of matrices and embeddings", ge=0)
     beta1: float = key(0.9, "AdamW beta1: decay of the first moment", ge=0, lt=1)
     beta2: float = key(0.95, "AdamW beta2: decay of the second moment", ge=0, lt=1)
@@ -121,7 +125,7 @@ class TrainConfig:
     eval_iters: int = key(200, "batches per evaluation and split; 0: the whole split", ge=0)
     eval_train: bool = key(True, "evaluate the train split too")
     patience: int = key(0, "early stopping: evaluations without a new best; 0: off", ge=0)
-    sample_chars: int = key(200, "characters of the sample printed at each evaluation; 0: none", ge=0)
+    sample_chars: int = key(200, "characters of the sample printed at each evaluation; 0: none", ge=0, le=10**6)
     log_interval: int = key(10, "updates between log lines", ge=1)
     log_layers: bool = key(False, "log gradient and update norms of each layer, and clipped updates")
     tensorboard: bool = key(False, "also log to out_dir/tensorboard")

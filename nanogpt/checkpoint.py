@@ -66,6 +66,13 @@ class Plan(TypedDict):
     spent_s: NonNegative
 
 
+class Fingerprints(TypedDict):
+    """A hash of each split's tokens."""
+
+    train: str
+    val: str
+
+
 class State(TypedDict):
     """The keys of state.json. An empty object stands for a scaler or guard that was not in use."""
 
@@ -81,7 +88,7 @@ class State(TypedDict):
     processes: Count
     wandb_id: str | None
     dial: NotRequired[Plan | None]  # the name that version 0.1 gave it
-    data: NotRequired[dict[str, str]]  # the fingerprint of each split
+    data: NotRequired[Fingerprints]
     model: dict[str, Any]
     config: dict[str, Any]
 
