@@ -16,19 +16,18 @@ import budget
 from configurator import ExplicitKeys, key, parse
 from load import (
     MODEL_KEYS,
+    choose_micro_batch,
     document_separator_id,
     load_data_and_model,
     make_schedule,
-    make_state,
-    micro_batch_sizes,
     new_model_config,
     prepare_model,
+    prepare_training,
     resume_config,
 )
 from model import GPT
 from nanogpt import checkpoint, distributed
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.compile import compile_model, should_compile
 from nanogpt.console import is_main, print0
 from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
 from nanogpt.data.dataset import Dataset
@@ -39,7 +38,7 @@ from nanogpt.distributed import World, explain_errors, world_size
 from nanogpt.errors import InputError, RunStopped, run_script
 from nanogpt.evaluation import evaluate, sample_text
 from nanogpt.guard import LayerStats, UpdateGuard
-from nanogpt.memory import estimate_training_memory, memory_hint, pick_micro_batch, raise_if_cpu_memory_is_short
+from nanogpt.memory import estimate_training_memory, memory_hint, raise_if_cpu_memory_is_short
 from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.run_dir import RunDir
@@ -297,7 +296,7 @@ def train(run: Run) -> int:
     log.read(everything=True)
     if run.checkpoints:
         run.checkpoints.finish()
-    print_end(run, requests.exit_status, out_of_patience, has_trained=state.step > first_step or not run.is_resumed)
+    print_end(run, requests.exit_status, out_of_patience, has_trained=state.step > first_step)
     return requests.exit_status
 
 
@@ -374,7 +373,7 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
     if resumed:
         resumed.state["config"] = asdict(resumed.build_config(TrainConfig, "config"))
         explicit = budget.check_resume(explicit, resumed.state)
-        config = resume_config(config, explicit, explicit.flags, resumed)
+        config = resume_config(config, explicit, resumed)
     has_budget = config.minutes is not None and not config.eval_only
     if resumed or not has_budget:  # what a new time budget chooses is checked below
         check_config(config)
@@ -450,10 +449,8 @@ def open_run(
         print0(f"step {step}: " + format_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
 
-    sizes = micro_batch_sizes(config, world.size)
-    micro_batch = sizes[0]
+    micro_batch = choose_micro_batch(config, gpt, world)
     if config.micro_batch_size == "auto":
-        micro_batch = pick_micro_batch(gpt, config.optimizer, sizes, world)
         config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, whatever is free by then
     T = config.block_size
     row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
@@ -468,11 +465,7 @@ def open_run(
     memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype)
     raise_if_cpu_memory_is_short(memory, world.device, hint)
     open_out_dir(config, resumed, world, run_dir)
-    model: torch.nn.Module = gpt
-    if should_compile(config.compile, world.device):
-        x, y = world.to_device(*rows[0:micro_batch])
-        model = compile_model(gpt, world, x, y, is_whole_step=micro_batch == config.rows_per_step)
-    state = make_state(config, gpt, world)
+    model, state = prepare_training(config, gpt, rows, micro_batch, world)
     if resumed:
         restore(state, resumed, schedule, config, world)
     writer = checkpoints = None

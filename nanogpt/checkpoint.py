@@ -335,9 +335,10 @@ def prune(out_dir: Path, keep_every: int, run_dir: RunDir | None = None) -> None
     """Delete all checkpoints but the newest two, the best, and those at multiples of `keep_every` (0: none of them)."""
     unwanted = [*(out_dir / "ckpt").glob(".step-*.partial")]  # left by a kill
     paths = list_checkpoints(out_dir)
+    lowest = best(paths)
     for path in paths[2:]:
         is_multiple = keep_every and _step(path) % keep_every == 0
-        if not is_multiple and path != best(paths):
+        if not is_multiple and path != lowest:
             unwanted.append(path)
     for path in unwanted:
         if run_dir is None or run_dir.follow() == out_dir:
