@@ -148,7 +148,8 @@ def atomic_directory(final: Path, replace: bool = False) -> Iterator[Path]:
         yield partial
         mode = partial.stat().st_mode & 0o666  # as the umask has it; safetensors lets the owner alone read its files
         for path in partial.iterdir():
-            path.chmod(mode)
+            with contextlib.suppress(OSError):  # a FAT or network drive that has no modes
+                path.chmod(mode)
             sync(path)
         sync(partial)
         if replace and final.exists():

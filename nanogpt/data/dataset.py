@@ -148,7 +148,7 @@ class Tokens:
         """A range of a file. Raises InputError where it was cut meanwhile: reading beyond its end kills a process."""
         numbers = self._map(map_file)
         file = getattr(numbers.base, "obj", None)  # unless they are in memory
-        if file and file.size() < numbers.nbytes:
+        if file and file.size() < len(file):
             raise InputError(f"{name} or its mask was cut short while it was read: prepare the data again")
         return numbers[first:last]
 

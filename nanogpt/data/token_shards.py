@@ -77,9 +77,10 @@ def has_token_files(folder: Path) -> bool:
 
 
 def _list(folder: Path) -> list[Path]:
-    """The sorted content of a folder; [] for anything else."""
+    """The sorted content of a folder, without hidden files such as macOS's `._train.bin`; [] for anything else."""
     try:
-        return sorted(folder.iterdir()) if os.path.isdir(folder) else []
+        content = folder.iterdir() if os.path.isdir(folder) else ()
+        return sorted(path for path in content if not path.name.startswith("."))
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}): change its permissions") from error
 
@@ -102,7 +103,9 @@ def read_layout(path: Path, token_dtype: str | None, default_dtype: np.dtype) ->
                 break
         else:
             layout = headerless(path, head, token_dtype, default_dtype)
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, struct.error) as error:
+    except (LookupError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: the index.json beside it is damaged ({error!r})") from error
+    except (OSError, ValueError, OverflowError, struct.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if layout.starts is None:
         return layout

@@ -165,8 +165,8 @@ def test_a_lost_lock_that_another_run_has_taken_is_not_taken_back(tmp_path: Path
             assert other.follow() == tmp_path / "out"
 
 
-@pytest.mark.parametrize("call", ["flock", "fsync"])
-def test_a_file_system_without_locks_or_sync_of_folders_is_used(
+@pytest.mark.parametrize("call", ["flock", "fsync", "chmod"])
+def test_a_file_system_without_locks_sync_of_folders_or_modes_is_used(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
 ):
     import fcntl
@@ -178,7 +178,11 @@ def test_a_file_system_without_locks_or_sync_of_folders_is_used(
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(*{"flock": (fcntl, "flock", flock), "fsync": (os, "fsync", fsync)}[call])
+    def chmod(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    places: dict[str, Any] = {"flock": (fcntl, "flock", flock), "fsync": (os, "fsync", fsync)}
+    monkeypatch.setattr(*places.get(call, (Path, "chmod", chmod)))
     assert run(out_dir="out") == 0
     assert ("warning: out cannot be locked" in capsys.readouterr().out) == (call == "flock")
     assert steps("out")[-1] == 20
