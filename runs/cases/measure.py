@@ -45,6 +45,7 @@ def try_case(case: Case, checkout: Path) -> dict[str, object]:
             is_right, seen = case.run(checkout, Path(folder))
         except Exception as error:  # the old build ends in whatever way
             is_right, seen = False, f"{type(error).__name__}: {error}"
+    seen = seen.replace(folder, "…")
     return {"right": is_right, "seen": " ".join(seen.split())[:200]}
 
 
