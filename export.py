@@ -50,7 +50,7 @@ def main() -> None:
                 shard_bytes=int(config.shard_gb * 1e9),
             )
             card = model_card(target.name, loaded, config.dtype)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
             total = sum(path.stat().st_size for path in folder.iterdir())
     except FileExistsError as error:
         raise InputError(
