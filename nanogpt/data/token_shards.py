@@ -288,7 +288,8 @@ def raise_for_missing(path: Path) -> None:
 
 def _check_file(path: Path, layout: Layout, sha256: str | None) -> Callable[[], np.ndarray]:
     """Compare a file with its expected size and hash, where known, and return the function that maps its tokens."""
-    size = max(path.stat().st_size - layout.offset, 0)
+    status = path.stat()
+    size = max(status.st_size - layout.offset, 0)
     actual, rest = divmod(size, layout.dtype.itemsize)
     if size == 0 and layout.tokens:
         raise InputError(f"{path} is empty: {AGAIN}")
@@ -298,13 +299,15 @@ def _check_file(path: Path, layout: Layout, sha256: str | None) -> Callable[[], 
         raise InputError(f"{path} holds {actual:,} tokens where {layout.source} counts {layout.tokens:,}: {AGAIN}")
     if sha256 and file_sha256(path) != sha256:
         raise InputError(f"{path} is not the file that meta.json describes (its SHA-256 differs): {AGAIN}")
-    return partial(_map, path, layout)
+    return partial(_map, path, layout, status.st_mtime_ns)
 
 
-def _map(path: Path, layout: Layout) -> np.ndarray:
-    """Memory-map a file of numbers. Raises InputError where it is gone or shorter by now."""
+def _map(path: Path, layout: Layout, mtime_ns: int) -> np.ndarray:
+    """Memory-map a file of numbers. Raises InputError where it is gone or has changed since it was checked."""
     try:
         with path.open("rb", buffering=0) as file:  # as np.memmap does, in half the time
+            if os.fstat(file.fileno()).st_mtime_ns != mtime_ns:
+                raise ValueError("it has changed")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             return np.frombuffer(mapped, layout.dtype, layout.tokens, layout.offset)
     except (OSError, ValueError) as error:
