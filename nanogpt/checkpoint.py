@@ -123,7 +123,7 @@ class Checkpoint:
             if sizes.n_layer > len(self.model):  # even without memory a billion blocks take hours
                 raise RuntimeError(f"n_layer={sizes.n_layer}, but there are {len(self.model)} tensors")
             return model_class.from_tensors(sizes, self.model)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:  # the latter for sizes of more than 63 bits
             reason = " ".join(str(error).split())[:200]
             raise _damaged(self.path, f"state.json: the sizes are not those of the tensors ({reason})") from error
 
