@@ -139,6 +139,7 @@ class RunDir:
 
 def _unused_name(path: Path) -> Path:
     """`path` with the first of .1, .2, … that does not exist."""
+    path = path if path.name else path.absolute()  # the current directory
     names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
     return next(name for name in names if not os.path.lexists(name))
 

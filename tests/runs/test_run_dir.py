@@ -157,11 +157,16 @@ def test_a_run_follows_its_own_folder(
             assert {path: path.read_bytes() for path in (home / "out").rglob("*") if path.is_file()} == before
 
 
-def test_a_lost_lock_that_another_run_has_taken_is_not_taken_back(tmp_path: Path):
-    with RunDir(tmp_path / "out") as run_dir:
+@pytest.mark.parametrize("name", ["out", "."])
+def test_a_lost_lock_that_another_run_has_taken_is_not_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out" if name == "." else tmp_path)
+    with RunDir(Path(name)) as run_dir:
         (tmp_path / "out/.lock").unlink()
         with RunDir(tmp_path / "out") as other:
-            assert run_dir.follow() == tmp_path / "out.1"
+            assert run_dir.follow().absolute() == tmp_path / "out.1"
             assert other.follow() == tmp_path / "out"
 
 
