@@ -88,7 +88,7 @@ class BenchConfig(TrainConfig):
 
     steps: int = key(20, f"steps to measure; with --reference in rounds of {ROUND}", group="Bench", ge=1)
     warmup: int = key(5, "steps before them, not measured", ge=2)
-    vocab_size: int = key(GPT2_VOCAB, "vocabulary size for random ids", ge=2)
+    vocab_size: int = key(GPT2_VOCAB, "vocabulary size for random ids", ge=2, le=2**30)
     profile: bool = key(False, f"write a trace of {PROFILED_STEPS} more steps to trace.json")
     reference: str = key("", "nanoGPT checkout to measure too; its model.py is executed (in float32 on a CPU)")
     table: bool = key(False, "measure this device's list of models instead of one recipe")

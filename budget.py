@@ -22,23 +22,23 @@ import torch
 
 from configurator import ExplicitKeys
 from load import (
+    choose_micro_batch,
     document_separator_id,
     make_schedule,
-    make_state,
     micro_batch_sizes,
     new_model_config,
     prepare_model,
+    prepare_training,
 )
 from model import GPT
 from nanogpt import scaling
-from nanogpt.compile import compile_model, should_compile
 from nanogpt.console import START_TIME, format_duration, print0
 from nanogpt.data.dataset import Tokens, open_dataset
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.evaluation import evaluate
-from nanogpt.memory import estimate_training_memory, fits_in_memory, pick_micro_batch
+from nanogpt.memory import estimate_training_memory, fits_in_memory
 from nanogpt.metrics import DeferredRead, StepStats, Stopwatch
 from nanogpt.schedule import StepSchedule
 from nanogpt.text.tokenizer import GPT2_VOCAB
@@ -392,15 +392,8 @@ def training_steps(config: Any, gpt: GPT, tokens: Tokens, world: World, train_st
     """
     prepare_model(config, gpt, world)
     rows = Rows(tokens, config.block_size, gpt.config.vocab_size, config.seed, config.row_order)
-    sizes = micro_batch_sizes(config, world.size)
-    micro_batch = sizes[0]
-    if config.micro_batch_size == "auto":
-        micro_batch = pick_micro_batch(gpt, config.optimizer, sizes, world)
-    model: torch.nn.Module = gpt
-    if should_compile(config.compile, world.device):
-        x, y = world.to_device(*rows[0:micro_batch])
-        model = compile_model(gpt, world, x, y, is_whole_step=micro_batch == config.rows_per_step)
-    state = make_state(config, gpt, world)
+    micro_batch = choose_micro_batch(config, gpt, world)
+    model, state = prepare_training(config, gpt, rows, micro_batch, world)
     state.guard.max_bad_steps = sys.maxsize  # a trial that diverges is timed all the same
     schedule = make_schedule(config)
     deferred = DeferredRead(Stopwatch())

@@ -20,7 +20,7 @@ import numpy as np
 
 from configurator import key, parse
 from nanogpt.errors import InputError, run_script
-from nanogpt.files import read_json
+from nanogpt.files import read_json, regular_file_size
 from nanogpt.schema import Count, Limits, check
 
 AXES = {"step": "steps", "tokens": "tokens", "time_s": "seconds"}
@@ -119,6 +119,7 @@ def read_run(path: Path) -> Run:
     """
     file = path / "metrics.jsonl"
     try:
+        regular_file_size(file)
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{file}: {(error.strerror or 'unreadable').lower()}; give the out_dir of a run") from None

@@ -26,7 +26,7 @@ class ExportConfig(ModelKeys):
 
     to: str = key("", "folder to write; a new or an empty one", group="Folder")
     dtype: Literal["float32", "bfloat16"] = key("float32", "of the weights in it")
-    shard_gb: float = key(5.0, "largest file in gigabytes; larger weights are split", gt=0)
+    shard_gb: float = key(5.0, "largest file in gigabytes; larger weights are split", gt=0, le=10**6)
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
                 shard_bytes=int(config.shard_gb * 1e9),
             )
             card = model_card(target.name, loaded, config.dtype)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
             total = sum(path.stat().st_size for path in folder.iterdir())
     except FileExistsError as error:
         raise InputError(

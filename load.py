@@ -9,18 +9,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from configurator import Config, key
+from configurator import Config, ExplicitKeys, key
 from model import GPT, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
+from nanogpt.compile import compile_model, should_compile
 from nanogpt.console import is_main, print0
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.data.dataset import Dataset, open_dataset, resolve
+from nanogpt.data.rows import Rows
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.files import read_json
 from nanogpt.guard import MAX_OVERFLOWS, UpdateGuard
 from nanogpt.interop.huggingface import read_weights
+from nanogpt.memory import pick_micro_batch
 from nanogpt.optim import Optimizer
 from nanogpt.schedule import StepSchedule
 from nanogpt.state import TrainState
@@ -116,12 +119,11 @@ def check_finite(model: GPT, source: str) -> None:
 # --- A training run
 
 
-def resume_config(config: Config, explicit: Mapping[str, Any], flags: set[str], resumed: Checkpoint) -> Config:
+def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -> Config:
     """The run's own settings, updated by the explicit keys; prints what changes.
 
-    flags: the explicit keys that came from the command line. Sizes come from the checkpoint: a file that says otherwise
-    is overruled with a printed line. Raises InputError for a flag that contradicts them, and for a checkpoint whose
-    sizes are not those of its tensors.
+    Sizes come from the checkpoint: a config file that says otherwise is overruled with a printed line. Raises
+    InputError for a flag that contradicts them, and for a checkpoint whose sizes are not those of its tensors.
     """
     sizes = asdict(resumed.build_model(GPT, GPTConfig).config)
     resumed.state["model"] = sizes
@@ -129,7 +131,9 @@ def resume_config(config: Config, explicit: Mapping[str, Any], flags: set[str], 
     changed = {name: value for name, value in explicit.items() if saved.get(name) != value and name != "init_from"}
     conflicts = conflicting_sizes(changed, sizes)
     run_dir = resumed.path.parent.parent
-    raise_for_sizes({name: changed[name] for name in conflicts if name in flags}, sizes, f"the run in {run_dir}")
+    raise_for_sizes(
+        {name: changed[name] for name in conflicts if name in explicit.flags}, sizes, f"the run in {run_dir}"
+    )
 
     print0(f"resuming {resumed.path}")
     for name in conflicts:
@@ -285,6 +289,17 @@ def make_state(config: Any, model: GPT, world: World) -> TrainState:
     return TrainState(model, optimizer, scaler, guard)
 
 
+def prepare_training(
+    config: Any, model: GPT, rows: Rows, micro_batch: int, world: World
+) -> tuple[torch.nn.Module, TrainState]:
+    """The model compiled as configured, and the state of a run before its first update."""
+    trained: torch.nn.Module = model
+    if should_compile(config.compile, world.device):
+        x, y = world.to_device(*rows[0:micro_batch])
+        trained = compile_model(model, world, x, y, is_whole_step=micro_batch == config.rows_per_step)
+    return trained, make_state(config, model, world)
+
+
 def make_schedule(config: Any) -> StepSchedule:
     """The schedule of a run of max_iters updates."""
     min_lr = config.learning_rate / 10 if config.min_lr is None else config.min_lr
@@ -306,6 +321,14 @@ def micro_batch_sizes(config: Any, world_size: int) -> list[int]:
     limit = share if config.micro_batch_size == "auto" else config.micro_batch_size or config.batch_size
     divisors = {size for n in range(1, math.isqrt(share) + 1) if share % n == 0 for size in (n, share // n)}
     return sorted((n for n in divisors if n <= limit), reverse=True)
+
+
+def choose_micro_batch(config: Any, model: GPT, world: World) -> int:
+    """Rows of a forward pass: as configured, or with "auto" the most that fit into memory."""
+    sizes = micro_batch_sizes(config, world.size)
+    if config.micro_batch_size == "auto":
+        return pick_micro_batch(model, config.optimizer, sizes, world)
+    return sizes[0]
 
 
 def document_separator_id(dataset: Dataset, mask_documents: bool) -> int | None:

@@ -42,7 +42,7 @@ class SampleConfig(ModelKeys):
     top_p: float = key(1.0, "sample from the most probable tokens that together have this probability", gt=0, le=1)
     min_p: float = key(0.0, "drop tokens with p < min_p * max p", ge=0, lt=1)
     stop: str | None = key(None, "end a sample before this string")
-    seed: int = key(1337, "random seed", ge=0, le=None)
+    seed: int = key(1337, "random seed", ge=0)
     chat: bool = key(False, "the prompt is a question to a model tuned on conversations; only its answer is written")
     interactive: bool = key(False, "type prompts one after another; Ctrl-C stops a sample")
     logprobs: bool = key(False, "show each token's probability: as color in a terminal, else a line each")

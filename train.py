@@ -16,19 +16,18 @@ import budget
 from configurator import ExplicitKeys, key, parse
 from load import (
     MODEL_KEYS,
+    choose_micro_batch,
     document_separator_id,
     load_data_and_model,
     make_schedule,
-    make_state,
-    micro_batch_sizes,
     new_model_config,
     prepare_model,
+    prepare_training,
     resume_config,
 )
 from model import GPT
 from nanogpt import checkpoint, distributed
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.compile import compile_model, should_compile
 from nanogpt.console import is_main, print0
 from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
 from nanogpt.data.dataset import Dataset
@@ -39,7 +38,7 @@ from nanogpt.distributed import World, explain_errors, world_size
 from nanogpt.errors import InputError, RunStopped, run_script
 from nanogpt.evaluation import evaluate, sample_text
 from nanogpt.guard import LayerStats, UpdateGuard
-from nanogpt.memory import estimate_training_memory, memory_hint, pick_micro_batch, raise_if_cpu_memory_is_short
+from nanogpt.memory import estimate_training_memory, memory_hint, raise_if_cpu_memory_is_short
 from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.run_dir import RunDir
@@ -55,6 +54,8 @@ from nanogpt.train_log import (
     warn_if_slow_on_cpu,
 )
 
+MAX_SIZE = 2**30  # of each size of a model: products of two have 64 bits
+
 
 @dataclass
 class TrainConfig:
@@ -63,7 +64,7 @@ class TrainConfig:
     out_dir: str = key("out", "directory for checkpoints and metrics", group="Run")
     init_from: str = key("scratch", "weights of a new run: scratch, gpt2*, a hub id, a directory, nanoGPT's ckpt.pt")
     resume: Literal["auto", True, False] = key(False, "resume the run in out_dir; auto: resume if there is one")
-    seed: int = key(1337, "seed of initialization, row order and dropout", ge=0, le=None)
+    seed: int = key(1337, "seed of initialization, row order and dropout", ge=0)
     eval_only: bool = key(False, "evaluate once and exit; writes nothing")
     dry_run: bool = key(False, "print sizes, time ten steps, exit; writes nothing")
 
@@ -76,17 +77,17 @@ class TrainConfig:
     batch_size: int = key(12, "rows per micro-batch", ge=1, le=2**20)
     gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", ge=1, le=2**20)
     batch_growth_tokens: int = key(
-        0, "tokens over which the batch grows from batch_size to its full size; 0: no growth", ge=0, le=None
+        0, "tokens over which the batch grows from batch_size to its full size; 0: no growth", ge=0
     )
-    block_size: int = key(1024, "context length: tokens per row", ge=1)
+    block_size: int = key(1024, "context length: tokens per row", ge=1, le=MAX_SIZE)
 
     arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
     n_layer: int = key(12, "number of blocks", ge=1, le=1000)
-    n_head: int = key(12, "attention heads per block", ge=1)
-    n_kv_head: int = key(0, "modern: key and value heads (grouped-query attention); 0: n_head", ge=0)
-    head_dim: int = key(0, "modern: channels per head; 0: n_embd / n_head", ge=0)
-    n_embd: int = key(768, "channels (embedding size)", ge=1)
-    n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd rounded up to 64", ge=0)
+    n_head: int = key(12, "attention heads per block", ge=1, le=MAX_SIZE)
+    n_kv_head: int = key(0, "modern: key and value heads (grouped-query attention); 0: n_head", ge=0, le=MAX_SIZE)
+    head_dim: int = key(0, "modern: channels per head; 0: n_embd / n_head", ge=0, le=MAX_SIZE)
+    n_embd: int = key(768, "channels (embedding size)", ge=1, le=MAX_SIZE)
+    n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd rounded up to 64", ge=0, le=MAX_SIZE)
     rope_theta: float = key(1e4, "modern: base of the rotary positions", gt=0)
     norm_eps: float = key(0.0, "epsilon of the norms; 0: 1e-5, modern 1e-6", ge=0)
     tied: bool = key(True, "tie token embedding and output layer; modern may untie them")
@@ -99,8 +100,10 @@ class TrainConfig:
     learning_rate: float = key(6e-4, "maximum learning rate", gt=0)
     muon_lr: float | None = key(None, "maximum learning rate of Muon; None: learning_rate", gt=0)
     muon_momentum: float = key(0.95, "Muon momentum", ge=0, lt=1)
-    max_iters: int = key(600_000, "total number of updates", ge=0)
-    minutes: float | None = key(None, "time budget: choose model size, learning rate and max_iters for it", gt=0)
+    max_iters: int = key(600_000, "total number of updates", ge=0, le=10**12)
+    minutes: float | None = key(
+        None, "time budget: choose model size, learning rate and max_iters for it", gt=0, le=10**6
+    )
     weight_decay: float = key(0.1, "decoupled weight decay of matrices and embeddings", ge=0)
     beta1: float = key(0.9, "AdamW beta1: decay of the first moment", ge=0, lt=1)
     beta2: float = key(0.95, "AdamW beta2: decay of the second moment", ge=0, lt=1)
@@ -121,7 +124,7 @@ class TrainConfig:
     eval_iters: int = key(200, "batches per evaluation and split; 0: the whole split", ge=0)
     eval_train: bool = key(True, "evaluate the train split too")
     patience: int = key(0, "early stopping: evaluations without a new best; 0: off", ge=0)
-    sample_chars: int = key(200, "characters of the sample printed at each evaluation; 0: none", ge=0)
+    sample_chars: int = key(200, "characters of the sample printed at each evaluation; 0: none", ge=0, le=10**6)
     log_interval: int = key(10, "updates between log lines", ge=1)
     log_layers: bool = key(False, "log gradient and update norms of each layer, and clipped updates")
     tensorboard: bool = key(False, "also log to out_dir/tensorboard")
@@ -293,7 +296,7 @@ def train(run: Run) -> int:
     log.read(everything=True)
     if run.checkpoints:
         run.checkpoints.finish()
-    print_end(run, requests.exit_status, out_of_patience, has_trained=state.step > first_step or not run.is_resumed)
+    print_end(run, requests.exit_status, out_of_patience, has_trained=state.step > first_step)
     return requests.exit_status
 
 
@@ -370,7 +373,7 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
     if resumed:
         resumed.state["config"] = asdict(resumed.build_config(TrainConfig, "config"))
         explicit = budget.check_resume(explicit, resumed.state)
-        config = resume_config(config, explicit, explicit.flags, resumed)
+        config = resume_config(config, explicit, resumed)
     has_budget = config.minutes is not None and not config.eval_only
     if resumed or not has_budget:  # what a new time budget chooses is checked below
         check_config(config)
@@ -446,10 +449,8 @@ def open_run(
         print0(f"step {step}: " + format_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
 
-    sizes = micro_batch_sizes(config, world.size)
-    micro_batch = sizes[0]
+    micro_batch = choose_micro_batch(config, gpt, world)
     if config.micro_batch_size == "auto":
-        micro_batch = pick_micro_batch(gpt, config.optimizer, sizes, world)
         config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, whatever is free by then
     T = config.block_size
     row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
@@ -464,11 +465,7 @@ def open_run(
     memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype)
     raise_if_cpu_memory_is_short(memory, world.device, hint)
     open_out_dir(config, resumed, world, run_dir)
-    model: torch.nn.Module = gpt
-    if should_compile(config.compile, world.device):
-        x, y = world.to_device(*rows[0:micro_batch])
-        model = compile_model(gpt, world, x, y, is_whole_step=micro_batch == config.rows_per_step)
-    state = make_state(config, gpt, world)
+    model, state = prepare_training(config, gpt, rows, micro_batch, world)
     if resumed:
         restore(state, resumed, schedule, config, world)
     writer = checkpoints = None

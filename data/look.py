@@ -33,10 +33,10 @@ class LookConfig:
     dataset: str = key("", "a folder, a name under data/, or a mixture; default: that of --run", group="Dataset")
     token_dtype: TokenDtype | None = key(None, "as of train.py")
     split: Literal["train", "val"] = key("train", "split to show")
-    count: int = key(100_000_000, "tokens to count, evenly spread", ge=1, le=None)
+    count: int = key(100_000_000, "tokens to count, evenly spread", ge=1)
     windows: int = key(3, "random windows to show", ge=0, le=10**6)
     length: int = key(100, "tokens to show of each window or row", ge=1)
-    seed: int | None = key(None, "of the windows, None: random; of the rows of a step, None: 1337", ge=0, le=None)
+    seed: int | None = key(None, "of the windows, None: random; of the rows of a step, None: 1337", ge=0)
 
     step: int | None = key(None, "show the training rows of the update after this many", group="Step", ge=0)
     run: str = key("", "out_dir of a run, whose settings are the defaults of the keys below and of the seed")

@@ -35,7 +35,7 @@ class PrepareConfig:
 
     out: str = key("", "folder to write to, such as data/mine", group="Output")
     val_share: float | None = key(None, "fraction for validation; None: 0.01, of a single text 0.1", gt=0, lt=1)
-    shard_tokens: int = key(100_000_000, "tokens in a file", ge=1, le=None)
+    shard_tokens: int = key(100_000_000, "tokens in a file", ge=1)
 
     tokenizer: str = key(
         "gpt2",

@@ -66,6 +66,13 @@ class Plan(TypedDict):
     spent_s: NonNegative
 
 
+class Fingerprints(TypedDict):
+    """A hash of each split's tokens."""
+
+    train: str
+    val: str
+
+
 class State(TypedDict):
     """The keys of state.json. An empty object stands for a scaler or guard that was not in use."""
 
@@ -81,7 +88,7 @@ class State(TypedDict):
     processes: Count
     wandb_id: str | None
     dial: NotRequired[Plan | None]  # the name that version 0.1 gave it
-    data: NotRequired[dict[str, str]]  # the fingerprint of each split
+    data: NotRequired[Fingerprints]
     model: dict[str, Any]
     config: dict[str, Any]
 
@@ -116,7 +123,7 @@ class Checkpoint:
             if sizes.n_layer > len(self.model):  # even without memory a billion blocks take hours
                 raise RuntimeError(f"n_layer={sizes.n_layer}, but there are {len(self.model)} tensors")
             return model_class.from_tensors(sizes, self.model)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:  # the latter for sizes of more than 63 bits
             reason = " ".join(str(error).split())[:200]
             raise _damaged(self.path, f"state.json: the sizes are not those of the tensors ({reason})") from error
 
@@ -328,9 +335,10 @@ def prune(out_dir: Path, keep_every: int, run_dir: RunDir | None = None) -> None
     """Delete all checkpoints but the newest two, the best, and those at multiples of `keep_every` (0: none of them)."""
     unwanted = [*(out_dir / "ckpt").glob(".step-*.partial")]  # left by a kill
     paths = list_checkpoints(out_dir)
+    lowest = best(paths)
     for path in paths[2:]:
         is_multiple = keep_every and _step(path) % keep_every == 0
-        if not is_multiple and path != best(paths):
+        if not is_multiple and path != lowest:
             unwanted.append(path)
     for path in unwanted:
         if run_dir is None or run_dir.follow() == out_dir:

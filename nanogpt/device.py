@@ -119,11 +119,12 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if `error` means that memory ran out, on any device."""
+    """True if `error` means that memory ran out, on any device, or that no memory is large enough."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     message = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in message or "out of memory" in message)
+    parts = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(part in message for part in parts)
 
 
 def disable_malloc_trim() -> None:

@@ -148,7 +148,8 @@ def atomic_directory(final: Path, replace: bool = False) -> Iterator[Path]:
         yield partial
         mode = partial.stat().st_mode & 0o666  # as the umask has it; safetensors lets the owner alone read its files
         for path in partial.iterdir():
-            path.chmod(mode)
+            with contextlib.suppress(OSError):  # a FAT or network drive that has no modes
+                path.chmod(mode)
             sync(path)
         sync(partial)
         if replace and final.exists():
@@ -179,7 +180,8 @@ def recover_directories(folder: Path) -> None:
 def write_report(flag: str, path: str, report: dict[str, Any]) -> None:
     """Write a JSON object to the file that a flag names. Raises InputError where that fails."""
     try:
-        Path(path).write_text(json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
     except OSError as error:
         raise InputError(f"--{flag}={path}: cannot be written ({error.strerror}); give another file") from error
 

@@ -38,7 +38,7 @@ class RunDir:
         Raises InputError where another run is in it, or it cannot be written.
         """
         try:
-            is_free = self._claim()
+            is_free = self._claim(self.path)
         except OSError as error:
             raise _not_writable(self.path, error) from error
         if not is_free:
@@ -84,16 +84,18 @@ class RunDir:
         """
         with self._mutex:
             before = self.path
-            if not self._is_ours(before):
-                own = self._find()
-                if own and self._is_ours(own):
-                    self.path = own
-                else:  # what has its name by now is left alone
-                    self.path = own or before
-                    if (own is None and os.path.lexists(before)) or not self._claim():
-                        self.path = _unused_name(before)
-                        self._claim()
-                print0(f"warning: {before} was renamed, replaced or deleted: the run continues in {self.path}")
+            if self._is_ours(before):
+                return before
+            own = self._find()
+            if own and self._is_ours(own):
+                self.path = own
+            else:
+                target = own or before
+                is_free = own is not None or not os.path.lexists(before)  # what has its name by now is left alone
+                while not (is_free and self._claim(target)):
+                    target = _unused_name(before)
+                    is_free = True
+            print0(f"warning: {before} was renamed, replaced or deleted: the run continues in {self.path}")
             return self.path
 
     def _find(self) -> Path | None:
@@ -103,20 +105,21 @@ class RunDir:
         names = os.listdir(self.path.parent) if self.path.parent.exists() else []
         return next((p for p in map(self.path.with_name, names) if is_same_file(p, self._directory)), None)
 
-    def _claim(self) -> bool:
-        """Create and lock `path`; False where another run has locked it."""
-        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.path):  # it can be written
+    def _claim(self, path: Path) -> bool:
+        """Create and lock a directory, which `path` names from now on; False where another run has locked it."""
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # it can be written
             pass
-        lock = lock_file(self.path / ".lock")
+        lock = lock_file(path / ".lock")
         if lock is None:
             return False
         self._release()
+        self.path = path
         self._lock = lock
         self._created = missing
         if os.name == "posix":
-            self._directory = os.open(self.path, os.O_RDONLY)
+            self._directory = os.open(path, os.O_RDONLY)
         return True
 
     def _is_ours(self, path: Path) -> bool:
@@ -136,6 +139,7 @@ class RunDir:
 
 def _unused_name(path: Path) -> Path:
     """`path` with the first of .1, .2, … that does not exist."""
+    path = path if path.name else path.absolute()  # the current directory
     names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
     return next(name for name in names if not os.path.lexists(name))
 

@@ -51,7 +51,6 @@ EXPECTED = {
     dict: "an object",
     Never: "nothing",
 }
-LARGEST = 2**31 - 1  # of a number that a user sets, unless its key says otherwise
 NOT_IN_FILE_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # NUL and broken Unicode
 
 
@@ -64,16 +63,16 @@ COMPARISONS = {  # by the name of a limit
 
 
 class Limits:
-    """Bounds of a number (ge, le, gt, lt; None: none), as an argument of Annotated; other values pass."""
+    """Bounds of a number (ge, le, gt, lt), as an argument of Annotated; other values pass."""
 
-    def __init__(self, **bounds: float | None):
-        self.bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+    def __init__(self, **bounds: float):
+        self.bounds = bounds
 
     def problem(self, value: Any) -> str | None:
         for name, bound in self.bounds.items():
             words, holds = COMPARISONS[name]
             if type(value) in (int, float) and not holds(value, bound):
-                return f"must be {words} {bound}, is {value}"
+                return f"must be {words} {bound:,}, is {value}"
         return None
 
 
@@ -81,13 +80,12 @@ Count = Annotated[int, Limits(ge=0)]
 NonNegative = Annotated[float, Limits(ge=0)]
 
 
-def key(default: Any, help: str, *, group: str | None = None, **limits: float | None) -> Any:
+def key(default: Any, help: str, *, group: str | None = None, **limits: float) -> Any:
     """A dataclass field with its help line, and the limits (ge, le, gt, lt) of its numbers.
 
-    default: `...` makes the key required. group: a heading in --help, for this key and those that follow. le: unless
-    given, LARGEST, so that neither products of keys nor dates overflow; None lifts it.
+    default: `...` makes the key required. group: a heading in --help, for this key and those that follow.
     """
-    metadata = {"help": help, "group": group, "limits": Limits(**{"le": LARGEST, **limits})}
+    metadata = {"help": help, "group": group, "limits": Limits(**limits)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -23,7 +23,7 @@ class FineWebConfig:
     out: str = key(str(Path(__file__).parent), "folder to write to, shared by all machines")
     tokenizer: str = key("gpt2", "an encoding of tiktoken's, a tokenizer.json, a hub id")
     val_share: float = key(0.001, "fraction for validation, by hash", gt=0, lt=1)
-    shard_tokens: int = key(100_000_000, "tokens in a file", ge=1, le=None)
+    shard_tokens: int = key(100_000_000, "tokens in a file", ge=1)
 
     tasks: int = key(64, "parts of the work; an interrupted one starts over", group="Machines", ge=1, le=10**6)
     workers: int = key(2, "tasks at a time", ge=1, le=1024)

@@ -34,11 +34,12 @@ from nanogpt.data.token_shards import (
 )
 from nanogpt.errors import InputError
 from nanogpt.files import read_json
-from nanogpt.schema import LARGEST, Count, Limits, check
+from nanogpt.schema import Count, Limits, check
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 FORMAT = 1  # of meta.json
 WEIGHT_SUM = 10**6  # of the parts of a mixture
+MAX_SHARE = 1e9  # of a part, as it is given
 
 
 class FileMeta(TypedDict):
@@ -147,7 +148,7 @@ class Tokens:
         """A range of a file. Raises InputError where it was cut meanwhile: reading beyond its end kills a process."""
         numbers = self._map(map_file)
         file = getattr(numbers.base, "obj", None)  # unless they are in memory
-        if file and file.size() < numbers.nbytes:
+        if file and file.size() < len(file):
             raise InputError(f"{name} or its mask was cut short while it was read: prepare the data again")
         return numbers[first:last]
 
@@ -450,7 +451,7 @@ def _parse_mixture(dataset: str) -> dict[str, float]:
             share = float(text)
         except ValueError:
             share = math.nan
-        if not name or name in shares or not 0 < share <= LARGEST:
+        if not name or name in shares or not 0 < share <= MAX_SHARE:
             raise InputError(
                 f"dataset={dataset}: {entry.strip()!r} is not a valid mixture entry; write each dataset once with its "
                 "share, as in --dataset=mine:0.7,other:0.3"

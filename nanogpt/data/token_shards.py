@@ -77,9 +77,10 @@ def has_token_files(folder: Path) -> bool:
 
 
 def _list(folder: Path) -> list[Path]:
-    """The sorted content of a folder; [] for anything else."""
+    """The sorted content of a folder, without hidden files such as macOS's `._train.bin`; [] for anything else."""
     try:
-        return sorted(folder.iterdir()) if os.path.isdir(folder) else []
+        content = folder.iterdir() if os.path.isdir(folder) else ()
+        return sorted(path for path in content if not path.name.startswith("."))
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}): change its permissions") from error
 
@@ -102,7 +103,9 @@ def read_layout(path: Path, token_dtype: str | None, default_dtype: np.dtype) ->
                 break
         else:
             layout = headerless(path, head, token_dtype, default_dtype)
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, struct.error) as error:
+    except (LookupError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: the index.json beside it is damaged ({error!r})") from error
+    except (OSError, ValueError, OverflowError, struct.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if layout.starts is None:
         return layout
@@ -285,7 +288,8 @@ def raise_for_missing(path: Path) -> None:
 
 def _check_file(path: Path, layout: Layout, sha256: str | None) -> Callable[[], np.ndarray]:
     """Compare a file with its expected size and hash, where known, and return the function that maps its tokens."""
-    size = max(path.stat().st_size - layout.offset, 0)
+    status = path.stat()
+    size = max(status.st_size - layout.offset, 0)
     actual, rest = divmod(size, layout.dtype.itemsize)
     if size == 0 and layout.tokens:
         raise InputError(f"{path} is empty: {AGAIN}")
@@ -295,13 +299,15 @@ def _check_file(path: Path, layout: Layout, sha256: str | None) -> Callable[[], 
         raise InputError(f"{path} holds {actual:,} tokens where {layout.source} counts {layout.tokens:,}: {AGAIN}")
     if sha256 and file_sha256(path) != sha256:
         raise InputError(f"{path} is not the file that meta.json describes (its SHA-256 differs): {AGAIN}")
-    return partial(_map, path, layout)
+    return partial(_map, path, layout, status.st_mtime_ns)
 
 
-def _map(path: Path, layout: Layout) -> np.ndarray:
-    """Memory-map a file of numbers. Raises InputError where it is gone or shorter by now."""
+def _map(path: Path, layout: Layout, mtime_ns: int) -> np.ndarray:
+    """Memory-map a file of numbers. Raises InputError where it is gone or has changed since it was checked."""
     try:
         with path.open("rb", buffering=0) as file:  # as np.memmap does, in half the time
+            if os.fstat(file.fileno()).st_mtime_ns != mtime_ns:
+                raise ValueError("it has changed")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             return np.frombuffer(mapped, layout.dtype, layout.tokens, layout.offset)
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import InputError
-from nanogpt.files import read_json
+from nanogpt.files import read_json, utf8_path
 from nanogpt.interop.names import (
     ARCHITECTURES,
     GELU,
@@ -128,7 +128,8 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= load_file(folder / file)
+            with utf8_path(folder / file) as name:
+                tensors |= load_file(name)
         except FileNotFoundError as error:
             raise InputError(
                 f"{folder}: no {file}; download the model again. Pickled weights (pytorch_model.bin) can run code and "

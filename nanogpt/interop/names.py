@@ -21,7 +21,7 @@ from nanogpt.errors import InputError
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")  # of DDP, torch.compile, the headed model
 CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # buffers, not parameters
-MAX_LAYERS = 10_000  # each layer takes memory for its tensors' names, before any file is looked at
+MAX_LAYERS = 1000  # each layer takes memory for its tensors' names, before any file is looked at
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}  # transformers' name -> GPTConfig.gelu
 
 

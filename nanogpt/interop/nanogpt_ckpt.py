@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nanogpt.errors import InputError
-from nanogpt.files import regular_file_size
+from nanogpt.files import regular_file_size, utf8_path
 from nanogpt.interop.names import Weights, first_line, strip_wrappers, translate, validate_sizes
 from nanogpt.interop.safe_pickle import refuse_code
 from nanogpt.schema import matches
@@ -60,7 +60,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         refuse_code(path, regular_file_size(path))
         # Memory-mapped (which the oldest format cannot be), so that the optimizer state inside takes no memory.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with utf8_path(path) as name:
+            content = torch.load(name, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a broken pickle raises anything
         raise InputError(f"{path}: cannot be read ({first_line(error)}); {HINT}") from error
     return content if isinstance(content, dict) else {}

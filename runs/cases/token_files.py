@@ -72,7 +72,7 @@ def cut_short(checkout: Path, folder: Path) -> tuple[bool, str]:
     with (data / "val.bin").open("r+b") as file:
         file.truncate(200)
     result = run(checkout, "data/look.py", str(data), "--split=val")
-    return result.is_clear_error and "100 tokens" in result.output, result.last_line.replace(str(folder), "…")
+    return result.is_clear_error and "100 tokens" in result.output, result.last_line
 
 
 CASES: dict[str, Case] = {

@@ -198,6 +198,7 @@ def test_damaged_checkpoints_are_refused(run: Run, used: Path):
 
 
 IMPOSSIBLE_SIZES: list[dict[str, Any]] = [{name: 2**40} for name in ("n_layer", "n_embd", "vocab_size")]
+IMPOSSIBLE_SIZES += [{"vocab_size": 2**63 - 2}, {"arch": "modern", "bias": False, "head_dim": 2**62}]
 IMPOSSIBLE_SIZES += [{"n_embd": 32}, {"n_head": 0}, {"n_embd": "16"}, {"n_layers": 1}, {"arch": "new"}]
 IMPOSSIBLE_SIZES += [{"norm_eps": None}, {"n_kv_head": -1}]
 

@@ -157,16 +157,21 @@ def test_a_run_follows_its_own_folder(
             assert {path: path.read_bytes() for path in (home / "out").rglob("*") if path.is_file()} == before
 
 
-def test_a_lost_lock_that_another_run_has_taken_is_not_taken_back(tmp_path: Path):
-    with RunDir(tmp_path / "out") as run_dir:
+@pytest.mark.parametrize("name", ["out", "."])
+def test_a_lost_lock_that_another_run_has_taken_is_not_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out" if name == "." else tmp_path)
+    with RunDir(Path(name)) as run_dir:
         (tmp_path / "out/.lock").unlink()
         with RunDir(tmp_path / "out") as other:
-            assert run_dir.follow() == tmp_path / "out.1"
+            assert run_dir.follow().absolute() == tmp_path / "out.1"
             assert other.follow() == tmp_path / "out"
 
 
-@pytest.mark.parametrize("call", ["flock", "fsync"])
-def test_a_file_system_without_locks_or_sync_of_folders_is_used(
+@pytest.mark.parametrize("call", ["flock", "fsync", "chmod"])
+def test_a_file_system_without_locks_sync_of_folders_or_modes_is_used(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
 ):
     import fcntl
@@ -178,7 +183,11 @@ def test_a_file_system_without_locks_or_sync_of_folders_is_used(
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(*{"flock": (fcntl, "flock", flock), "fsync": (os, "fsync", fsync)}[call])
+    def chmod(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    places: dict[str, Any] = {"flock": (fcntl, "flock", flock), "fsync": (os, "fsync", fsync)}
+    monkeypatch.setattr(*places.get(call, (Path, "chmod", chmod)))
     assert run(out_dir="out") == 0
     assert ("warning: out cannot be locked" in capsys.readouterr().out) == (call == "flock")
     assert steps("out")[-1] == 20

@@ -15,6 +15,7 @@ from conftest import ROOT, Run, SignalAt, environment, flags, metrics, steps
 from random_models import save_as_nanogpt
 from small_data import LETTERS
 
+import load
 import train
 from configurator import parse
 from load import make_schedule
@@ -226,9 +227,9 @@ def test_auto_micro_batch_is_kept_on_resume(run: Run, monkeypatch: pytest.Monkey
         run(out_dir="out", batch_size=8, **keys)
         return checkpoint.load_latest(Path("out"), True).state["config"]["micro_batch_size"]
 
-    monkeypatch.setattr(train, "pick_micro_batch", lambda model, optimizer, sizes, world: sizes[1])
+    monkeypatch.setattr(load, "pick_micro_batch", lambda model, optimizer, sizes, world: sizes[1])
     assert micro_batch(micro_batch_size="auto", max_iters=2) == 4
-    monkeypatch.setattr(train, "pick_micro_batch", lambda *_: pytest.fail("chosen again"))
+    monkeypatch.setattr(load, "pick_micro_batch", lambda *_: pytest.fail("chosen again"))
     assert micro_batch(resume=True, max_iters=4) == 4
 
 

@@ -371,6 +371,7 @@ LIES += [(key, value) for key in ("step", "samples", "processes") for value in (
 LIES += [(key, value) for key in ("val_loss", "best_val_loss", "time_s") for value in ("1", [], -1, 10**400)]
 LIES += [(key, value) for key in ("scaler", "guard") for value in (None, "x", [], {"scale": 1.0}, {"norms": []})]
 LIES += [("guard", GUARD | {"norms": norms}) for norms in (None, ["x"], [[]], {})]
+LIES += [("data", value) for value in ({}, {"train": "0"}, {"train": "0", "val": 1})]
 LIES += [("scaler", SCALER | {"_growth_tracker": -1}), ("model", []), ("config", None), ("wandb_id", 1)]
 
 

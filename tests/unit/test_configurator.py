@@ -94,7 +94,7 @@ def test_flag_values(flag, value):
         ("--batch_size=True", "expected a whole number, got 'True'"),
         ("--batch_size=", "expected a whole number, got ''"),
         ("--batch_size=0", "must be at least 1, is 0"),
-        ("--top_k=1001", "must be at most 1000, is 1001"),
+        ("--top_k=1001", "must be at most 1,000, is 1001"),
         ("--dropout=1.5", "must be below 1, is 1.5"),
         ("--learning_rate=0", "must be above 0, is 0.0"),
         ("--learning_rate=nan", "expected a finite number, got nan"),

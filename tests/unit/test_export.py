@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 import export
 from load import load_weights
 from nanogpt.errors import InputError
+from nanogpt.files import read_json, write_report
 from nanogpt.text.tokenizer import Tokenizer
 
 Export = Callable[..., Path]
@@ -47,6 +48,14 @@ def test_model_card_states_sizes_and_origin(run_export: Export, capsys: pytest.C
     card = (run_export("deep/er", "--init_from=new", "--dtype=bfloat16") / "README.md").read_text()
     assert "| converted from | new |" in card
     assert "| steps |" not in card
+
+
+def test_names_that_are_no_utf8_are_written_and_read(run_export: Export):
+    name = os.fsdecode(b"\xff")
+    run_export(name)
+    assert "converted from | \\udcff" in (run_export(f"{name}.1", f"--init_from={name}") / "README.md").read_text()
+    write_report("json", "report.json", {"model": name})
+    assert read_json(Path("report.json")) == {"model": name}
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,17 @@ def test_a_bad_id_in_a_shard_is_found_in_its_file(folder: Path):
         rows[0:32]
 
 
+def test_a_shard_that_is_replaced_before_its_first_use_is_refused(folder: Path):
+    shard(folder, 500)
+    tokens = open_dataset(folder, block_size=64).train
+    path = folder / "train-00001.bin"
+    expected = tokens[0:500].copy()
+    os.utime(path, ns=(1, 1))  # as other tokens of the same number would have
+    assert np.array_equal(tokens[0:500], expected)
+    with pytest.raises(InputError, match=r"train-00001\.bin cannot be read any more \(it has changed"):
+        tokens[500:501]
+
+
 def test_masked_tokens_are_no_targets(folder: Path):
     mask = {split: np.random.default_rng(1).random(n) < 0.3 for split, n in (("train", 2106), ("val", 234))}
     x, y = Rows(open_dataset(folder, block_size=16).train, 16, 50, 3)[0:40]

@@ -108,6 +108,8 @@ def test_a_format_is_read_in_place(tmp_path: Path, name: str):
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.truncate(size - 8)
+    with pytest.raises(InputError, match=f"{path.name} or its mask was cut short while it was read"):
+        data.train[0:1]
     with pytest.raises(InputError, match=rf"{path.name} holds [\d,]+ tokens where .* counts {len(IDS):,}"):
         open_dataset(tmp_path, block_size=8)
 
@@ -212,6 +214,15 @@ def test_arrays_of_other_kinds_are_refused(tmp_path: Path):
             open_dataset(tmp_path, block_size=8, splits=["train"])
 
 
+def test_a_damaged_index_json_is_named(tmp_path: Path):
+    write_litdata(tmp_path / "train.bin", "<i4")
+    index = json.loads((tmp_path / "index.json").read_text())
+    for change in ({"config": None}, {"config": []}, {"chunks": ["a"]}, {"chunks": 5}, {"chunks": [{}]}):
+        (tmp_path / "index.json").write_text(json.dumps(index | change))
+        with pytest.raises(InputError, match=r"train\.bin cannot be read: the index\.json beside it is damaged"):
+            open_dataset(tmp_path, block_size=8, splits=["train"])
+
+
 def test_names_say_the_split(tmp_path: Path):
     def lengths() -> list[int]:
         data = open_dataset(tmp_path, block_size=8)
@@ -219,7 +230,7 @@ def test_names_say_the_split(tmp_path: Path):
 
     for name in ("a_train_2.npy", "b-Train.npy", "a_val_1.npy"):
         np.save(tmp_path / name, IDS)
-    for name in ("train_val.npy", "trained.npy", "a_test.npy"):
+    for name in ("train_val.npy", "trained.npy", "a_test.npy", "._a_train_2.npy"):
         np.save(tmp_path / name, IDS[:99])
     assert lengths() == [2 * len(IDS), len(IDS)]
     (tmp_path / "validation").mkdir()

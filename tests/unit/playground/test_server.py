@@ -155,7 +155,7 @@ def test_generate_reports_failure_of_model(
         ({"prompt": "a", "top_k": 0}, r"top_k: must be at least 1"),
         ({"prompt": "a", "top_p": 0}, r"top_p: must be above 0"),
         ({"prompt": "a", "min_p": 1}, r"min_p: must be below 1"),
-        ({"prompt": "a", "max_new_tokens": 10**9}, r"max_new_tokens: must be at most 10000"),
+        ({"prompt": "a", "max_new_tokens": 10**9}, r"max_new_tokens: must be at most 10,000"),
         ({"prompt": "a", "seed": -1}, r"seed: must be at least 0"),
         ({"prompt": "a", "temprature": 1}, r"temprature: no such key; did you mean temperature\?"),
         ({"prompt": "a", "\ud800": 1}, r"no such key"),
