@@ -338,8 +338,8 @@ def print_end(run: Run, exit_status: int, out_of_patience: bool, has_trained: bo
     if out_of_patience:
         print0(f"step {state.step}: no new best in {state.evals_since_best} evaluations (patience); the best is kept")
     print0(
-        f"done: step {state.step}, best validation loss {state.best_val_loss:.4f}; checkpoints are in {run.run_dir.path}/ckpt: "
-        f"python sample.py --out_dir={out_dir}"
+        f"done: step {state.step}, best validation loss {state.best_val_loss:.4f}; "
+        f"checkpoints are in {run.run_dir.path}/ckpt: python sample.py --out_dir={out_dir}"
     )
     summary = run.schedule.summary(state.best_val_loss)
     if summary and has_trained and state.val_loss is not None:
