@@ -12,7 +12,7 @@ KINDS = {  # each with the end of the line that names it
     "empty": "documents without text were left out",
     "blank": "blank lines were left out",
     "separators": "document separators became the ends of documents",
-    "replaced": "invalid bytes were replaced by U+FFFD",
+    "replaced": "invalid bytes were replaced by U+FFFD; --encoding names another encoding, such as cp1252",
     "normalized": "byte order marks were left out or line ends (CRLF, CR) became newlines",
     "unencodable": "characters that the tokenizer does not have were lost or replaced",
     "end_tokens": (

@@ -189,8 +189,8 @@ class Tokenizer:
         tokenizer = cls.load(path.parent, path.name) if os.path.isfile(name) else cls.load(path)
         if tokenizer is None:
             raise InputError(
-                f"there is no tokenizer {name!r}: give a tokenizer.json, a folder that has one, or an encoding of "
-                f"tiktoken's: {', '.join(encodings)}"
+                f"there is no tokenizer {name!r}: give a tokenizer.json, a folder that has one, char, byte, "
+                f"bpe:8192, or an encoding of tiktoken's: {', '.join(encodings)}"
             )
         return tokenizer
 

@@ -119,6 +119,19 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
         find_inputs([str(tmp_path)], Omissions())
 
 
+def test_a_dead_link_is_an_error_or_counted(tmp_path: Path):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "dead.txt").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"dead\.txt cannot be read .* --skip_bad=True"):
+        find_inputs([str(tmp_path)], Omissions())
+    omissions = Omissions()
+    (source,) = find_inputs([str(tmp_path)], omissions, skip_bad=True)
+    assert Path(source.name).name == "a.txt"
+    assert omissions.get("bad") == (1, f"{tmp_path}/dead.txt: cannot be read (No such file or directory)")
+    with pytest.raises(InputError, match=r"dead\.txt cannot be read .* with --input"):
+        find_inputs([str(tmp_path / "dead.txt")], omissions, skip_bad=True)
+
+
 def test_a_file_that_is_gone_is_named(tmp_path: Path):
     (tmp_path / "a.txt").touch()
     (source,) = find_inputs([str(tmp_path)], Omissions())
