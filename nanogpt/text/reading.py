@@ -36,10 +36,10 @@ READ_ERRORS = (
     *(zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile),
 )
 BINARY_MARKS = {
-    b"%PDF-": "PDF: convert it first, for example with pdftotext",
-    b"{\\rtf": "RTF: convert it first, for example with pandoc",
-    b"PK\3\4": "a zip archive (.docx, .odt and .epub are some, too): name it .zip, or convert it first",
-    b"\x1f\x8b": "compressed by gzip: name it .gz",
+    b"%PDF-": "PDF, which pdftotext converts",
+    b"{\\rtf": "RTF, which pandoc converts",
+    b"PK\3\4": "a zip archive, as .docx, .odt and .epub are",
+    b"\x1f\x8b": "compressed by gzip, whose suffix is .gz",
 }
 # In "x\ny", where neither x nor y is white space, the split patterns of GPT-2 and its successors always split before y,
 # unless y is a slash (o200k). So the ids of the two sides are those of the whole. In UTF-8, without some rare letters:

@@ -58,7 +58,7 @@ BAD = [
     ("windows.txt", "Ünder\r\n".encode("utf-16-le") * 9, "which --encoding=utf-16-le reads"),
     ("paper.pdf", b"%PDF-1.5\nwords", "is not text but PDF"),
     ("thesis.docx", b"PK\3\4words", "is not text but a zip archive"),
-    ("really_gz.txt", gzip.compress(b"words"), "is not text but compressed by gzip: name it .gz"),
+    ("really_gz.txt", gzip.compress(b"words"), "is not text but compressed by gzip, whose suffix is .gz"),
     ("cut.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:-9], "cut.txt.gz: cannot be read to its end"),
     ("cut.txt.xz", lzma.compress(b"text " * 999)[:-9], "cut.txt.xz: cannot be read to its end"),
     ("no.txt.gz", b"text", "no.txt.gz: cannot be read to its end"),
