@@ -69,7 +69,9 @@ def parse_messages(row: Any) -> list[dict[str, str]]:
         entries = []
         for key, role in (("prompt", "user"), ("completion", "assistant")):
             if row.get(key) is None:
-                raise ValueError(f"has neither messages nor {key}, but {', '.join(map(str, row)) or 'nothing'}")
+                keys = ", ".join(map(str, row)) or "nothing"
+                hint = ": docs/data.md converts it" if row.keys() & {"conversations", "instruction"} else ""
+                raise ValueError(f"has neither messages nor {key}, but {keys}{hint}")
             entries += row[key] if isinstance(row[key], list) else [{"role": role, "content": row[key]}]
     if not isinstance(entries, list):
         raise ValueError("messages is not a list")

@@ -26,7 +26,15 @@ from typing import IO, Any, NamedTuple
 from nanogpt.errors import InputError
 from nanogpt.text.omissions import Omissions
 from nanogpt.text.sources import InputFile, download, file_kind, should_omit
-from nanogpt.text.streams import CHUNK_BYTES, LastBlock, decompress, normalize_newlines, read_utf8, skip_zeros
+from nanogpt.text.streams import (
+    CHUNK_BYTES,
+    LastBlock,
+    decompress,
+    find_binary,
+    normalize_newlines,
+    read_utf8,
+    skip_zeros,
+)
 
 PIECE_BYTES = 2**22  # longer documents are encoded in pieces
 MAX_RECORD_BYTES = 2**28  # a longer line is not JSON but a file without line ends
@@ -35,12 +43,6 @@ READ_ERRORS = (
     *(OSError, EOFError, ValueError, RuntimeError),
     *(zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile),
 )
-BINARY_MARKS = {
-    b"%PDF-": "PDF, which pdftotext converts",
-    b"{\\rtf": "RTF, which pandoc converts",
-    b"PK\3\4": "a zip archive, as .docx, .odt and .epub are",
-    b"\x1f\x8b": "compressed by gzip, whose suffix is .gz",
-}
 # In "x\ny", where neither x nor y is white space, the split patterns of GPT-2 and its successors always split before y,
 # unless y is a slash (o200k). So the ids of the two sides are those of the whole. In UTF-8, without some rare letters:
 _NOT_SPACE = (
@@ -320,7 +322,7 @@ class _Reader:
     def _read_text(self, stream: _Stream, omissions: Omissions) -> Iterator[Chunk]:
         blocks = normalize_newlines(self._read_utf8(stream, omissions), omissions, stream.name)
         first = next(blocks)
-        if problem := _find_binary(first):
+        if problem := find_binary(first):
             if file_kind(stream.path)[0] == "text or binary":
                 omissions.add("unknown", f"{stream.name}: {problem}")
             else:
@@ -372,20 +374,6 @@ def _is_row(line: bytes) -> bool:
         return isinstance(json.loads(line), str | dict)
     except (ValueError, RecursionError):
         return False
-
-
-def _find_binary(start: bytes) -> str:
-    """Say why a file that starts so is not text, "" if it may be."""
-    known = next((kind for mark, kind in BINARY_MARKS.items() if start.startswith(mark)), None)
-    if known:
-        return f"is not text but {known}"
-    if b"\0" not in start:
-        return ""
-    problem = f"is binary, not text: byte 0 at offset {start.index(0):,}"
-    for offset, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
-        if start[offset::2].count(0) > len(start) // 4 and 0 not in start[1 - offset :: 2]:
-            problem += f"; it looks like {encoding}, which --encoding={encoding} reads"
-    return problem
 
 
 def _cut_records(kind: str, name: str, blocks: Iterable[bytes], separator: bytes) -> Generator[Chunk, None, int]:

@@ -94,6 +94,9 @@ def test_read_text(tmp_path: Path):
     path.write_bytes(b"abc\xe9def")
     with pytest.raises(InputError, match=r"a\.txt: is not UTF-8 text: byte 0xe9 in line 1"):
         read_text(path)
+    path.write_bytes("abcd".encode("utf-16-le"))
+    with pytest.raises(InputError, match=r"a\.txt: is binary, not text: .* it looks like utf-16-le"):
+        read_text(path)
     with pytest.raises(InputError, match=r"could not be read \(No such file"):
         read_text(tmp_path / "b.txt")
 

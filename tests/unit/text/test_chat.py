@@ -162,6 +162,7 @@ def test_encode_refuses_what_its_template_refuses(template: str, message: str, t
         ([], "is not an object"),
         ({"text": "x"}, "neither messages nor prompt, but text"),
         ({"prompt": "x"}, "neither messages nor completion, but prompt"),
+        ({"conversations": []}, r"but conversations: docs/data\.md converts it"),
         ({"messages": "x"}, "messages is not a list"),
         ({"messages": []}, "no message of the assistant"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant"),
