@@ -164,13 +164,14 @@ def normalize_newlines(blocks: Iterator[bytes], omissions: Omissions, name: str)
         yield block
 
 
-def read_text(path: str | Path, label: str = "") -> str:
+def read_text(path: str | Path, label: str = "", omissions: Omissions | None = None) -> str:
     """Read a text as preparations do: UTF-8, with newlines as line ends, without a byte order mark.
 
-    label: of messages, such as a flag; the path if empty. Raises InputError for invalid bytes, with the line.
+    label: of messages, such as a flag; the path if empty. omissions: counts what is changed.
+    Raises InputError for invalid bytes, with the line.
     """
     label = label or str(path)
-    omissions = Omissions()
+    omissions = omissions or Omissions()
     try:
         with open(path, "rb") as file:
             text = b"".join(normalize_newlines(read_utf8(file, omissions, label), omissions, label))
