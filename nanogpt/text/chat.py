@@ -250,8 +250,6 @@ class Chat:
         # Where the text changes if its content does.
         replaced = {key: PROBE for key in CONTENT_KEYS if key in messages[i]}
         other = self._render([*messages[:i], {**messages[i], **replaced}, *messages[i + 1 :]])
-        if other == text:
-            return None
         first = _shared_length(text, other)
         last = max(first, len(text) - _shared_length(text[::-1], other[::-1]))
         changed = other[first : len(other) - len(text) + last]

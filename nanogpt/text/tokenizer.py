@@ -401,19 +401,18 @@ class Tokenizer:
         text = replace_surrogates(text)
         if self._inner.normalizer:
             text = self._inner.normalizer.normalize_str(text)
-        plain, unknown, is_lost_byte = self._lossy
-        is_lost = np.ones(len(text), dtype=bool)
-        for token_id, (start, end) in zip(*plain.encode_with_spans(text, ordinary=True), strict=True):
+        plain, unknown, lost_bytes = self._lossy
+        # Before encoding, because the library's spans are wrong after a byte that it drops.
+        lost = [character for character in set(text) if not lost_bytes.isdisjoint(character.encode())]
+        rest = text.translate(dict.fromkeys(map(ord, lost)))
+        is_lost = np.ones(len(rest), dtype=bool)
+        for token_id, (start, end) in zip(*plain.encode_with_spans(rest, ordinary=True), strict=True):
             if token_id != unknown:
                 is_lost[start:end] = False
-        if is_lost_byte.any():  # a character whose other bytes have ids is lost, too
-            utf8 = np.frombuffer(text.encode(), dtype=np.uint8)
-            number = np.cumsum(utf8 & 0xC0 != 0x80) - 1  # of the character that a byte is part of
-            is_lost[number[is_lost_byte[utf8]]] = True
-        return int(np.count_nonzero(is_lost))
+        return len(text) - len(rest) + int(np.count_nonzero(is_lost))
 
     @cached_property
-    def _lossy(self) -> "tuple[Tokenizer, int | None, np.ndarray] | None":
+    def _lossy(self) -> "tuple[Tokenizer, int | None, set[int]] | None":
         """This tokenizer without normalizer, the id for unknown text, the bytes without ids; None if lossless."""
         import tokenizers
 
@@ -424,8 +423,8 @@ class Tokenizer:
         model = content["model"]
         unknown = model["unk_id"] if model["type"] == "Unigram" else plain._inner.token_to_id(model["unk_token"] or "")
         is_byte_level = '"ByteLevel"' in json.dumps(content["pre_tokenizer"])
-        is_lost_byte = [is_byte_level and BYTE_ENCODER[byte] not in model["vocab"] for byte in range(256)]
-        return plain, unknown, np.array(is_lost_byte)
+        lost_bytes = {byte for byte in range(256) if is_byte_level and BYTE_ENCODER[byte] not in model["vocab"]}
+        return plain, unknown, lost_bytes
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD.

@@ -286,6 +286,7 @@ def test_count_lost_characters_is_exact():
     unknown = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "?": 1}, [], unk_token="?", fuse_unk=True))
     for inner, text, lost in (
         (byte_level, "1 day, 22 é 日", 4),
+        (byte_level, "éa", 1),
         (pieces, "AB abc xyz", 2 + 3),
         (dropping, "abcdab", 2),
         (unknown, "axyza", 3),
