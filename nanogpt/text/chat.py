@@ -62,7 +62,7 @@ def parse_messages(row: Any) -> list[dict[str, str]]:
     """
     if not isinstance(row, dict):
         raise ValueError("is not an object with messages, or with prompt and completion")
-    if row.get("tools"):
+    if row.get("tools") not in (None, "", "[]", [], {}):
         raise ValueError("has tools, which are not supported")
     entries = row.get("messages")
     if entries is None:

@@ -212,6 +212,9 @@ class _Reader:
 
     def _read_zip(self, stream: _Stream, omissions: Omissions) -> Iterator[Chunk]:
         with self._on_disk(stream) as file, zipfile.ZipFile(file) as archive:
+            file.seek(0)
+            if file.read(4) == b"PK\3\4" and all(info.header_offset for info in archive.infolist()):
+                yield Chunk("bad", stream.name, 0, "holds another archive before the last one: give them as two files")
             members = [info for info in archive.infolist() if not info.is_dir()]
             for info in members:
                 name = f"{stream.name}:{info.filename}"
@@ -262,7 +265,7 @@ class _Reader:
         except ImportError as error:
             raise InputError("reading .parquet files needs pyarrow: run `pip install -e .[data]`") from error
 
-        columns = ["messages", "prompt", "completion"] if self.options.chat else [self.options.text_key]
+        columns = ["messages", "prompt", "completion", "tools"] if self.options.chat else [self.options.text_key]
         with self._on_disk(stream) as file, ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
             present = [column for column in columns if column in names]
