@@ -34,7 +34,7 @@ LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-CACHED_CHARACTERS = 2**26  # gigatoken remembers every word that it has seen: up to nine bytes for each character
+CACHED_CHARACTERS = 2**26  # gigatoken remembers all words that it has seen, at five to nine bytes a byte
 # Pre-tokenizers that can leave out text between the words, as white space.
 REMOVING_SPLIT = re.compile(r'"(Removed|Whitespace|WhitespaceSplit|BertPreTokenizer|CharDelimiterSplit)"')
 # Pipelines, by `fingerprint`, for which gigatoken 0.10 gives the ids of tokenizers 0.23: see runs/tokenizers/fuzz.json.
