@@ -184,14 +184,14 @@ def find_binary(start: bytes) -> str:
     return problem
 
 
-def read_text(path: str | Path, label: str = "") -> str:
+def read_text(path: str | Path, label: str = "", omissions: Omissions | None = None) -> str:
     """Read a text as preparations do: UTF-8, with newlines as line ends, without a byte order mark.
 
-    label: of messages, such as a flag; the path if empty. Raises InputError for a binary file, and for invalid bytes,
-    with the line.
+    label: of messages, such as a flag; the path if empty. omissions: counts what is changed.
+    Raises InputError for a binary file, and for invalid bytes, with the line.
     """
     label = label or str(path)
-    omissions = Omissions()
+    omissions = omissions or Omissions()
     try:
         with open(path, "rb") as file:
             text = b"".join(normalize_newlines(read_utf8(file, omissions, label), omissions, label))

@@ -6,6 +6,7 @@ whether that was right and what was seen. `--only=T,R4` takes the cases whose na
 
 import importlib
 import json
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -43,9 +44,12 @@ def try_case(case: Case, checkout: Path) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             is_right, seen = case.run(checkout, Path(folder))
+        except subprocess.TimeoutExpired as error:
+            is_right, seen = False, f"no end after {error.timeout:.0f} s"
         except Exception as error:  # the old build ends in whatever way
             is_right, seen = False, f"{type(error).__name__}: {error}"
-    return {"right": is_right, "seen": " ".join(seen.split())[:200]}
+    seen = " ".join(seen.replace(folder, "…").split())
+    return {"right": is_right, "seen": seen[:200]}
 
 
 def main() -> None:
