@@ -50,7 +50,8 @@ def parse(
     """Return the validated config, and the keys that files and flags set.
 
     Words without `--` are config files or, if given, values of the key `positional`. A flag of a list[str] takes all
-    words up to the next flag, one of a bool without a value means True, and hyphens in names count as underscores.
+    words up to the next flag, and adds to those of the same flag before it. One of a bool without a value means True.
+    Hyphens in names count as underscores, and `--key=~/path` begins with the home directory, as `--key ~/path` does.
     Raises InputError with a line for each problem.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -97,6 +98,8 @@ def _split(argv: Sequence[str], hints: dict[str, Any]) -> tuple[list[str], list[
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
+            if value.startswith("~/"):
+                value = os.path.expanduser(value)
             flags.append((name, [value] if equals else []))
             takes = 0 if equals else len(argv) if _is_list(hints.get(name)) else 1
         elif takes:
@@ -117,6 +120,8 @@ def _read_flags(flags: list[tuple[str, list[str]]], config_class: Any) -> tuple[
     entries: list[Entry] = []
     problems: list[str] = []
     for name, texts in flags:
+        if _is_list(hints.get(name)):
+            texts = [text for other, words in flags if other == name for text in words]
         place = f"--{name}={' '.join(texts)}" if texts else f"--{name}"
         if name in hints and not texts and options(hints[name]) == [bool]:
             entries.append((place, name, True))
@@ -153,6 +158,8 @@ def _parse_text(text: str, annotation: Any) -> Any:
 
 def _run_file(file: str, current: dict[str, Any]) -> tuple[list[Entry], list[str]]:
     """Execute a config file: the keys it sets, and the problems of the file itself."""
+    if os.path.isfile(file) and not file.endswith(".py"):
+        return [], [f"{file}: is not a config file, which ends in .py; give values with --key=value"]
     try:
         source = Path(file).read_bytes()
         tree = ast.parse(source, filename=file)

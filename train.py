@@ -5,6 +5,7 @@ Several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt
 
 import contextlib
 import gc
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -331,7 +332,7 @@ def print_sample(run: Run) -> None:
 def print_end(run: Run, exit_status: int, out_of_patience: bool, has_trained: bool) -> None:
     """Say how the run ended, and what to do next."""
     state = run.state
-    out_dir = run.run_dir.path
+    out_dir = shlex.quote(str(run.run_dir.path))
     if run.config.dry_run:
         return
     if exit_status:
@@ -340,8 +341,8 @@ def print_end(run: Run, exit_status: int, out_of_patience: bool, has_trained: bo
     if out_of_patience:
         print0(f"step {state.step}: no new best in {state.evals_since_best} evaluations (patience); the best is kept")
     print0(
-        f"done: step {state.step}, best validation loss {state.best_val_loss:.4f}; checkpoints are in {out_dir}/ckpt: "
-        f"python sample.py --out_dir={out_dir}"
+        f"done: step {state.step}, best validation loss {state.best_val_loss:.4f}; "
+        f"checkpoints are in {run.run_dir.path}/ckpt: python sample.py --out_dir={out_dir}"
     )
     summary = run.schedule.summary(state.best_val_loss)
     if summary and has_trained and state.val_loss is not None:

@@ -68,7 +68,7 @@ def main() -> None:
     separator = config.document_separator.replace("\\n", "\n")
     meta = prepare(
         out,
-        find_inputs(config.input, omissions, find_earlier(out)),
+        find_inputs(config.input, omissions, find_earlier(out), config.skip_bad),
         tokenizer,
         options=ReadOptions(config.text_key, config.encoding, config.skip_bad, config.chat, separator),
         val_share=config.val_share,

@@ -10,6 +10,7 @@ from configurator import key, parse
 from nanogpt.data.write import format_summary, read_tiny_shakespeare, write_text
 from nanogpt.errors import run_script
 from nanogpt.interop.huggingface import read_tokenizer
+from nanogpt.text.omissions import Omissions
 from nanogpt.text.tokenizer import Tokenizer
 
 
@@ -24,10 +25,11 @@ class ShakespeareConfig:
 
 def main() -> None:
     config, _ = parse(ShakespeareConfig, description="Prepare Tiny Shakespeare.")
-    text = read_tiny_shakespeare(config.input, Path(config.out))
+    omissions = Omissions()
+    text = read_tiny_shakespeare(config.input, Path(config.out), omissions)
     print(f"{config.out}: {len(text):,} characters")
     tokenizer = read_tokenizer(config.tokenizer) if config.tokenizer else Tokenizer.gpt2()
-    print(format_summary(write_text(config.out, text, tokenizer)))
+    print(format_summary(write_text(config.out, text, tokenizer, omissions)))
 
 
 if __name__ == "__main__":

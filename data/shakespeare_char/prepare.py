@@ -6,6 +6,7 @@ from pathlib import Path
 from configurator import key, parse
 from nanogpt.data.write import format_summary, read_tiny_shakespeare, write_text
 from nanogpt.errors import run_script
+from nanogpt.text.omissions import Omissions
 from nanogpt.text.tokenizer import Tokenizer
 
 
@@ -19,9 +20,10 @@ class ShakespeareCharConfig:
 
 def main() -> None:
     config, _ = parse(ShakespeareCharConfig, description="Prepare Tiny Shakespeare, one token a character.")
-    text = read_tiny_shakespeare(config.input, Path(config.out))
+    omissions = Omissions()
+    text = read_tiny_shakespeare(config.input, Path(config.out), omissions)
     print(f"{config.out}: {len(text):,} characters")
-    print(format_summary(write_text(config.out, text, Tokenizer.characters(text))))
+    print(format_summary(write_text(config.out, text, Tokenizer.characters(text), omissions)))
 
 
 if __name__ == "__main__":

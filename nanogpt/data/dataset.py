@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -337,6 +338,8 @@ def _find(dataset: str | Path) -> Path:
     names = sorted({path.name for parent in data_folders for path in parent.glob("*/")})
     close = difflib.get_close_matches(str(dataset), names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"give a folder, or one of data/: {', '.join(names)}"
+    if os.path.exists(dataset):
+        hint = f"make one of texts: `python data/prepare.py --input {shlex.quote(str(dataset))} --out=data/mine`"
     raise InputError(f"there is no dataset {str(dataset)!r} (a folder with train.bin and val.bin): {hint}")
 
 

@@ -176,9 +176,7 @@ def move_into_place(staging: Path, folder: Path) -> dict[str, Any]:
     After an interruption, call it again.
     """
     meta = json.loads((staging / "meta.json").read_text(encoding="utf-8"))
-    moves = {
-        name: name for name in ("tokenizer.json", SETTINGS_FILE, TEMPLATE_FILE)
-    }  # name in staging -> name in folder
+    moves = {name: name for name in ("tokenizer.json", SETTINGS_FILE, TEMPLATE_FILE)}  # in staging -> in folder
     for split, facts in meta["splits"].items():
         stems = {f"{split}-00000": split}
         if "shards" in facts:
@@ -204,6 +202,7 @@ def write_dataset(
     splits: Mapping[str, Iterable[np.ndarray]],
     tokenizer: Tokenizer,
     text_bytes: Mapping[str, int] | None = None,
+    omissions: Omissions | None = None,
 ) -> dict[str, Any]:
     """Write a dataset from arrays of ids, one `<split>.bin` for each split; return its meta.json.
 
@@ -225,21 +224,28 @@ def write_dataset(
                 writer.finish_shard()
                 states[split] = state
             tokenizer.save(staging)
-            write_meta(staging, tokenizer, states)
+            write_meta(staging, tokenizer, states, omissions)
             return move_into_place(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_text(folder: str | Path, text: str, tokenizer: Tokenizer) -> dict[str, Any]:
+def write_text(
+    folder: str | Path, text: str, tokenizer: Tokenizer, omissions: Omissions | None = None
+) -> dict[str, Any]:
     """Write a dataset of one text, 90% train and 10% val, split by characters as nanoGPT does; return its meta.json.
 
+    omissions: of reading the text. What the tokenizer loses is counted too, and all is printed.
     Raises InputError as `write_dataset` does.
     """
     cut = int(len(text) * 0.9)
     texts = {"train": text[:cut], "val": text[cut:]}
     ids = {split: [tokenizer.encode_ordinary(part)] for split, part in texts.items()}
-    return write_dataset(folder, ids, tokenizer, {split: len(part.encode()) for split, part in texts.items()})
+    omissions = omissions or Omissions()
+    omissions.add("unencodable", str(folder), tokenizer.count_lost_characters(text))
+    omissions.print_lines()
+    text_bytes = {split: len(part.encode()) for split, part in texts.items()}
+    return write_dataset(folder, ids, tokenizer, text_bytes, omissions)
 
 
 def format_summary(meta: Mapping[str, Any]) -> str:
@@ -266,6 +272,7 @@ def download(url: str, path: Path, sha256: str) -> Path:
     return path
 
 
-def read_tiny_shakespeare(source: str, folder: Path) -> str:
+def read_tiny_shakespeare(source: str, folder: Path, omissions: Omissions) -> str:
     """Read the text file `source`, or if that is "" Tiny Shakespeare, which is downloaded to `folder`."""
-    return read_text(source or download(TINY_SHAKESPEARE_URL, folder / "input.txt", TINY_SHAKESPEARE_SHA256))
+    path = source or download(TINY_SHAKESPEARE_URL, folder / "input.txt", TINY_SHAKESPEARE_SHA256)
+    return read_text(path, omissions=omissions)

@@ -62,14 +62,16 @@ def parse_messages(row: Any) -> list[dict[str, str]]:
     """
     if not isinstance(row, dict):
         raise ValueError("is not an object with messages, or with prompt and completion")
-    if row.get("tools"):
+    if row.get("tools") not in (None, "", "[]", [], {}):
         raise ValueError("has tools, which are not supported")
     entries = row.get("messages")
     if entries is None:
         entries = []
         for key, role in (("prompt", "user"), ("completion", "assistant")):
             if row.get(key) is None:
-                raise ValueError(f"has neither messages nor {key}, but {', '.join(map(str, row)) or 'nothing'}")
+                keys = ", ".join(map(str, row)) or "nothing"
+                hint = ": docs/data.md converts it" if row.keys() & {"conversations", "instruction"} else ""
+                raise ValueError(f"has neither messages nor {key}, but {keys}{hint}")
             entries += row[key] if isinstance(row[key], list) else [{"role": role, "content": row[key]}]
     if not isinstance(entries, list):
         raise ValueError("messages is not a list")
@@ -141,6 +143,12 @@ class Chat:
         """The ids of a conversation up to the start of the next answer. Raises ValueError as `encode`."""
         _, text = self._fill_in(messages, add_generation_prompt=True)
         return self._tokenize(text)[0].tolist()
+
+    def count_changed(self, messages: Messages) -> int:
+        """The number of contents that the template leaves out or changes, but for white space around them."""
+        text = self._render(messages)
+        contents = [message[key].strip() for message in messages for key in CONTENT_KEYS if key in message]
+        return sum(content not in text for content in contents)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -238,27 +246,23 @@ class Chat:
     def _find_answer(self, messages: Messages, text: str, i: int, earliest: int) -> tuple[int, int] | None:
         """Where the answer messages[i] begins and ends; None if the template leaves it out.
 
-        It begins where the text for sampling it ends, and ends with the first special token after its content.
+        It begins after the last text before its content that asks for an answer, and ends with the first special token
+        after its content.
         """
         # Where the text changes if its content does.
         replaced = {key: PROBE for key in CONTENT_KEYS if key in messages[i]}
         other = self._render([*messages[:i], {**messages[i], **replaced}, *messages[i + 1 :]])
-        if other == text:
-            return None
         first = _shared_length(text, other)
         last = max(first, len(text) - _shared_length(text[::-1], other[::-1]))
         changed = other[first : len(other) - len(text) + last]
 
-        prompt = self._render_prompt(messages[:i])
         header, lead = self._before_answers
         header_start = text.rfind(header, earliest, first) if header else -1
-        if prompt and text.startswith(prompt):
-            start = len(prompt)
-        elif header_start >= 0:  # it renders the conversation so far otherwise once there is more of it
+        if header_start >= 0:
             start = header_start + len(header)
         else:
             start = first - len(lead) if text.endswith(lead, earliest, first) else first
-        if first == last and changed != PROBE and not (header and text.startswith(prompt)):
+        if first == last and changed != PROBE and (header_start < 0 or start < first):
             return None  # it is empty, and the template has no text for it either
 
         end = self._token_or_mark.search(text, last)
@@ -278,18 +282,11 @@ class Chat:
         replaced = {"content": content[:middle] + PROBE + content[middle:]}
         return _shared_length(text, self._render([*messages[:i], {**messages[i], **replaced}, *messages[i + 1 :]]))
 
-    def _render_prompt(self, messages: Messages) -> str:
-        """The text up to the start of the next answer; empty if the template has none for these messages."""
-        try:
-            return self._render(messages, add_generation_prompt=True)
-        except ValueError:
-            return ""
-
     @cached_property
     def _before_answers(self) -> tuple[str, str]:
         """The template's text that asks for an answer, and its text between there and the content of the answer."""
         question = {"role": "user", "content": "?"}
-        prompt = self._render_prompt([question])
+        prompt = self._render([question], add_generation_prompt=True)
         header = prompt.removeprefix(self._render([question]))
         text = self._render([question, {"role": "assistant", "content": PROBE}])
         lead = text[len(prompt) : text.find(PROBE)] if text.startswith(prompt) else ""

@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,13 +24,24 @@ PATTERNS = {
     "words": r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-# GPT-2's pattern as tiktoken writes it; it finds the same words.
+# Patterns as tiktoken writes them (by `to_oniguruma`), and as gigatoken knows them. They find the same words.
 TIKTOKEN_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+TIKTOKEN_CL100K_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|(?>\p{N}{1,3})| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+    r"|\s+(?!\S)|\s"
+)
+LLAMA_3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+CACHED_CHARACTERS = 2**26  # gigatoken remembers all words that it has seen, at five to nine bytes a byte
 # Pre-tokenizers that can leave out text between the words, as white space.
 REMOVING_SPLIT = re.compile(r'"(Removed|Whitespace|WhitespaceSplit|BertPreTokenizer|CharDelimiterSplit)"')
 # Pipelines, by `fingerprint`, for which gigatoken 0.10 gives the ids of tokenizers 0.23: see runs/tokenizers/fuzz.json.
 PROVEN = {
     "3becc92c3476fb9e": "GPT-2",
+    "d499d04a4ad06d09": "cl100k_base",
+    "3e098a419ff378ec": "o200k_base",
     "7ebcc4cb28727249": "Llama 3",
     "651d16132809d918": "Qwen",
     "4d5898a68270c35a": "Qwen 2 and 3",
@@ -125,36 +136,45 @@ def fingerprint(content: Mapping[str, Any]) -> str:
 def load_gigatoken(content: dict[str, Any]) -> Callable[[str], np.ndarray | None] | None:
     """A fast encoder of a tokenizer.json with the names of special tokens as text; None for texts it may not know.
 
-    Returns None where gigatoken's ids are not proven to be those of tokenizers, or where it is not installed.
+    Returns None where gigatoken's ids are not proven to be those of tokenizers.
     """
+    import gigatoken
+
     match content["pre_tokenizer"]:
         case {
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} as split,
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False} as byte_level,
             ]
-        } if pattern in (PATTERNS["gpt2"], TIKTOKEN_GPT2_PATTERN):
-            byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-            content = content | {"pre_tokenizer": byte_level}
+        }:
+            if pattern in (PATTERNS["gpt2"], TIKTOKEN_GPT2_PATTERN):
+                content = content | {"pre_tokenizer": byte_level | {"use_regex": True}}
+            elif pattern == TIKTOKEN_CL100K_PATTERN:
+                steps = [split | {"pattern": {"Regex": LLAMA_3_PATTERN}}, byte_level]
+                content = content | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
 
     added = [token for token in content["added_tokens"] if not token["special"]]
     takes_more = any(token[name] for token in added for name in ("lstrip", "rstrip", "single_word"))
     if takes_more or fingerprint(content) not in PROVEN or not is_lossless(content):
         return None
-    try:
-        import gigatoken
-    except ImportError:
-        return None
     changes_text = '"NFC"' in json.dumps(content["normalizer"])  # by other versions of Unicode in the two libraries
     if changes_text:
         content = content | {"normalizer": None}
-    fast = gigatoken.Tokenizer.from_json(json.dumps(content | {"added_tokens": added, "post_processor": None}))
+    content = content | {"added_tokens": added, "post_processor": None}
+    load = partial(gigatoken.Tokenizer.from_json, json.dumps(content))
+    fast = load()
+    characters = 0
 
     def encode(text: str) -> np.ndarray | None:
+        nonlocal fast, characters
         if not text.isascii():
             is_new = unicode_17_table()[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
             if is_new.any() or (changes_text and not unicodedata.is_normalized("NFC", text)):
                 return None
+        characters += len(text)
+        if characters > CACHED_CHARACTERS:
+            fast = load()
+            characters = len(text)
         return fast.encode(text)
 
     return encode

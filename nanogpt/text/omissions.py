@@ -12,7 +12,9 @@ KINDS = {  # each with the end of the line that names it
     "empty": "documents without text were left out",
     "blank": "blank lines were left out",
     "separators": "document separators became the ends of documents",
-    "replaced": "invalid bytes were replaced by U+FFFD",
+    "replaced": "invalid bytes were replaced by U+FFFD; --encoding names another encoding, such as cp1252",
+    "unread": "limit of documents was reached, and the rest of the input was not read",
+    "changed": "contents of messages were changed or left out by the chat template",
     "normalized": "byte order marks were left out or line ends (CRLF, CR) became newlines",
     "unencodable": "characters that the tokenizer does not have were lost or replaced",
     "end_tokens": (
@@ -47,7 +49,16 @@ class Omissions:
         for kind, (number, first) in later.counts.items():
             self.add(kind, first, number)
 
+    def take(self) -> "Omissions":
+        """Move the counts to a new object."""
+        counts, self.counts = self.counts, {}
+        return Omissions(counts)
+
     @property
     def lines(self) -> list[str]:
         """A line for each kind."""
         return [f"{number:,} {KINDS[kind]}; the first: {first}" for kind, (number, first) in self.counts.items()]
+
+    def print_lines(self) -> None:
+        for line in self.lines:
+            print(line)

@@ -91,8 +91,7 @@ def join(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         write_meta(staging, tokenizer, splits, omissions)
     meta = move_into_place(staging, out)
     shutil.rmtree(staging)
-    for line in Omissions(meta["omitted"]).lines:
-        print(line)
+    Omissions(meta["omitted"]).print_lines()
     return meta
 
 

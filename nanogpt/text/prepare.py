@@ -108,6 +108,7 @@ class BatchEncoder:
                     new_ids, mask = self.chat.encode(document.messages)
                     ids[split].append(new_ids)
                     masks[split].append(mask)
+                    parser.omissions.add("changed", document.place, self.chat.count_changed(document.messages))
                 else:
                     ids[split] += self._encode_text(document)
                     for token in self._end_tokens:
@@ -220,6 +221,8 @@ def read_batches(job: Job, start: Position, batch_bytes: int | None = None) -> I
         if job.limit is not None and after.documents > job.limit:
             if chunk.kind != "text" and position.documents < job.limit:
                 batch.append(chunk.slice(0, job.limit - position.documents))
+            batch.append(Chunk("omitted", chunk.name, 0, Omissions({"unread": [1, chunk.name]})))
+            position = Position(len(job.sources), documents=job.limit)
             break
         batch.append(chunk)
         size += chunk.size
@@ -405,8 +408,7 @@ def prepare(
         meta = move_into_place(staging, out)
 
     shutil.rmtree(staging)
-    for line in Omissions(meta["omitted"]).lines:
-        print(line)
+    Omissions(meta["omitted"]).print_lines()
     if meta["dtype"] == "uint32":
         print("the vocabulary is larger than 65,536, so each id takes four bytes (uint32)")
     return meta

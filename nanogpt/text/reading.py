@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -26,7 +26,15 @@ from typing import IO, Any, NamedTuple
 from nanogpt.errors import InputError
 from nanogpt.text.omissions import Omissions
 from nanogpt.text.sources import InputFile, download, file_kind, should_omit
-from nanogpt.text.streams import CHUNK_BYTES, LastBlock, decompress, normalize_newlines, read_utf8, skip_zeros
+from nanogpt.text.streams import (
+    CHUNK_BYTES,
+    LastBlock,
+    decompress,
+    find_binary,
+    normalize_newlines,
+    read_utf8,
+    skip_zeros,
+)
 
 PIECE_BYTES = 2**22  # longer documents are encoded in pieces
 MAX_RECORD_BYTES = 2**28  # a longer line is not JSON but a file without line ends
@@ -164,11 +172,16 @@ class _Reader:
     staging: Path | None
 
     def read(self, stream: _Stream) -> Iterator[Chunk]:
-        """An error of reading ends the open document and becomes a chunk of the kind "bad"."""
+        """Read chunks, each after a chunk of what was left out before it.
+
+        An error of reading ends the open document and becomes a chunk of the kind "bad".
+        """
         omissions = Omissions()
         chunk = None
         try:
             for chunk in self._read(stream, omissions):
+                if omissions.counts:
+                    yield Chunk("omitted", stream.name, 0, omissions.take())
                 yield chunk
         except READ_ERRORS as error:
             if chunk and not chunk.is_end:
@@ -207,6 +220,9 @@ class _Reader:
 
     def _read_zip(self, stream: _Stream, omissions: Omissions) -> Iterator[Chunk]:
         with self._on_disk(stream) as file, zipfile.ZipFile(file) as archive:
+            file.seek(0)
+            if file.read(4) == b"PK\3\4" and all(info.header_offset for info in archive.infolist()):
+                yield Chunk("bad", stream.name, 0, "holds another archive before the last one: give them as two files")
             members = [info for info in archive.infolist() if not info.is_dir()]
             for info in members:
                 name = f"{stream.name}:{info.filename}"
@@ -257,7 +273,7 @@ class _Reader:
         except ImportError as error:
             raise InputError("reading .parquet files needs pyarrow: run `pip install -e .[data]`") from error
 
-        columns = ["messages", "prompt", "completion"] if self.options.chat else [self.options.text_key]
+        columns = ["messages", "prompt", "completion", "tools"] if self.options.chat else [self.options.text_key]
         with self._on_disk(stream) as file, ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
             present = [column for column in columns if column in names]
@@ -274,7 +290,7 @@ class _Reader:
                 first += len(rows)
 
     def _read_lines(self, stream: _Stream, omissions: Omissions) -> Iterator[Chunk]:
-        yield from _cut_records("lines", stream.name, self._read_utf8(stream, omissions), b"\n")
+        yield from _cut_records("lines", stream.name, self._read_utf8(stream, omissions), b"\n", omissions)
 
     def _read_json(self, stream: _Stream, omissions: Omissions) -> Iterator[Chunk]:
         """Read JSON lines, which the first line shows; or one array of rows, or one row."""
@@ -288,7 +304,7 @@ class _Reader:
                 break
         line, _, rest = head.lstrip().partition(b"\n")
         if rest.strip() and _is_row(bytes(line)):
-            yield from _cut_records("lines", stream.name, itertools.chain([bytes(head)], blocks), b"\n")
+            yield from _cut_records("lines", stream.name, itertools.chain([bytes(head)], blocks), b"\n", omissions)
             return
 
         for block in blocks:
@@ -314,8 +330,7 @@ class _Reader:
     def _read_text(self, stream: _Stream, omissions: Omissions) -> Iterator[Chunk]:
         blocks = normalize_newlines(self._read_utf8(stream, omissions), omissions, stream.name)
         first = next(blocks)
-        if b"\0" in first:
-            problem = f"is binary, not text: byte 0 at offset {first.index(0):,}"
+        if problem := find_binary(first):
             if file_kind(stream.path)[0] == "text or binary":
                 omissions.add("unknown", f"{stream.name}: {problem}")
             else:
@@ -323,8 +338,7 @@ class _Reader:
             return
         blocks = itertools.chain([first], blocks)
         if separator := self.options.document_separator.encode():
-            count = yield from _cut_records("rows", stream.name, blocks, separator)
-            omissions.add("separators", stream.name, count)
+            yield from _cut_records("rows", stream.name, blocks, separator, omissions)
         else:
             yield from self._cut_pieces(stream.name, blocks)
 
@@ -369,8 +383,10 @@ def _is_row(line: bytes) -> bool:
         return False
 
 
-def _cut_records(kind: str, name: str, blocks: Iterable[bytes], separator: bytes) -> Generator[Chunk, None, int]:
-    """Cut blocks at a separator into chunks of whole records; return the number of separators.
+def _cut_records(
+    kind: str, name: str, blocks: Iterable[bytes], separator: bytes, omissions: Omissions
+) -> Iterator[Chunk]:
+    """Cut blocks at a separator into chunks of whole records; of "rows", count the separators.
 
     Raises ValueError for a record of more than MAX_RECORD_BYTES.
     """
@@ -382,6 +398,8 @@ def _cut_records(kind: str, name: str, blocks: Iterable[bytes], separator: bytes
         tail += block
         if separator in tail:
             *records, tail = b"".join(incomplete).split(separator)
+            if kind == "rows":
+                omissions.add("separators", name, len(records))
             yield Chunk(kind, name, first, records)
             first += len(records)
             incomplete = [tail]
@@ -391,7 +409,6 @@ def _cut_records(kind: str, name: str, blocks: Iterable[bytes], separator: bytes
             raise ValueError(f"{unit} {first:,} is longer than {MAX_RECORD_BYTES:,} bytes")
     if rest := b"".join(incomplete):
         yield Chunk(kind, name, first, [rest])
-    return first - 1
 
 
 def find_boundary(text: bytes, size: int | None = None) -> int:

@@ -24,7 +24,13 @@ FILE_KINDS = {
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 ALIASES = {".tgz": ".tar.gz", ".tbz2": ".tar.bz2", ".txz": ".tar.xz", ".tzst": ".tar.zst"}
 SUPPORTED = ".txt .md .jsonl .ndjson .json .parquet .zip .tar, files without a suffix; .gz .bz2 .xz .zst of these"
-OWN_FILES = ("meta.json", "tokenizer.json", "progress.json", "done.json")  # of a dataset, in a folder that is read
+OWN_FILES = (
+    "meta.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "progress.json",
+    "done.json",
+)  # of a dataset, in a folder that is read
 CONVERTED = "refs/convert/parquet"  # the branch for the hub's own conversions, as CONFIG/SPLIT/NNNN.parquet
 
 
@@ -65,17 +71,21 @@ def should_omit(path: str) -> str | None:
     return "unknown" if file_kind(path)[0] is None or parts[-1] in OWN_FILES else None
 
 
-def find_inputs(inputs: list[str], omissions: Omissions, earlier: Sequence[InputFile] = ()) -> list[InputFile]:
+def find_inputs(
+    inputs: list[str], omissions: Omissions, earlier: Sequence[InputFile] = (), skip_bad: bool = False
+) -> list[InputFile]:
     """List the files that `inputs` name: files, folders with all below them, globs, hf:OWNER/NAME[@CONFIG][:SPLIT].
 
     Files of a folder or a glob are sorted by name. A folder gives the files of SUPPORTED kinds; a file named by itself
     is read as text if its kind is unknown. No file comes twice, by whatever names. omissions: counts what is left out.
     earlier: the files of the preparation to resume, which keeps its revisions on the hub.
-    Raises InputError for an input that does not exist, cannot be read or holds nothing to read.
+    Raises InputError for an input that does not exist or holds nothing to read, and unless skip_bad for a file that
+    cannot be read, such as a dead link.
     """
     files: dict[Any, InputFile] = {}  # by identity
     for name in inputs:
-        for identity, file in _find_on_hub(name, earlier) if name.startswith("hf:") else _find_on_disk(name, omissions):
+        on_hub = name.startswith("hf:")
+        for identity, file in _find_on_hub(name, earlier) if on_hub else _find_on_disk(name, omissions, skip_bad):
             if identity in files:
                 omissions.add("duplicate", file.name)
             else:
@@ -83,18 +93,25 @@ def find_inputs(inputs: list[str], omissions: Omissions, earlier: Sequence[Input
     return list(files.values())
 
 
-def _find_on_disk(name: str, omissions: Omissions) -> Iterator[tuple[Any, InputFile]]:
+def _find_on_disk(name: str, omissions: Omissions, skip_bad: bool) -> Iterator[tuple[Any, InputFile]]:
     try:
         for path in _expand(name, omissions):
-            size = regular_file_size(Path(path))
-            with open(path, "rb") as file:  # raises OSError if the file cannot be read
-                status = os.fstat(file.fileno())
+            try:
+                size = regular_file_size(Path(path))
+                with open(path, "rb") as file:
+                    status = os.fstat(file.fileno())
+            except OSError as error:
+                if path == name or not skip_bad:
+                    raise
+                omissions.add("bad", f"{path}: cannot be read ({error.strerror})")
+                continue
             yield (status.st_dev, status.st_ino), InputFile(path, size, status.st_mtime_ns)
     except OSError as error:
-        raise InputError(
-            f"{error.filename or name} cannot be read ({error.strerror}): give files, folders, globs or "
-            "hf:OWNER/NAME with --input"
-        ) from error
+        path = error.filename or name
+        fix = "give files, folders, globs or hf:OWNER/NAME with --input"
+        if path != name:
+            fix = "correct it, or leave out what is bad with --skip_bad=True"
+        raise InputError(f"{path} cannot be read ({error.strerror}): {fix}") from error
 
 
 def _expand(name: str, omissions: Omissions) -> list[str]:

@@ -22,6 +22,12 @@ UNICODE_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+BINARY_MARKS = {
+    b"%PDF-": "PDF, which pdftotext converts",
+    b"{\\rtf": "RTF, which pandoc converts",
+    b"PK\3\4": "a zip archive, as .docx, .odt and .epub are",
+    b"\x1f\x8b": "compressed by gzip, whose suffix is .gz",
+}
 # Invalid bytes of an encoding other than UTF-8 become the byte 0xFF, which is invalid in UTF-8 too.
 codecs.register_error("nanogpt.invalid", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
@@ -164,16 +170,33 @@ def normalize_newlines(blocks: Iterator[bytes], omissions: Omissions, name: str)
         yield block
 
 
-def read_text(path: str | Path, label: str = "") -> str:
+def find_binary(start: bytes) -> str:
+    """Say why a file that starts so is not text, "" if it may be."""
+    known = next((kind for mark, kind in BINARY_MARKS.items() if start.startswith(mark)), None)
+    if known:
+        return f"is not text but {known}"
+    if b"\0" not in start:
+        return ""
+    problem = f"is binary, not text: byte 0 at offset {start.index(0):,}"
+    for offset, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+        if start[offset::2].count(0) > len(start) // 4 and 0 not in start[1 - offset :: 2]:
+            problem += f"; it looks like {encoding} (data/prepare.py --encoding={encoding})"
+    return problem
+
+
+def read_text(path: str | Path, label: str = "", omissions: Omissions | None = None) -> str:
     """Read a text as preparations do: UTF-8, with newlines as line ends, without a byte order mark.
 
-    label: of messages, such as a flag; the path if empty. Raises InputError for invalid bytes, with the line.
+    label: of messages, such as a flag; the path if empty. omissions: counts what is changed.
+    Raises InputError for a binary file, and for invalid bytes, with the line.
     """
     label = label or str(path)
-    omissions = Omissions()
+    omissions = omissions or Omissions()
     try:
         with open(path, "rb") as file:
             text = b"".join(normalize_newlines(read_utf8(file, omissions, label), omissions, label))
+        if problem := find_binary(text[:CHUNK_BYTES]):
+            raise InputError(f"{label}: {problem}")
         return text.decode()
     except OSError as error:
         raise InputError(f"{label}: could not be read ({error.strerror}); give a text file") from error

@@ -189,8 +189,8 @@ class Tokenizer:
         tokenizer = cls.load(path.parent, path.name) if os.path.isfile(name) else cls.load(path)
         if tokenizer is None:
             raise InputError(
-                f"there is no tokenizer {name!r}: give a tokenizer.json, a folder that has one, or an encoding of "
-                f"tiktoken's: {', '.join(encodings)}"
+                f"there is no tokenizer {name!r}: give a tokenizer.json, a folder that has one, char, byte, "
+                f"bpe:8192, or an encoding of tiktoken's: {', '.join(encodings)}"
             )
         return tokenizer
 
@@ -296,8 +296,37 @@ class Tokenizer:
 
         ordinary: the names of special tokens are plain text. Raises InputError as `encode_ordinary`.
         """
+        if self._byte_level and not ordinary:  # many times as fast
+            added_token, lengths = self._byte_level
+            parts = added_token.split(text)  # text, added token, text …
+            ids = [self.encode_ordinary(part) for part in parts]
+            ids[1::2] = [np.array([self._inner.token_to_id(part)], dtype=np.uint32) for part in parts[1::2]]
+            all_ids = np.concatenate(ids)
+            ends = np.cumsum(lengths[all_ids])
+            utf8 = np.frombuffer(text.encode(), dtype=np.uint8)
+            if ends.max(initial=0) == len(utf8):  # otherwise the normalizer changes the text
+                number = np.cumsum(utf8 & 0xC0 != 0x80)  # of the character that a byte is part of, from 1
+                return all_ids, np.stack([number[ends - lengths[all_ids]] - 1, number[ends - 1]], axis=1)
+
         encoding = self._encode_plainly(text, ordinary)
         return np.array(encoding.ids, dtype=np.uint32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+    @cached_property
+    def _byte_level(self) -> tuple[re.Pattern[str], np.ndarray] | None:
+        """The added tokens as a pattern, and the number of bytes in each token; None if they may be found otherwise."""
+        content = _to_content(self._inner)
+        added = {token["content"]: token for token in content["added_tokens"]}
+        options = ["lstrip", "rstrip", "single_word"] + ["normalized"] * (content["normalizer"] is not None)
+        takes_more = any(token[option] for token in added.values() for option in options)
+        if takes_more or self._adds_space or '"ByteLevel"' not in json.dumps(content["pre_tokenizer"]):
+            return None
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, token_id in content["model"]["vocab"].items():
+            lengths[token_id] = len(token)
+        for token, entry in added.items():
+            lengths[entry["id"]] = len(token.encode())
+        longest_first = sorted(added, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})"), lengths
 
     @cached_property
     def _adds_space(self) -> bool:
@@ -372,19 +401,18 @@ class Tokenizer:
         text = replace_surrogates(text)
         if self._inner.normalizer:
             text = self._inner.normalizer.normalize_str(text)
-        plain, unknown, is_lost_byte = self._lossy
-        is_lost = np.ones(len(text), dtype=bool)
-        for token_id, (start, end) in zip(*plain.encode_with_spans(text, ordinary=True), strict=True):
+        plain, unknown, lost_bytes = self._lossy
+        # Before encoding, because the library's spans are wrong after a byte that it drops.
+        lost = [character for character in set(text) if not lost_bytes.isdisjoint(character.encode())]
+        rest = text.translate(dict.fromkeys(map(ord, lost)))
+        is_lost = np.ones(len(rest), dtype=bool)
+        for token_id, (start, end) in zip(*plain.encode_with_spans(rest, ordinary=True), strict=True):
             if token_id != unknown:
                 is_lost[start:end] = False
-        if is_lost_byte.any():  # a character whose other bytes have ids is lost, too
-            utf8 = np.frombuffer(text.encode(), dtype=np.uint8)
-            number = np.cumsum(utf8 & 0xC0 != 0x80) - 1  # of the character that a byte is part of
-            is_lost[number[is_lost_byte[utf8]]] = True
-        return int(np.count_nonzero(is_lost))
+        return len(text) - len(rest) + int(np.count_nonzero(is_lost))
 
     @cached_property
-    def _lossy(self) -> "tuple[Tokenizer, int | None, np.ndarray] | None":
+    def _lossy(self) -> "tuple[Tokenizer, int | None, set[int]] | None":
         """This tokenizer without normalizer, the id for unknown text, the bytes without ids; None if lossless."""
         import tokenizers
 
@@ -395,8 +423,8 @@ class Tokenizer:
         model = content["model"]
         unknown = model["unk_id"] if model["type"] == "Unigram" else plain._inner.token_to_id(model["unk_token"] or "")
         is_byte_level = '"ByteLevel"' in json.dumps(content["pre_tokenizer"])
-        is_lost_byte = [is_byte_level and BYTE_ENCODER[byte] not in model["vocab"] for byte in range(256)]
-        return plain, unknown, np.array(is_lost_byte)
+        lost_bytes = {byte for byte in range(256) if is_byte_level and BYTE_ENCODER[byte] not in model["vocab"]}
+        return plain, unknown, lost_bytes
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD.

@@ -4,8 +4,9 @@
     python runs/tokenizers/fuzz.py --tokenizers=FOLDER --prose=input.txt --texts=100000 --to=runs/tokenizers/fuzz.json
 
 Of each text: the ids of data (special tokens' names are plain text) against tokenizers', the ids of a prompt against
-transformers', and both against each other where the text names no special token. Qwen's ranks and Mistral's Tekken are
-compared with tiktoken. Two tokenizers are trained on the prose, with the split patterns of --pattern.
+transformers', and both against each other where the text names no special token. Qwen's ranks, Mistral's Tekken,
+cl100k_base and o200k_base (with the ranks that Llama 3 and GPT-4o have from them) are compared with tiktoken. Two
+tokenizers are trained on the prose, with the split patterns of --pattern.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import tiktoken
 import tokenizers
@@ -28,18 +30,29 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from texts import fuzz_text  # noqa: E402
 
-from nanogpt.text.fast_bpe import PATTERNS  # noqa: E402
+from nanogpt.text.fast_bpe import BYTE_DECODER, PATTERNS  # noqa: E402
 from nanogpt.text.tokenizer import Tokenizer  # noqa: E402
 
 # From the remote code of Qwen's first models, for which dashscope has the ranks.
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+OPENAI = {"cl100k_base": "llama3_1", "o200k_base": "gpt4o"}  # and the tokenizers that have the same ranks
+OPENAI_RANKS = {"cl100k_base": 100256, "o200k_base": 199998}
 Encoder = Callable[[list[str]], list[list[int]]]
 
 
 def read_tiktoken(path: Path) -> tiktoken.Encoding:
-    """The encoding in a file of Qwen's (a token and its rank in each line) or of Mistral's Tekken (JSON)."""
+    """tiktoken's own, or the encoding in a file of Qwen's (tokens and ranks in lines) or of Mistral's Tekken (JSON)."""
+    if path.name in OPENAI:
+        vocab = json.loads((path.parent / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        ranks = {
+            bytes(BYTE_DECODER[character] for character in token): rank
+            for token, rank in vocab.items()
+            if rank < OPENAI_RANKS[path.name]
+        }
+        with mock.patch("tiktoken_ext.openai_public.load_tiktoken_bpe", return_value=ranks):
+            return tiktoken.get_encoding(path.name)
     if path.suffix == ".tiktoken":
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -60,6 +73,7 @@ def find_tokenizers(folder: Path, prose: str) -> dict[str, Path]:
         trained.mkdir(exist_ok=True)
         Tokenizer.train_bpe([prose], 8192, pattern).save_pretrained(trained, 1024)
     paths = [path.parent for path in folder.glob("*/tokenizer.json")]
+    paths += [path / name for name, other in OPENAI.items() for path in folder.glob(other)]
     paths += [*folder.glob("*.tiktoken"), *folder.glob("tekken*.json")]
     return {path.stem: path for path in sorted(paths)}
 

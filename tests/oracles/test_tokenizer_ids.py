@@ -71,7 +71,7 @@ def test_bpe_gives_tiktokens_ids(encoding: tiktoken.Encoding, converted: Tokeniz
 
     sent = pickle.loads(pickle.dumps(converted))
     assert "_gigatoken" not in sent.__dict__
-    sent._gigatoken = None  # as if it were not installed
+    sent._gigatoken = None
     assert sent.encode_ordinary(text).tolist() == ordinary
 
 
@@ -92,7 +92,6 @@ def around(point: int) -> str:
     "points", [range(0x600), pytest.param(range(0x110000), marks=pytest.mark.slow)], ids=["latin", "all"]
 )
 def test_gigatoken_agrees_with_tiktoken_but_for_unicode_17(points: range, encoding, converted):
-    pytest.importorskip("gigatoken")
     is_new = unicode_17_table()
     for point in points:
         if not is_new[point] and not 0xD800 <= point < 0xE000:

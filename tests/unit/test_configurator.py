@@ -117,11 +117,23 @@ def test_flags_may_have_hyphens_and_bools_no_value():
 
 
 def test_a_list_takes_all_words_up_to_the_next_flag():
-    for argv in (["--words", "a", "b=c", "--seed=1", "recipe"], ["--words=z", "--words", "a", "b=c", "--seed", "1"]):
-        config, explicit = parse(Demo, [word for word in argv if word != "recipe"])
+    for argv in (["--words", "a", "b=c", "--seed=1"], ["--words=a", "--seed", "1", "--words", "b=c"]):
+        config, explicit = parse(Demo, argv)
         assert explicit == {"words": ["a", "b=c"], "seed": 1}
         assert config.words == ["a", "b=c"]
     assert errors("--words", "--seed=1") == ["--words: needs a value, as in --words=[]"]
+
+
+def test_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(Demo, ["--out_dir=~/run", "--note=~"])[1] == {"out_dir": "/home/me/run", "note": "~"}
+
+
+def test_a_text_is_not_a_config_file(tmp_path):
+    (tmp_path / "a.txt").write_text("seed = 5")
+    assert errors(f"{tmp_path}/a.txt") == [
+        f"{tmp_path}/a.txt: is not a config file, which ends in .py; give values with --key=value"
+    ]
 
 
 def test_words_without_a_flag_fill_the_positional_key():

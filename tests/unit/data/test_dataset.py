@@ -272,10 +272,12 @@ def test_a_mixture_is_opened_by_names_and_shares(folder: Path, tmp_path: Path):
         ("york:0", "not a valid mixture entry"),
         ("york:1e308,other:1e308", "not a valid mixture entry"),
         ("york:0.5,nowhere:1,york/no:1", r"^there is no dataset 'nowhere'.*\nthere is no dataset 'york/no'"),
+        ("york.txt:1,york:1", r"there is no dataset 'york\.txt' .*`python data/prepare\.py --input york\.txt --out="),
     ],
 )
 def test_a_wrong_mixture_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, mixture: str, message: str):
     monkeypatch.chdir(folder.parent)
     write_text("other", "0123456789" * 99, Tokenizer.characters("0123456789"))
+    Path("york.txt").touch()
     with pytest.raises(InputError, match=message):
         open_dataset(mixture, block_size=8)

@@ -13,6 +13,7 @@ import pytest
 from nanogpt.data.dataset import open_dataset
 from nanogpt.data.write import download, format_summary, write_dataset, write_text
 from nanogpt.errors import InputError
+from nanogpt.text.fast_bpe import make_byte_level_bpe
 from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -84,6 +85,13 @@ def test_a_kill_between_two_renames_leaves_nothing_mixed(folder: Path, moment: i
         assert texts in ((TEXT[:CUT], TEXT[CUT:]), (new[:891], new[891:]))
 
 
+def test_write_text_counts_what_the_tokenizer_loses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tokenizer = Tokenizer(make_byte_level_bpe({"a": 0, "b": 1}, [], None, []))
+    meta = write_text(tmp_path, "abc" * 10, tokenizer)
+    assert meta["omitted"]["unencodable"][0] == 10
+    assert "10 characters that the tokenizer does not have" in capsys.readouterr().out
+
+
 def test_read_text(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_bytes("é\r\nb\rc\n".encode())
@@ -93,6 +101,9 @@ def test_read_text(tmp_path: Path):
         assert read_text(path) == "é\nb\nc\n"
     path.write_bytes(b"abc\xe9def")
     with pytest.raises(InputError, match=r"a\.txt: is not UTF-8 text: byte 0xe9 in line 1"):
+        read_text(path)
+    path.write_bytes("abcd".encode("utf-16-le"))
+    with pytest.raises(InputError, match=r"a\.txt: is binary, not text: .* it looks like utf-16-le"):
         read_text(path)
     with pytest.raises(InputError, match=r"could not be read \(No such file"):
         read_text(tmp_path / "b.txt")

@@ -156,12 +156,41 @@ def test_encode_refuses_what_its_template_refuses(template: str, message: str, t
         Chat(tokenizer).encode(TALK)
 
 
+HEADER = "{{ 'A:' if m.role == 'assistant' }}"
+PROMPT = "{{ 'A:' if add_generation_prompt }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "contents", "answers"),
+    [
+        ("if m.content %}{{ m.content }}<|im_end|>{% endfor %}", ["?", "", "?", "b"], ["b"]),
+        ("if m.content %}" + HEADER + "{{ m.content }}<|im_end|>{% endfor %}" + PROMPT, ["A:?", "", "?", "b"], ["b"]),
+        ("if m.content %}" + HEADER + "{{ m.content }}<|im_end|>{% endfor %}" + PROMPT, ["?", "b", "?", ""], ["b"]),
+        ("%}" + HEADER + "{{ ' ' + m.content if m.content }}<|im_end|>{% endfor %}" + PROMPT, ["?", ""], [""]),
+        ("%}" + HEADER + "{{ m.content }}<|im_end|>{% endfor %}" + PROMPT, ["A:?", "b", "A:", "c"], ["b", "c"]),
+        ("%}{{ 'A:' if loop.index == 2 }}{{ m.content }}<|im_end|>{% endfor %}" + PROMPT, [*"?b?c"], ["b", "c"]),
+        ("%}{{ m.content }}{% endfor %}<|im_end|>", ["?", "b", "<|im_end|>", "c"], None),
+    ],
+)
+def test_encode_finds_the_answers(template: str, contents: list[str], answers: list[str] | None, tokenizer: Tokenizer):
+    """Also empty ones, beside text that looks like a header and a message that looks like an end."""
+    tokenizer.template = "{% for m in messages " + template
+    roles = ["user", "assistant"] * 2
+    talk = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    if answers is None:
+        with pytest.raises(ValueError, match="ends an answer with no special token"):
+            Chat(tokenizer).encode(talk)
+    else:
+        assert answer_texts(tokenizer, *Chat(tokenizer).encode(talk)) == [answer + "<|im_end|>" for answer in answers]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ([], "is not an object"),
         ({"text": "x"}, "neither messages nor prompt, but text"),
         ({"prompt": "x"}, "neither messages nor completion, but prompt"),
+        ({"conversations": []}, r"but conversations: docs/data\.md converts it"),
         ({"messages": "x"}, "messages is not a list"),
         ({"messages": []}, "no message of the assistant"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant"),

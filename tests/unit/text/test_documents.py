@@ -55,6 +55,14 @@ def test_surrogates_of_json_are_replaced(tmp_path: Path):
 ROWS = json_lines(DOCS[:9])
 BAD = [
     ("binary.txt", b"ELF\0\1\2" * 100, "binary.txt: is binary, not text: byte 0 at offset 3"),
+    (
+        "windows.txt",
+        "Ünder\r\n".encode("utf-16-le") * 9,
+        "looks like utf-16-le (data/prepare.py --encoding=utf-16-le)",
+    ),
+    ("paper.pdf", b"%PDF-1.5\nwords", "is not text but PDF"),
+    ("thesis.docx", b"PK\3\4words", "is not text but a zip archive"),
+    ("really_gz.txt", gzip.compress(b"words"), "is not text but compressed by gzip, whose suffix is .gz"),
     ("cut.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:-9], "cut.txt.gz: cannot be read to its end"),
     ("cut.txt.xz", lzma.compress(b"text " * 999)[:-9], "cut.txt.xz: cannot be read to its end"),
     ("no.txt.gz", b"text", "no.txt.gz: cannot be read to its end"),

@@ -111,6 +111,34 @@ def test_a_limit_takes_the_first_documents(tmp_path: Path):
         assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(
             len(text.encode()) for text in DOCS[:120]
         )
+        assert meta["omitted"]["unread"][0] == 1
+    assert "unread" not in make(tmp_path / "out", tmp_path / "a.jsonl", limit=300)["omitted"]
+
+
+def test_a_limit_counts_what_was_left_out_before_it(tmp_path: Path):
+    members = {".hidden.txt": b"?", "a.png": b"?", "b.jsonl": b"\xef\xbb\xbf" + json_lines(DOCS), "c.png": b"?"}
+    pack_tar(tmp_path / "a.tar", "", members)
+    omitted = make(tmp_path / "out", tmp_path / "a.tar", limit=99)["omitted"]
+    assert {kind: number for kind, (number, _) in omitted.items()} == dict.fromkeys(
+        ("hidden", "unknown", "normalized", "unread"), 1
+    )
+
+
+def test_a_limit_holds_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS))
+    save = prepare_module.Progress.save
+
+    def interrupt(self: prepare_module.Progress, folder: Path) -> None:
+        save(self, folder)
+        if self.splits["train"].shards:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module.Progress, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "out", tmp_path / "a.jsonl", limit=99, shard_tokens=1000)
+    meta = make(tmp_path / "out", tmp_path / "a.jsonl", limit=99, shard_tokens=1000)
+    assert sum(facts["documents"] for facts in meta["splits"].values()) == 99
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 99])
@@ -203,6 +231,23 @@ def test_bad_conversations_leave_no_token(tmp_path: Path, monkeypatch: pytest.Mo
     assert data.tokenizer is not None
     targets = data.train[:][data.train.mask(0, len(data.train)) == 1]
     assert set(data.tokenizer.decode(targets.tolist()).split("<|endoftext|>")) == {"Yes.", ""}
+
+
+def test_messages_that_the_template_changes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As Qwen3's does with the reasoning in earlier answers."""
+    tokenizer = Tokenizer.bytes()
+    tokenizer.template = (
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] if not loop.last else m.content }}"
+        "{{ '<|endoftext|>' }}{% endfor %}"
+    )
+    tokenizer.save(tmp_path)
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for number in range(1, 9):
+            answers = [{"role": "assistant", "content": f"<think>{i}?</think>Yes. "} for i in range(number)]
+            print(json.dumps({"messages": [{"role": "user", "content": " Sure? "}, *answers]}), file=file)
+    meta = make(tmp_path / "out", tmp_path / "a.jsonl", tokenizer=str(tmp_path), options=ReadOptions(chat=True))
+    assert meta["omitted"] == {"changed": [28, f"{tmp_path / 'a.jsonl'}, line 2"]}
+    assert "28 contents of messages were changed or left out" in capsys.readouterr().out
 
 
 # ---- what cannot be used

@@ -85,6 +85,30 @@ def test_reading_resumes_after_any_item(name: str, formats: Path):
         assert [document.text.decode() for document in DocumentParser(ReadOptions()).parse(chunks)] == DOCS[skip:]
 
 
+def test_a_zip_behind_another_is_noticed(tmp_path: Path):
+    for name in "ab":
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr(f"{name}.txt", name)
+    both = (tmp_path / "a.zip").read_bytes() + (tmp_path / "b.zip").read_bytes()
+    (tmp_path / "both.zip").write_bytes(both)
+    with pytest.raises(InputError, match="holds another archive before"):
+        read(tmp_path / "both.zip")
+    assert read(tmp_path / "both.zip", skip_bad=True) == ["b"]
+    (tmp_path / "program.zip").write_bytes(b"MZ" + (tmp_path / "b.zip").read_bytes())  # one that unpacks itself
+    assert read(tmp_path / "program.zip") == ["b"]
+
+
+def test_conversations_with_tools_are_refused_in_parquet_too(tmp_path: Path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for tools in ("[]", None, "[{}]"):
+        table = pa.table({"prompt": ["?"], "completion": ["!"], "tools": pa.array([tools], pa.string())})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        (source,) = find_inputs([str(tmp_path / "a.parquet")], Omissions())
+        parser = DocumentParser(ReadOptions(chat=True, skip_bad=True))
+        documents = [*parser.parse(read_chunks(source, parser.options, SPLIT))]
+        assert (len(documents), parser.omissions.get("bad")[0]) == ((0, 1) if tools == "[{}]" else (1, 0))
+
+
 def test_inputs_come_in_the_order_given_and_once(formats: Path):
     names = [str(formats / name) for name in ("a.tar", "a.jsonl", "a.tar")]
     assert [source.name for source in find_inputs(names, Omissions())] == names[:2]
@@ -117,6 +141,19 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError, match=r"sub cannot be read \(Permission denied\)"):
         find_inputs([str(tmp_path)], Omissions())
+
+
+def test_a_dead_link_is_an_error_or_counted(tmp_path: Path):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "dead.txt").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"dead\.txt cannot be read .* --skip_bad=True"):
+        find_inputs([str(tmp_path)], Omissions())
+    omissions = Omissions()
+    (source,) = find_inputs([str(tmp_path)], omissions, skip_bad=True)
+    assert Path(source.name).name == "a.txt"
+    assert omissions.get("bad") == (1, f"{tmp_path}/dead.txt: cannot be read (No such file or directory)")
+    with pytest.raises(InputError, match=r"dead\.txt cannot be read .* with --input"):
+        find_inputs([str(tmp_path / "dead.txt")], omissions, skip_bad=True)
 
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path):

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import gigatoken
 import numpy as np
 import pytest
 import tiktoken
@@ -13,6 +14,7 @@ import tokenizers
 from texts import HARD_TEXTS, random_text
 
 from nanogpt.errors import InputError
+from nanogpt.text import fast_bpe
 from nanogpt.text.fast_bpe import BYTE_DECODER, PATTERNS, make_byte_level_bpe, make_pre_tokenizer
 from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -143,7 +145,6 @@ def test_data_and_prompts_have_the_librarys_ids_for_any_split(pattern: str):
     ],
 )
 def test_gigatoken_merges_as_the_library_does(tokens: dict, merges: list[str], ids: list[int]):
-    pytest.importorskip("gigatoken")
     pairs = [tuple(merge.split()) for merge in merges]
     tokenizer = Tokenizer(make_byte_level_bpe(BYTE_DECODER | tokens, pairs, PATTERNS["gpt2"], []))
     assert tokenizer._gigatoken("abc").tolist() == library_ids(tokenizer, "abc") == ids
@@ -176,7 +177,6 @@ def change_added_tokens(inner: Any) -> None:
     "change", [change_normalizer, change_split, change_behavior, change_alphabet, change_added_tokens]
 )
 def test_gigatoken_is_used_for_proven_pipelines_alone(change: Any):
-    pytest.importorskip("gigatoken")
     inner = Tokenizer.train_bpe(["abab"], 300)._inner
     assert Tokenizer(inner)._gigatoken is not None
     change(inner)
@@ -184,6 +184,20 @@ def test_gigatoken_is_used_for_proven_pipelines_alone(change: Any):
     assert tokenizer._gigatoken is None
     text = "AB  ab 0789 <think> x"
     assert tokenizer.encode_ordinary(text).tolist() == tokenizer.encode(text) == library_ids(tokenizer, text)
+
+
+@pytest.mark.parametrize("normalizer", [None, tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()])
+def test_encode_with_spans_gives_the_librarys_ids_and_offsets(normalizer: Any):
+    inner = Tokenizer.train_bpe([SOURCE, *HARD_TEXTS], 600)._inner
+    inner.normalizer = normalizer
+    inner.add_tokens(["<think>", "<think>\n", "Ünï"])
+    inner.add_special_tokens([tokenizers.AddedToken("<s>", normalized=False)])
+    tokenizer = Tokenizer(inner)
+    for text in (*HARD_TEXTS, "<s>", "a<think>\nb<s><think>c Ünïx<|im_start|><|im_end|>日"):
+        ids, spans = tokenizer.encode_with_spans(text)
+        expected = tokenizer._encode_plainly(text)
+        assert (ids.tolist(), [*map(tuple, spans.tolist())]) == (expected.ids, expected.offsets)
+    assert (tokenizer._byte_level is None) == (normalizer is not None)  # "<think>" is looked for after normalization
 
 
 def test_encode_continuation_adds_no_space_at_the_start():
@@ -203,6 +217,17 @@ def test_encode_ordinary_drops_gigatoken_if_it_differs_on_a_sample(capsys: pytes
     for text in ("123", SOURCE, SOURCE):
         assert tokenizer.encode_ordinary(text).tolist() == library_ids(tokenizer, text)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_gigatoken_starts_anew_before_it_remembers_too_many_words(monkeypatch: pytest.MonkeyPatch):
+    tokenizer = Tokenizer.train_bpe([SOURCE], 300)
+    loads = []
+    from_json = gigatoken.Tokenizer.from_json
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda content: loads.append(1) or from_json(content))
+    monkeypatch.setattr(fast_bpe, "CACHED_CHARACTERS", 1000)
+    ids = [tokenizer.encode_ordinary(SOURCE[:400]).tolist() for _ in range(7)]
+    assert ids == [library_ids(tokenizer, SOURCE[:400])] * 7
+    assert len(loads) == 7  # the sample counts, too
 
 
 def test_encode_ordinary_finds_added_tokens_that_are_not_special():
@@ -261,6 +286,7 @@ def test_count_lost_characters_is_exact():
     unknown = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "?": 1}, [], unk_token="?", fuse_unk=True))
     for inner, text, lost in (
         (byte_level, "1 day, 22 é 日", 4),
+        (byte_level, "éa", 1),
         (pieces, "AB abc xyz", 2 + 3),
         (dropping, "abcdab", 2),
         (unknown, "axyza", 3),
