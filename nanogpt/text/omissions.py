@@ -26,7 +26,7 @@ KINDS = {  # each with the end of the line that names it
 
 @dataclass
 class Omissions:
-    """Counts by kind, with the first place of each.
+    """Counts by kind, with the first place of each. Files of other kinds have their suffix: "unknown.csv".
 
     Whatever leaves something out or changes it adds to one of these: they end in what prepare.py prints and in
     meta.json.
@@ -35,7 +35,7 @@ class Omissions:
     counts: dict[str, list[Any]] = field(default_factory=dict)  # kind -> [number, first place]
 
     def add(self, kind: str, place: str, number: int = 1) -> None:
-        assert kind in KINDS, kind
+        assert kind.partition(".")[0] in KINDS, kind
         if number:
             before, first = self.get(kind)
             readable = place.encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
@@ -57,7 +57,12 @@ class Omissions:
     @property
     def lines(self) -> list[str]:
         """A line for each kind."""
-        return [f"{number:,} {KINDS[kind]}; the first: {first}" for kind, (number, first) in self.counts.items()]
+        lines = []
+        for kind, (number, first) in self.counts.items():
+            kind, dot, suffix = kind.partition(".")
+            words = f"{dot}{suffix} files were left out" if suffix else KINDS[kind]
+            lines.append(f"{number:,} {words}; the first: {first}")
+        return lines
 
     def print_lines(self) -> None:
         for line in self.lines:

@@ -229,7 +229,7 @@ class _Reader:
                 kind = should_omit(info.filename)
                 if stat.S_ISLNK(info.external_attr >> 16):
                     kind = "linked"
-                elif kind == "unknown" and len(members) == 1:
+                elif kind and kind.startswith("unknown") and len(members) == 1:
                     kind = None  # like a file that is named by itself
                 if kind:
                     omissions.add(kind, name)

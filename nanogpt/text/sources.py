@@ -64,11 +64,16 @@ def file_kind(path: str) -> tuple[str | None, list[str]]:
 
 
 def should_omit(path: str) -> str | None:
-    """The kind of omission of a file in a folder or an archive; None for one to read."""
+    """The kind of omission of a file in a folder or an archive, such as "unknown.csv"; None for one to read."""
     parts = path.replace("\\", "/").split("/")
     if any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in parts):
         return "hidden"
-    return "unknown" if file_kind(path)[0] is None or parts[-1] in OWN_FILES else None
+    kind, compressions = file_kind(path)
+    if kind is None or parts[-1] in OWN_FILES:
+        stem = parts[-1].lower().removesuffix("".join(reversed(compressions)))
+        suffix = re.search(r"\.[a-z]{1,5}[0-9]?$", stem)  # others, such as .00001, may be many
+        return "unknown" + (suffix[0] if suffix else "")
+    return None
 
 
 def find_inputs(

@@ -138,7 +138,7 @@ def json_rows(draw: st.DrawFn) -> Item:
 OTHERS = [
     ("wrong.parquet", write_parquet({"body": ["x"]}), "bad"),
     (".hidden.txt", b"x", "hidden"),
-    ("picture.png", b"x", "unknown"),
+    ("picture.png", b"x", "unknown.png"),
     ("program", b"\0", "unknown"),
     ("settings.json", b'{"n": 1}', "unknown"),
     ("binary.txt", b"x\0", "bad"),
@@ -178,7 +178,7 @@ def archives(draw: st.DrawFn, items: st.SearchStrategy[Item]) -> Item:
                 zipped.writestr(link, "0a.txt")
             zipped.writestr("z.png", b"")  # so that there are two members at least
         archive.data = file.getvalue()
-        return archive.counted(unknown=1)
+        return archive.counted(**{"unknown.png": 1})
     cut = draw(st.integers(0, len(members)))
     for part in (members[:cut], members[cut:]):
         file = io.BytesIO()

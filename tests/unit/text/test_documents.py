@@ -129,7 +129,7 @@ def test_everything_left_out_is_counted(tmp_path: Path):
         "empty": 3,
         "blank": 1,
         "bad": 1,
-        "unknown": 1,
+        "unknown.png": 1,
         "hidden": 1,
     }
     assert parser.omissions.get("empty")[1] == f"{tmp_path}/a.zip:a.jsonl, line 1"

@@ -120,7 +120,7 @@ def test_a_limit_counts_what_was_left_out_before_it(tmp_path: Path):
     pack_tar(tmp_path / "a.tar", "", members)
     omitted = make(tmp_path / "out", tmp_path / "a.tar", limit=99)["omitted"]
     assert {kind: number for kind, (number, _) in omitted.items()} == dict.fromkeys(
-        ("hidden", "unknown", "normalized", "unread"), 1
+        ("hidden", "unknown.png", "normalized", "unread"), 1
     )
 
 
