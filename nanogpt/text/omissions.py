@@ -3,24 +3,21 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = {  # each with the end of the line that names it
-    "bad": "bad rows or files were left out",
-    "hidden": "hidden files were left out",
-    "unknown": "files of other kinds were left out",
-    "linked": "links in archives were left out",
-    "duplicate": "files or folders came a second time and were read once",
-    "empty": "documents without text were left out",
-    "blank": "blank lines were left out",
-    "separators": "document separators became the ends of documents",
-    "replaced": "invalid bytes were replaced by U+FFFD; --encoding names another encoding, such as cp1252",
-    "unread": "limit of documents was reached, and the rest of the input was not read",
-    "changed": "contents of messages were changed or left out by the chat template",
-    "normalized": "byte order marks were left out or line ends (CRLF, CR) became newlines",
-    "unencodable": "characters that the tokenizer does not have were lost or replaced",
-    "end_tokens": (
-        "end tokens in texts became ordinary tokens, and ended no document; "
-        "--document_separator splits texts at such a string"
-    ),
+KINDS = {  # each with its name in the line that is printed
+    "bad": "bad rows or files left out",
+    "hidden": "hidden files left out",
+    "unknown": "files of other kinds left out",
+    "linked": "links in archives left out",
+    "duplicate": "files or folders that came a second time, read once",
+    "empty": "documents without text left out",
+    "blank": "blank lines left out",
+    "separators": "document separators that became ends of documents",
+    "replaced": "invalid bytes replaced by U+FFFD (--encoding names another encoding, such as cp1252)",
+    "unread": "inputs not read to their end, because of --docs",
+    "changed": "contents of messages changed or left out by the chat template",
+    "normalized": "byte order marks left out, line ends (CRLF, CR) made newlines",
+    "unencodable": "characters lost or replaced, because the tokenizer does not have them",
+    "end_tokens": "end tokens that became ordinary tokens and ended no document (--document_separator splits there)",
 }
 
 
@@ -60,8 +57,8 @@ class Omissions:
         lines = []
         for kind, (number, first) in self.counts.items():
             kind, dot, suffix = kind.partition(".")
-            words = f"{dot}{suffix} files were left out" if suffix else KINDS[kind]
-            lines.append(f"{number:,} {words}; the first: {first}")
+            name = f"{dot}{suffix} files left out" if suffix else KINDS[kind]
+            lines.append(f"{name}: {number:,}; the first: {first}")
         return lines
 
     def print_lines(self) -> None:

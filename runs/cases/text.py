@@ -144,7 +144,7 @@ def end_of_text_in_a_text(checkout: Path, folder: Path) -> tuple[bool, str]:
     if by_default.status or "--document_separator" not in by_default.output:
         return False, "ordinary tokens without a word"
     result = prepare(checkout, folder, "a.txt", flags=("--document_separator=<|endoftext|>",))
-    return compare(folder, result, SHORT, "399 document separators")
+    return compare(folder, result, SHORT, "ends of documents: 399;")
 
 
 def compressed_in_unusual_ways(checkout: Path, folder: Path) -> tuple[bool, str]:
@@ -173,7 +173,7 @@ def names_in_latin_1(checkout: Path, folder: Path) -> tuple[bool, str]:
             path.rename(folder / "in" / path.name)
     # As with most languages of a shell; in its own "C" Python is more tolerant.
     result = prepare(checkout, folder, "in", PYTHONIOENCODING="utf-8:strict")
-    return compare(folder, result, [text + "\ufffd" for text in SHORT[:300]], "300 ")
+    return compare(folder, result, [text + "\ufffd" for text in SHORT[:300]], ": 300;")
 
 
 def links_and_spellings(checkout: Path, folder: Path) -> tuple[bool, str]:

@@ -62,7 +62,7 @@ def split_case(pattern: str) -> Case:
 
 
 def is_counted(lost: int, result: Result) -> tuple[bool, str]:
-    lines = [line for line in result.output.splitlines() if f"{lost:,} characters" in line]
+    lines = [line for line in result.output.splitlines() if f"does not have them: {lost:,};" in line]
     return bool(lines), lines[0] if lines else result.last_line
 
 

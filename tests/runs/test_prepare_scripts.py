@@ -83,7 +83,7 @@ def test_a_text_with_the_tokenizer_of_another_model(tmp_path: Path):
 def test_changed_line_ends_are_counted(tmp_path: Path):
     (tmp_path / "mine.txt").write_bytes(b"\xef\xbb\xbf" + b"a\r\nb\n" * 9)
     output = run("shakespeare_char/prepare.py", f"--input={tmp_path / 'mine.txt'}", f"--out={tmp_path}")
-    assert "10 byte order marks were left out or line ends" in output
+    assert "made newlines: 10;" in output
     assert open_dataset(tmp_path, block_size=1).meta["omitted"]["normalized"][0] == 10
 
 

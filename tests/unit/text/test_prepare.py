@@ -247,7 +247,7 @@ def test_messages_that_the_template_changes_are_counted(tmp_path: Path, capsys: 
             print(json.dumps({"messages": [{"role": "user", "content": " Sure? "}, *answers]}), file=file)
     meta = make(tmp_path / "out", tmp_path / "a.jsonl", tokenizer=str(tmp_path), options=ReadOptions(chat=True))
     assert meta["omitted"] == {"changed": [28, f"{tmp_path / 'a.jsonl'}, line 2"]}
-    assert "28 contents of messages were changed or left out" in capsys.readouterr().out
+    assert "the chat template: 28;" in capsys.readouterr().out
 
 
 # ---- what cannot be used
@@ -290,7 +290,7 @@ def test_skipped_rows_and_files_are_in_meta(tmp_path: Path, capsys: pytest.Captu
     assert meta["bad"][0] == 3
     assert meta["bad"][1].startswith(f"{tmp_path}/a.jsonl, line {line}: ")
     assert meta["replaced"] == [1, f"{tmp_path}/c.txt, byte 0"]
-    assert "3 bad rows or files were left out; the first: " in capsys.readouterr().out
+    assert "bad rows or files left out: 3; the first: " in capsys.readouterr().out
     assert sum(facts["documents"] for facts in meta["splits"].values()) == len(DOCS)  # one is bad, c.txt is new
 
 
@@ -302,7 +302,7 @@ def test_lost_characters_and_normalizers_are_printed(tmp_path: Path, capsys: pyt
     meta = make(tmp_path / "out", tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json"))
     assert meta["omitted"]["unencodable"][0] == 100
     printed = capsys.readouterr().out
-    assert "100 characters" in printed
+    assert "does not have them: 100;" in printed
     assert "Lowercase" in printed
 
 
