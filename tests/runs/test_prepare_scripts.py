@@ -124,7 +124,8 @@ def test_openwebtext_of_files(tmp_path: Path):
     (tmp_path / "2.txt").write_text(texts[300])
     inputs = [tmp_path / name for name in ("0.parquet", "1.jsonl", "2.txt")]
     run("openwebtext/prepare.py", "--out", tmp_path / "out", "--val-share", 0.1, "--input", *inputs, "--workers=2")
-    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    names = ["meta.json", "tokenizer.json", "tokenizer_config.json", "train.bin", "val.bin"]
+    assert sorted(os.listdir(tmp_path / "out")) == names
     data = open_dataset(tmp_path / "out", block_size=64, vocab_size=50_257, verify=True)
     for split in ("train", "val"):
         expected = [text for text in texts if (hash_fraction(text.encode()) < 0.1) == (split == "val")]
