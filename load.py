@@ -336,5 +336,5 @@ def document_separator_id(dataset: Dataset, mask_documents: bool) -> int | None:
     if not mask_documents:
         return None
     if dataset.end_of_text is None:
-        raise InputError(f"mask_documents=True: {dataset.name} has no token that ends a document; leave it out")
+        raise InputError(f"mask_documents=True: {dataset.name} has no token that ends every document; leave it out")
     return dataset.end_of_text

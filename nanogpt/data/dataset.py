@@ -253,9 +253,9 @@ class Dataset:
         """A hash of each split's tokens."""
         return {"train": self.train.fingerprint(), "val": self.val.fingerprint()}
 
-    @property
+    @cached_property
     def end_of_text(self) -> int | None:
-        """The id between documents; None where there is none."""
+        """The id between documents; None where there is none, or parts of a mixture have others."""
         if "end_of_text" in self.meta:
             return self.meta["end_of_text"]
         if self.separators:
@@ -487,8 +487,8 @@ def _open_mixture(
 
     mixture = Dataset(first.folder, first.meta)
     mixture.name = name
-    mixture.assumes_gpt2 = first.assumes_gpt2
-    mixture.separators = set().union(*(dataset.separators for dataset in datasets))
+    ends = {dataset.end_of_text for dataset in datasets}
+    mixture.end_of_text = ends.pop() if len(ends) == 1 else None
     if tokenizers:
         mixture.tokenizer = max(tokenizers, key=lambda tokenizer: tokenizer.template is not None)
     weights = [max(round(share * WEIGHT_SUM / sum(shares.values())), 1) for share in shares.values()]

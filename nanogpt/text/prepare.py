@@ -543,7 +543,8 @@ def check_disk(job: Job, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
-    return _hash(tokenizer._inner.to_str() + str(tokenizer.template) + str(tokenizer.end_of_text))
+    settings = [tokenizer.template, tokenizer.named_tokens, tokenizer.end_of_text]
+    return _hash(tokenizer._inner.to_str() + json.dumps(settings))
 
 
 def _hash(text: str) -> str:

@@ -263,6 +263,15 @@ def test_a_mixture_is_opened_by_names_and_shares(folder: Path, tmp_path: Path):
     assert len(open_dataset(tmp_path / "a:0.5", block_size=8).train) == 6318
 
 
+def test_a_mixture_has_an_end_of_text_if_its_parts_have_the_same(tmp_path: Path):
+    for name in ("a", "b", "c"):
+        write_text(tmp_path / name, TEXT, Tokenizer.bytes())
+    meta = json.loads((tmp_path / "c/meta.json").read_text())
+    (tmp_path / "c/meta.json").write_text(json.dumps(meta | {"end_of_text": 10}))
+    ends = [open_dataset(f"{tmp_path}/a:1,{tmp_path}/{name}:1", block_size=8).end_of_text for name in ("b", "c")]
+    assert ends == [256, None]
+
+
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
