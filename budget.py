@@ -24,8 +24,10 @@ from configurator import ExplicitKeys
 from load import (
     choose_micro_batch,
     document_separator_id,
+    make_row_schedule,
     make_schedule,
     micro_batch_sizes,
+    new_model,
     new_model_config,
     prepare_model,
     prepare_training,
@@ -34,6 +36,7 @@ from model import GPT
 from nanogpt import scaling
 from nanogpt.console import START_TIME, format_duration, print0
 from nanogpt.data.dataset import Tokens, open_dataset
+from nanogpt.data.ngrams import NgramTargets
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
@@ -292,6 +295,7 @@ class SpeedTrial:
         self.dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
         self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
         self.num_tokens = len(self.dataset.train)
+        self.ngrams: NgramTargets | None = None
         self.separator_id = document_separator_id(self.dataset, config.mask_documents)
         self.speeds: dict[int, float] = {}  # measured seconds a token, by width
 
@@ -307,10 +311,10 @@ class SpeedTrial:
         if "torch._dynamo" in sys.modules:  # the versions compiled for other widths count against a limit
             torch._dynamo.reset()
         torch.manual_seed(config.seed)
-        model = GPT(new_model_config(config, self.vocab_size))
+        model = new_model(config, self.vocab_size)
         model.document_separator_id = self.separator_id
         config = replace(config, gradient_accumulation_steps=1)
-        return model, training_steps(config, model, self.dataset.train, self.single, self.train_step)
+        return model, training_steps(config, model, self.dataset.train, self.single, self.train_step, self.ngrams)
 
     def count_flops(self, width: int) -> float:
         """FLOPs of a token, about: the blocks' weights and the output layer's."""
@@ -385,21 +389,34 @@ class SpeedTrial:
         return scaling.estimate_difficulty(loss, config.max_iters * rows * T, self.num_tokens, T)
 
 
-def training_steps(config: Any, gpt: GPT, tokens: Tokens, world: World, train_step: TrainStep) -> Iterator[list[float]]:
+def training_steps(
+    config: Any, gpt: GPT, tokens: Tokens, world: World, train_step: TrainStep, ngrams: NgramTargets | None = None
+) -> Iterator[list[float]]:
     """train.py's updates of a new run in one process, without log and checkpoints; for trials and bench.py.
 
     Each `next` makes one update, and returns the losses that were read during it.
     """
     prepare_model(config, gpt, world)
-    rows = Rows(tokens, config.block_size, gpt.config.vocab_size, config.seed, config.row_order)
+    rows = Rows(tokens, config.block_size, gpt.config.vocab_size, config.seed, config.row_order, ngrams)
     micro_batch = choose_micro_batch(config, gpt, world)
     model, state = prepare_training(config, gpt, rows, micro_batch, world)
     state.guard.max_bad_steps = sys.maxsize  # a trial that diverges is timed all the same
     schedule = make_schedule(config)
+    row_schedule = make_row_schedule(config)
     deferred = DeferredRead(Stopwatch())
     for step in itertools.count():
         first_row = step * config.rows_per_step
-        batch = StepBatch(rows, first_row, config.rows_per_step, micro_batch, world, config.seed, step, config.dropout)
+        batch = StepBatch(
+            rows,
+            first_row,
+            config.rows_per_step,
+            micro_batch,
+            world,
+            config.seed,
+            step,
+            config.dropout,
+            row_schedule.row_length(step),
+        )
         stats = train_step(
             model,
             batch,

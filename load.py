@@ -14,10 +14,11 @@ from model import GPT, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.compile import compile_model, should_compile
-from nanogpt.console import is_main, print0
+from nanogpt.console import format_bytes, is_main, print0
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.data.dataset import Dataset, open_dataset, resolve
-from nanogpt.data.rows import Rows
+from nanogpt.data.ngrams import NgramTargets
+from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.files import read_json
@@ -25,12 +26,13 @@ from nanogpt.guard import MAX_OVERFLOWS, UpdateGuard
 from nanogpt.interop.huggingface import read_weights
 from nanogpt.memory import pick_micro_batch
 from nanogpt.optim import Optimizer
-from nanogpt.schedule import StepSchedule
+from nanogpt.schedule import RowSchedule, StepSchedule
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 # Keys of TrainConfig that are sizes of GPTConfig. vocab_size comes from the data, gelu from weights; dropout may vary.
 MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in ("vocab_size", "dropout", "gelu")]
+NGRAM_WINDOWS = 512  # of the validation split, on which the n-gram counts themselves are measured
 # Keys that are about one start of a run and are not taken from its checkpoint.
 START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data", "new_data")
 
@@ -179,7 +181,7 @@ def load_data_and_model(
     else:
         dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
         num_ids = dataset.vocab_size or GPT2_VOCAB
-        model = GPT(new_model_config(config, num_ids))
+        model = new_model(config, num_ids)
 
     T, vocab_size = model.config.block_size, model.config.vocab_size
     dataset = open_dataset(
@@ -231,6 +233,14 @@ def new_model_config(config: Any, vocab_size: int) -> GPTConfig:
     """The GPTConfig of a new model by the keys of TrainConfig."""
     sizes = {name: getattr(config, name) for name in MODEL_KEYS}
     return GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
+
+
+def new_model(config: Any, vocab_size: int) -> GPT:
+    """A new model by the keys of TrainConfig, with random weights."""
+    model = GPT(new_model_config(config, vocab_size))
+    if config.look_back:
+        model.look_back()
+    return model
 
 
 def load_weights(
@@ -295,8 +305,9 @@ def prepare_training(
     """The model compiled as configured, and the state of a run before its first update."""
     trained: torch.nn.Module = model
     if should_compile(config.compile, world.device):
-        x, y = world.to_device(*rows[0:micro_batch])
-        trained = compile_model(model, world, x, y, is_whole_step=micro_batch == config.rows_per_step)
+        step = StepBatch(rows, 0, micro_batch * world.size, micro_batch, world, config.seed, 0, dropout=0.0)
+        *inputs, _ = next(step.micro_batches())
+        trained = compile_model(model, world, inputs, is_whole_step=micro_batch == config.rows_per_step)
     return trained, make_state(config, model, world)
 
 
@@ -312,6 +323,30 @@ def make_schedule(config: Any) -> StepSchedule:
         end_step=config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters,
         decay_steps=config.decay_iters,
     )
+
+
+def make_row_schedule(config: Any) -> RowSchedule:
+    return RowSchedule(
+        config.batch_size,
+        config.rows_per_step,
+        config.batch_growth_tokens,
+        config.block_size,
+        config.half_row_iters,
+    )
+
+
+def open_ngrams(config: Any, dataset: Dataset, vocab_size: int) -> NgramTargets | None:
+    """The soft targets of a run, counted from its training split; None if it learns the next token alone."""
+    if not config.ngram_targets:
+        return None
+    ngrams = NgramTargets(dataset.train, config.ngram_targets, vocab_size)
+    windows = EvalWindows(dataset.val, config.block_size, 1, NGRAM_WINDOWS, vocab_size)
+    loss = ngrams.loss(*windows[0:NGRAM_WINDOWS])
+    print0(
+        f"targets     of {config.ngram_targets}-grams: {len(ngrams.ids):,} contexts, {format_bytes(ngrams.nbytes)}; "
+        f"these counts alone have a validation loss of about {loss:.3f}"
+    )
+    return ngrams
 
 
 def micro_batch_sizes(config: Any, world_size: int) -> list[int]:

@@ -111,14 +111,18 @@ def make_norm(config: GPTConfig, channels: int) -> nn.Module:
     return nn.LayerNorm(channels, eps=config.norm_eps, bias=config.bias)
 
 
+def rotary_frequencies(config: GPTConfig, device: torch.device | None = None) -> Tensor:
+    """Radians per position of each channel pair, (D/2,), from 1 downward."""
+    channels = torch.arange(0, config.head_dim, 2, device=device)
+    return 1 / config.rope_theta ** (channels / config.head_dim)
+
+
 def rotary_cos_sin(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (..., D), of the rotary angles (Su et al. 2021) of positions (...).
 
     Channels i and i + D/2 form a pair. The first half of the sines is negated, as `rotate` needs it.
     """
-    channels = torch.arange(0, config.head_dim, 2, device=positions.device)
-    frequencies = 1 / config.rope_theta ** (channels / config.head_dim)
-    angles = positions[..., None] * frequencies  # radians
+    angles = positions[..., None] * rotary_frequencies(config, positions.device)  # radians
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -222,6 +226,19 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
+def summed_cross_entropy(
+    logits: Tensor, targets: Tensor, soft_ids: Tensor | None = None, soft_probs: Tensor | None = None
+) -> Tensor:
+    """Sum of the cross-entropies of logits (N, V) with targets (N,), ignoring −1, or with ids of given probabilities.
+
+    soft_ids, soft_probs: (N, K). Equal ids add up.
+    """
+    if soft_ids is None or soft_probs is None:
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    losses = -(logits.float().log_softmax(-1).gather(-1, soft_ids) * soft_probs).sum(-1)
+    return losses.masked_fill(targets < 0, 0.0).sum()
+
+
 def make_embedding(num_rows: int, channels: int) -> nn.Embedding:
     """An embedding; on the meta device without its random numbers, which would import torch's compiler (a second)."""
     weight = torch.empty(num_rows, channels)
@@ -270,6 +287,26 @@ class GPT(nn.Module):
         self.token_embedding.weight[self.config.vocab_size :].zero_()
         self.lm_head_weight[self.config.vocab_size :].zero_()
 
+    @torch.no_grad()
+    def look_back(self) -> None:
+        """Begin head h of the first layer with its attention on the token h mod 4 positions back (arch=modern).
+
+        A network from random weights stalls until it finds such heads (Varre et al. 2025, arXiv:2508.12837). All
+        embeddings get one vector in common, and all keys one direction made from it. A query's is the same, rotated
+        back by its distance. A tied output layer adds the same to all logits for it, which changes no probability.
+        """
+        c = self.config
+        common = F.normalize(torch.randn(c.n_embd), dim=0)
+        self.token_embedding.weight[: c.vocab_size] += 0.02 * math.sqrt(c.n_embd) * common  # as long as the rest
+
+        is_fast = (rotary_frequencies(c) > 0.2).float()  # slow rotations cannot tell neighbors apart
+        key = F.normalize(is_fast.repeat(2), dim=0)
+        queries = rotate(key, *rotary_cos_sin(-(torch.arange(c.n_head) % 4), c))  # (n_head, D)
+        directions = torch.cat((queries.flatten(), key.repeat(c.n_kv_head)))
+        attention: Any = self.blocks[0].attention
+        attention.qkv.weight[: len(directions)] += 2 * torch.outer(directions, common)  # 100/√D times the rest
+        attention.q_norm.weight.fill_(1.5)  # a narrower peak
+
     def muon_params(self) -> dict[str, list[int]]:
         """Names of the blocks' matrices, which Muon can train, each with the rows of the maps it is made of.
 
@@ -285,10 +322,13 @@ class GPT(nn.Module):
         """The matrix of the output layer, (padded V, C)."""
         return self.token_embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, soft_targets: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Predict each next token.
 
         idx: (B, T) token ids, T ≤ block_size. targets: (B, T) ids, −1 where the loss ignores a position.
+        soft_targets: ids and their probabilities, each (B, T, K), to learn instead of the one id in targets.
         Returns logits (B, T, V; None where the loss is chunked) and the mean cross-entropy in nats (0 without any
         target). Without targets: the last position's logits (B, 1, V), which is all that sampling needs, and None.
         """
@@ -298,11 +338,11 @@ class GPT(nn.Module):
         x = self.norm(x).flatten(0, 1)
         targets = targets.flatten()
         num_targets = (targets >= 0).sum().clamp(min=1)
+        soft = [t.flatten(0, 1) for t in soft_targets or ()]
         if self.loss_chunk:
-            return None, self.chunked_loss(x, targets) / num_targets
+            return None, self.chunked_loss(x, targets, *soft) / num_targets
         logits = self.logits(x)
-        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        return logits.view(*idx.shape, -1), loss / num_targets
+        return logits.view(*idx.shape, -1), summed_cross_entropy(logits, targets, *soft) / num_targets
 
     def hidden_states(
         self, idx: Tensor, positions: Tensor | None = None, attention: Sequence[AttentionFn] | None = None
@@ -341,13 +381,13 @@ class GPT(nn.Module):
         padded = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
         return padded[..., : self.config.vocab_size]
 
-    def chunked_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+    def chunked_loss(self, x: Tensor, *targets: Tensor) -> Tensor:
         """The summed cross-entropy of x (tokens, C), `loss_chunk` tokens at a time; backward recomputes the logits."""
 
-        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="sum")
+        def chunk_loss(x: Tensor, *targets: Tensor) -> Tensor:
+            return summed_cross_entropy(self.logits(x), *targets)
 
-        chunks = zip(x.split(self.loss_chunk), targets.split(self.loss_chunk), strict=True)
+        chunks = zip(*(t.split(self.loss_chunk) for t in (x, *targets)), strict=True)
         return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
     @torch.no_grad()

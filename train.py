@@ -20,8 +20,10 @@ from load import (
     choose_micro_batch,
     document_separator_id,
     load_data_and_model,
+    make_row_schedule,
     make_schedule,
     new_model_config,
+    open_ngrams,
     prepare_model,
     prepare_training,
     resume_config,
@@ -81,6 +83,10 @@ class TrainConfig:
         0, "tokens over which the batch grows from batch_size to its full size; 0: no growth", ge=0
     )
     block_size: int = key(1024, "context length: tokens per row", ge=1, le=MAX_SIZE)
+    half_row_iters: int = key(0, "updates at the start that read each row as two of half the length", ge=0)
+    ngram_targets: int = key(
+        0, "learn the distribution of tokens after this many less one, counted in the train split; 0: off", ge=0
+    )
 
     arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
     n_layer: int = key(12, "number of blocks", ge=1, le=1000)
@@ -92,6 +98,7 @@ class TrainConfig:
     rope_theta: float = key(1e4, "modern: base of the rotary positions", gt=0)
     norm_eps: float = key(0.0, "epsilon of the norms; 0: 1e-5, modern 1e-6", ge=0)
     tied: bool = key(True, "tie token embedding and output layer; modern may untie them")
+    look_back: bool = key(False, "modern: begin the heads of a new first layer on the tokens just before")
     dropout: float = key(0.0, "dropout probability", ge=0, lt=1)
     bias: bool = key(False, "gpt2: biases in linear layers and norms")
 
@@ -170,12 +177,12 @@ def train_step(
 ) -> StepStats:
     """One update: forward and backward over the micro-batches, then the optimizer. Nothing waits for the device."""
     loss = torch.zeros((), device=world.device)
-    for i, (x, y, weight) in enumerate(batch.micro_batches()):  # weight: share of the step's targets
+    for i, (x, y, soft_targets, weight) in enumerate(batch.micro_batches()):  # weight: share of the step's targets
         batch.seed_dropout(i)
         if world.size > 1:  # DDP averages the gradients once, in the last backward pass
             model.require_backward_grad_sync = i == batch.last  # type: ignore[assignment]
         with world.autocast():
-            micro_loss = model(x, y)[1] * weight
+            micro_loss = model(x, y, soft_targets)[1] * weight
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
 
@@ -267,13 +274,22 @@ def train(run: Run) -> int:
         state.clock.start()
         first_row = state.samples
         num_rows = run.row_schedule.rows_at(first_row)
+        row_length = run.row_schedule.row_length(state.step)
         if run.layer_stats:
             run.layer_stats.is_due = (state.step + 1) % config.log_interval == 0
         with explain_errors(run.memory_hint, before_update=state.step == first_step):
             stats = train_step(
                 run.model,
                 StepBatch(
-                    run.rows, first_row, num_rows, run.micro_batch, run.world, config.seed, state.step, config.dropout
+                    run.rows,
+                    first_row,
+                    num_rows,
+                    run.micro_batch,
+                    run.world,
+                    config.seed,
+                    state.step,
+                    config.dropout,
+                    row_length,
                 ),
                 state.optimizer,
                 state.scaler,
@@ -419,6 +435,10 @@ def check_config(config: TrainConfig) -> None:
             "batch_growth_tokens: the batch grows from batch_size to batch_size × gradient_accumulation_steps, which "
             "are equal here: raise gradient_accumulation_steps"
         )
+    if config.half_row_iters and config.block_size % 2:
+        problems.append(f"half_row_iters: block_size={config.block_size} has no half; make it even")
+    if config.look_back and config.arch != "modern":
+        problems.append(f"look_back=True: arch={config.arch} has no rotary positions; leave it out or set arch=modern")
     if config.patience and not config.eval_interval:
         problems.append("patience: eval_interval=0 evaluates only at the end, too late to stop: set --eval_interval")
     if config.decay_iters is not None and config.schedule != "trapezoid":
@@ -454,7 +474,7 @@ def open_run(
     if config.micro_batch_size == "auto":
         config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, whatever is free by then
     T = config.block_size
-    row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
+    row_schedule = make_row_schedule(config)
     print_run_summary(gpt, config.optimizer, row_schedule, micro_batch, config.max_iters, dataset, world)
     end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
     if config.decay_lr and config.warmup_iters > end_step:
@@ -505,7 +525,8 @@ def open_rows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> tuple[Rows, di
     """The training rows, and the windows of each split to evaluate on."""
     T = gpt.config.block_size
     vocab_size = gpt.config.vocab_size
-    rows = Rows(dataset.train, T, vocab_size, config.seed, config.row_order)
+    ngrams = open_ngrams(config, dataset, vocab_size)
+    rows = Rows(dataset.train, T, vocab_size, config.seed, config.row_order, ngrams)
     windows = {}
     if config.eval_train:
         windows["train"] = EvalWindows(dataset.train, T, config.eval_iters, config.batch_size, vocab_size)

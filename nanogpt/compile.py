@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanogpt.console import print0
 from nanogpt.device import is_out_of_memory
@@ -22,14 +23,17 @@ def should_compile(setting: bool | str, device: torch.device) -> bool:
     return setting is True or (setting == "auto" and device.type == "cuda")
 
 
-def compile_model(model: Any, world: World, x: Tensor, y: Tensor, *, is_whole_step: bool) -> nn.Module:
-    """The GPT compiled; itself, after a printed warning, if compiling fails on the micro-batch x, y (B, T).
+def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_step: bool) -> nn.Module:
+    """The GPT compiled; itself, after a printed warning, if compiling fails on the `inputs` of a micro-batch.
+
+    inputs: idx and targets (B, T), soft targets or None, as for `GPT.forward`.
 
     is_whole_step: a step is this one micro-batch. On CUDA, if it is short too, each pass is replayed as one CUDA graph:
     a gradient then lives where the next pass writes its own. The compiler's cache is ~/.cache/nanogpt, unless
     TORCHINDUCTOR_CACHE_DIR is set: torch's default is /tmp, which a reboot empties.
     """
-    flops = model.flops_per_token() * x.numel()
+    idx, targets, _ = inputs
+    flops = model.flops_per_token() * idx.numel()
     use_graphs = world.device.type == "cuda" and is_whole_step and flops < CUDA_GRAPH_FLOPS
     with contextlib.suppress(OSError, RuntimeError):  # no home, or a read-only one
         cache = Path.home() / ".cache" / "nanogpt" / "compiled"
@@ -39,10 +43,10 @@ def compile_model(model: Any, world: World, x: Tensor, y: Tensor, *, is_whole_st
         compiled: Any = torch.compile(model, mode="reduce-overhead" if use_graphs else None)
         for _ in range(3 if use_graphs else 1):  # a graph is recorded in the second pass and replayed in the third
             with world.autocast():
-                compiled(x, y)[1].backward()
+                compiled(*inputs)[1].backward()
                 with torch.no_grad():  # evaluation is another function to the compiler
                     model.eval()
-                    compiled(x, y)
+                    compiled(idx, targets)
             model.train()
             model.zero_grad(set_to_none=True)
         return compiled

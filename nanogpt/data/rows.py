@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanogpt.data.dataset import MixturePart, Tokens
+from nanogpt.data.ngrams import NgramTargets
 from nanogpt.hashing import derive_seed, hash64, permute
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from nanogpt.distributed import World
 
     Batch = tuple[torch.Tensor, torch.Tensor]
+    SoftTargets = list[torch.Tensor]  # ids and probabilities, each (rows, row_length, K)
 
 
 class Windows:
@@ -84,12 +86,21 @@ class Rows:
     for the rows of each part.
     """
 
-    def __init__(self, tokens: np.ndarray | Tokens, block_size: int, vocab_size: int, seed: int, order: str = "random"):
+    def __init__(
+        self,
+        tokens: np.ndarray | Tokens,
+        block_size: int,
+        vocab_size: int,
+        seed: int,
+        order: str = "random",
+        ngrams: NgramTargets | None = None,
+    ):
         assert order in ("random", "epoch"), order
         self._windows = Windows(tokens, block_size, vocab_size)
         self.block_size = block_size
         self.seed = seed
         self.order = order
+        self.ngrams = ngrams
         self.has_mask = self._windows.tokens.has_mask
 
     def __getitem__(self, rows: slice) -> "Batch":
@@ -129,8 +140,10 @@ class StepBatch:
         seed: int,
         step: int,
         dropout: float,
+        row_length: int | None = None,  # tokens of a row of the forward pass, a divisor of block_size; None: block_size
     ):
         self.rows = rows
+        self.row_length = row_length or rows.block_size
         self.micro_batch = micro_batch
         self.world = world
         self.noise_key = (seed, step) if dropout else None
@@ -142,8 +155,8 @@ class StepBatch:
         if rows.has_mask:
             self.num_targets = max(rows.num_targets(slice(first_row, first_row + num_rows)), 1)
 
-    def micro_batches(self) -> "Iterator[tuple[torch.Tensor, torch.Tensor, float]]":
-        """Inputs and targets (micro_batch, block_size) on the device, and the weight of their mean loss.
+    def micro_batches(self) -> "Iterator[tuple[torch.Tensor, torch.Tensor, SoftTargets | None, float]]":
+        """Inputs, targets and soft targets of micro_batch rows on the device, and the weight of their mean loss.
 
         The weight is their share of the update's targets, so that every target counts the same in whichever
         micro-batch it is; times the number of ranks, over which the gradients are averaged.
@@ -152,8 +165,13 @@ class StepBatch:
             x, y = self.rows[row : row + self.micro_batch]
             num_targets = int((y >= 0).sum()) if self.rows.has_mask else y.numel()
             weight = num_targets * self.world.size / self.num_targets
+            x = x.view(-1, self.row_length)
+            y = y.view(-1, self.row_length)
+            soft_targets = None
+            if self.rows.ngrams:
+                soft_targets = self.world.to_device(*self.rows.ngrams(x))
             x, y = self.world.to_device(x, y)
-            yield x, y, weight
+            yield x, y, soft_targets, weight
 
     def seed_dropout(self, i: int) -> None:
         """Make the dropout of micro-batch i a function of seed, step, micro-batch and rank."""

@@ -26,6 +26,9 @@ MODERN = {
     "n_layer": 3,
     "n_kv_head": 1,
     "batch_growth_tokens": 2000,
+    "look_back": True,
+    "ngram_targets": 3,
+    "half_row_iters": 10,
 }
 RUNS: dict[str, dict[str, Any]] = {
     "accumulated": BASE | {"batch_size": 4, "gradient_accumulation_steps": 4},

@@ -44,7 +44,7 @@ def test_short_whole_steps_become_cuda_graphs(
     x = torch.zeros(8, 1024, device="meta")
     world = World(0, 1, torch.device(device), torch.float32)
     with pytest.raises(MemoryError):
-        compile_model(model, world, x, x, is_whole_step=is_whole_step)
+        compile_model(model, world, (x, x, None), is_whole_step=is_whole_step)
     assert modes == ["reduce-overhead" if expected else None]
 
 
@@ -60,8 +60,8 @@ def test_a_failing_compiler_leaves_the_plain_model(
         raise RuntimeError("no C++ compiler was found\nand more")
 
     def compile(model: torch.nn.Module, mode: str | None) -> Any:
-        def fail_in_evaluation(x: torch.Tensor, y: torch.Tensor) -> Any:
-            return model(x, y) if model.training else fail()
+        def fail_in_evaluation(*inputs: Any) -> Any:
+            return model(*inputs) if model.training else fail()
 
         if fails == "compile":
             fail()
@@ -69,7 +69,7 @@ def test_a_failing_compiler_leaves_the_plain_model(
 
     monkeypatch.setattr(torch, "compile", compile)
     model = make_model()
-    assert compile_model(model, WORLD, X, X, is_whole_step=True) is model
+    assert compile_model(model, WORLD, (X, X, None), is_whole_step=True) is model
     assert "warning: torch.compile failed" in capsys.readouterr().out
     assert model.training
     assert all(p.grad is None for p in model.parameters())  # of the attempt

@@ -159,6 +159,43 @@ def test_memory_options_keep_loss_and_gradients(sizes: dict[str, Any]):
     assert_close(gradients(loss, model), gradients(expected, model))
 
 
+def test_soft_targets_are_a_cross_entropy_with_probabilities():
+    model = make_model(GPT2)
+    idx = make_ids(2, 20)
+    targets = torch.where(idx < 7, -1, idx)
+    is_target = targets >= 0
+    ids = torch.randint(model.config.vocab_size, (2, 20, 5))  # some of them equal
+    probs = torch.rand(2, 20, 5)
+    dense = torch.zeros(2, 20, model.config.vocab_size).scatter_add(-1, ids, probs)
+    expected = F.cross_entropy(model(idx, targets)[0][is_target], dense[is_target])
+    expected_gradients = gradients(expected, model)
+    certain = (idx[..., None], torch.ones(2, 20, 1))
+    for model.loss_chunk in (0, 7):
+        loss = model(idx, targets, (ids, probs))[1]
+        torch.testing.assert_close(loss, expected)
+        assert_close(gradients(loss, model), expected_gradients)
+        torch.testing.assert_close(model(idx, idx, certain)[1], model(idx, idx)[1])
+
+
+def test_look_back_begins_heads_on_the_tokens_before():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=8, n_kv_head=2, n_embd=128, vocab_size=65, bias=False, arch="modern"))
+    model.look_back()
+    farthest = []  # (rows, heads, positions): the position with the highest score
+
+    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.repeat_interleave(4, dim=1).mT  # four heads share a key head
+        future = torch.ones(40, 40).triu(1).bool()
+        farthest.append(scores.masked_fill(future, -torch.inf).argmax(-1))
+        return q
+
+    model.hidden_states(make_ids(2, 40) % 65, attention=[record])
+    expected = torch.stack([(torch.arange(40) - head % 4).clamp(min=0) for head in range(8)])
+    assert (farthest[0] == expected).float().mean() > 0.95
+    common = model.token_embedding.weight[:65].mean(0).norm().item()
+    assert common == pytest.approx(0.02 * math.sqrt(128), rel=0.1)
+
+
 def test_rows_without_targets_have_zero_loss_and_gradient():
     model = GPT(GPTConfig(**GPT2))
     idx = make_ids(2, 8)

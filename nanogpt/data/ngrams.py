@@ -1,0 +1,139 @@
+"""Soft targets: distributions of the next token, counted from the training split."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nanogpt.data.dataset import Tokens
+from nanogpt.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_TOKENS = 2**22  # counted, spread evenly over the split: bounds time and memory
+MIN_COUNT = 2  # a context seen less often has the distribution of the shorter one
+NUM_CANDIDATES = 32  # tokens of a distribution, the most probable ones
+UNIFORM_SHARE = 0.03  # of the probability when the count model itself is measured, for tokens without any
+
+
+class NgramTargets:
+    """The distribution of the next token after up to `order` - 1 tokens: `ids, probs = ngrams(x)`.
+
+    A small network learns sooner from all tokens that followed a context in the training split than from the one that
+    follows here (Sathe and Sarawagi 2024, arXiv:2407.02819). Contexts of all lengths are mixed by the rule of Witten
+    and Bell (1991): after a context that was seen c times and had t different successors, a token seen n times has the
+    probability (n + t p) / (c + t), where p is its probability after the context without its first token.
+    """
+
+    def __init__(self, tokens: Tokens, order: int, vocab_size: int):
+        """Raises InputError if `order` ids do not fit into an integer of 64 bits."""
+        if vocab_size**order > 2**64:
+            raise InputError(f"ngram_targets={order}: at most {int(64 / np.log2(vocab_size))} for {vocab_size:,} ids")
+        self.order = order
+        self.vocab_size = vocab_size
+        # By length from 0 to order - 1: the contexts, each the integer whose digits are its ids, ascending.
+        self.contexts: list[np.ndarray] = []
+        ids: list[np.ndarray] = []
+        probs: list[np.ndarray] = []
+        pieces = _read_pieces(tokens)
+        for length in range(order):
+            contexts, counted_ids, counted_probs, rest = self._count(pieces, length)
+            if length > 0:
+                shorter = np.searchsorted(self.contexts[-1], contexts % np.uint64(vocab_size ** (length - 1)))
+                counted_ids, counted_probs = _most_probable(
+                    np.concatenate((counted_ids, ids[-1][shorter]), axis=1),
+                    np.concatenate((counted_probs, probs[-1][shorter] * rest[:, None]), axis=1),
+                )
+            self.contexts.append(contexts)
+            ids.append(counted_ids)
+            probs.append(counted_probs / counted_probs.sum(1, keepdims=True))
+        self.ids = np.concatenate(ids)  # (all contexts, NUM_CANDIDATES); of two equal ones the probabilities add up
+        self.probs = np.concatenate(probs)
+
+    def __call__(self, x: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Ids and their probabilities, each (B, T, NUM_CANDIDATES), of the token after each position of x (B, T).
+
+        A context lies within its row, and is the longest one that was counted.
+        """
+        import torch
+
+        digits = x.numpy().astype(np.uint64)
+        context = np.zeros_like(digits)  # of each position: its last ids, by now `length` of them
+        row = np.zeros(x.shape, dtype=np.int64)
+        first_row = len(self.contexts[0])
+        for length, known in enumerate(self.contexts[1:], start=1):
+            if not len(known):
+                break
+            context[:, length - 1 :] += digits[:, : x.shape[1] - length + 1] * np.uint64(
+                self.vocab_size ** (length - 1)
+            )
+            found = np.searchsorted(known, context).clip(max=len(known) - 1)
+            is_known = known[found] == context
+            is_known[:, : length - 1] = False  # the row begins later
+            row[is_known] = first_row + found[is_known]
+            first_row += len(known)
+        return torch.from_numpy(self.ids[row]).long(), torch.from_numpy(self.probs[row])
+
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + self.probs.nbytes + sum(contexts.nbytes for contexts in self.contexts)
+
+    def loss(self, x: "torch.Tensor", y: "torch.Tensor") -> float:
+        """The mean loss in nats of these distributions themselves, a little smoothed, on targets y (B, T)."""
+        ids, probs = self(x)
+        prob = (probs * (ids == y[..., None])).sum(-1)[y >= 0]
+        return -(prob * (1 - UNIFORM_SHARE) + UNIFORM_SHARE / self.vocab_size).log().mean().item()
+
+    def _count(self, pieces: list[np.ndarray], length: int) -> tuple[np.ndarray, ...]:
+        """Count the successors of all contexts of `length` tokens.
+
+        Returns the contexts, the ids and the probabilities n / (c + t) of their most frequent successors, each
+        (contexts, NUM_CANDIDATES), and the weight t / (c + t) of the shorter context.
+        """
+        base = np.uint64(self.vocab_size)
+        sequences = [_to_integers(piece, length + 1, base) for piece in pieces]
+        sequence, count = np.unique(np.concatenate(sequences), return_counts=True)
+        contexts, first, num_successors = np.unique(sequence // base, return_index=True, return_counts=True)
+        total = np.add.reduceat(count, first)
+
+        # The successors of each context by falling count.
+        context = np.repeat(np.arange(len(contexts)), num_successors)
+        by_count = np.lexsort((-count, context))
+        rank = np.arange(len(sequence)) - first[context]
+        is_frequent = total >= (MIN_COUNT if length else 1)
+        keep = (rank < NUM_CANDIDATES) & is_frequent[context]
+        at = (np.cumsum(is_frequent) - 1)[context[keep]], rank[keep]
+        shape = (is_frequent.sum(), NUM_CANDIDATES)
+        ids = np.zeros(shape, dtype=np.int32)
+        probs = np.zeros(shape, dtype=np.float32)
+        ids[at] = (sequence % base)[by_count][keep]
+        rest = np.where(length, num_successors, 0)
+        probs[at] = (count[by_count] / (total + rest)[context])[keep]
+        return contexts[is_frequent], ids, probs, (rest / (total + rest)).astype(np.float32)[is_frequent]
+
+
+def _read_pieces(tokens: Tokens) -> list[np.ndarray]:
+    """MAX_TOKENS of the split as uint64, in pieces of whole runs of text: of each part of a mixture its share."""
+    pieces = []
+    for part in tokens.parts:
+        length = min(part.tokens, MAX_TOKENS * part.tokens // len(tokens))
+        first = part.first + (part.tokens - length) // 2
+        pieces.append(tokens[first : first + length].astype(np.uint64))
+    return pieces
+
+
+def _to_integers(ids: np.ndarray, length: int, base: np.uint64) -> np.ndarray:
+    """Each run of `length` ids (uint64) as the integer whose digits they are."""
+    num_runs = max(len(ids) - length + 1, 0)
+    integers = np.zeros(num_runs, dtype=np.uint64)
+    for first in range(length):
+        integers = integers * base + ids[first : first + num_runs]
+    return integers
+
+
+def _most_probable(ids: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The NUM_CANDIDATES most probable of each row."""
+    import torch
+
+    top_probs, at = torch.from_numpy(probs).topk(NUM_CANDIDATES)
+    return np.take_along_axis(ids, at.numpy(), 1), top_probs.numpy()
