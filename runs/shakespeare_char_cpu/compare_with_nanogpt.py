@@ -44,6 +44,7 @@ NANOGPT_FLAGS = (
 )
 EVALUATION = re.compile(r"step +(\d+)\W+train loss (\S+)\W+val loss (\S+)")  # matches the lines of both programs
 STEP_TIME = re.compile(r"iter \d+: .*time ([\d.]+)ms")
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # that decide the speed of products
 LABELS = {"nanogpt": "nanoGPT", "ours": "this project"}
 COLORS = {"nanogpt": "tab:gray", "ours": "tab:blue"}
 
@@ -205,9 +206,11 @@ def whole_split_loss(model: GPT) -> float:
 
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    text = info.read_text() if info.exists() else ""
+    names = re.findall(r"^model name\s*: (.*)$", text, re.MULTILINE)
     return {
         "cpu": names[0] if names else platform.processor(),
+        "cpu_flags": [flag for flag in CPU_FLAGS if re.search(rf"\b{flag}\b", text)],
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -2,6 +2,7 @@
 
     python runs/time_to_loss_cpu/measure.py --reference=PATH_OF_A_NANOGPT_CHECKOUT
     python runs/time_to_loss_cpu/measure.py --reference=… --text=BOOK.txt --target=0
+    python runs/time_to_loss_cpu/measure.py --reference=… --before=CHECKOUT_OF_AN_EARLIER_COMMIT
 
 Alternates whole processes, from start to exit, the last evaluation included. The recipes differ in network, optimizer
 and batch; the text, the validation windows and the machine are the same. Writes results.json (with --text the book's
@@ -46,6 +47,7 @@ class MeasureConfig:
     target: float = key(1.89, "loss over the whole validation split to reach; 0: the median of nanoGPT's")
     text: str = key("", "text instead of tiny Shakespeare")
     ours: str = key("", "more flags for our train.py")
+    before: str = key("", "checkout of an earlier commit, whose own fast recipe runs before each of ours")
     to: str = key(str(HERE), "folder for the results")
 
 
@@ -73,17 +75,28 @@ def main() -> None:
             rounds.append({"nanogpt": {"wall_s": round(wall_s, 2), "loop_s": round(loop_s, 2), **read}, "ours": []})
             print(f"round {number + 1}: {rounds[-1]['nanogpt']}, {len(times)} steps timed", flush=True)
             for seed in seeds:
-                out_dir = Path(folder) / f"ours-{seed}"
-                wall_s, _ = run([*shlex.split(ours), f"--seed={seed}", f"--out_dir={out_dir}"], ROOT)
-                last = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()][-1]
-                result = {"seed": int(seed), "wall_s": round(wall_s, 2), "loop_s": last["time_s"]}
-                rounds[-1]["ours"].append(result | {"val_loss": round(last["val_loss"], 5)})
-                print(f"round {number + 1}: {rounds[-1]['ours'][-1]}", flush=True)
+                flags = [f"--seed={seed}", f"--out_dir={folder}/ours-{seed}"]
+                result = {"seed": int(seed), **run_ours([*shlex.split(ours), *flags], ROOT)}
+                if config.before:
+                    flags = [
+                        f"--dataset={ROOT / 'data' / dataset}",
+                        f"--seed={seed}",
+                        f"--out_dir={folder}/before-{seed}",
+                    ]
+                    result["before"] = run_ours(["train.py", RECIPE, *flags], Path(config.before))
+                rounds[-1]["ours"].append(result)
+                print(f"round {number + 1}: {result}", flush=True)
     target = config.target or float(np.median([r["nanogpt"]["val_loss"] for r in rounds]))
     summary = summarize(rounds, target)
     report = {
         "commands": {"nanogpt": f"python {theirs}", "ours": f"python {ours} --seed=N"},
-        "settings": asdict(config) | {"reference": commit(reference), "to": None, "text": Path(config.text).name},
+        "settings": asdict(config)
+        | {
+            "reference": commit(reference),
+            "before": commit(Path(config.before)),
+            "to": None,
+            "text": Path(config.text).name,
+        },
         "notes": [
             "wall_s: the whole process. loop_s: ours its training without evaluation and saving, nanoGPT's 2,000 times "
             "its median printed step.",
@@ -101,10 +114,19 @@ def main() -> None:
     print(json.dumps(summary, indent=1), f"written: {path}", sep="\n")
 
 
+def run_ours(command: list[str], checkout: Path) -> dict[str, Any]:
+    """Run a train.py of ours, its --out_dir the last flag; return its seconds and its last loss."""
+    wall_s, _ = run(command, checkout)
+    out_dir = Path(command[-1].removeprefix("--out_dir="))
+    last = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()][-1]
+    return {"wall_s": round(wall_s, 2), "loop_s": last["time_s"], "val_loss": round(last["val_loss"], 5)}
+
+
 def summarize(rounds: list[dict[str, Any]], target: float) -> dict[str, Any]:
     pairs = [(r["nanogpt"], ours) for r in rounds for ours in r["ours"]]
     ratios = {name: [a[name] / b[name] for a, b in pairs] for name in ("wall_s", "loop_s")}
     losses = [ours["val_loss"] for _, ours in pairs]
+    before = [ours["before"]["wall_s"] / ours["wall_s"] for _, ours in pairs if "before" in ours]
     return {
         "target": target,
         "reached_by": f"{sum(loss <= target for loss in losses)} of {len(losses)}",
@@ -113,6 +135,7 @@ def summarize(rounds: list[dict[str, Any]], target: float) -> dict[str, Any]:
             f"{name}_ratio": {"median": round(float(np.median(r)), 2), "lowest": round(min(r), 2)}
             for name, r in ratios.items()
         },
+        "wall_s_ratio_before": round(float(np.median(before)), 2) if before else None,
     }
 
 
