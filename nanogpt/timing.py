@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanogpt.device import pick_dtype
 from nanogpt.distributed import World, explain_errors
 from nanogpt.errors import InputError
 
 Steps = Iterator[list[float]]  # next() makes one step and returns the losses that became known during it
+SLOW_FLOPS = 1e10  # at which a product of 2048 × 2048 takes two seconds
 OpenSteps = Callable[..., tuple[World, Any, Steps]]  # the Any is for the parent process
 
 
@@ -130,9 +130,14 @@ def _resident_memory(field: str) -> int:
 
 def measure_matmul_flops(world: World) -> float:
     """FLOP/s of products of square matrices in the dtype in use, a bound on what a step can reach on this device."""
-    n, count = (8192, 20) if world.device.type == "cuda" else (2048, 10)
-    if world.dtype not in (torch.float32, pick_dtype("auto", world.device)):
-        n = 256  # emulated, a large product takes a minute
+    if world.device.type == "cuda":
+        return _time_products(8192, 20, world)
+    flops = _time_products(256, 10, world)  # emulated, a large product takes a minute
+    return max(flops, _time_products(2048, 10, world)) if flops > SLOW_FLOPS else flops
+
+
+def _time_products(n: int, count: int, world: World) -> float:
+    """FLOP/s of products of n × n matrices."""
     a = torch.randn(n, n, device=world.device, dtype=world.dtype)
     b = torch.randn(n, n, device=world.device, dtype=world.dtype)
 

@@ -63,7 +63,8 @@ def simulate(letters: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
             patch.setattr(budget.SpeedTrial, "measure_speed", measure)
             patch.setattr(budget.SpeedTrial, "measure_difficulty", lambda *_: 1.1)
             config = TrainConfig(dataset=str(letters), minutes=minutes, block_size=16, device="cpu")
-            return budget.choose(config, WORLD, train_step)
+            chosen, _, plan = budget.choose(config, WORLD, train_step)
+            return chosen, plan
 
     return choose
 
@@ -132,7 +133,8 @@ def test_ranks_choose_the_same(letters: Path, monkeypatch: pytest.MonkeyPatch, i
     def choose(rank: int) -> tuple[TrainConfig, dict[str, Any]]:
         this.rank = rank
         world = ThreadWorld(rank, 2, torch.device("cpu"), torch.float32)
-        return budget.choose(config, world, train_step)
+        chosen, _, plan = budget.choose(config, world, train_step)
+        return chosen, plan
 
     monkeypatch.setattr(budget.SpeedTrial, "measure_speed", measure)
     monkeypatch.setattr(budget.SpeedTrial, "measure_difficulty", difficulty)
