@@ -290,9 +290,10 @@ class SpeedTrial:
     def __init__(self, config: Any, world: World, train_step: TrainStep):
         self.dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
         self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
-        typical = replace(config, **scaling.make_recipe(TYPICAL_WIDTH, TYPICAL_TOKENS, config.block_size))
+        self.config = config
+        typical = self.make_config(TYPICAL_WIDTH, TYPICAL_TOKENS, world.size)
         typical, self.world = choose_dtype(typical, new_model_config(typical, self.vocab_size), world)
-        self.config = replace(config, dtype=typical.dtype)
+        self.config = replace(config, dtype=typical.dtype)  # one for the whole run
         self.single = World(0, 1, world.device, self.world.dtype)  # trials run in each process on its own
         self.train_step = train_step
         self.num_tokens = len(self.dataset.train)

@@ -27,7 +27,7 @@ MIN_ROUNDS = 3
 def bfloat16_speed(rows: int, n_embd: int, n_inner: int) -> float:
     """The speed of a linear layer in bfloat16 on this CPU over that in float32: forward and backward, by autocast.
 
-    No flag of a CPU tells it: by AVX-512's dot products (avx512_bf16) an Intel Xeon takes twice as long in bfloat16
+    No flag of a CPU determines it: by AVX-512's dot products (avx512_bf16) an Intel Xeon takes twice as long in bfloat16
     as in float32, an AMD EPYC half as long (runs/cpu_step).
     """
     shape = trial_shape(rows, n_embd, n_inner)

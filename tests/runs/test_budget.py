@@ -206,9 +206,9 @@ def test_a_plan_that_ends_early_goes_by_steps(clock: list[float]):
 def arrange(monkeypatch: pytest.MonkeyPatch) -> None:
     """A time budget of a tiny model whose decay of 8 updates is due from the eighth update of a process on."""
 
-    def choose(config: TrainConfig, *_: Any) -> tuple[TrainConfig, dict[str, Any]]:
+    def choose(config: TrainConfig, world: World, _: Any) -> tuple[TrainConfig, World, dict[str, Any]]:
         keys = {"schedule": "constant", "learning_rate": 3e-2, "warmup_iters": 2, "max_iters": 1000, "eval_interval": 0}
-        return replace(config, **keys), PLAN
+        return replace(config, **keys), world, PLAN
 
     def decay_due(schedule: budget.ClockSchedule) -> int:
         schedule.step_times.append(1.0)
