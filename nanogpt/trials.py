@@ -20,15 +20,15 @@ MAX_ROWS = 2048  # of a product: more are hardly faster
 MAX_MULTIPLICATIONS = 2**30  # of a product: about 20 ms in float32
 SMALL_SIZE = 256  # emulated, a larger product may take seconds
 HOPELESS = 0.7  # a speed of small products in bfloat16, over float32's, that larger ones will not make up for
-TRIAL_S = 0.1
+TRIAL_S = 0.1  # of computing
 MIN_ROUNDS = 3
 
 
 def bfloat16_speed(rows: int, n_embd: int, n_inner: int) -> float:
     """The speed of a linear layer in bfloat16 on this CPU over that in float32: forward and backward, by autocast.
 
-    No flag of a CPU determines it: by AVX-512's dot products (avx512_bf16) an Intel Xeon takes twice as long in bfloat16
-    as in float32, an AMD EPYC half as long (runs/cpu_step).
+    No flag of a CPU determines it: by AVX-512's dot products (avx512_bf16) an Intel Xeon takes twice as long in
+    bfloat16 as in float32 (runs/cpu_step), an AMD EPYC half as long.
     """
     shape = trial_shape(rows, n_embd, n_inner)
     return recall("bfloat16", shape, lambda: measure_bfloat16_speed(shape))
@@ -49,12 +49,7 @@ def round_size(size: int) -> int:
 
 def recall(name: str, shape: Sequence[int], measure: Callable[[], float]) -> float:
     """The outcome of the trial `name` on this machine: as stored in ~/.cache/nanogpt, else of `measure()`."""
-    trial = {
-        "trial": name,
-        "cpu": cpu_model(),
-        "torch": torch.__version__,
-        "shape": list(shape),
-    }
+    trial = {"trial": name, "cpu": cpu_model(), "torch": torch.__version__, "shape": list(shape)}
     file = f"{name}-{hashlib.sha256(json.dumps(trial).encode()).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # none yet, damaged, or no home
         stored = read_json(cache_folder("trials") / file)
@@ -103,9 +98,8 @@ def compare_dtypes(shape: Sequence[int]) -> float:
     for layer in layers:
         layer()  # warmup
     seconds = [0.0, 0.0]
-    start = time.perf_counter()
     rounds = 0
-    while rounds < MIN_ROUNDS or time.perf_counter() - start < TRIAL_S:
+    while rounds < MIN_ROUNDS or sum(seconds) < TRIAL_S:
         for i, layer in enumerate(layers):
             seconds[i] += time_call(layer)
         rounds += 1
