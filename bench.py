@@ -19,7 +19,14 @@ import torch
 
 from budget import training_steps
 from configurator import key, parse
-from load import document_separator_id, load_data_and_model, load_weights, micro_batch_sizes, new_model_config
+from load import (
+    choose_dtype,
+    document_separator_id,
+    load_data_and_model,
+    load_weights,
+    micro_batch_sizes,
+    new_model_config,
+)
 from model import GPT, GPTConfig
 from nanogpt import distributed
 from nanogpt.compile import should_compile
@@ -63,6 +70,7 @@ TABLES = {  # by device: the name of a row and its flags
 }
 COLUMNS = [  # field of a row, header, width, format
     ("parameters", "parameters", 12, "{:,}".format),
+    ("dtype", "dtype", 9, "{}".format),
     ("ms", "ms/step", 9, "{:.2f}".format),
     ("quartiles_ms", "quartiles", 20, "{0[0]:.2f} to {0[1]:.2f}".format),
     ("tokens_per_s", "tokens/s", 10, "{:,.0f}".format),
@@ -73,7 +81,7 @@ COLUMNS = [  # field of a row, header, width, format
     ("last_loss", "last loss", 9, "{:.4f}".format),
 ]
 LEGEND = """\
-of peak: FLOP/s of a step over those of matrix products; MFU: over the vendor's figure
+of peak: FLOP/s of a step over those of matrix products in our dtype; MFU: over the vendor's figure
 memory: the peak of torch's allocations on a GPU; on a CPU that of the process, less its imports"""
 Row = dict[str, Any]  # the measurements of one program
 NANOGPT_HAS = {"arch": "gpt2", "optimizer": "adamw", "n_inner": 0}
@@ -104,22 +112,26 @@ def main() -> None:
     recipes = pick_recipes(config, explicit, world.device)
     if config.reference:
         nanogpt_steps.load_model_file(config.reference)  # report its problems before measuring
-    dtype = str(world.dtype).removeprefix("torch.")
+    # On a CPU each recipe may have a dtype of its own.
+    is_open = config.dtype == "auto" and world.device.type == "cpu"
+    dtypes = [torch.float32, torch.bfloat16] if is_open else [world.dtype]
     mode = "compiled" if should_compile(config.compile, world.device) else "eager"
-    machine = f"{describe_device(world.device)}, {dtype}, {mode}, torch {torch.__version__}"
+    machine = f"{describe_device(world.device)}, {mode}, torch {torch.__version__}"
     report: dict[str, Any] = {"command": shlex.join(sys.argv), "torch": torch.__version__, "machine": machine}
     if config.to:
         write_report("to", config.to, report)
 
-    peak = measure_matmul_flops(world)
+    worlds = [replace(world, dtype=dtype) for dtype in dtypes]
+    peaks = {world.dtype_name: measure_matmul_flops(world) for world in worlds}
     torch.cuda.empty_cache()  # leaves the memory to the workers; does nothing without a GPU
-    report |= {"product_flops": peak, "vendor_flops": world.peak_flops(), "rows": []}
-    print0(f"{machine}; matrix products reach {peak / 1e12:.3g} TFLOP/s")
+    report |= {"product_flops": peaks, "vendor_flops": world.peak_flops(), "rows": []}
+    reached = " and ".join(f"{peak / 1e12:.3g} TFLOP/s in {dtype}" for dtype, peak in peaks.items())
+    print0(f"{machine}; matrix products reach {reached}")
     width = max(map(len, [*recipes, "  nanoGPT"])) + 1
     print0("", " " * width + "".join(f" {header:>{column}}" for _, header, column, _ in COLUMNS))
     for name, recipe in recipes.items():
         try:
-            rows = measure(name, recipe, explicit, world, peak)
+            rows = measure(name, recipe, explicit, world, peaks)
         except InputError as error:
             if not config.table:
                 raise
@@ -163,16 +175,19 @@ def pick_recipes(config: BenchConfig, explicit: dict[str, Any], device: torch.de
     return recipes
 
 
-def measure(name: str, config: BenchConfig, explicit: dict[str, Any], world: World, peak: float) -> list[Row]:
+def measure(
+    name: str, config: BenchConfig, explicit: dict[str, Any], world: World, peaks: dict[str, float]
+) -> list[Row]:
     """Time a recipe's steps by our program and, with a reference, by nanoGPT in alternating rounds.
 
-    peak: FLOP/s of matrix products.
+    peaks: FLOP/s of matrix products, by dtype.
     """
     free = free_memory(world.device)
     hint = memory_hint(micro_batch_sizes(config, 1)[0], config.rows_per_step, config.block_size, free)
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(Worker("ours", hint, open_our_steps, config, explicit))
-        model_config: GPTConfig = ours.info
+        model_config: GPTConfig
+        model_config, dtype = ours.info
         workers = [ours]
         if config.reference:
             workers.append(stack.enter_context(Worker("nanoGPT", hint, open_nanogpt_steps, config, model_config)))
@@ -203,10 +218,11 @@ def measure(name: str, config: BenchConfig, explicit: dict[str, Any], world: Wor
             "side": worker.name,
             "step": f"{step} tokens of {config.dataset or 'random ids'}",
             "parameters": model.count_parameters(),
+            "dtype": dtype if worker is ours else worker.info,
             "ms": 1000 * median,
             "quartiles_ms": [1000 * low, 1000 * high],
             "tokens_per_s": tokens / median,
-            "of_peak": flops / peak,
+            "of_peak": flops / peaks[dtype],
             "mfu": flops / vendor_peak if vendor_peak else None,
             "memory": last.memory,
             "first_step_s": worker.first_step_s,
@@ -246,14 +262,17 @@ def print_rows(rows: list[Row], width: int) -> None:
 # ---- in the worker processes
 
 
-def open_our_steps(config: BenchConfig, explicit: dict[str, Any]) -> tuple[World, GPTConfig, Iterator[list[float]]]:
+def open_our_steps(
+    config: BenchConfig, explicit: dict[str, Any]
+) -> tuple[World, tuple[GPTConfig, str], Iterator[list[float]]]:
     world = distributed.start(config.device, config.dtype)
     seed_everything(config.seed, config.deterministic)
     model = open_model(config, explicit)
     config = replace(config, block_size=model.config.block_size)
+    config, world = choose_dtype(config, model.config, world)
     steps = training_steps(config, model, open_tokens(config, model.config), world, train_step)
     gc.freeze()  # as train.py does
-    return world, model.config, steps
+    return world, (model.config, world.dtype_name), steps
 
 
 def open_model(config: BenchConfig, explicit: dict[str, Any]) -> GPT:
@@ -277,14 +296,15 @@ def open_tokens(config: BenchConfig, model_config: GPTConfig) -> Tokens:
     return Tokens.of(ids.astype(token_dtype(V)))
 
 
-def open_nanogpt_steps(config: BenchConfig, model_config: GPTConfig) -> tuple[World, None, Iterator[list[float]]]:
+def open_nanogpt_steps(config: BenchConfig, model_config: GPTConfig) -> tuple[World, str, Iterator[list[float]]]:
     """Steps of nanoGPT with the sizes of our model. Raises InputError for a model that nanoGPT does not have."""
     if model_config.arch != "gpt2":
         raise InputError(f"--reference={config.reference}: nanoGPT has no arch={model_config.arch}; leave it out")
     world = nanogpt_steps.start_world(config.device, config.dtype)
     seed_everything(config.seed, config.deterministic)
     tokens = open_tokens(config, model_config)
-    return world, None, nanogpt_steps.training_steps(config, model_config, tokens, world)
+    dtype = world.dtype_name if world.device.type == "cuda" else "float32"
+    return world, dtype, nanogpt_steps.training_steps(config, model_config, tokens, world)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 
 from configurator import ExplicitKeys
 from load import (
+    choose_dtype,
     choose_micro_batch,
     document_separator_id,
     make_row_schedule,
@@ -61,6 +62,8 @@ MAX_PILOT_S = 20.0
 PILOT_WINDOWS = 512
 
 # Speed trials.
+TYPICAL_WIDTH = 128  # of a run of some minutes: wider ones gain more by bfloat16
+TYPICAL_TOKENS = 1e6
 TRIAL_S = 0.6  # of each width
 MAX_TRIALS = 5
 EXTRAPOLATION_EXPONENT = 0.85  # a token's seconds grow with its FLOPs to this power beyond the widths that were tried
@@ -197,8 +200,8 @@ def check_resume(explicit: ExplicitKeys, state: dict[str, Any]) -> ExplicitKeys:
 # --- Before the run
 
 
-def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, Plan]:
-    """The settings of the best run of config.minutes, and its plan for `ClockSchedule`.
+def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, World, Plan]:
+    """The settings of the best run of config.minutes, the world with its dtype, and its plan for `ClockSchedule`.
 
     config: a TrainConfig; data, context, precision and logging stay. Raises InputError for a budget that cannot be
     kept: weights that exist already, too little time or memory.
@@ -250,7 +253,7 @@ def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, Plan]
         f"rate {chosen.muon_lr:.2e}",
         f"expected {expected}",
     )
-    return chosen, plan
+    return chosen, trial.world, plan
 
 
 def _best_run(trial: "SpeedTrial", total_s: float) -> tuple[Any, float, float, float]:
@@ -288,12 +291,14 @@ class SpeedTrial:
     """Short runs of any width on this text and this machine. config: a TrainConfig."""
 
     def __init__(self, config: Any, world: World, train_step: TrainStep):
-        self.config = config
-        self.world = world
-        self.train_step = train_step
-        self.single = World(0, 1, world.device, world.dtype)  # trials run in each process on its own
         self.dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
         self.vocab_size = self.dataset.vocab_size or GPT2_VOCAB
+        self.config = config
+        typical = self.make_config(TYPICAL_WIDTH, TYPICAL_TOKENS, world.size)
+        typical, self.world = choose_dtype(typical, new_model_config(typical, self.vocab_size), world)
+        self.config = replace(config, dtype=typical.dtype)  # one for the whole run
+        self.single = World(0, 1, world.device, self.world.dtype)  # trials run in each process on its own
+        self.train_step = train_step
         self.num_tokens = len(self.dataset.train)
         self.ngrams: NgramTargets | None = None
         self.separator_id = document_separator_id(self.dataset, config.mask_documents)

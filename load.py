@@ -11,7 +11,7 @@ import torch
 
 from configurator import Config, ExplicitKeys, key
 from model import GPT, GPTConfig
-from nanogpt import checkpoint
+from nanogpt import checkpoint, distributed
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.compile import compile_model, should_compile
 from nanogpt.console import format_bytes, is_main, print0
@@ -364,6 +364,18 @@ def choose_micro_batch(config: Any, model: GPT, world: World) -> int:
     if config.micro_batch_size == "auto":
         return pick_micro_batch(model, config.optimizer, sizes, world)
     return sizes[0]
+
+
+def choose_dtype(config: Any, model_config: GPTConfig, world: World) -> tuple[Any, World]:
+    """The world with the dtype that config.dtype names, or on a CPU with the faster one; the config then names it.
+
+    So a resumed run keeps it, and nothing depends on another trial.
+    """
+    rows = micro_batch_sizes(config, world.size)[0] * model_config.block_size
+    world = distributed.try_dtypes(world, config.dtype, rows, model_config.n_embd, model_config.n_inner)
+    if world.bfloat16_speed:
+        config = replace(config, dtype=world.dtype_name)
+    return config, world
 
 
 def document_separator_id(dataset: Dataset, mask_documents: bool) -> int | None:

@@ -17,6 +17,7 @@ import budget
 from configurator import ExplicitKeys, key, parse
 from load import (
     MODEL_KEYS,
+    choose_dtype,
     choose_micro_batch,
     document_separator_id,
     load_data_and_model,
@@ -146,7 +147,7 @@ class TrainConfig:
 
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
-        "auto", "autocast dtype; master weights stay float32"
+        "auto", "autocast dtype; master weights stay float32; auto: on a CPU the faster one, by a trial"
     )
     compile: Literal["auto", True, False] = key("auto", "torch.compile; auto: on CUDA")
     backend: Literal["auto", "nccl", "gloo"] = key("auto", "torch.distributed backend")
@@ -402,7 +403,7 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
         plan = resumed.state["dial"] if resumed and has_budget else None
         if has_budget and not resumed:
             explicit = budget.drop_budget_keys(explicit)
-            config, plan = budget.choose(config, world, train_step)
+            config, world, plan = budget.choose(config, world, train_step)
             check_config(config)
         schedule = make_schedule(config)
         if plan and config.minutes:
@@ -460,6 +461,7 @@ def open_run(
     seed_everything(config.seed, config.deterministic)
     dataset, gpt, tokenizer = load_data_and_model(config, explicit, resumed)
     config = replace(config, **{name: getattr(gpt.config, name) for name in MODEL_KEYS})
+    config, world = choose_dtype(config, gpt.config, world)
     gpt.document_separator_id = document_separator_id(dataset, config.mask_documents)
     prepare_model(config, gpt, world)
     rows, windows = open_rows(config, gpt, dataset)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from nanogpt.console import print0
 from nanogpt.device import is_out_of_memory
 from nanogpt.distributed import World
+from nanogpt.files import cache_folder
 
 # FLOPs of a micro-batch below which a GPU's step runs as a CUDA graph: 10 ms at half of an H100's peak, about what the
 # host needs to launch the kernels one by one. A guess, not measured yet.
@@ -36,9 +36,7 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
     flops = model.flops_per_token() * idx.numel()
     use_graphs = world.device.type == "cuda" and is_whole_step and flops < CUDA_GRAPH_FLOPS
     with contextlib.suppress(OSError, RuntimeError):  # no home, or a read-only one
-        cache = Path.home() / ".cache" / "nanogpt" / "compiled"
-        cache.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     try:
         compiled: Any = torch.compile(model, mode="reduce-overhead" if use_graphs else None)
         for _ in range(3 if use_graphs else 1):  # a graph is recorded in the second pass and replayed in the third

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import platform
 import re
 from pathlib import Path
 
@@ -76,28 +75,14 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products.
 
-    auto: on CUDA bfloat16 from compute capability 8.0, else float16; on a CPU bfloat16 where it is fast; else float32.
+    auto: on CUDA bfloat16 from compute capability 8.0, else float16; elsewhere float32. On a CPU bfloat16 may be
+    faster: `distributed.try_dtypes` measures that, once the model is known.
     """
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and cpu_has_bfloat16():
-        return torch.bfloat16
     return torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """True if this CPU multiplies bfloat16 matrices in hardware.
-
-    Emulated, they are far slower than float32. By AVX-512's dot products alone (without AMX) they took 1.9 times as
-    long on an Intel Xeon (runs/cpu_step).
-    """
-    if platform.machine() in ("x86_64", "AMD64"):
-        return torch.cpu._is_amx_tile_supported()
-    if platform.machine() in ("aarch64", "arm64"):
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return False
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nanogpt.device import PEAK_FLOPS, disable_malloc_trim, is_out_of_memory, pick_device, pick_dtype
 from nanogpt.errors import InputError, RunStopped
+from nanogpt.trials import MIN_BFLOAT16_SPEED, bfloat16_speed
 
 TIMEOUT_S = 600.0  # that a collective waits for the other processes
 
@@ -25,10 +26,15 @@ class World:
     size: int
     device: torch.device
     dtype: torch.dtype
+    bfloat16_speed: float | None = None  # over float32's, where the dtype was chosen by it
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision: weights stay float32, matrix products run in `dtype`."""
@@ -95,7 +101,8 @@ def world_size() -> int:
 def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> World:
     """Join the processes that torchrun started, or run alone; pick device and dtype.
 
-    device: auto, cpu, cuda, cuda:N or mps. dtype: auto or a key of `DTYPES`. backend: auto, nccl or gloo.
+    device: auto, cpu, cuda, cuda:N or mps. dtype: auto (see `try_dtypes`) or a key of `DTYPES`. backend: auto, nccl or
+    gloo.
     Raises InputError for a device, dtype or backend that this machine lacks.
     """
     rank = int(os.environ.get("RANK", 0))
@@ -119,6 +126,19 @@ def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> W
         device_id = torch_device if backend == "nccl" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), device_id=device_id)
     return World(rank, size, torch_device, torch_dtype)
+
+
+def try_dtypes(world: World, dtype: str, rows: int, n_embd: int, n_inner: int) -> World:
+    """`world` with the dtype of the key `dtype`; auto on a CPU: the faster one, by a trial with products of this shape.
+
+    rows: tokens of a forward pass. All ranks take the main one's outcome.
+    """
+    if dtype != "auto" or world.device.type != "cpu":
+        return replace(world, dtype=pick_dtype(dtype, world.device))
+    outcome = bfloat16_speed(rows, n_embd, n_inner) if world.is_main else 0.0
+    speed = world.all_reduce_sum(torch.tensor(outcome, dtype=torch.float64)).item()
+    faster = torch.bfloat16 if speed >= MIN_BFLOAT16_SPEED else torch.float32
+    return replace(world, dtype=faster, bfloat16_speed=speed)
 
 
 @contextlib.contextmanager

@@ -105,6 +105,13 @@ def lock_file(path: Path) -> IO[bytes] | None:
         file.close()  # it was moved or deleted between the two calls: lock the one that has its name now
 
 
+def cache_folder(name: str) -> Path:
+    """~/.cache/nanogpt/<name>, created. Raises OSError where it cannot be, and RuntimeError without a home."""
+    folder = Path.home() / ".cache" / "nanogpt" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextlib.contextmanager
 def utf8_path(path: Path) -> Iterator[str]:
     """A name of a file for a library that takes only names in UTF-8, which names on Linux need not be."""

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanogpt.device import pick_dtype
 from nanogpt.distributed import World, explain_errors
 from nanogpt.errors import InputError
 
 Steps = Iterator[list[float]]  # next() makes one step and returns the losses that became known during it
+SMALL = 256  # rows of a product that is fast enough to try
+SLOW_FLOPS = 1e10  # at which a product of 2048 × 2048 takes two seconds
 OpenSteps = Callable[..., tuple[World, Any, Steps]]  # the Any is for the parent process
 
 
@@ -131,8 +132,14 @@ def _resident_memory(field: str) -> int:
 def measure_matmul_flops(world: World) -> float:
     """FLOP/s of products of square matrices in the dtype in use, a bound on what a step can reach on this device."""
     n, count = (8192, 20) if world.device.type == "cuda" else (2048, 10)
-    if world.dtype not in (torch.float32, pick_dtype("auto", world.device)):
-        n = 256  # emulated, a large product takes a minute
+    if world.device.type == "cpu" and world.dtype != torch.float32:
+        flops = 2 * SMALL**3 / min(_time_products(SMALL, 10, world))
+        n = n if flops > SLOW_FLOPS else SMALL  # emulated, a large product takes a minute
+    return 2 * n**3 / statistics.median(_time_products(n, count, world))
+
+
+def _time_products(n: int, count: int, world: World) -> list[float]:
+    """Seconds of each of `count` products of n × n matrices."""
     a = torch.randn(n, n, device=world.device, dtype=world.dtype)
     b = torch.randn(n, n, device=world.device, dtype=world.dtype)
 
@@ -142,5 +149,4 @@ def measure_matmul_flops(world: World) -> float:
             yield []
 
     time_steps(products(), 5, world)  # warmup
-    seconds, _ = time_steps(products(), count, world)
-    return 2 * n**3 / statistics.median(seconds)
+    return time_steps(products(), count, world)[0]

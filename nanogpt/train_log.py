@@ -186,7 +186,9 @@ def format_losses(losses: dict[str, float], val_bpb: float | None) -> str:
 
 
 def print_model_summary(model: Any, world: World) -> None:
-    dtype = str(world.dtype).removeprefix("torch.")
+    dtype = world.dtype_name
+    if world.bfloat16_speed:
+        dtype += f" (bfloat16: {world.bfloat16_speed:.2g} × float32 here)"
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
     print0(
         f"{processes} on {describe_device(world.device)}, {dtype}",

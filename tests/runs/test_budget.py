@@ -63,7 +63,8 @@ def simulate(letters: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
             patch.setattr(budget.SpeedTrial, "measure_speed", measure)
             patch.setattr(budget.SpeedTrial, "measure_difficulty", lambda *_: 1.1)
             config = TrainConfig(dataset=str(letters), minutes=minutes, block_size=16, device="cpu")
-            return budget.choose(config, WORLD, train_step)
+            chosen, _, plan = budget.choose(config, WORLD, train_step)
+            return chosen, plan
 
     return choose
 
@@ -132,7 +133,8 @@ def test_ranks_choose_the_same(letters: Path, monkeypatch: pytest.MonkeyPatch, i
     def choose(rank: int) -> tuple[TrainConfig, dict[str, Any]]:
         this.rank = rank
         world = ThreadWorld(rank, 2, torch.device("cpu"), torch.float32)
-        return budget.choose(config, world, train_step)
+        chosen, _, plan = budget.choose(config, world, train_step)
+        return chosen, plan
 
     monkeypatch.setattr(budget.SpeedTrial, "measure_speed", measure)
     monkeypatch.setattr(budget.SpeedTrial, "measure_difficulty", difficulty)
@@ -204,9 +206,9 @@ def test_a_plan_that_ends_early_goes_by_steps(clock: list[float]):
 def arrange(monkeypatch: pytest.MonkeyPatch) -> None:
     """A time budget of a tiny model whose decay of 8 updates is due from the eighth update of a process on."""
 
-    def choose(config: TrainConfig, *_: Any) -> tuple[TrainConfig, dict[str, Any]]:
+    def choose(config: TrainConfig, world: World, _: Any) -> tuple[TrainConfig, World, dict[str, Any]]:
         keys = {"schedule": "constant", "learning_rate": 3e-2, "warmup_iters": 2, "max_iters": 1000, "eval_interval": 0}
-        return replace(config, **keys), PLAN
+        return replace(config, **keys), world, PLAN
 
     def decay_due(schedule: budget.ClockSchedule) -> int:
         schedule.step_times.append(1.0)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from nanogpt import device
 from nanogpt.device import pick_device, pick_dtype
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
@@ -38,13 +37,10 @@ def test_pick_device_shares_no_apple_gpu(monkeypatch: pytest.MonkeyPatch):
     assert pick_device("auto", local_rank=0) == torch.device("cpu")
 
 
-def test_pick_dtype_takes_bfloat16_where_hardware_has_it(monkeypatch: pytest.MonkeyPatch):
+def test_pick_dtype_takes_bfloat16_where_a_gpu_has_it(monkeypatch: pytest.MonkeyPatch):
     for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert pick_dtype("auto", CUDA) == dtype
-    for has_bfloat16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(device, "cpu_has_bfloat16", lambda has_bfloat16=has_bfloat16: has_bfloat16)
-        assert pick_dtype("auto", torch.device("cpu")) == dtype
     assert pick_dtype("float16", torch.device("cpu")) == torch.float16
 
 

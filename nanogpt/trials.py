@@ -1,0 +1,129 @@
+"""Trials of this machine's speed, made once for a CPU, a release of torch and a shape; their outcomes are kept."""
+
+import contextlib
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from nanogpt.files import atomic_write, cache_folder, read_json
+
+MIN_BFLOAT16_SPEED = 1.4  # of products, from which on whole steps are faster too (runs/cpu_step)
+MAX_ROWS = 2048  # of a product: more are hardly faster
+MAX_MULTIPLICATIONS = 2**30  # of a product: about 20 ms in float32
+SMALL_SIZE = 256  # emulated, a larger product may take seconds
+HOPELESS = 0.7  # a speed of small products in bfloat16, over float32's, that larger ones will not make up for
+TRIAL_S = 0.1  # of computing
+MIN_ROUNDS = 3
+
+
+def bfloat16_speed(rows: int, n_embd: int, n_inner: int) -> float:
+    """The speed of a linear layer in bfloat16 on this CPU over that in float32: forward and backward, by autocast.
+
+    No flag of a CPU determines it: by AVX-512's dot products (avx512_bf16) an Intel Xeon takes twice as long in
+    bfloat16 as in float32 (runs/cpu_step), an AMD EPYC half as long.
+    """
+    shape = trial_shape(rows, n_embd, n_inner)
+    return recall("bfloat16", shape, lambda: measure_bfloat16_speed(shape))
+
+
+def trial_shape(rows: int, n_embd: int, n_inner: int) -> list[int]:
+    """Sizes of the layer to try: rounded, so that similar models share an outcome, and few enough rows."""
+    n_embd, n_inner = round_size(n_embd), round_size(n_inner)
+    rows = min(rows, MAX_ROWS, MAX_MULTIPLICATIONS // (n_embd * n_inner))
+    return [round_size(max(rows, 1)), n_embd, n_inner]
+
+
+def round_size(size: int) -> int:
+    """The nearest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: powers of two, and those one and a half times."""
+    power = 2 ** (size.bit_length() - 1)
+    return min((power, 3 * power // 2, 2 * power), key=lambda rounded: abs(rounded - size))
+
+
+def recall(name: str, shape: Sequence[int], measure: Callable[[], float]) -> float:
+    """The outcome of the trial `name` on this machine: as stored in ~/.cache/nanogpt, else of `measure()`."""
+    trial = {"trial": name, "cpu": cpu_model(), "torch": torch.__version__, "shape": list(shape)}
+    file = f"{name}-{hashlib.sha256(json.dumps(trial).encode()).hexdigest()[:16]}.json"
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # none yet, damaged, or no home
+        stored = read_json(cache_folder("trials") / file)
+        outcome = stored.pop("outcome", None)
+        if stored == trial and isinstance(outcome, float) and 0 < outcome < math.inf:
+            return outcome
+    outcome = float(f"{measure():.3g}")
+    # With a read-only home, or none, the next start measures again.
+    with contextlib.suppress(OSError, RuntimeError), atomic_write(cache_folder("trials") / file) as partial:
+        partial.write_text(json.dumps({**trial, "outcome": outcome}, indent=1) + "\n")
+    return outcome
+
+
+def cpu_model() -> str:
+    """The CPU's name, and a hash of its instruction sets: virtual machines of one name differ in them."""
+    cpu = cpu_info()
+    name = cpu.get("model name") or cpu.get("CPU part") or platform.processor() or platform.machine()
+    flags = cpu.get("flags") or cpu.get("Features") or ""
+    return f"{name} {hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+def cpu_info() -> dict[str, str]:
+    """The fields of the first processor in Linux's /proc/cpuinfo; {} on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    fields = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
+def measure_bfloat16_speed(shape: Sequence[int]) -> float:
+    """Compare the dtypes on `shape` (rows, inputs, outputs), or only on less where bfloat16 is slow."""
+    speed = compare_dtypes([min(size, SMALL_SIZE) for size in shape])
+    return speed if speed < HOPELESS else compare_dtypes(shape)
+
+
+def compare_dtypes(shape: Sequence[int]) -> float:
+    """The speed of bfloat16 over that of float32, in turn, by the time that one thread computes.
+
+    Threads would wait for each other where other programs run, and a wrong outcome would be kept.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    layers = [linear_layer(dtype, shape) for dtype in (torch.float32, torch.bfloat16)]
+    for layer in layers:
+        layer()  # warmup
+    seconds = [0.0, 0.0]
+    rounds = 0
+    while rounds < MIN_ROUNDS or sum(seconds) < TRIAL_S:
+        for i, layer in enumerate(layers):
+            seconds[i] += time_call(layer)
+        rounds += 1
+    torch.set_num_threads(num_threads)
+    return seconds[0] / seconds[1]
+
+
+def linear_layer(dtype: torch.dtype, shape: Sequence[int]) -> Callable[[], Any]:
+    """Forward and backward of a linear layer, as autocast to `dtype` does it. Draws no random numbers."""
+    rows, inputs, outputs = shape
+    x = torch.ones(rows, inputs, requires_grad=True)
+    weight = torch.ones(outputs, inputs, requires_grad=True)
+    grad = torch.ones(rows, outputs, dtype=dtype)
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = F.linear(x, weight)
+        torch.autograd.grad(y, (x, weight), grad)
+
+    return run
+
+
+def time_call(function: Callable[[], Any]) -> float:
+    """Seconds of this thread's work in a call."""
+    start = time.thread_time()
+    function()
+    return time.thread_time() - start
