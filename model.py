@@ -299,7 +299,7 @@ class GPT(nn.Module):
         common = F.normalize(torch.randn(c.n_embd), dim=0)
         self.token_embedding.weight[: c.vocab_size] += 0.02 * math.sqrt(c.n_embd) * common  # as long as the rest
 
-        is_fast = (rotary_frequencies(c) > 0.2).float()  # slow rotations cannot tell neighbors apart
+        is_fast = (rotary_frequencies(c) > 0.2).float()  # slow rotations hardly differ between neighbors
         key = F.normalize(is_fast.repeat(2), dim=0)
         queries = rotate(key, *rotary_cos_sin(-(torch.arange(c.n_head) % 4), c))  # (n_head, D)
         directions = torch.cat((queries.flatten(), key.repeat(c.n_kv_head)))

@@ -224,6 +224,12 @@ class Run:
     is_resumed: bool
     memory_hint: str  # what to try if memory runs out
 
+    def next_batch(self, num_rows: int) -> StepBatch:
+        state = self.state
+        row_length = self.row_schedule.row_length(state.step)
+        place = (self.config.seed, state.step, self.config.dropout, row_length)
+        return StepBatch(self.rows, state.samples, num_rows, self.micro_batch, self.world, *place)
+
 
 def train(run: Run) -> int:
     """The training loop. Returns the exit status: 0, or 130 or 143 after a signal."""
@@ -275,23 +281,12 @@ def train(run: Run) -> int:
         state.clock.start()
         first_row = state.samples
         num_rows = run.row_schedule.rows_at(first_row)
-        row_length = run.row_schedule.row_length(state.step)
         if run.layer_stats:
             run.layer_stats.is_due = (state.step + 1) % config.log_interval == 0
         with explain_errors(run.memory_hint, before_update=state.step == first_step):
             stats = train_step(
                 run.model,
-                StepBatch(
-                    run.rows,
-                    first_row,
-                    num_rows,
-                    run.micro_batch,
-                    run.world,
-                    config.seed,
-                    state.step,
-                    config.dropout,
-                    row_length,
-                ),
+                run.next_batch(num_rows),
                 state.optimizer,
                 state.scaler,
                 state.guard,

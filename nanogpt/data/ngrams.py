@@ -67,10 +67,10 @@ class NgramTargets:
             context[:, length - 1 :] += digits[:, : x.shape[1] - length + 1] * np.uint64(
                 self.vocab_size ** (length - 1)
             )
-            found = np.searchsorted(known, context).clip(max=len(known) - 1)
-            is_known = known[found] == context
+            row_of_length = np.searchsorted(known, context).clip(max=len(known) - 1)
+            is_known = known[row_of_length] == context
             is_known[:, : length - 1] = False  # the row begins later
-            row[is_known] = first_row + found[is_known]
+            row[is_known] = first_row + row_of_length[is_known]
             first_row += len(known)
         return torch.from_numpy(self.ids[row]).long(), torch.from_numpy(self.probs[row])
 
