@@ -3,6 +3,10 @@
 Several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 
+import nanogpt.import_torch  # noqa: F401  # faster than `import torch`
+
+# isort: split
+
 import contextlib
 import gc
 import shlex
