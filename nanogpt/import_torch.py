@@ -44,7 +44,8 @@ if "torch" not in sys.modules:
     try:
         import torch
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
     finally:
         del sys.modules[DEFERRED]
         gc.enable()
