@@ -13,6 +13,10 @@ its error and the perplexity's are to first order, that of bits per byte is scal
 Hugging Face backend on a temporary export of the model (pip install -e ".[eval]").
 """
 
+import nanogpt.import_torch  # noqa: F401  # faster than `import torch`
+
+# isort: split
+
 import math
 import sys
 from dataclasses import dataclass

@@ -4,6 +4,10 @@ The weights come from a run of train.py or, with --init_from, from GPT-2, a Hugg
 Samples go to standard output, everything else to standard error.
 """
 
+import nanogpt.import_torch  # noqa: F401  # faster than `import torch`
+
+# isort: split
+
 import contextlib
 import itertools
 import sys

@@ -3,6 +3,10 @@
 Several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 
+import nanogpt.import_torch  # noqa: F401  # faster than `import torch`
+
+# isort: split
+
 import contextlib
 import gc
 import shlex
@@ -40,7 +44,7 @@ from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
 from nanogpt.distributed import World, explain_errors, world_size
 from nanogpt.errors import InputError, RunStopped, run_script
-from nanogpt.evaluation import evaluate, sample_text
+from nanogpt.evaluation import evaluate, rows_to_evaluate, sample_text
 from nanogpt.guard import LayerStats, UpdateGuard
 from nanogpt.memory import estimate_training_memory, memory_hint, raise_if_cpu_memory_is_short
 from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
@@ -215,6 +219,7 @@ class Run:
     row_schedule: RowSchedule
     rows: Rows
     windows: dict[str, EvalWindows]  # for evaluation, by split
+    eval_batch: int  # rows of a forward pass of evaluation
     dataset: Dataset
     tokenizer: Tokenizer | None
     layer_stats: LayerStats | None
@@ -255,8 +260,7 @@ def train(run: Run) -> int:
             requests.add(log.read(everything=True))  # waits for the device, so the clock stops when training does
             state.clock.stop()
             losses = {
-                split: evaluate(run.model, windows, run.micro_batch, run.world)
-                for split, windows in run.windows.items()
+                split: evaluate(run.model, windows, run.eval_batch, run.world) for split, windows in run.windows.items()
             }
             log.evaluation(losses, run.dataset.val.bits_per_byte(losses["val"]))
             is_best = state.record_evaluation(losses["val"])
@@ -462,7 +466,8 @@ def open_run(
     rows, windows = open_rows(config, gpt, dataset)
     print_model_summary(gpt, world)
     if config.eval_only:
-        losses = {split: evaluate(gpt, windows[split], config.batch_size, world) for split in windows}
+        rows_per_pass = rows_to_evaluate(windows["val"], config.batch_size, world)
+        losses = {split: evaluate(gpt, windows[split], rows_per_pass, world) for split in windows}
         step = resumed.state["step"] if resumed else 0
         print0(f"step {step}: " + format_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
@@ -506,6 +511,7 @@ def open_run(
         row_schedule=row_schedule,
         rows=rows,
         windows=windows,
+        eval_batch=rows_to_evaluate(windows["val"], micro_batch, world) if model is gpt else micro_batch,
         dataset=dataset,
         tokenizer=tokenizer,
         layer_stats=LayerStats(gpt, config.grad_clip) if config.log_layers else None,

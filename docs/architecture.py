@@ -28,7 +28,7 @@ LAYERS: dict[str, list[str]] = {
         *("timing.py", "generate/", "interop/", "playground/"),
     ],
     "data": ["data/", "text/", "metrics.py", "memory.py"],
-    "machine": ["distributed.py", "trials.py", "device.py", "compile.py", "cpu_kernels.py"],
+    "machine": ["import_torch.py", "distributed.py", "trials.py", "device.py", "compile.py", "cpu_kernels.py"],
     "ground": [
         *(
             "errors.py",

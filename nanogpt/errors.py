@@ -1,6 +1,7 @@
 """The two errors that users see, and how a script ends."""
 
 import faulthandler
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -50,4 +51,5 @@ def run_script(main: Callable[[], int | None], is_output_expendable: bool = Fals
     distributed = sys.modules.get("torch.distributed")
     if status in (2, 3) and distributed and distributed.is_available() and distributed.is_initialized():
         os._exit(status)  # at a normal exit the destructor of a broken process group may abort the process
+    gc.freeze()  # at its end the interpreter would search all of torch's modules for garbage, for a quarter of a second
     sys.exit(status)

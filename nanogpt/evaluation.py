@@ -14,6 +14,19 @@ from nanogpt.generate.sampling import Sampling
 from nanogpt.generate.stream import TextStream
 from nanogpt.text.tokenizer import Tokenizer
 
+# Of a forward pass on a CPU: tokens, because many small operations take longer than a few large ones (runs/start), and
+# logits, which bound its memory.
+CPU_TOKENS = 2**13
+CPU_LOGITS = 2**23
+
+
+def rows_to_evaluate(windows: EvalWindows, micro_batch: int, world: World) -> int:
+    """Rows of a forward pass of a model that is not compiled: on a CPU more than a small micro-batch of training."""
+    if world.device.type != "cpu":
+        return micro_batch
+    rows = min(CPU_TOKENS, CPU_LOGITS // windows.vocab_size) // windows.block_size
+    return max(micro_batch, min(rows, len(windows) // world.size))
+
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: World) -> float:

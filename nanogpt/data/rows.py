@@ -190,6 +190,8 @@ class EvalWindows:
 
     def __init__(self, tokens: np.ndarray | Tokens, block_size: int, batches: int, batch_size: int, vocab_size: int):
         self._windows = Windows(tokens, block_size, vocab_size)
+        self.block_size = block_size
+        self.vocab_size = vocab_size
         parts = self._windows.tokens.parts
         weights = [part.weight for part in parts]
         available = [(part.tokens - 1) // block_size for part in parts]

@@ -1,0 +1,54 @@
+"""Import torch in three quarters of the time; a script imports this before anything that imports torch.
+
+`torch._meta_registrations`, a fifth of the whole, holds Python functions that compute the shapes of results: for the
+compiler, torch.export and meta tensors, which a plain run does not use. It is left out until anything imports a module
+of torch that `import torch` does not load, as all those parts of torch do (runs/start).
+"""
+
+import gc
+import importlib
+import sys
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+DEFERRED = "torch._meta_registrations"
+
+
+class DeferredImport(Loader):
+    """A finder and loader of modules that imports `DEFERRED` ahead of the next module of torch."""
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        if not name.startswith("torch."):
+            return None
+        sys.meta_path.remove(self)
+        importlib.import_module(DEFERRED)
+        spec = sys.modules[name].__spec__ if name in sys.modules else None
+        if spec:  # it was loaded on the way, and must not be loaded again
+            spec.loader_state, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        assert spec
+        spec.loader, spec.loader_state = spec.loader_state, None
+
+
+if "torch" not in sys.modules:
+    sys.modules[DEFERRED] = ModuleType(DEFERRED)
+    gc.disable()  # modules leave little garbage, and looking for it takes a tenth of the time
+    try:
+        import torch
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    finally:
+        del sys.modules[DEFERRED]
+        gc.enable()
+    gc.freeze()
+    del torch._meta_registrations
+    sys.meta_path.insert(0, DeferredImport())
