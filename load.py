@@ -14,16 +14,16 @@ from model import GPT, GPTConfig
 from nanogpt import checkpoint, distributed
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.compile import compile_model, should_compile
-from nanogpt.console import format_bytes, is_main, print0
+from nanogpt.console import is_main, print0
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.data.dataset import Dataset, open_dataset, resolve
-from nanogpt.data.ngrams import NgramTargets
-from nanogpt.data.rows import EvalWindows, Rows, StepBatch
+from nanogpt.data.rows import Rows, StepBatch
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.files import read_json
 from nanogpt.guard import MAX_OVERFLOWS, UpdateGuard
 from nanogpt.interop.huggingface import read_weights
+from nanogpt.look_back import look_back
 from nanogpt.memory import pick_micro_batch
 from nanogpt.optim import Optimizer
 from nanogpt.schedule import RowSchedule, StepSchedule
@@ -32,7 +32,6 @@ from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 # Keys of TrainConfig that are sizes of GPTConfig. vocab_size comes from the data, gelu from weights; dropout may vary.
 MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in ("vocab_size", "dropout", "gelu")]
-NGRAM_WINDOWS = 512  # of the validation split, on which the n-gram counts themselves are measured
 # Keys that are about one start of a run and are not taken from its checkpoint.
 START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data", "new_data")
 
@@ -239,7 +238,7 @@ def new_model(config: Any, vocab_size: int) -> GPT:
     """A new model by the keys of TrainConfig, with random weights."""
     model = GPT(new_model_config(config, vocab_size))
     if config.look_back:
-        model.look_back()
+        look_back(model)
     return model
 
 
@@ -326,27 +325,8 @@ def make_schedule(config: Any) -> StepSchedule:
 
 
 def make_row_schedule(config: Any) -> RowSchedule:
-    return RowSchedule(
-        config.batch_size,
-        config.rows_per_step,
-        config.batch_growth_tokens,
-        config.block_size,
-        config.half_row_iters,
-    )
-
-
-def open_ngrams(config: Any, dataset: Dataset, vocab_size: int) -> NgramTargets | None:
-    """The soft targets of a run, counted from its training split; None if it learns the next token alone."""
-    if not config.ngram_targets:
-        return None
-    ngrams = NgramTargets(dataset.train, config.ngram_targets, vocab_size)
-    windows = EvalWindows(dataset.val, config.block_size, 1, NGRAM_WINDOWS, vocab_size)
-    loss = ngrams.loss(*windows[0:NGRAM_WINDOWS])
-    print0(
-        f"targets     of {config.ngram_targets}-grams: {len(ngrams.ids):,} contexts, {format_bytes(ngrams.nbytes)}; "
-        f"these counts alone have a validation loss of about {loss:.3f}"
-    )
-    return ngrams
+    growth = (config.batch_size, config.rows_per_step, config.batch_growth_tokens)
+    return RowSchedule(*growth, config.block_size, config.half_row_iters)
 
 
 def micro_batch_sizes(config: Any, world_size: int) -> list[int]:

@@ -111,18 +111,14 @@ def make_norm(config: GPTConfig, channels: int) -> nn.Module:
     return nn.LayerNorm(channels, eps=config.norm_eps, bias=config.bias)
 
 
-def rotary_frequencies(config: GPTConfig, device: torch.device | None = None) -> Tensor:
-    """Radians per position of each channel pair, (D/2,), from 1 downward."""
-    channels = torch.arange(0, config.head_dim, 2, device=device)
-    return 1 / config.rope_theta ** (channels / config.head_dim)
-
-
 def rotary_cos_sin(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (..., D), of the rotary angles (Su et al. 2021) of positions (...).
 
     Channels i and i + D/2 form a pair. The first half of the sines is negated, as `rotate` needs it.
     """
-    angles = positions[..., None] * rotary_frequencies(config, positions.device)  # radians
+    channels = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequencies = 1 / config.rope_theta ** (channels / config.head_dim)
+    angles = positions[..., None] * frequencies  # radians
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -286,26 +282,6 @@ class GPT(nn.Module):
         # Zero rows get zero gradients, so the padding stays zero.
         self.token_embedding.weight[self.config.vocab_size :].zero_()
         self.lm_head_weight[self.config.vocab_size :].zero_()
-
-    @torch.no_grad()
-    def look_back(self) -> None:
-        """Begin head h of the first layer with its attention on the token h mod 4 positions back (arch=modern).
-
-        A network from random weights stalls until it finds such heads (Varre et al. 2025, arXiv:2508.12837). All
-        embeddings get one vector in common, and all keys one direction made from it. A query's is the same, rotated
-        back by its distance. A tied output layer adds the same to all logits for it, which changes no probability.
-        """
-        c = self.config
-        common = F.normalize(torch.randn(c.n_embd), dim=0)
-        self.token_embedding.weight[: c.vocab_size] += 0.02 * math.sqrt(c.n_embd) * common  # as long as the rest
-
-        is_fast = (rotary_frequencies(c) > 0.2).float()  # slow rotations hardly differ between neighbors
-        key = F.normalize(is_fast.repeat(2), dim=0)
-        queries = rotate(key, *rotary_cos_sin(-(torch.arange(c.n_head) % 4), c))  # (n_head, D)
-        directions = torch.cat((queries.flatten(), key.repeat(c.n_kv_head)))
-        attention: Any = self.blocks[0].attention
-        attention.qkv.weight[: len(directions)] += 2 * torch.outer(directions, common)  # 100/√D times the rest
-        attention.q_norm.weight.fill_(1.5)  # a narrower peak
 
     def muon_params(self) -> dict[str, list[int]]:
         """Names of the blocks' matrices, which Muon can train, each with the rows of the maps it is made of.

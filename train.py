@@ -28,7 +28,6 @@ from load import (
     make_row_schedule,
     make_schedule,
     new_model_config,
-    open_ngrams,
     prepare_model,
     prepare_training,
     resume_config,
@@ -39,6 +38,7 @@ from nanogpt.checkpoint import Checkpoint
 from nanogpt.console import is_main, print0
 from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
 from nanogpt.data.dataset import Dataset
+from nanogpt.data.ngrams import count_ngrams
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
@@ -528,7 +528,7 @@ def open_rows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> tuple[Rows, di
     """The training rows, and the windows of each split to evaluate on."""
     T = gpt.config.block_size
     vocab_size = gpt.config.vocab_size
-    ngrams = open_ngrams(config, dataset, vocab_size)
+    ngrams = count_ngrams(dataset, config.ngram_targets, T, vocab_size)
     rows = Rows(dataset.train, T, vocab_size, config.seed, config.row_order, ngrams)
     windows = {}
     if config.eval_train:

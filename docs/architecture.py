@@ -24,7 +24,7 @@ LAYERS: dict[str, list[str]] = {
     "load": ["load.py", "budget.py"],
     "model": ["model.py", "configurator.py"],
     "run": [
-        *("state.py", "checkpoint.py", "train_log.py", "evaluation.py", "optim.py", "guard.py"),
+        *("state.py", "checkpoint.py", "train_log.py", "evaluation.py", "optim.py", "guard.py", "look_back.py"),
         *("timing.py", "generate/", "interop/", "playground/"),
     ],
     "data": ["data/", "text/", "metrics.py", "memory.py"],

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nanogpt.data.dataset import Tokens
+from nanogpt.console import format_bytes, print0
+from nanogpt.data.dataset import Dataset, Tokens
+from nanogpt.data.rows import EvalWindows
 from nanogpt.errors import InputError
 
 if TYPE_CHECKING:
@@ -13,7 +15,21 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2**22  # counted, spread evenly over the split: bounds time and memory
 MIN_COUNT = 2  # a context seen less often has the distribution of the shorter one
 NUM_CANDIDATES = 32  # tokens of a distribution, the most probable ones
-UNIFORM_SHARE = 0.03  # of the probability when the count model itself is measured, for tokens without any
+NUM_WINDOWS = 512  # of the validation split, on which the counts themselves are measured
+UNIFORM_SHARE = 0.03  # of the probability there, for tokens without any
+
+
+def count_ngrams(dataset: Dataset, order: int, block_size: int, vocab_size: int) -> "NgramTargets | None":
+    """Soft targets counted from a training split, and a printed line about them; None for order 0."""
+    if not order:
+        return None
+    ngrams = NgramTargets(dataset.train, order, vocab_size)
+    windows = EvalWindows(dataset.val, block_size, 1, NUM_WINDOWS, vocab_size)
+    print0(
+        f"targets     of {order}-grams: {len(ngrams.ids):,} contexts, {format_bytes(ngrams.nbytes)}; these counts "
+        f"alone have a validation loss of about {ngrams.loss(*windows[0:NUM_WINDOWS]):.3f}"
+    )
+    return ngrams
 
 
 class NgramTargets:

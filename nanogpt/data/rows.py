@@ -1,13 +1,12 @@
 """Rows as a pure function of (seed, sample index), and windows for evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanogpt.data.dataset import MixturePart, Tokens
-from nanogpt.data.ngrams import NgramTargets
 from nanogpt.hashing import derive_seed, hash64, permute
 
 if TYPE_CHECKING:
@@ -16,7 +15,8 @@ if TYPE_CHECKING:
     from nanogpt.distributed import World
 
     Batch = tuple[torch.Tensor, torch.Tensor]
-    SoftTargets = list[torch.Tensor]  # ids and probabilities, each (rows, row_length, K)
+    SoftTargets = Sequence[torch.Tensor]  # ids and probabilities, each (rows, row_length, K)
+    MakeSoftTargets = Callable[[torch.Tensor], SoftTargets]  # of inputs (rows, row_length)
 
 
 class Windows:
@@ -93,14 +93,14 @@ class Rows:
         vocab_size: int,
         seed: int,
         order: str = "random",
-        ngrams: NgramTargets | None = None,
+        soft_targets: "MakeSoftTargets | None" = None,
     ):
         assert order in ("random", "epoch"), order
         self._windows = Windows(tokens, block_size, vocab_size)
         self.block_size = block_size
         self.seed = seed
         self.order = order
-        self.ngrams = ngrams
+        self.soft_targets = soft_targets
         self.has_mask = self._windows.tokens.has_mask
 
     def __getitem__(self, rows: slice) -> "Batch":
@@ -168,8 +168,8 @@ class StepBatch:
             x = x.view(-1, self.row_length)
             y = y.view(-1, self.row_length)
             soft_targets = None
-            if self.rows.ngrams:
-                soft_targets = self.world.to_device(*self.rows.ngrams(x))
+            if self.rows.soft_targets:
+                soft_targets = self.world.to_device(*self.rows.soft_targets(x))
             x, y = self.world.to_device(x, y)
             yield x, y, soft_targets, weight
 

@@ -177,25 +177,6 @@ def test_soft_targets_are_a_cross_entropy_with_probabilities():
         torch.testing.assert_close(model(idx, idx, certain)[1], model(idx, idx)[1])
 
 
-def test_look_back_begins_heads_on_the_tokens_before():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, n_head=8, n_kv_head=2, n_embd=128, vocab_size=65, bias=False, arch="modern"))
-    model.look_back()
-    farthest = []  # (rows, heads, positions): the position with the highest score
-
-    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        scores = q @ k.repeat_interleave(4, dim=1).mT  # four heads share a key head
-        future = torch.ones(40, 40).triu(1).bool()
-        farthest.append(scores.masked_fill(future, -torch.inf).argmax(-1))
-        return q
-
-    model.hidden_states(make_ids(2, 40) % 65, attention=[record])
-    expected = torch.stack([(torch.arange(40) - head % 4).clamp(min=0) for head in range(8)])
-    assert (farthest[0] == expected).float().mean() > 0.95
-    common = model.token_embedding.weight[:65].mean(0).norm().item()
-    assert common == pytest.approx(0.02 * math.sqrt(128), rel=0.1)
-
-
 def test_rows_without_targets_have_zero_loss_and_gradient():
     model = GPT(GPTConfig(**GPT2))
     idx = make_ids(2, 8)
