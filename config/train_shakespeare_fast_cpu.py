@@ -1,4 +1,4 @@
-# Reaches the validation loss of train_shakespeare_char_cpu.py, 1.89 on tiny Shakespeare, in a tenth of its time:
+# Reaches the validation loss of train_shakespeare_char_cpu.py, 1.89 on tiny Shakespeare, in a twentieth of its time:
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_fast_cpu.py
 # runs/time_to_loss_cpu has the measurement, and what each choice gains.
@@ -9,26 +9,29 @@ device = "cpu"
 compile = False
 
 arch = "modern"
-n_layer = 4
-n_head = 3
+n_layer = 2
+n_head = 4
 n_kv_head = 1
-n_embd = 96
-n_inner = 192
+n_embd = 128
+n_inner = 256
+look_back = True  # a first layer that need not learn where the last tokens are
 
+ngram_targets = 5  # learn what followed the last four characters anywhere in the text
 batch_size = 24
 block_size = 64
+half_row_iters = 50  # nothing far away is learned before
 gradient_accumulation_steps = 1
 
 optimizer = "muon"
-learning_rate = 3e-2  # of embeddings and gains
-muon_lr = 9e-3
-muon_momentum = 0.85  # a short run wants a short memory
+learning_rate = 2e-2  # of embeddings and gains
+muon_lr = 2.2e-2
+muon_momentum = 0.7  # a short run wants a short memory
 beta2 = 0.98
 grad_clip = 0.0
 schedule = "trapezoid"
 warmup_iters = 5
 min_lr = 0.0
-max_iters = 150
+max_iters = 64
 
 eval_interval = 0  # only at the end, on the whole validation split
 eval_iters = 0

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-DISTANCES = 4  # head h begins with the token h mod 4 positions back
+DISTANCES = 4  # heads begin with the tokens 1, 2, 3 and 0 positions back, in turn
 MIN_FREQUENCY = 0.2  # radians per position; slower rotations hardly differ between neighbors
 STRENGTH = 2.0  # of the keys' and queries' common part: 100/√D times the random rest
 QUERY_GAIN = 1.5  # a higher one makes a narrower peak
@@ -14,7 +14,7 @@ QUERY_GAIN = 1.5  # a higher one makes a narrower peak
 
 @torch.no_grad()
 def look_back(model: Any) -> None:
-    """Begin head h of a GPT's first layer with its attention h mod 4 tokens back (arch=modern).
+    """Begin each head of a GPT's first layer with its attention on one of the last tokens (arch=modern).
 
     From random weights a network stalls until it learns such heads (Varre et al. 2025, arXiv:2508.12837). Here all
     embeddings get one vector in common, from which every key and query gets the same direction, the queries' rotated
@@ -28,7 +28,7 @@ def look_back(model: Any) -> None:
 
     frequencies = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2) / c.head_dim)
     key = F.normalize((frequencies > MIN_FREQUENCY).float(), dim=0) / math.sqrt(2)  # of either half of the channels
-    angles = (torch.arange(c.n_head) % DISTANCES)[:, None] * frequencies  # (n_head, D/2)
+    angles = (torch.arange(1, c.n_head + 1) % DISTANCES)[:, None] * frequencies  # (n_head, D/2)
     cos, sin = angles.cos(), angles.sin()
     queries = torch.cat((key * (cos + sin), key * (cos - sin)), dim=1)  # (n_head, D): the key rotated back
     directions = torch.cat((queries.flatten(), key.repeat(2 * c.n_kv_head)))

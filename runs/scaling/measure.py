@@ -7,6 +7,7 @@
     python runs/scaling/measure.py --data=FOLDER --stage=contexts # shorter and longer rows
     python runs/scaling/measure.py --data=FOLDER --stage=falls    # a shorter final decay of the learning rate
     python runs/scaling/measure.py --data=FOLDER --stage=seeds    # run-to-run variance at some points of the ladder
+    python runs/scaling/measure.py --data=FOLDER --stage=looks    # look_back, which the other stages did not have yet
     python runs/scaling/measure.py --data=FOLDER --stage=heldout  # larger runs than any, predicted before they began
 
 FOLDER: the books as characters, `python data/prepare.py --input books.tar.xz --tokenizer=char --out=FOLDER`. Each run
@@ -50,6 +51,7 @@ POINT = {
     "block_size": T,
     "fall": None,  # share of the updates in the final decay; None: half
     "seed": None,  # None: train.py's default
+    "look_back": False,
 }
 M = 10**6
 
@@ -98,6 +100,11 @@ def seeds() -> list[dict[str, Any]]:
     return [point("seeds", *pair, seed=seed) for seed in (1, 2, 3) for pair in pairs]
 
 
+def looks() -> list[dict[str, Any]]:
+    pairs = [(32, M // 4), (64, M // 4), (64, M // 2), (96, M // 2), (64, M), (96, M), (64, 2 * M), (96, 2 * M)]
+    return [point("looks", *pair, look_back=True) for pair in pairs]
+
+
 def heldout() -> list[dict[str, Any]]:
     return [point("heldout", 192, 2 * M), point("heldout", 192, 4 * M)]
 
@@ -122,6 +129,7 @@ def train_keys(point: dict[str, Any]) -> dict[str, Any]:
         keys["decay_iters"] = round(point["fall"] * keys["max_iters"])
     if point["seed"]:
         keys["seed"] = point["seed"]
+    keys["look_back"] = point["look_back"]
     return keys | FIXED
 
 
@@ -217,7 +225,7 @@ def write_pieces(tokens: Any, count: int, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    stages = ("rates", "ladder", "repeats", "texts", "contexts", "falls", "seeds", "heldout")
+    stages = ("rates", "ladder", "repeats", "texts", "contexts", "falls", "seeds", "looks", "heldout")
     parser.add_argument("--stage", choices=stages, required=True)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nanogpt-ladder")
     parser.add_argument("--at_a_time", type=int, default=2)

@@ -22,7 +22,7 @@ def test_look_back_begins_heads_on_the_tokens_before():
         return q
 
     model.hidden_states(torch.randint(65, (2, 40)), attention=[record])
-    expected = torch.stack([(torch.arange(40) - head % 4).clamp(min=0) for head in range(8)])
+    expected = torch.stack([(torch.arange(40) - (head + 1) % 4).clamp(min=0) for head in range(8)])
     assert (farthest[0] == expected).float().mean() > 0.95
     common = model.token_embedding.weight[:65].mean(0).norm().item()
     assert common == pytest.approx(0.01 * math.sqrt(128), rel=0.2)
