@@ -1,6 +1,8 @@
 """Low-precision weights for decoding, which waits for weights to come from memory."""
 
 import contextlib
+import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +12,11 @@ from torch import Tensor, nn
 
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
+from nanogpt.trials import recall, round_size, time_call
+
+MAX_TRIAL_WEIGHTS = 2**21  # of the layer that is timed: packing more takes long
+MAX_OTHER_WEIGHTS = 2**24  # that pass through the caches before a product is timed
+TRIAL_ROUNDS = 5
 
 
 class PackedLinear(nn.Module):
@@ -37,6 +44,14 @@ def rounded_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> n
     return linear
 
 
+# The formats of linear layers on a CPU. bfloat16 runs in an autocast.
+CPU_FORMATS: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {
+    "float32": partial(rounded_linear, dtype=torch.float32),
+    "float16": PackedLinear,
+    "bfloat16": partial(rounded_linear, dtype=torch.bfloat16),
+}
+
+
 @torch.no_grad()
 def replace_linears(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module] = PackedLinear) -> None:
     """Replace all linear layers of a GPT in place by `layer(weight, bias)`; embeddings and norms stay.
@@ -51,21 +66,70 @@ def replace_linears(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Modu
     model.head = head
 
 
-def to_inference_precision(
-    model: Any, world: World, dtype: str, compiled: bool
-) -> contextlib.AbstractContextManager[None]:
-    """Move a GPT to its device with linear layers in the dtype that decodes fastest there, or in `dtype`.
+def fastest_format(rows: int, inputs: int, outputs: int, num_weights: int, names: list[str]) -> tuple[str, float]:
+    """Find the fastest of float32 and the CPU_FORMATS `names` on this machine. Returns its speed over float32's, too.
 
-    Returns the context to run it in. On a CPU without bfloat16 units "auto" and "float16" mean packed float16 weights.
-    Raises InputError if this machine cannot do that.
+    rows: texts that are decoded at once. inputs, outputs: of a layer. num_weights: of the whole model.
+    """
+    outputs = min(outputs, max(1, MAX_TRIAL_WEIGHTS // inputs))
+    shape = [round_size(size) for size in (rows, inputs, outputs, min(num_weights, MAX_OTHER_WEIGHTS))]
+    speeds = {"float32": 1.0}
+    for name in names:
+        speeds[name] = recall(f"decode-{name}", shape, partial(format_speed, name, *shape))
+    best = max(speeds, key=lambda name: speeds[name])
+    return best, speeds[best]
+
+
+def format_speed(name: str, rows: int, inputs: int, outputs: int, num_other_weights: int) -> float:
+    """The speed of a linear layer in one of CPU_FORMATS over that in float32, in one thread.
+
+    Weights as many as the model's others are read before each product: a large model's weights come from memory, a
+    small one's from the caches.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    weight = torch.ones(outputs, inputs)
+    x = torch.ones(rows, inputs)
+    others = torch.ones(num_other_weights)
+    seconds: dict[str, list[float]] = {"float32": [], name: []}
+    layers = {each: CPU_FORMATS[each](weight, None) for each in seconds}
+    with torch.inference_mode():
+        for _ in range(TRIAL_ROUNDS):
+            for each, layer in layers.items():
+                with autocast_for(each):
+                    others.sum()
+                    seconds[each].append(time_call(partial(layer, x)))
+    torch.set_num_threads(num_threads)
+    return statistics.median(seconds["float32"]) / statistics.median(seconds[name])
+
+
+def autocast_for(name: str) -> contextlib.AbstractContextManager[None]:
+    """The context in which a model runs whose linear layers have this one of CPU_FORMATS."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16")
+
+
+def to_inference_precision(
+    model: Any, world: World, dtype: str, compiled: bool, rows: int
+) -> contextlib.AbstractContextManager[None]:
+    """Move a GPT to its device with linear layers in `dtype`, or in the one that decodes `rows` texts fastest there.
+
+    Returns the context to run it in. On a CPU "float16" means packed weights and float32 arithmetic, and "auto" what
+    is fastest in a trial. Raises InputError if this machine cannot do that.
     """
     model.to(world.device).eval()
-    if world.device.type == "cpu" and world.dtype != torch.bfloat16 and dtype != "float32":
-        if can_pack() and not compiled:
-            replace_linears(model)
-        elif dtype == "float16":
+    if world.device.type == "cpu":
+        has_packed = can_pack() and not compiled
+        if dtype == "float16" and not has_packed:
             raise InputError("--dtype=float16: on a CPU needs x86 and --compile=False; use --dtype=float32")
-        return contextlib.nullcontext()
+        if dtype == "auto":
+            up = model.blocks[0].mlp.up
+            num_weights = sum(p.numel() for p in model.parameters())
+            names = ["float16", "bfloat16"] if has_packed else ["bfloat16"]
+            dtype, speed = fastest_format(rows, up.in_features, up.out_features, num_weights, names)
+            print(f"weights in {dtype}: {speed:.1f} x float32 here", file=sys.stderr)
+        if dtype != "float32":
+            replace_linears(model, CPU_FORMATS[dtype])
+        return autocast_for(dtype)
 
     if world.dtype != torch.float32:
         replace_linears(model, partial(rounded_linear, dtype=world.dtype))
