@@ -124,14 +124,16 @@ def transformers_step(model: Any, rows: int, context: int, device: str) -> Step:
 
 
 def seconds(step: Step, count: int, world: Any) -> float:
+    """Time a step. With one thread on a CPU: its own time, without that of other programs."""
+    clock = time.process_time if world.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     for _ in range(1 if world.device.type == "cpu" else 5):  # warm-up
         step()
     world.synchronize()
-    start_time = time.perf_counter()
+    start_time = clock()
     for _ in range(count):
         step()
     world.synchronize()
-    return (time.perf_counter() - start_time) / count
+    return (clock() - start_time) / count
 
 
 @dataclass
@@ -260,12 +262,13 @@ def speeds(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
                 n_layer, _, n_embd = SIZES[size]
                 item_bytes = programs["ours"].item_bytes  # of our KV cache
                 read = weight_bytes + 2 * n_layer * n_embd * rows * context * item_bytes
+                steps = {name: program.make(context) for name, program in programs.items()}
                 times: dict[str, list[float]] = {name: [] for name in programs} | {"limit": []}
                 for _ in range(args.rounds):
                     times["limit"].append(read / large.nbytes * seconds(partial(torch.dot, *large), 2, world))
-                    for name, program in programs.items():
+                    for name, step in steps.items():
                         count = max(1, args.tokens // (1 if name.startswith(("ours", "int8")) else 5))
-                        times[name].append(seconds(program.make(context), count, world))
+                        times[name].append(seconds(step, count, world))
                 ratios = {
                     name: statistics.median(a / b for a, b in zip(values, times["ours"], strict=True))
                     for name, values in times.items()
@@ -299,12 +302,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("device", "cpu"), ("sizes", "124M"), ("batches", "1,8"), ("contexts", "100,500,1000")):
         parser.add_argument(f"--{name}", default=default)
-    for name, count in (("rounds", 5), ("tokens", 10), ("whole", 0)):
+    for name, count in (("rounds", 5), ("tokens", 10), ("whole", 0), ("threads", 0)):
         parser.add_argument(f"--{name}", type=int, default=count)
     for name in ("reference", "only", "loss", "to"):
         parser.add_argument(f"--{name}")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    if args.threads:
+        torch.set_num_threads(args.threads)
     world = distributed.start(args.device, "auto")
     if args.loss:
         results: dict[str, Any] = {"val_loss": losses(args.loss, world)}
