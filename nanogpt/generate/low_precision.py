@@ -1,6 +1,7 @@
 """Low-precision weights for decoding, which waits for weights to come from memory."""
 
 import contextlib
+import copy
 import statistics
 import sys
 from collections.abc import Callable
@@ -8,15 +9,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.trials import recall, round_size, time_call
 
-MAX_TRIAL_WEIGHTS = 2**21  # of the layer that is timed: packing more takes long
-MAX_OTHER_WEIGHTS = 2**24  # that pass through the caches before a product is timed
-TRIAL_ROUNDS = 5
+MAX_TRIAL_ROWS = 16
+MAX_OTHER_WEIGHTS = 2**24  # that pass through the caches before a block is timed
+TRIAL_ROUNDS = 9
 
 
 class PackedLinear(nn.Module):
@@ -59,48 +61,73 @@ def replace_linears(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Modu
     Tied weights are untied: the output layer becomes a `layer` of its own.
     """
     head = layer(model.lm_head_weight, None)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, layer(child.weight, child.bias))
+    replace_linears_of_blocks(model.blocks, layer)
     model.head = head
 
 
-def fastest_format(rows: int, inputs: int, outputs: int, num_weights: int, names: list[str]) -> tuple[str, float]:
-    """Find the fastest of float32 and the CPU_FORMATS `names` on this machine. Returns its speed over float32's, too.
+@torch.no_grad()
+def replace_linears_of_blocks(blocks: nn.Module, layer: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
+    for module in list(blocks.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, layer(child.weight, child.bias))
 
-    rows: texts that are decoded at once. inputs, outputs: of a layer. num_weights: of the whole model.
+
+def fastest_format(model: Any, rows: int, names: list[str]) -> tuple[str, float]:
+    """Find the fastest of float32 and the CPU_FORMATS `names` to decode `rows` texts. Returns its speed over float32's.
+
+    The outcome is kept, so the same seed writes the same text each time.
     """
-    outputs = min(outputs, max(1, MAX_TRIAL_WEIGHTS // inputs))
-    shape = [round_size(size) for size in (rows, inputs, outputs, min(num_weights, MAX_OTHER_WEIGHTS))]
+    c = model.config
+    rows = round_size(min(rows, MAX_TRIAL_ROWS))
+    num_weights = round_size(min(sum(p.numel() for p in model.parameters()), MAX_OTHER_WEIGHTS))
+    shape = [rows, c.block_size, c.n_embd, c.n_inner, c.n_head, c.n_kv_head, c.head_dim, num_weights]
     speeds = {"float32": 1.0}
     for name in names:
-        speeds[name] = recall(f"decode-{name}", shape, partial(format_speed, name, *shape))
+        measure = partial(format_speed, name, model, rows, num_weights)
+        speeds[name] = recall(f"decode-{c.arch}-{name}", shape, measure)
     best = max(speeds, key=lambda name: speeds[name])
     return best, speeds[best]
 
 
-def format_speed(name: str, rows: int, inputs: int, outputs: int, num_other_weights: int) -> float:
-    """The speed of a linear layer in one of CPU_FORMATS over that in float32, in one thread.
+def format_speed(name: str, model: Any, rows: int, num_other_weights: int) -> float:
+    """The speed of a block in one of CPU_FORMATS over that in float32, in one thread, in the middle of the context.
 
-    Weights as many as the model's others are read before each product: a large model's weights come from memory, a
+    Weights as many as the model's others are read before each block: a large model's weights come from memory, a
     small one's from the caches.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    weight = torch.ones(outputs, inputs)
-    x = torch.ones(rows, inputs)
     others = torch.ones(num_other_weights)
-    seconds: dict[str, list[float]] = {"float32": [], name: []}
-    layers = {each: CPU_FORMATS[each](weight, None) for each in seconds}
-    with torch.inference_mode():
-        for _ in range(TRIAL_ROUNDS):
-            for each, layer in layers.items():
-                with autocast_for(each):
-                    others.sum()
-                    seconds[each].append(time_call(partial(layer, x)))
+    steps = {each: make_trial_step(each, model, rows) for each in ("float32", name)}
+    seconds: dict[str, list[float]] = {each: [] for each in steps}
+    for _ in range(TRIAL_ROUNDS):
+        for each, step in steps.items():
+            others.sum()
+            seconds[each].append(time_call(step))
     torch.set_num_threads(num_threads)
     return statistics.median(seconds["float32"]) / statistics.median(seconds[name])
+
+
+def make_trial_step(name: str, model: Any, rows: int) -> Callable[[], None]:
+    """A decode step of `rows` texts through the first block, with its linear layers in one of CPU_FORMATS."""
+    c = model.config
+    block = copy.deepcopy(model.blocks[0])
+    replace_linears_of_blocks(block, CPU_FORMATS[name])
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    cached = torch.ones(rows, c.n_kv_head, -(-c.block_size // 2), c.head_dim, dtype=dtype)
+    x = torch.ones(rows, 1, c.n_embd)
+    cos_sin = (torch.ones(c.head_dim), torch.zeros(c.head_dim)) if c.arch == "modern" else None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q.to(dtype), cached, cached, enable_gqa=c.n_kv_head < c.n_head)
+
+    @torch.inference_mode()
+    def step() -> None:
+        with autocast_for(name):
+            block(x, cos_sin, attend)
+
+    return step
 
 
 def autocast_for(name: str) -> contextlib.AbstractContextManager[None]:
@@ -122,10 +149,8 @@ def to_inference_precision(
         if dtype == "float16" and not has_packed:
             raise InputError("--dtype=float16: on a CPU needs x86 and --compile=False; use --dtype=float32")
         if dtype == "auto":
-            up = model.blocks[0].mlp.up
-            num_weights = sum(p.numel() for p in model.parameters())
             names = ["float16", "bfloat16"] if has_packed else ["bfloat16"]
-            dtype, speed = fastest_format(rows, up.in_features, up.out_features, num_weights, names)
+            dtype, speed = fastest_format(model, rows, names)
             print(f"weights in {dtype}: {speed:.1f} x float32 here", file=sys.stderr)
         if dtype != "float32":
             replace_linears(model, CPU_FORMATS[dtype])
