@@ -44,7 +44,7 @@ def main() -> None:
     loaded = load_model(config, action="playing with")
     compiled = should_compile(config.compile, world.device)
     heading = {"parameters": loaded.model.count_parameters(), "device": describe_device(world.device)}
-    context = to_inference_precision(loaded.model, world, config.dtype, compiled)
+    context = to_inference_precision(loaded.model, world, config.dtype, compiled, rows=1)
     playground = Playground(loaded.model, loaded.tokenizer, context, compiled)
 
     run_dir = Path(config.out_dir if config.init_from == "resume" else config.init_from)

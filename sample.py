@@ -65,7 +65,8 @@ def main() -> None:
 
     model, tokenizer, *_ = load_model(config, action="sampling from")
     chat = Chat(tokenizer) if config.chat else None
-    with to_inference_precision(model, world, config.dtype, compiled):
+    rows = 1 if config.interactive else config.num_samples
+    with to_inference_precision(model, world, config.dtype, compiled, rows):
         if compiled:
             print("compiling the decode step", file=sys.stderr)
         if config.interactive:

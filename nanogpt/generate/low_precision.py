@@ -1,15 +1,24 @@
 """Low-precision weights for decoding, which waits for weights to come from memory."""
 
 import contextlib
+import copy
+import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
+from nanogpt.trials import recall, round_size, time_call
+
+MAX_TRIAL_ROWS = 16
+MAX_OTHER_WEIGHTS = 2**24  # that pass through the caches before a block is timed
+TRIAL_ROUNDS = 9
 
 
 class PackedLinear(nn.Module):
@@ -37,6 +46,14 @@ def rounded_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> n
     return linear
 
 
+# The formats of linear layers on a CPU. bfloat16 runs in an autocast.
+CPU_FORMATS: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {
+    "float32": partial(rounded_linear, dtype=torch.float32),
+    "float16": PackedLinear,
+    "bfloat16": partial(rounded_linear, dtype=torch.bfloat16),
+}
+
+
 @torch.no_grad()
 def replace_linears(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module] = PackedLinear) -> None:
     """Replace all linear layers of a GPT in place by `layer(weight, bias)`; embeddings and norms stay.
@@ -44,28 +61,100 @@ def replace_linears(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Modu
     Tied weights are untied: the output layer becomes a `layer` of its own.
     """
     head = layer(model.lm_head_weight, None)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, layer(child.weight, child.bias))
+    replace_linears_of_blocks(model.blocks, layer)
     model.head = head
 
 
-def to_inference_precision(
-    model: Any, world: World, dtype: str, compiled: bool
-) -> contextlib.AbstractContextManager[None]:
-    """Move a GPT to its device with linear layers in the dtype that decodes fastest there, or in `dtype`.
+@torch.no_grad()
+def replace_linears_of_blocks(blocks: nn.Module, layer: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
+    for module in list(blocks.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, layer(child.weight, child.bias))
 
-    Returns the context to run it in. On a CPU without bfloat16 units "auto" and "float16" mean packed float16 weights.
-    Raises InputError if this machine cannot do that.
+
+def fastest_format(model: Any, rows: int, names: list[str]) -> tuple[str, float]:
+    """Find the fastest of float32 and the CPU_FORMATS `names` to decode `rows` texts. Returns its speed over float32's.
+
+    The outcome is kept, so the same seed writes the same text each time.
+    """
+    c = model.config
+    rows = round_size(min(rows, MAX_TRIAL_ROWS))
+    num_weights = round_size(min(sum(p.numel() for p in model.parameters()), MAX_OTHER_WEIGHTS))
+    shape = [rows, c.block_size, c.n_embd, c.n_inner, c.n_head, c.n_kv_head, c.head_dim, num_weights]
+    speeds = {"float32": 1.0}
+    for name in names:
+        measure = partial(format_speed, name, model, rows, num_weights)
+        speeds[name] = recall(f"decode-{c.arch}-{name}", shape, measure)
+    best = max(speeds, key=lambda name: speeds[name])
+    return best, speeds[best]
+
+
+def format_speed(name: str, model: Any, rows: int, num_other_weights: int) -> float:
+    """The speed of a block in one of CPU_FORMATS over that in float32, in one thread, in the middle of the context.
+
+    Weights as many as the model's others are read before each block: a large model's weights come from memory, a
+    small one's from the caches.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    others = torch.ones(num_other_weights)
+    steps = {each: make_trial_step(each, model, rows) for each in ("float32", name)}
+    seconds: dict[str, list[float]] = {each: [] for each in steps}
+    for _ in range(TRIAL_ROUNDS):
+        for each, step in steps.items():
+            others.sum()
+            seconds[each].append(time_call(step))
+    torch.set_num_threads(num_threads)
+    return statistics.median(seconds["float32"]) / statistics.median(seconds[name])
+
+
+def make_trial_step(name: str, model: Any, rows: int) -> Callable[[], None]:
+    """A decode step of `rows` texts through the first block, with its linear layers in one of CPU_FORMATS."""
+    c = model.config
+    block = copy.deepcopy(model.blocks[0])
+    replace_linears_of_blocks(block, CPU_FORMATS[name])
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    cached = torch.ones(rows, c.n_kv_head, -(-c.block_size // 2), c.head_dim, dtype=dtype)
+    x = torch.ones(rows, 1, c.n_embd)
+    cos_sin = (torch.ones(c.head_dim), torch.zeros(c.head_dim)) if c.arch == "modern" else None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q.to(dtype), cached, cached, enable_gqa=c.n_kv_head < c.n_head)
+
+    @torch.inference_mode()
+    def step() -> None:
+        with autocast_for(name):
+            block(x, cos_sin, attend)
+
+    return step
+
+
+def autocast_for(name: str) -> contextlib.AbstractContextManager[None]:
+    """The context in which a model runs whose linear layers have this one of CPU_FORMATS."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16")
+
+
+def to_inference_precision(
+    model: Any, world: World, dtype: str, compiled: bool, rows: int
+) -> contextlib.AbstractContextManager[None]:
+    """Move a GPT to its device with linear layers in `dtype`, or in the one that decodes `rows` texts fastest there.
+
+    Returns the context to run it in. On a CPU "float16" means packed weights and float32 arithmetic, and "auto" what
+    is fastest in a trial. Raises InputError if this machine cannot do that.
     """
     model.to(world.device).eval()
-    if world.device.type == "cpu" and world.dtype != torch.bfloat16 and dtype != "float32":
-        if can_pack() and not compiled:
-            replace_linears(model)
-        elif dtype == "float16":
+    if world.device.type == "cpu":
+        has_packed = can_pack() and not compiled
+        if dtype == "float16" and not has_packed:
             raise InputError("--dtype=float16: on a CPU needs x86 and --compile=False; use --dtype=float32")
-        return contextlib.nullcontext()
+        if dtype == "auto":
+            names = ["float16", "bfloat16"] if has_packed else ["bfloat16"]
+            dtype, speed = fastest_format(model, rows, names)
+            print(f"weights in {dtype}: {speed:.1f} x float32 here", file=sys.stderr)
+        if dtype != "float32":
+            replace_linears(model, CPU_FORMATS[dtype])
+        return autocast_for(dtype)
 
     if world.dtype != torch.float32:
         replace_linears(model, partial(rounded_linear, dtype=world.dtype))

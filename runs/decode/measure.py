@@ -5,9 +5,10 @@
 
 For each size, batch and context every program in turn generates a few tokens with temperature 0.8 and top-k 200,
 several times over; the weights are random. `limit` is the time to read the bytes that our program needs for a token,
-weights and KV cache, at the speed at which this machine sums a large tensor, measured in the same turns;
-`read_gb_per_s` is that speed. int8 is FBGEMM's (weights and activations in 8 bits, one scale a row); it stays here,
-docs/optimizations.md says why.
+weights and KV cache, at the speed at which this machine multiplies two halves of 1 GiB (`dot`, which reads faster than
+a sum), measured in the same turns; `read_gb_per_s` is that speed. A shared L3 cache larger than the weights may hold a
+part of them: `caches` has its size. "ours" is what sample.py does by itself, in the format `format`. int8 is FBGEMM's
+(weights and activations in 8 bits, one scale a row); it stays here, docs/optimizations.md says why.
 
     python runs/decode/measure.py --loss=OUT_DIR --to=runs/decode/loss.json
 
@@ -49,8 +50,9 @@ from nanogpt.data.rows import EvalWindows  # noqa: E402
 from nanogpt.device import describe_device  # noqa: E402
 from nanogpt.evaluation import evaluate  # noqa: E402
 from nanogpt.generate.decoder import Decoder  # noqa: E402
-from nanogpt.generate.low_precision import can_pack, replace_linears, rounded_linear  # noqa: E402
+from nanogpt.generate.low_precision import can_pack, replace_linears, rounded_linear, to_inference_precision  # noqa: E402
 from nanogpt.generate.sampling import Sampling, sample_tokens  # noqa: E402
+from nanogpt.trials import cpu_info, cpu_model  # noqa: E402
 
 SIZES = {"124M": (12, 12, 768), "1558M": (48, 25, 1600)}  # layers, heads, channels
 SAMPLING = Sampling(temperature=0.8, top_k=200)
@@ -122,14 +124,16 @@ def transformers_step(model: Any, rows: int, context: int, device: str) -> Step:
 
 
 def seconds(step: Step, count: int, world: Any) -> float:
+    """Time a step. With one thread on a CPU: its own time, without that of other programs."""
+    clock = time.process_time if world.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     for _ in range(1 if world.device.type == "cpu" else 5):  # warm-up
         step()
     world.synchronize()
-    start_time = time.perf_counter()
+    start_time = clock()
     for _ in range(count):
         step()
     world.synchronize()
-    return (time.perf_counter() - start_time) / count
+    return (clock() - start_time) / count
 
 
 @dataclass
@@ -138,6 +142,8 @@ class Program:
 
     make: Make
     write: Callable[[int], Any]
+    item_bytes: int = 0  # of a number in our KV cache
+    format: str = ""  # of our weights
 
 
 def make_programs(size: str, rows: int, reference: str | None, world: Any) -> tuple[dict[str, Program], int]:
@@ -150,9 +156,9 @@ def make_programs(size: str, rows: int, reference: str | None, world: Any) -> tu
     programs: dict[str, Program] = {}
     one = torch.full((rows, 1), 50_256, device=device)
 
-    def add(name: str, change: Callable[[GPT], Any], amp: Any) -> None:
+    def add(name: str, change: Callable[[GPT], Any]) -> None:
         model = GPT.from_tensors(plain.config, dict(plain.state_dict())).eval()
-        change(model)
+        amp = change(model) or contextlib.nullcontext()
         decoder, start = decoding(model, rows, world.device.type == "cuda", amp)
 
         def write(tokens: int) -> None:
@@ -160,7 +166,8 @@ def make_programs(size: str, rows: int, reference: str | None, world: Any) -> tu
                 for _ in decoder.generate(one.tolist(), tokens, SAMPLING):
                     pass
 
-        programs[name] = Program(start, write)
+        head = model.head.weight.dtype if isinstance(model.head, nn.Linear) else type(model.head).__name__
+        programs[name] = Program(start, write, decoder.cache.keys.itemsize, str(head))
 
     def add_transformers(name: str, dtype: torch.dtype) -> None:
         config = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
@@ -172,17 +179,14 @@ def make_programs(size: str, rows: int, reference: str | None, world: Any) -> tu
 
         programs[name] = Program(lambda context: transformers_step(model, rows, context, device), write)
 
-    exact, half = contextlib.nullcontext(), partial(rounded_linear, dtype=world.dtype)
-    packable = world.device.type == "cpu" and can_pack()
-    if packable and world.dtype == torch.float32:  # as sample.py does
-        add("ours", replace_linears, exact)
+    if world.device.type == "cpu":
+        for dtype in ("auto", "float32", "float16", "bfloat16"):
+            name = "ours" if dtype == "auto" else f"ours {dtype}"
+            add(name, lambda model, dtype=dtype: to_inference_precision(model, world, dtype, False, rows))
+        if can_pack():
+            add("int8", lambda model: replace_linears(model, Int8Linear))
     else:
-        add("ours", partial(replace_linears, layer=half), world.autocast())
-    if packable:
-        if world.dtype != torch.float32:  # a CPU with bfloat16 of its own
-            add("packed float16", replace_linears, exact)
-        add("ours float32", lambda model: None, exact)
-        add("int8", partial(replace_linears, layer=Int8Linear), exact)
+        add("ours", lambda model: to_inference_precision(model, world, "auto", True, rows))
     add_transformers("transformers bfloat16", torch.bfloat16)
     if world.device.type == "cpu":
         add_transformers("transformers float32", torch.float32)
@@ -250,20 +254,21 @@ def whole_runs(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
 
 def speeds(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
     results = []
-    large = torch.randn(2**26 if world.device.type == "cpu" else 2**30, device=world.device)
+    large = torch.ones(2, 2**27 if world.device.type == "cpu" else 2**29, device=world.device)
     for size in args.sizes.split(","):
         for rows in map(int, args.batches.split(",")):
             programs, weight_bytes = selected_programs(args, size, rows, world)
             for context in map(int, args.contexts.split(",")):
                 n_layer, _, n_embd = SIZES[size]
-                item_bytes = 4 if world.dtype == torch.float32 else 2  # of our KV cache
+                item_bytes = programs["ours"].item_bytes  # of our KV cache
                 read = weight_bytes + 2 * n_layer * n_embd * rows * context * item_bytes
+                steps = {name: program.make(context) for name, program in programs.items()}
                 times: dict[str, list[float]] = {name: [] for name in programs} | {"limit": []}
                 for _ in range(args.rounds):
-                    times["limit"].append(read / large.nbytes * seconds(large.sum, 5, world))
-                    for name, program in programs.items():
-                        count = max(1, args.tokens // (1 if name in ("ours", "packed float16", "int8") else 5))
-                        times[name].append(seconds(program.make(context), count, world))
+                    times["limit"].append(read / large.nbytes * seconds(partial(torch.dot, *large), 2, world))
+                    for name, step in steps.items():
+                        count = max(1, args.tokens // (1 if name.startswith(("ours", "int8")) else 5))
+                        times[name].append(seconds(step, count, world))
                 ratios = {
                     name: statistics.median(a / b for a, b in zip(values, times["ours"], strict=True))
                     for name, values in times.items()
@@ -271,6 +276,7 @@ def speeds(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
                 rate = {name: round(rows / statistics.median(values), 2) for name, values in times.items()}
                 results.append(
                     {"size": size, "batch": rows, "context": context, "tokens_per_s": rate}
+                    | {"format": programs["ours"].format}
                     | {"ours_is_faster_by": {name: round(ratio, 3) for name, ratio in ratios.items()}}
                     | {"read_gb_per_s": [round(read / value / 1e9, 1) for value in times["limit"]]}
                     | {"seconds": times}
@@ -280,16 +286,30 @@ def speeds(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
     return results
 
 
+def caches() -> str:
+    """The sizes of the caches as the system states them; "" where it has no lscpu."""
+    with contextlib.suppress(OSError):
+        lines = subprocess.run(["lscpu"], capture_output=True, text=True).stdout.splitlines()
+        return "; ".join(" ".join(line.split()) for line in lines if " cache:" in line)
+    return ""
+
+
+def fast_flags() -> list[str]:
+    return [flag for flag in cpu_info().get("flags", "").split() if flag.startswith(("avx", "amx", "f16c", "fma"))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("device", "cpu"), ("sizes", "124M"), ("batches", "1,8"), ("contexts", "100,500,1000")):
         parser.add_argument(f"--{name}", default=default)
-    for name, count in (("rounds", 5), ("tokens", 10), ("whole", 0)):
+    for name, count in (("rounds", 5), ("tokens", 10), ("whole", 0), ("threads", 0)):
         parser.add_argument(f"--{name}", type=int, default=count)
     for name in ("reference", "only", "loss", "to"):
         parser.add_argument(f"--{name}")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    if args.threads:
+        torch.set_num_threads(args.threads)
     world = distributed.start(args.device, "auto")
     if args.loss:
         results: dict[str, Any] = {"val_loss": losses(args.loss, world)}
@@ -297,6 +317,7 @@ def main() -> None:
         results = {"results": whole_runs(args, world) if args.whole else speeds(args, world)}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     about = {"command": " ".join(["python", "runs/decode/measure.py", *sys.argv[1:]]), "commit": commit.stdout.strip()}
+    about |= {"cpu": cpu_model(), "caches": caches(), "flags": " ".join(fast_flags())}
     about |= {"machine": f"{describe_device(world.device)}, {platform.machine()}", "cores": os.cpu_count()}
     about |= {
         "dtype": str(world.dtype),

@@ -12,10 +12,17 @@ from conftest import plain_logprobs
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from nanogpt.distributed import World
 from nanogpt.evaluation import sample_text
-from nanogpt.generate import decoder
+from nanogpt.generate import decoder, low_precision
 from nanogpt.generate.decoder import Decoder
-from nanogpt.generate.low_precision import can_pack, replace_linears, rounded_linear
+from nanogpt.generate.low_precision import (
+    PackedLinear,
+    can_pack,
+    replace_linears,
+    rounded_linear,
+    to_inference_precision,
+)
 from nanogpt.generate.sampling import Sampling, Token, sample_tokens, window_start
 from nanogpt.memory import USABLE_SHARE, decoder_rows_that_fit
 from nanogpt.text.tokenizer import Tokenizer
@@ -223,3 +230,34 @@ def test_packed_linears_are_float16(model: GPT):
     assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
     together = generate(model, [[1], [2, 3]], 30, Sampling())
     assert generate(model, [[2, 3]], 30, Sampling(), sample_indices=[1]) == together[1:]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "compiled", "expected"),
+    [
+        ({"float16": 2.0, "bfloat16": 1.5}, False, PackedLinear),
+        ({"float16": 2.0, "bfloat16": 1.5}, True, torch.bfloat16),
+        ({"float16": 1.2, "bfloat16": 1.5}, False, torch.bfloat16),
+        ({"float16": 0.9, "bfloat16": 0.5}, False, torch.float32),
+    ],
+)
+@pytest.mark.skipif(not can_pack(), reason="needs FBGEMM, which torch has on x86 alone")
+def test_format_is_the_fastest_of_the_trial(
+    model: GPT, speeds: dict[str, float], compiled: bool, expected: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """`speeds`: over float32, as measured. A key overrides them."""
+    monkeypatch.setattr(low_precision, "recall", lambda name, shape, measure: speeds[name.split("-")[-1]])
+    world = World(0, 1, torch.device("cpu"), torch.float32)
+    plain = GPT.from_tensors(model.config, dict(model.state_dict()))
+    with to_inference_precision(model, world, "auto", compiled, rows=3):
+        assert torch.is_autocast_enabled("cpu") == (expected is torch.bfloat16)
+        layer = model.blocks[1].mlp.up
+        assert isinstance(layer, PackedLinear) if expected is PackedLinear else layer.weight.dtype == expected
+    to_inference_precision(plain, world, "float32", compiled, rows=3)
+    assert plain.blocks[1].mlp.up.weight.dtype == torch.float32
+
+
+def test_format_speeds_are_measured(model: GPT):
+    for name in ("bfloat16", *["float16"] * can_pack()):
+        assert 0 < low_precision.format_speed(name, model, 2, 1000) < math.inf
+    assert model.blocks[0].mlp.up.weight.dtype == torch.float32  # untouched
