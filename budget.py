@@ -25,7 +25,6 @@ from load import (
     choose_dtype,
     choose_micro_batch,
     document_separator_id,
-    make_row_schedule,
     make_schedule,
     micro_batch_sizes,
     new_model,
@@ -407,21 +406,10 @@ def training_steps(
     model, state = prepare_training(config, gpt, rows, micro_batch, world)
     state.guard.max_bad_steps = sys.maxsize  # a trial that diverges is timed all the same
     schedule = make_schedule(config)
-    row_schedule = make_row_schedule(config)
     deferred = DeferredRead(Stopwatch())
     for step in itertools.count():
         first_row = step * config.rows_per_step
-        batch = StepBatch(
-            rows,
-            first_row,
-            config.rows_per_step,
-            micro_batch,
-            world,
-            config.seed,
-            step,
-            config.dropout,
-            row_schedule.row_length(step),
-        )
+        batch = StepBatch(rows, first_row, config.rows_per_step, micro_batch, world, config.seed, step, config.dropout)
         stats = train_step(
             model,
             batch,

@@ -26,7 +26,7 @@ from nanogpt.interop.huggingface import read_weights
 from nanogpt.look_back import look_back
 from nanogpt.memory import pick_micro_batch
 from nanogpt.optim import Optimizer
-from nanogpt.schedule import RowSchedule, StepSchedule
+from nanogpt.schedule import StepSchedule
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
@@ -322,11 +322,6 @@ def make_schedule(config: Any) -> StepSchedule:
         end_step=config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters,
         decay_steps=config.decay_iters,
     )
-
-
-def make_row_schedule(config: Any) -> RowSchedule:
-    growth = (config.batch_size, config.rows_per_step, config.batch_growth_tokens)
-    return RowSchedule(*growth, config.block_size, config.half_row_iters)
 
 
 def micro_batch_sizes(config: Any, world_size: int) -> list[int]:

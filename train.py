@@ -25,7 +25,6 @@ from load import (
     choose_micro_batch,
     document_separator_id,
     load_data_and_model,
-    make_row_schedule,
     make_schedule,
     new_model_config,
     prepare_model,
@@ -88,7 +87,6 @@ class TrainConfig:
         0, "tokens over which the batch grows from batch_size to its full size; 0: no growth", ge=0
     )
     block_size: int = key(1024, "context length: tokens per row", ge=1, le=MAX_SIZE)
-    half_row_iters: int = key(0, "updates at the start that read each row as two of half the length", ge=0)
     ngram_targets: int = key(
         0, "learn the distribution of tokens after this many less one, counted in the train split; 0: off", ge=0
     )
@@ -231,9 +229,8 @@ class Run:
 
     def next_batch(self, num_rows: int) -> StepBatch:
         state = self.state
-        row_length = self.row_schedule.row_length(state.step)
-        place = (self.config.seed, state.step, self.config.dropout, row_length)
-        return StepBatch(self.rows, state.samples, num_rows, self.micro_batch, self.world, *place)
+        noise = (self.config.seed, state.step, self.config.dropout)
+        return StepBatch(self.rows, state.samples, num_rows, self.micro_batch, self.world, *noise)
 
 
 def train(run: Run) -> int:
@@ -435,8 +432,6 @@ def check_config(config: TrainConfig) -> None:
             "batch_growth_tokens: the batch grows from batch_size to batch_size × gradient_accumulation_steps, which "
             "are equal here: raise gradient_accumulation_steps"
         )
-    if config.half_row_iters and config.block_size % 2:
-        problems.append(f"half_row_iters: block_size={config.block_size} has no half; make it even")
     if config.look_back and config.arch != "modern":
         problems.append(f"look_back=True: arch={config.arch} has no rotary positions; leave it out or set arch=modern")
     if config.patience and not config.eval_interval:
@@ -476,7 +471,7 @@ def open_run(
     if config.micro_batch_size == "auto":
         config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, whatever is free by then
     T = config.block_size
-    row_schedule = make_row_schedule(config)
+    row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
     print_run_summary(gpt, config.optimizer, row_schedule, micro_batch, config.max_iters, dataset, world)
     end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
     if config.decay_lr and config.warmup_iters > end_step:

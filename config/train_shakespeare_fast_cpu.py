@@ -19,7 +19,6 @@ look_back = True  # a first layer that need not learn where the last tokens are
 ngram_targets = 5  # learn what followed the last four characters anywhere in the text
 batch_size = 24
 block_size = 64
-half_row_iters = 50  # nothing far away is learned before
 gradient_accumulation_steps = 1
 
 optimizer = "muon"
@@ -31,7 +30,7 @@ grad_clip = 0.0
 schedule = "trapezoid"
 warmup_iters = 5
 min_lr = 0.0
-max_iters = 64
+max_iters = 60
 
 eval_interval = 0  # only at the end, on the whole validation split
 eval_iters = 0

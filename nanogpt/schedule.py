@@ -88,20 +88,12 @@ class StepSchedule:
 
 @dataclass
 class RowSchedule:
-    """Rows of each update: constant, or growing linearly from `first` to `last` over the first growth_tokens tokens.
-
-    In the first `half_row_steps` updates each row is read as two rows of half the length.
-    """
+    """Rows of each update: constant, or growing linearly from `first` to `last` over the first growth_tokens tokens."""
 
     first: int
     last: int
     growth_tokens: int
     block_size: int
-    half_row_steps: int = 0
-
-    def row_length(self, step: int) -> int:
-        """Tokens of a row in the forward pass of the update that follows `step` updates."""
-        return self.block_size // 2 if step < self.half_row_steps else self.block_size
 
     def rows_at(self, samples: int) -> int:
         """Rows of the update that follows `samples` rows: a multiple of `first` while they grow."""

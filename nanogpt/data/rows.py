@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from nanogpt.distributed import World
 
     Batch = tuple[torch.Tensor, torch.Tensor]
-    SoftTargets = Sequence[torch.Tensor]  # ids and probabilities, each (rows, row_length, K)
-    MakeSoftTargets = Callable[[torch.Tensor], SoftTargets]  # of inputs (rows, row_length)
+    SoftTargets = Sequence[torch.Tensor]  # ids and probabilities, each (rows, T, K)
+    MakeSoftTargets = Callable[[torch.Tensor], SoftTargets]  # of inputs (rows, T)
 
 
 class Windows:
@@ -140,10 +140,8 @@ class StepBatch:
         seed: int,
         step: int,
         dropout: float,
-        row_length: int | None = None,  # tokens of a row of the forward pass, a divisor of block_size; None: block_size
     ):
         self.rows = rows
-        self.row_length = row_length or rows.block_size
         self.micro_batch = micro_batch
         self.world = world
         self.noise_key = (seed, step) if dropout else None
@@ -165,8 +163,6 @@ class StepBatch:
             x, y = self.rows[row : row + self.micro_batch]
             num_targets = int((y >= 0).sum()) if self.rows.has_mask else y.numel()
             weight = num_targets * self.world.size / self.num_targets
-            x = x.view(-1, self.row_length)
-            y = y.view(-1, self.row_length)
             soft_targets = None
             if self.rows.soft_targets:
                 soft_targets = self.world.to_device(*self.rows.soft_targets(x))

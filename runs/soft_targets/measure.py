@@ -25,7 +25,7 @@ from compare_with_nanogpt import machine  # noqa: E402
 
 RECIPE = "config/train_shakespeare_fast_cpu.py"
 LENGTHS = (30, 60, 120, 240, 480, 960, 1920)
-KINDS = {"soft": {}, "soft, then hard": {"ngram_share": 0.5}, "hard": {"ngram_targets": 0}}
+KINDS: dict[str, dict[str, Any]] = {"soft": {}, "hard": {"ngram_targets": 0}}
 
 
 def train(text: Path, steps: int, kind: str, folder: str) -> dict[str, Any]:
@@ -34,7 +34,6 @@ def train(text: Path, steps: int, kind: str, folder: str) -> dict[str, Any]:
         "dataset": text.resolve(),
         "out_dir": f"{folder}/{text.name}-{steps}-{kind}",
         "max_iters": steps,
-        "half_row_iters": round(0.8 * steps),
         "muon_momentum": 0.7 if steps < 100 else 0.85 if steps < 500 else 0.9,
     }
     flags = [f"--{name}={value}" for name, value in (keys | KINDS[kind]).items()]

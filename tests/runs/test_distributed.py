@@ -28,7 +28,6 @@ MODERN = {
     "batch_growth_tokens": 2000,
     "look_back": True,
     "ngram_targets": 3,
-    "half_row_iters": 10,
 }
 RUNS: dict[str, dict[str, Any]] = {
     "accumulated": BASE | {"batch_size": 4, "gradient_accumulation_steps": 4},

@@ -18,7 +18,7 @@ from nanogpt.errors import InputError
 
 KEYS: dict[str, Any] = {"dropout": 0.2, "gradient_accumulation_steps": 2, "n_layer": 2, "batch_growth_tokens": 800}
 MODERN = {"arch": "modern", "bias": False, "n_kv_head": 1, "tied": False, "optimizer": "muon", "schedule": "trapezoid"}
-MODERN |= {"look_back": True, "ngram_targets": 3, "half_row_iters": 10}
+MODERN |= {"look_back": True, "ngram_targets": 3}
 LOGS = {"log_interval": 3, "log_layers": True, "skip_spikes": 6.0}
 
 

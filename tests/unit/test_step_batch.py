@@ -49,19 +49,6 @@ def test_every_target_weighs_the_same(size: int, micro_batch: int, is_masked: bo
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_half_rows_are_the_halves_of_the_same_rows():
-    world = World(0, 1, torch.device("cpu"), torch.float32)
-    rows = make_rows(True)
-    whole, halves = (
-        list(StepBatch(rows, 24, 12, 4, world, seed=3, step=2, dropout=0.0, row_length=length).micro_batches())
-        for length in (T, T // 2)
-    )
-    for (x, y, _, weight), (half_x, half_y, _, half_weight) in zip(whole, halves, strict=True):
-        assert weight == half_weight
-        for full, half in ((x, half_x), (y, half_y)):
-            assert torch.equal(half, torch.stack((full[:, : T // 2], full[:, T // 2 :]), 1).flatten(0, 1))
-
-
 def test_a_step_without_targets_has_weight_zero():
     mask = np.zeros(1000, np.uint8)
     rows = Rows(Tokens([Shard("memory", 1000, lambda: np.zeros(1000, np.uint16), lambda: mask)]), T, VOCAB, seed=1)
