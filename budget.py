@@ -84,6 +84,7 @@ DEFAULTS: dict[str, Any] = {
     "tied": True,
     "bias": False,
     "dropout": 0.0,
+    "ngram_targets": 0,  # such runs get below the loss of the counts (runs/soft_targets)
     "batch_growth_tokens": 0,
     "decay_lr": True,
     "lr_decay_iters": None,
@@ -236,7 +237,8 @@ def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, World
         eval_interval=chosen.max_iters // num_evaluations if num_evaluations > 1 else 0,
         eval_iters=0 if covers_split else max(num_batches, 1),
     )
-    expected_loss = None if math.isnan(difficulty) else loss * difficulty * SHORT_DECAY_PENALTY
+    loss *= scaling.LOOK_BACK_FACTOR * SHORT_DECAY_PENALTY
+    expected_loss = None if math.isnan(difficulty) else loss * difficulty
     plan = {"minutes": config.minutes, "expected_loss": expected_loss, "evaluation_s": evaluation_s, "spent_s": 0.0}
 
     hardness = ""
@@ -299,7 +301,6 @@ class SpeedTrial:
         self.single = World(0, 1, world.device, self.world.dtype)  # trials run in each process on its own
         self.train_step = train_step
         self.num_tokens = len(self.dataset.train)
-        self.ngrams: NgramTargets | None = None
         self.separator_id = document_separator_id(self.dataset, config.mask_documents)
         self.speeds: dict[int, float] = {}  # measured seconds a token, by width
 
@@ -318,7 +319,7 @@ class SpeedTrial:
         model = new_model(config, self.vocab_size)
         model.document_separator_id = self.separator_id
         config = replace(config, gradient_accumulation_steps=1)
-        return model, training_steps(config, model, self.dataset.train, self.single, self.train_step, self.ngrams)
+        return model, training_steps(config, model, self.dataset.train, self.single, self.train_step)
 
     def count_flops(self, width: int) -> float:
         """FLOPs of a token, about: the blocks' weights and the output layer's."""
@@ -382,6 +383,7 @@ class SpeedTrial:
         tokens = seconds / self.speeds[PILOT_WIDTH] / self.world.size
         tokens = scaling.LAW.pick_tokens(size, tokens, self.num_tokens)
         config = self.make_config(PILOT_WIDTH, tokens, num_processes=1)
+        config = replace(config, look_back=False)  # as in the law's runs
         model, steps = self.start_steps(config)
         for _ in range(config.max_iters):
             next(steps)
@@ -393,15 +395,15 @@ class SpeedTrial:
         return scaling.estimate_difficulty(loss, config.max_iters * rows * T, self.num_tokens, T)
 
 
-def training_steps(
-    config: Any, gpt: GPT, tokens: Tokens, world: World, train_step: TrainStep, ngrams: NgramTargets | None = None
-) -> Iterator[list[float]]:
+def training_steps(config: Any, gpt: GPT, tokens: Tokens, world: World, train_step: TrainStep) -> Iterator[list[float]]:
     """train.py's updates of a new run in one process, without log and checkpoints; for trials and bench.py.
 
     Each `next` makes one update, and returns the losses that were read during it.
     """
     prepare_model(config, gpt, world)
-    rows = Rows(tokens, config.block_size, gpt.config.vocab_size, config.seed, config.row_order, ngrams)
+    vocab_size = gpt.config.vocab_size
+    ngrams = NgramTargets(tokens, config.ngram_targets, vocab_size) if config.ngram_targets else None
+    rows = Rows(tokens, config.block_size, vocab_size, config.seed, config.row_order, ngrams)
     micro_batch = choose_micro_batch(config, gpt, world)
     model, state = prepare_training(config, gpt, rows, micro_batch, world)
     state.guard.max_bad_steps = sys.maxsize  # a trial that diverges is timed all the same
