@@ -86,7 +86,9 @@ def test_choice_is_the_best_of_all_widths(simulate: Any, clock: list[float], min
         losses[width] = scaling.LAW.predict_loss(size, left_s / speeds[width])
     best = min(losses.values())
     assert losses[chosen.n_embd] == pytest.approx(best, rel=3e-3)
-    assert plan["expected_loss"] == pytest.approx(1.1 * budget.SHORT_DECAY_PENALTY * best, rel=3e-3)
+    assert plan["expected_loss"] == pytest.approx(
+        1.1 * budget.SHORT_DECAY_PENALTY * scaling.LOOK_BACK_FACTOR * best, rel=3e-3
+    )
     assert plan["evaluation_s"] <= budget.EVALUATION_SHARE * 60 * minutes
     tokens = chosen.max_iters * chosen.rows_per_step * 16
     assert tokens * speeds[chosen.n_embd] == pytest.approx(left_s, rel=0.05)
