@@ -22,15 +22,16 @@ block_size = 64
 gradient_accumulation_steps = 1
 
 optimizer = "muon"
-learning_rate = 2e-2  # of embeddings and gains
-muon_lr = 2.2e-2
+learning_rate = 2.2e-2  # of embeddings and gains
+muon_lr = 2.4e-2
 muon_momentum = 0.7  # a short run wants a short memory
+beta1 = 0.6
 beta2 = 0.98
 grad_clip = 0.0
 schedule = "trapezoid"
 warmup_iters = 5
 min_lr = 0.0
-max_iters = 60
+max_iters = 56
 
 eval_interval = 0  # only at the end, on the whole validation split
 eval_iters = 0
