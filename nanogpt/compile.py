@@ -38,13 +38,14 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
     with contextlib.suppress(OSError, RuntimeError):  # no home, or a read-only one
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     try:
+        torch._dynamo.reset()  # an earlier model's versions count against a limit, and make other shapes variable
         compiled: Any = torch.compile(model, mode="reduce-overhead" if use_graphs else None)
         for _ in range(3 if use_graphs else 1):  # a graph is recorded in the second pass and replayed in the third
             with world.autocast():
                 compiled(*inputs)[1].backward()
-                with torch.no_grad():  # evaluation is another function to the compiler
+                with torch.inference_mode():  # evaluation, with its own kind of tensors, is another function
                     model.eval()
-                    compiled(idx, targets)
+                    compiled(idx.clone(), targets.clone())
             model.train()
             model.zero_grad(set_to_none=True)
         return compiled

@@ -1,13 +1,17 @@
 """torch.compile on request: CUDA graphs where a step is one short micro-batch, and a fallback when it fails."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from model import GPT, GPTConfig
 from nanogpt.compile import compile_model, should_compile
+from nanogpt.data.rows import EvalWindows
 from nanogpt.distributed import World
+from nanogpt.evaluation import evaluate
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 X = torch.zeros(2, 8, dtype=torch.long)
@@ -73,3 +77,23 @@ def test_a_failing_compiler_leaves_the_plain_model(
     assert "warning: torch.compile failed" in capsys.readouterr().out
     assert model.training
     assert all(p.grad is None for p in model.parameters())  # of the attempt
+
+
+def test_run_compiles_nothing_after_its_first_step(monkeypatch: pytest.MonkeyPatch):
+    graphs: list[int] = []  # inputs of each that are variable sizes
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(sum(isinstance(value, torch.SymInt) for value in inputs))
+        return graph.forward
+
+    original: Any = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode: original(model, backend=count, fullgraph=True))
+    windows = EvalWindows(np.arange(9).repeat(9), 8, 0, 1, vocab_size=9)
+    for rows, n_embd in ((2, 16), (3, 32)):  # two models in turn, as --minutes has them
+        x = torch.zeros(rows, 8, dtype=torch.long)
+        soft_targets = [torch.zeros(rows, 8, 4, dtype=torch.long), torch.rand(rows, 8, 4)]
+        inputs = (x, x, soft_targets)
+        compiled = compile_model(make_model(n_embd=n_embd), WORLD, inputs, is_whole_step=True)
+        evaluate(compiled, windows, rows, WORLD)
+        compiled(*inputs)[1].backward()
+    assert graphs == [0, 0, 0, 0]  # of each model one for training, one for evaluation; no graph breaks
