@@ -42,12 +42,13 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
         compiled: Any = torch.compile(model, mode="reduce-overhead" if use_graphs else None)
         for _ in range(3 if use_graphs else 1):  # a graph is recorded in the second pass and replayed in the third
             with world.autocast():
-                compiled(*inputs)[1].backward()
-                with torch.inference_mode():  # evaluation, with its own kind of tensors, is another function
-                    model.eval()
-                    compiled(idx.clone(), targets.clone())
-            model.train()
+                loss = compiled(*inputs)[1]
+            loss.backward()
             model.zero_grad(set_to_none=True)
+            model.eval()
+            with world.autocast(), torch.inference_mode():  # evaluation, with tensors of its own kind
+                compiled(idx.clone(), targets.clone())
+            model.train()
         return compiled
     except Exception as error:  # the compiler and its backends raise anything
         if is_out_of_memory(error):
