@@ -313,8 +313,6 @@ class SpeedTrial:
 
     def start_steps(self, config: Any) -> tuple[GPT, Iterator[list[float]]]:
         """A new model and one process's steps of its run."""
-        if "torch._dynamo" in sys.modules:  # the versions compiled for other widths count against a limit
-            torch._dynamo.reset()
         torch.manual_seed(config.seed)
         model = new_model(config, self.vocab_size)
         model.document_separator_id = self.separator_id

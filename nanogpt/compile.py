@@ -38,15 +38,17 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
     with contextlib.suppress(OSError, RuntimeError):  # no home, or a read-only one
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     try:
+        torch._dynamo.reset()  # an earlier model's versions count against a limit, and make other shapes variable
         compiled: Any = torch.compile(model, mode="reduce-overhead" if use_graphs else None)
         for _ in range(3 if use_graphs else 1):  # a graph is recorded in the second pass and replayed in the third
             with world.autocast():
-                compiled(*inputs)[1].backward()
-                with torch.no_grad():  # evaluation is another function to the compiler
-                    model.eval()
-                    compiled(idx, targets)
-            model.train()
+                loss = compiled(*inputs)[1]
+            loss.backward()
             model.zero_grad(set_to_none=True)
+            model.eval()
+            with world.autocast(), torch.inference_mode():  # evaluation, with tensors of its own kind
+                compiled(idx.clone(), targets.clone())
+            model.train()
         return compiled
     except Exception as error:  # the compiler and its backends raise anything
         if is_out_of_memory(error):

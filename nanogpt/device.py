@@ -88,7 +88,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that this process can still allocate on `device`, on a CPU without swapping; None where unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cache = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, of freed tensors
+        return torch.cuda.mem_get_info(device)[0] + cache
     if device.type != "cpu":
         return None
     try:

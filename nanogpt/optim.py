@@ -90,7 +90,8 @@ class Optimizer:
         if not grads:
             return
         steps = [self.state[name]["step"] for name in grads]
-        torch._foreach_add_(steps, 1 - skip_update)
+        # A list: of one scalar tensor torch would read the value, which waits for the device.
+        torch._foreach_add_(steps, [1 - skip_update] * len(steps))
         torch._fused_adamw_(
             [self.parameters[name] for name in grads],
             list(grads.values()),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_same_checkpoint, environment, flags, metrics
@@ -16,7 +17,10 @@ from bench import BenchConfig, open_model, open_our_steps
 from configurator import parse
 from model import GPT, GPTConfig
 from nanogpt import distributed
+from nanogpt.compile import compile_model
+from nanogpt.data.rows import EvalWindows
 from nanogpt.distributed import World
+from nanogpt.evaluation import evaluate
 from nanogpt.generate.decoder import Decoder
 from nanogpt.memory import estimate_training_memory, pick_micro_batch
 from nanogpt.optim import Optimizer
@@ -29,6 +33,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 256, "block_size": 128, "batch_size": 8, "bias": False}
 GPT2 = {"arch": "gpt2", "optimizer": "adamw"}
 MODERN = {"arch": "modern", "optimizer": "muon", "n_kv_head": 2}
+SOFT = MODERN | {"ngram_targets": 3, "look_back": True}
 # train.py with a tiny GPU run's keys, in a process of its own.
 TRAIN = {"device": DEVICE, "bias": False, "max_iters": 12, "lr_decay_iters": 12, "eval_interval": 5}
 
@@ -73,27 +78,30 @@ def run_train(folder: Path, *words: str, **keys: Any) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "modern"])
-def test_network_on_gpu_matches_cpu(arch: str):
+@pytest.mark.parametrize(("arch", "is_soft"), [("gpt2", False), ("modern", False), ("modern", True)])
+def test_network_on_gpu_matches_cpu(arch: str, is_soft: bool):
     ids = torch.randint(500, (4, 128))
+    soft_targets = torch.randint(500, (4, 128, 8)), torch.rand(4, 128, 8)
     results = []
     for device in ("cpu", DEVICE):
         model = make_model(arch).to(device)
-        logits, loss = model(ids.to(device), ids.to(device))
+        soft = [t.to(device) for t in soft_targets] if is_soft else None
+        logits, loss = model(ids.to(device), ids.to(device), soft)
         loss.backward()
         results.append((logits.detach().cpu(), gradients(model)))
     for cpu, gpu in zip(*results, strict=True):
         assert (cpu - gpu).abs().max() < 1e-4 * cpu.abs().max()
 
 
-@pytest.mark.parametrize("keys", [GPT2, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("keys", [GPT2, MODERN, SOFT], ids=["gpt2", "modern", "soft targets"])
 def test_compiled_steps_match_eager(letters: Path, keys: dict[str, Any]):
     eager = losses(dataset=letters, **keys)
     assert eager[-1] < 0.9 * eager[0]  # it learns, so that an error would show
     assert losses(dataset=letters, compile=True, **keys) == pytest.approx(eager, rel=1e-3)
 
 
-def test_cuda_graph_matches_single_kernels(letters: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("recipe", [GPT2, SOFT], ids=["gpt2", "soft targets"])
+def test_cuda_graph_matches_single_kernels(letters: Path, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any]):
     modes = []
     original = torch.compile
 
@@ -102,12 +110,23 @@ def test_cuda_graph_matches_single_kernels(letters: Path, monkeypatch: pytest.Mo
         return original(*args, **keys)
 
     monkeypatch.setattr(torch, "compile", record_mode)
-    keys = {"dataset": letters, "compile": True, "gradient_accumulation_steps": 1, "dropout": 0.1}
+    keys = recipe | {"dataset": letters, "compile": True, "gradient_accumulation_steps": 1, "dropout": 0.1}
     graph = losses(**keys)
     monkeypatch.setattr(nanogpt.compile, "CUDA_GRAPH_FLOPS", 0.0)
     kernels = losses(**keys)
     assert modes == ["reduce-overhead", None]
     assert graph == pytest.approx(kernels, rel=1e-3)
+
+
+def test_evaluation_by_cuda_graph_matches_eager():
+    world = World(0, 1, torch.device(DEVICE), torch.float32)
+    model = make_model("modern").to(DEVICE)
+    ids = torch.randint(500, (4, 128), device=DEVICE)
+    compiled = compile_model(model, world, (ids, ids, None), is_whole_step=True)
+    assert compiled is not model
+    windows = EvalWindows(np.random.default_rng(0).integers(500, size=3000), 128, 0, 1, vocab_size=500)
+    expected = evaluate(model, windows, 4, world)
+    assert evaluate(compiled, windows, 4, world) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -117,8 +136,8 @@ def test_low_precision_loss_is_close_to_float32(letters: Path, dtype: str):
 
 @pytest.mark.parametrize(
     "keys",
-    [GPT2, MODERN, {"dtype": "float16"}, {"skip_spikes": 5.0, "dropout": 0.1}],
-    ids=["adamw", "muon", "float16", "spikes"],
+    [GPT2, MODERN, SOFT, {"dtype": "float16"}, {"skip_spikes": 5.0, "dropout": 0.1}, SOFT | {"compile": True}],
+    ids=["adamw", "muon", "soft targets", "float16", "spikes", "compiled"],
 )
 def test_step_never_waits_for_the_gpu(letters: Path, keys: dict[str, Any]):
     world, _, steps = open_our_steps(make_config(dataset=letters, **keys), {})
@@ -226,7 +245,7 @@ def test_out_of_memory_is_a_usage_error_that_names_the_flag(letters: Path, tmp_p
 
 
 def test_deterministic_resume_is_bit_exact(letters: Path, tmp_path: Path):
-    keys = {"dataset": letters, "dropout": 0.1, "deterministic": True}
+    keys = SOFT | {"dataset": letters, "dropout": 0.1, "deterministic": True}
     run_train(tmp_path, out_dir="whole", **keys)
     run_train(tmp_path, out_dir="cut", **keys | {"max_iters": 5})
     run_train(tmp_path, out_dir="cut", **keys | {"resume": True})
@@ -243,7 +262,7 @@ def test_bench_measures_a_gpu(tmp_path: Path):
 
 
 @two_gpus
-@pytest.mark.parametrize("keys", [GPT2, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("keys", [GPT2, SOFT], ids=["gpt2", "soft targets"])
 def test_two_nccl_ranks_match_one_process(letters: Path, tmp_path: Path, keys: dict[str, Any]):
     keys = keys | {"dataset": letters, "gradient_accumulation_steps": 4}
     run_train(tmp_path, out_dir="one", **keys)

@@ -1,13 +1,19 @@
 """torch.compile on request: CUDA graphs where a step is one short micro-batch, and a fallback when it fails."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
+import model as model_file
 from model import GPT, GPTConfig
 from nanogpt.compile import compile_model, should_compile
+from nanogpt.data.rows import EvalWindows
 from nanogpt.distributed import World
+from nanogpt.evaluation import evaluate
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 X = torch.zeros(2, 8, dtype=torch.long)
@@ -15,6 +21,11 @@ X = torch.zeros(2, 8, dtype=torch.long)
 
 def make_model(**sizes: Any) -> GPT:
     return GPT(GPTConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 9, "block_size": 8} | sizes))
+
+
+def loss_and_gradients(model: GPT, forward: Callable[..., Any], *inputs: Any) -> list[torch.Tensor]:
+    loss = forward(*inputs)[1]
+    return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
 def test_should_compile_is_auto_on_cuda():
@@ -73,3 +84,40 @@ def test_a_failing_compiler_leaves_the_plain_model(
     assert "warning: torch.compile failed" in capsys.readouterr().out
     assert model.training
     assert all(p.grad is None for p in model.parameters())  # of the attempt
+
+
+def test_run_compiles_nothing_after_its_first_step(monkeypatch: pytest.MonkeyPatch):
+    graphs: list[int] = []  # inputs of each that are variable sizes
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(sum(isinstance(value, torch.SymInt) for value in inputs))
+        return graph.forward
+
+    original: Any = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode: original(model, backend=count, fullgraph=True))
+    windows = EvalWindows(np.arange(9).repeat(9), 8, 0, 1, vocab_size=9)
+    for rows, n_embd in ((2, 16), (3, 32)):  # two models in turn, as --minutes has them
+        x = torch.zeros(rows, 8, dtype=torch.long)
+        soft_targets = [torch.zeros(rows, 8, 4, dtype=torch.long), torch.rand(rows, 8, 4)]
+        inputs = (x, x, soft_targets)
+        compiled = compile_model(make_model(n_embd=n_embd), WORLD, inputs, is_whole_step=True)
+        evaluate(compiled, windows, rows, WORLD)
+        compiled(*inputs)[1].backward()
+    assert graphs == [0, 0, 0, 0]  # of each model one for training, one for evaluation; no graph breaks
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"document_separator_id": 3}, {"activation_checkpointing": True, "loss_chunk": 8}]
+)
+def test_network_is_one_graph_equal_to_eager(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]):
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # no backward on a CPU, except unfused
+    torch.manual_seed(0)
+    model = make_model(arch="modern", bias=False)
+    for name, value in options.items():
+        setattr(model, name, value)
+    ids = torch.randint(9, (4, 8))
+    inputs = (ids, ids, [torch.randint(9, (4, 8, 3)), torch.rand(4, 8, 3)])
+    expected = loss_and_gradients(model, model, *inputs)
+    monkeypatch.setattr(model_file, "FLEX_ATTENTION_ON", "cpu")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(loss_and_gradients(model, compiled, *inputs), expected)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanogpt.device import pick_device, pick_dtype
+from nanogpt.device import free_memory, pick_device, pick_dtype
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 
@@ -42,6 +42,13 @@ def test_pick_dtype_takes_bfloat16_where_a_gpu_has_it(monkeypatch: pytest.Monkey
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert pick_dtype("auto", CUDA) == dtype
     assert pick_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+def test_free_memory_of_a_gpu_counts_what_torch_keeps(monkeypatch: pytest.MonkeyPatch):
+    sizes = {"mem_get_info": (10, 80), "memory_reserved": 60, "memory_allocated": 5}
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, size=size: size)
+    assert free_memory(CUDA) == 10 + 60 - 5
 
 
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12}
