@@ -88,7 +88,7 @@ class TrainConfig:
     )
     block_size: int = key(1024, "context length: tokens per row", ge=1, le=MAX_SIZE)
     ngram_targets: int = key(
-        0, "learn the distribution of tokens after this many less one, counted in the train split; 0: off", ge=0
+        0, "learn the next token's distribution by n-grams of the train split: their n; 0: off", ge=0, le=64
     )
 
     arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")

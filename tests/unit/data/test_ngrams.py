@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanogpt.data import ngrams
-from nanogpt.data.dataset import Tokens
+from nanogpt.data.dataset import Shard, Tokens
 from nanogpt.data.ngrams import MIN_COUNT, NgramTargets
 from nanogpt.errors import InputError
 
@@ -76,7 +76,9 @@ def test_large_vocabularies_and_texts_are_bounded(monkeypatch: pytest.MonkeyPatc
         NgramTargets(Tokens.of(ids), 5, 50_257)
     monkeypatch.setattr(ngrams, "MAX_TOKENS", 400)
     mixture = Tokens.mix([Tokens.of(TEXT), Tokens.of(TEXT[:1000])], [1, 1])
-    assert [len(piece) for piece in ngrams._read_pieces(mixture)] == [300, 100]
+    assert [len(ids) for ids, _ in ngrams._read_pieces(mixture, VOCAB)] == [200, 200]
+    mixture = Tokens.mix([Tokens.of(TEXT), Tokens.of(TEXT[:100])], [3, 1])
+    assert [len(ids) for ids, _ in ngrams._read_pieces(mixture, VOCAB)] == [300, 100]
 
 
 def test_a_part_of_a_mixture_does_not_continue_in_the_next():
@@ -85,6 +87,30 @@ def test_a_part_of_a_mixture_does_not_continue_in_the_next():
     assert probs[0, 1, 0] > 0.8
     assert probs[1, 1, 1] > 0.8
     assert NgramTargets(mixture, 3, 2).contexts[2].tolist() == [0, 3]
+
+
+def test_tokens_that_are_no_targets_are_not_counted():
+    ids = np.array([5, 1, 5, 1, 5, 2] * 20, dtype=np.uint16)
+    mask = (ids != 1).astype(np.uint8)
+    masked = Tokens([Shard("memory", len(ids), lambda: ids, lambda: mask)])
+    probs = dense(NgramTargets(masked, 3, VOCAB), torch.tensor([[1, 5]]))[0, 1]
+    assert probs[1] == 0
+    assert probs[2] > 0.9
+    nothing = Tokens([Shard("memory", len(ids), lambda: ids, lambda: 0 * mask)])
+    with pytest.raises(InputError, match="no token to count"):
+        NgramTargets(nothing, 3, VOCAB)
+
+
+def test_contexts_longer_than_the_row_are_not_used():
+    targets = NgramTargets(Tokens.of(TEXT), 8, VOCAB)
+    short = NgramTargets(Tokens.of(TEXT), 4, VOCAB)
+    x = torch.from_numpy(TEXT[:600].astype(np.int64)).view(200, 3)
+    torch.testing.assert_close(dense(targets, x), dense(short, x))
+
+
+def test_ids_beyond_the_vocabulary_are_refused():
+    with pytest.raises(InputError, match="holds id 11"):
+        NgramTargets(Tokens.of(TEXT), 3, VOCAB - 1)
 
 
 def test_the_loss_of_the_counts_is_their_cross_entropy():
