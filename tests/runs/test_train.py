@@ -67,6 +67,8 @@ def test_config_files_mean_what_nanogpts_mean():
     [
         ({"patience": 3, "eval_interval": 0}, "patience: .*--eval_interval"),
         ({"decay_iters": 3}, "decay_iters: schedule=cosine"),
+        ({"look_back": True}, "look_back=True: arch=gpt2"),
+        ({"look_back": True, "init_from": "gpt2"}, "look_back=True: init_from=gpt2"),
         ({"gradient_accumulation_steps": 1, "batch_growth_tokens": 640}, "batch_growth_tokens: .*accumulation_steps"),
         (
             {"batch_size": 2, "gradient_accumulation_steps": 6, "batch_growth_tokens": 640},
