@@ -16,7 +16,7 @@ MAX_TOKENS = 2**22  # counted, spread evenly over the split: bounds time and mem
 MIN_COUNT = 2  # a context seen less often has the distribution of the shorter one
 NUM_CANDIDATES = 32  # tokens of a distribution, the most probable ones
 VAL_TOKENS = 2**15  # of the validation split, on which the counts themselves are measured
-UNIFORM_SHARE = 0.03  # of the probability there, for tokens without any
+UNIFORM_SHARE = 0.03  # of the probability there, at least, for tokens without any
 
 
 def count_ngrams(dataset: Dataset, order: int, block_size: int, vocab_size: int) -> "NgramTargets | None":
@@ -33,12 +33,13 @@ def count_ngrams(dataset: Dataset, order: int, block_size: int, vocab_size: int)
 
 
 class NgramTargets:
-    """The distribution of the next token after up to `order` - 1 tokens: `ids, probs = ngrams(x)`.
+    """The distribution of the next token after up to `order` - 1 tokens: `ids, probs = ngrams(x, y)`.
 
     A small network learns sooner from all tokens that followed a context in the training split than from the one that
     follows here (Sathe and Sarawagi 2024, arXiv:2407.02819). Contexts of all lengths are mixed by the rule of Witten
     and Bell (1991): after a context that was seen c times and had t different successors, a token seen n times has the
     probability (n + t p) / (c + t), where p is its probability after the context without its first token.
+    What the tokens that are not stored would have goes to the one that follows: with large vocabularies that is much.
     """
 
     def __init__(self, tokens: Tokens, order: int, vocab_size: int):
@@ -62,12 +63,23 @@ class NgramTargets:
                 )
             self.contexts.append(contexts)
             ids.append(counted_ids)
-            probs.append(counted_probs / counted_probs.sum(1, keepdims=True))
+            probs.append(counted_probs)
         self.ids = np.concatenate(ids)  # (all contexts, NUM_CANDIDATES); of two equal ones the probabilities add up
         self.probs = np.concatenate(probs)
 
-    def __call__(self, x: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
-        """Ids and their probabilities, each (B, T, NUM_CANDIDATES), of the token after each position of x (B, T).
+    def __call__(self, x: "torch.Tensor", y: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Ids and their probabilities, each (B, T, NUM_CANDIDATES + 1), of the token after each position of x (B, T).
+
+        y: the tokens that follow, (B, T).
+        """
+        import torch
+
+        ids, probs = self.look_up(x)
+        rest = (1 - probs.sum(-1, keepdim=True)).clamp(min=0)
+        return torch.cat((ids, y.clamp(min=0)[..., None]), -1), torch.cat((probs, rest), -1)
+
+    def look_up(self, x: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Those that are stored, each (B, T, NUM_CANDIDATES).
 
         A context lies within its row, and is the longest one that was counted.
         """
@@ -96,9 +108,10 @@ class NgramTargets:
 
     def loss(self, x: "torch.Tensor", y: "torch.Tensor") -> float:
         """The mean loss in nats of these distributions themselves, a little smoothed, on targets y (B, T)."""
-        ids, probs = self(x)
-        prob = (probs * (ids == y[..., None])).sum(-1)[y >= 0]
-        return -(prob * (1 - UNIFORM_SHARE) + UNIFORM_SHARE / self.vocab_size).log().mean().item()
+        ids, probs = self.look_up(x)
+        probs = probs * (1 - UNIFORM_SHARE)
+        prob = (probs * (ids == y[..., None])).sum(-1) + (1 - probs.sum(-1)) / self.vocab_size
+        return -prob[y >= 0].log().mean().item()
 
     def _count(self, pieces: list[tuple[np.ndarray, np.ndarray]], length: int) -> tuple[np.ndarray, ...]:
         """Count the successors of all contexts of `length` tokens, those that are targets.

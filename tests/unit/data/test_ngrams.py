@@ -38,7 +38,7 @@ def distribution(successors: dict[tuple[int, ...], Counter[int]], context: tuple
 
 
 def dense(targets: NgramTargets, x: torch.Tensor) -> torch.Tensor:
-    ids, probs = targets(x)
+    ids, probs = targets.look_up(x)
     return torch.zeros(*x.shape, targets.vocab_size).scatter_add(-1, ids, probs)
 
 
@@ -55,23 +55,30 @@ def test_probabilities_are_those_of_counting(monkeypatch: pytest.MonkeyPatch, or
             np.testing.assert_allclose(actual[row, t], distribution(successors, context), atol=1e-5)
 
 
-def test_only_the_most_probable_are_kept(monkeypatch: pytest.MonkeyPatch):
-    whole = NgramTargets(Tokens.of(TEXT), 2, VOCAB)
+def test_what_is_not_stored_goes_to_the_token_that_follows(monkeypatch: pytest.MonkeyPatch):
+    whole = dense(NgramTargets(Tokens.of(TEXT), 2, VOCAB), torch.arange(VOCAB)[None])
     monkeypatch.setattr(ngrams, "NUM_CANDIDATES", 3)
     short = NgramTargets(Tokens.of(TEXT), 2, VOCAB)
     x = torch.arange(VOCAB)[None]
-    ids, probs = short(x)
-    assert ids.shape == (1, VOCAB, 3)
+    y = torch.arange(VOCAB)[None].roll(1)
+    y[0, 0] = -1  # no target
+    ids, probs = short(x, y)
+    assert ids.shape == (1, VOCAB, 4)
+    assert (ids >= 0).all()
     torch.testing.assert_close(probs.sum(-1), torch.ones(1, VOCAB))
-    top = dense(whole, x).argmax(-1)
-    assert (ids == top[..., None]).any(-1).all()
+    stored = dense(short, x)
+    assert (stored <= whole + 1e-6).all()
+    top = whole.argmax(-1, keepdim=True)
+    assert (stored.gather(-1, top) > 0.5 * whole.gather(-1, top)).all()
+    assert (ids[0, 1:, 3] == y[0, 1:]).all()
+    torch.testing.assert_close(probs[..., 3], 1 - stored.sum(-1))
 
 
 def test_large_vocabularies_and_texts_are_bounded(monkeypatch: pytest.MonkeyPatch):
     ids = np.array([50_000, 7, 50_000, 7, 50_000, 9, 3], dtype=np.uint16)
     targets = NgramTargets(Tokens.of(ids), 4, 50_257)
-    top = targets(torch.tensor([[9, 50_000, 7]]))
-    assert top[0][0, 2, 0] == 50_000
+    top, _ = targets.look_up(torch.tensor([[9, 50_000, 7]]))
+    assert top[0, 2, 0] == 50_000
     with pytest.raises(InputError, match="at most 4"):
         NgramTargets(Tokens.of(ids), 5, 50_257)
     monkeypatch.setattr(ngrams, "MAX_TOKENS", 400)
@@ -118,6 +125,7 @@ def test_the_loss_of_the_counts_is_their_cross_entropy():
     x = torch.from_numpy(TEXT[:600].astype(np.int64)).view(20, 30)
     y = x.roll(-1, 1)
     y[:, -1] = -1
-    smoothed = 0.97 * dense(targets, x)[:, :-1] + 0.03 / VOCAB
+    counted = 0.97 * dense(targets, x)[:, :-1]
+    smoothed = counted + (1 - counted.sum(-1, keepdim=True)) / VOCAB
     expected = torch.nn.functional.nll_loss(smoothed.log().flatten(0, 1), y[:, :-1].flatten())
     assert targets.loss(x, y) == pytest.approx(expected.item(), rel=1e-5)
