@@ -45,7 +45,8 @@ class NgramTargets:
     def __init__(self, tokens: Tokens, order: int, vocab_size: int):
         """Raises InputError if `order` ids do not fit into an integer of 64 bits, or the tokens cannot be counted."""
         if vocab_size**order > 2**64:
-            raise InputError(f"ngram_targets={order}: at most {int(64 / np.log2(vocab_size))} for {vocab_size:,} ids")
+            highest = int(64 / np.log2(vocab_size))
+            raise InputError(f"ngram_targets={order}: with {vocab_size:,} ids use at most {highest}")
         self.order = order
         self.vocab_size = vocab_size
         # By length from 0 to order - 1: the contexts, each the integer whose digits are its ids, ascending.
