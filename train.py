@@ -88,7 +88,7 @@ class TrainConfig:
     )
     block_size: int = key(1024, "context length: tokens per row", ge=1, le=MAX_SIZE)
     ngram_targets: int = key(
-        0, "learn the next token's distribution by n-grams of the train split: their n; 0: off", ge=0, le=64
+        0, "soft targets from n-grams of this order, counted in the train split; 0: off", ge=0, le=64
     )
 
     arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
@@ -101,7 +101,7 @@ class TrainConfig:
     rope_theta: float = key(1e4, "modern: base of the rotary positions", gt=0)
     norm_eps: float = key(0.0, "epsilon of the norms; 0: 1e-5, modern 1e-6", ge=0)
     tied: bool = key(True, "tie token embedding and output layer; modern may untie them")
-    look_back: bool = key(False, "modern: begin the heads of a new first layer on the tokens just before")
+    look_back: bool = key(False, "modern: initialize the first layer's heads to attend to the preceding tokens")
     dropout: float = key(0.0, "dropout probability", ge=0, lt=1)
     bias: bool = key(False, "gpt2: biases in linear layers and norms")
 
