@@ -270,8 +270,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, first_call: int, value: float) -> No
     forward = GPT.forward
     calls = [0]
 
-    def poisoned(self: GPT, idx: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
-        logits, loss = forward(self, idx, targets)
+    def poisoned(self: GPT, *inputs: Any) -> Any:
+        logits, loss = forward(self, *inputs)
         calls[0] += self.training
         return logits, loss + value if self.training and calls[0] >= first_call else loss
 
