@@ -25,7 +25,7 @@ from load import (
     load_data_and_model,
     load_weights,
     micro_batch_sizes,
-    new_model_config,
+    new_model,
 )
 from model import GPT, GPTConfig
 from nanogpt import distributed
@@ -53,7 +53,7 @@ TABLES = {  # by device: the name of a row and its flags
         "nanoGPT's small, 12 × 64": f"{CHARACTERS} --n_layer=4 --n_head=4 --n_embd=128 --steps=100",
         "GPT-2 124M, 4 × 256": "--batch_size=4 --block_size=256 --steps=10",
         "modern, Muon, 24 × 64": f"{CHARACTERS} {MUON} --n_layer=4 --n_head=3 --n_kv_head=1 --n_embd=96 --n_inner=192 "
-        "--batch_size=24 --steps=50",  # config/train_shakespeare_fast_cpu.py
+        "--batch_size=24 --steps=50",
     },
     "cuda": {
         "character GPT 10.7M, 64 × 256": "--n_layer=6 --n_head=6 --n_embd=384 --dropout=0.2 "
@@ -284,7 +284,7 @@ def open_model(config: BenchConfig, explicit: dict[str, Any]) -> GPT:
     if config.init_from != "scratch":
         block_size = config.block_size if "block_size" in explicit else None
         return load_weights(config.init_from, config.dropout, block_size, explicit)[0]
-    return GPT(new_model_config(config, config.vocab_size))
+    return new_model(config, config.vocab_size)
 
 
 def open_tokens(config: BenchConfig, model_config: GPTConfig) -> Tokens:

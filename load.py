@@ -126,31 +126,31 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
     Sizes come from the checkpoint: a config file that says otherwise is overruled with a printed line. Raises
     InputError for a flag that contradicts them, and for a checkpoint whose sizes are not those of its tensors.
     """
-    sizes = asdict(resumed.build_model(GPT, GPTConfig).config)
-    resumed.state["model"] = sizes
+    resumed.state["model"] = asdict(resumed.build_model(GPT, GPTConfig).config)
+    actual = resumed.state["model"] | {"look_back": resumed.state["config"]["look_back"]}
     saved = {**resumed.state["config"], **{name: getattr(config, name) for name in START_KEYS}}
     changed = {name: value for name, value in explicit.items() if saved.get(name) != value and name != "init_from"}
-    conflicts = conflicting_sizes(changed, sizes)
+    conflicts = conflicting_sizes(changed, actual)
     run_dir = resumed.path.parent.parent
     raise_for_sizes(
-        {name: changed[name] for name in conflicts if name in explicit.flags}, sizes, f"the run in {run_dir}"
+        {name: changed[name] for name in conflicts if name in explicit.flags}, actual, f"the run in {run_dir}"
     )
 
     print0(f"resuming {resumed.path}")
     for name in conflicts:
-        print0(f"  {name}: {changed.pop(name)} in a config file is ignored; the run has {sizes[name]}")
+        print0(f"  {name}: {changed.pop(name)} in a config file is ignored; the run has {actual[name]}")
     for name, value in changed.items():
         print0(f"  {name}: {saved[name]} -> {value}")
     return type(config)(**{**saved, **changed})
 
 
 def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
-    """Names of explicit model keys that differ from the actual sizes. A 0 leaves a size open."""
+    """Names of explicit model keys that differ from those in `actual`. A 0 leaves a size open."""
     conflicts = []
-    for name in MODEL_KEYS:
+    for name in (*MODEL_KEYS, "look_back"):
         value = explicit.get(name)
         is_open = value is None or (value == 0 and not isinstance(value, bool))
-        if not is_open and value != actual[name]:
+        if not is_open and value != actual.get(name, value):
             conflicts.append(name)
     return conflicts
 

@@ -88,7 +88,7 @@ class TrainConfig:
     )
     block_size: int = key(1024, "context length: tokens per row", ge=1, le=MAX_SIZE)
     ngram_targets: int = key(
-        0, "learn the distribution of tokens after this many less one, counted in the train split; 0: off", ge=0
+        0, "soft targets from n-grams of this order, counted in the train split; 0: off", ge=0, le=64
     )
 
     arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
@@ -101,7 +101,7 @@ class TrainConfig:
     rope_theta: float = key(1e4, "modern: base of the rotary positions", gt=0)
     norm_eps: float = key(0.0, "epsilon of the norms; 0: 1e-5, modern 1e-6", ge=0)
     tied: bool = key(True, "tie token embedding and output layer; modern may untie them")
-    look_back: bool = key(False, "modern: begin the heads of a new first layer on the tokens just before")
+    look_back: bool = key(False, "modern: initialize the first layer's heads to attend to the preceding tokens")
     dropout: float = key(0.0, "dropout probability", ge=0, lt=1)
     bias: bool = key(False, "gpt2: biases in linear layers and norms")
 
@@ -417,6 +417,10 @@ def check_config(config: TrainConfig) -> None:
             new_model_config(config, vocab_size=1)
         except ValueError as error:
             problems.append(str(error))
+        if config.look_back and config.arch != "modern":
+            problems.append(f"look_back=True: arch={config.arch} has no rotary positions; leave it out")
+    elif config.look_back:
+        problems.append(f"look_back=True: init_from={config.init_from} has a first layer already; set look_back=False")
     if config.rows_per_step % world_size():
         problems.append(
             f"batch_size × gradient_accumulation_steps = {config.rows_per_step} rows per step are not divisible by "
@@ -432,8 +436,6 @@ def check_config(config: TrainConfig) -> None:
             "batch_growth_tokens: the batch grows from batch_size to batch_size × gradient_accumulation_steps, which "
             "are equal here: raise gradient_accumulation_steps"
         )
-    if config.look_back and config.arch != "modern":
-        problems.append(f"look_back=True: arch={config.arch} has no rotary positions; leave it out or set arch=modern")
     if config.patience and not config.eval_interval:
         problems.append("patience: eval_interval=0 evaluates only at the end, too late to stop: set --eval_interval")
     if config.decay_iters is not None and config.schedule != "trapezoid":
@@ -458,7 +460,7 @@ def open_run(
     config, world = choose_dtype(config, gpt.config, world)
     gpt.document_separator_id = document_separator_id(dataset, config.mask_documents)
     prepare_model(config, gpt, world)
-    rows, windows = open_rows(config, gpt, dataset)
+    windows = open_windows(config, gpt, dataset)
     print_model_summary(gpt, world)
     if config.eval_only:
         rows_per_pass = rows_to_evaluate(windows["val"], config.batch_size, world)
@@ -467,10 +469,13 @@ def open_run(
         print0(f"step {step}: " + format_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
 
+    T = config.block_size
+    vocab_size = gpt.config.vocab_size
+    ngrams = count_ngrams(dataset, config.ngram_targets, T, vocab_size)
+    rows = Rows(dataset.train, T, vocab_size, config.seed, config.row_order, ngrams)
     micro_batch = choose_micro_batch(config, gpt, world)
     if config.micro_batch_size == "auto":
         config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, whatever is free by then
-    T = config.block_size
     row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
     print_run_summary(gpt, config.optimizer, row_schedule, micro_batch, config.max_iters, dataset, world)
     end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
@@ -519,17 +524,11 @@ def open_run(
     return train(run)
 
 
-def open_rows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> tuple[Rows, dict[str, EvalWindows]]:
-    """The training rows, and the windows of each split to evaluate on."""
-    T = gpt.config.block_size
-    vocab_size = gpt.config.vocab_size
-    ngrams = count_ngrams(dataset, config.ngram_targets, T, vocab_size)
-    rows = Rows(dataset.train, T, vocab_size, config.seed, config.row_order, ngrams)
-    windows = {}
-    if config.eval_train:
-        windows["train"] = EvalWindows(dataset.train, T, config.eval_iters, config.batch_size, vocab_size)
-    windows["val"] = EvalWindows(dataset.val, T, config.eval_iters, config.batch_size, vocab_size)
-    return rows, windows
+def open_windows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> dict[str, EvalWindows]:
+    """The windows of each split to evaluate on."""
+    splits = {"train": dataset.train, "val": dataset.val} if config.eval_train else {"val": dataset.val}
+    sizes = (gpt.config.block_size, config.eval_iters, config.batch_size, gpt.config.vocab_size)
+    return {name: EvalWindows(split, *sizes) for name, split in splits.items()}
 
 
 def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, run_dir: RunDir) -> None:

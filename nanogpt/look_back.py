@@ -1,4 +1,4 @@
-"""A first layer that begins with its attention on the tokens just before."""
+"""An initialization whose first layer attends to the preceding tokens."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-DISTANCES = 4  # heads begin with the tokens 1, 2, 3 and 0 positions back, in turn
+DISTANCES = 4  # heads attend to the tokens 1, 2, 3 and 0 positions back, in turn
 MIN_FREQUENCY = 0.2  # radians per position; slower rotations hardly differ between neighbors
 STRENGTH = 2.0  # of the keys' and queries' common part: 100/√D times the random rest
 QUERY_GAIN = 1.5  # a higher one makes a narrower peak
@@ -14,7 +14,7 @@ QUERY_GAIN = 1.5  # a higher one makes a narrower peak
 
 @torch.no_grad()
 def look_back(model: Any) -> None:
-    """Begin each head of a GPT's first layer with its attention on one of the last tokens (arch=modern).
+    """Initialize each head of a GPT's first layer to attend to one of the last four tokens (arch=modern).
 
     From random weights a network stalls until it learns such heads (Varre et al. 2025, arXiv:2508.12837). Here all
     embeddings get one vector in common, from which every key and query gets the same direction, the queries' rotated

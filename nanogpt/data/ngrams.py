@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2**22  # counted, spread evenly over the split: bounds time and memory
 MIN_COUNT = 2  # a context seen less often has the distribution of the shorter one
 NUM_CANDIDATES = 32  # tokens of a distribution, the most probable ones
-NUM_WINDOWS = 512  # of the validation split, on which the counts themselves are measured
-UNIFORM_SHARE = 0.03  # of the probability there, for tokens without any
+VAL_TOKENS = 2**15  # of the validation split, on which the counts themselves are measured
+UNIFORM_SHARE = 0.03  # of the probability there, at least, for tokens without any
 
 
 def count_ngrams(dataset: Dataset, order: int, block_size: int, vocab_size: int) -> "NgramTargets | None":
@@ -24,34 +24,36 @@ def count_ngrams(dataset: Dataset, order: int, block_size: int, vocab_size: int)
     if not order:
         return None
     ngrams = NgramTargets(dataset.train, order, vocab_size)
-    windows = EvalWindows(dataset.val, block_size, 1, NUM_WINDOWS, vocab_size)
+    windows = EvalWindows(dataset.val, block_size, 1, max(VAL_TOKENS // block_size, 1), vocab_size)
     print0(
         f"targets     of {order}-grams: {len(ngrams.ids):,} contexts, {format_bytes(ngrams.nbytes)}; these counts "
-        f"alone have a validation loss of about {ngrams.loss(*windows[0:NUM_WINDOWS]):.3f}"
+        f"alone have a validation loss of about {ngrams.loss(*windows[0 : len(windows)]):.3f}"
     )
     return ngrams
 
 
 class NgramTargets:
-    """The distribution of the next token after up to `order` - 1 tokens: `ids, probs = ngrams(x)`.
+    """The distribution of the next token after up to `order` - 1 tokens: `ids, probs = ngrams(x, y)`.
 
     A small network learns sooner from all tokens that followed a context in the training split than from the one that
     follows here (Sathe and Sarawagi 2024, arXiv:2407.02819). Contexts of all lengths are mixed by the rule of Witten
     and Bell (1991): after a context that was seen c times and had t different successors, a token seen n times has the
     probability (n + t p) / (c + t), where p is its probability after the context without its first token.
+    What the tokens that are not stored would have goes to the one that follows: with large vocabularies that is much.
     """
 
     def __init__(self, tokens: Tokens, order: int, vocab_size: int):
-        """Raises InputError if `order` ids do not fit into an integer of 64 bits."""
+        """Raises InputError if `order` ids do not fit into an integer of 64 bits, or the tokens cannot be counted."""
         if vocab_size**order > 2**64:
-            raise InputError(f"ngram_targets={order}: at most {int(64 / np.log2(vocab_size))} for {vocab_size:,} ids")
+            highest = int(64 / np.log2(vocab_size))
+            raise InputError(f"ngram_targets={order}: with {vocab_size:,} ids use at most {highest}")
         self.order = order
         self.vocab_size = vocab_size
         # By length from 0 to order - 1: the contexts, each the integer whose digits are its ids, ascending.
         self.contexts: list[np.ndarray] = []
         ids: list[np.ndarray] = []
         probs: list[np.ndarray] = []
-        pieces = _read_pieces(tokens)
+        pieces = _read_pieces(tokens, vocab_size)
         for length in range(order):
             contexts, counted_ids, counted_probs, rest = self._count(pieces, length)
             if length > 0:
@@ -62,12 +64,23 @@ class NgramTargets:
                 )
             self.contexts.append(contexts)
             ids.append(counted_ids)
-            probs.append(counted_probs / counted_probs.sum(1, keepdims=True))
+            probs.append(counted_probs)
         self.ids = np.concatenate(ids)  # (all contexts, NUM_CANDIDATES); of two equal ones the probabilities add up
         self.probs = np.concatenate(probs)
 
-    def __call__(self, x: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
-        """Ids and their probabilities, each (B, T, NUM_CANDIDATES), of the token after each position of x (B, T).
+    def __call__(self, x: "torch.Tensor", y: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Ids and their probabilities, each (B, T, NUM_CANDIDATES + 1), of the token after each position of x (B, T).
+
+        y: the tokens that follow, (B, T).
+        """
+        import torch
+
+        ids, probs = self.look_up(x)
+        rest = (1 - probs.sum(-1, keepdim=True)).clamp(min=0)
+        return torch.cat((ids, y.clamp(min=0)[..., None]), -1), torch.cat((probs, rest), -1)
+
+    def look_up(self, x: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Those that are stored, each (B, T, NUM_CANDIDATES).
 
         A context lies within its row, and is the longest one that was counted.
         """
@@ -77,12 +90,12 @@ class NgramTargets:
         context = np.zeros_like(digits)  # of each position: its last ids, by now `length` of them
         row = np.zeros(x.shape, dtype=np.int64)
         first_row = len(self.contexts[0])
-        for length, known in enumerate(self.contexts[1:], start=1):
+        T = x.shape[1]
+        for length, known in enumerate(self.contexts[1 : T + 1], start=1):
             if not len(known):
                 break
-            context[:, length - 1 :] += digits[:, : x.shape[1] - length + 1] * np.uint64(
-                self.vocab_size ** (length - 1)
-            )
+            place = np.uint64(self.vocab_size ** (length - 1))
+            context[:, length - 1 :] += digits[:, : T - length + 1] * place
             row_of_length = np.searchsorted(known, context).clip(max=len(known) - 1)
             is_known = known[row_of_length] == context
             is_known[:, : length - 1] = False  # the row begins later
@@ -96,18 +109,19 @@ class NgramTargets:
 
     def loss(self, x: "torch.Tensor", y: "torch.Tensor") -> float:
         """The mean loss in nats of these distributions themselves, a little smoothed, on targets y (B, T)."""
-        ids, probs = self(x)
-        prob = (probs * (ids == y[..., None])).sum(-1)[y >= 0]
-        return -(prob * (1 - UNIFORM_SHARE) + UNIFORM_SHARE / self.vocab_size).log().mean().item()
+        ids, probs = self.look_up(x)
+        probs = probs * (1 - UNIFORM_SHARE)
+        prob = (probs * (ids == y[..., None])).sum(-1) + (1 - probs.sum(-1)) / self.vocab_size
+        return -prob[y >= 0].log().mean().item()
 
-    def _count(self, pieces: list[np.ndarray], length: int) -> tuple[np.ndarray, ...]:
-        """Count the successors of all contexts of `length` tokens.
+    def _count(self, pieces: list[tuple[np.ndarray, np.ndarray]], length: int) -> tuple[np.ndarray, ...]:
+        """Count the successors of all contexts of `length` tokens, those that are targets.
 
         Returns the contexts, the ids and the probabilities n / (c + t) of their most frequent successors, each
         (contexts, NUM_CANDIDATES), and the weight t / (c + t) of the shorter context.
         """
         base = np.uint64(self.vocab_size)
-        sequences = [_to_integers(piece, length + 1, base) for piece in pieces]
+        sequences = [_to_integers(ids, length + 1, base)[is_target[length:]] for ids, is_target in pieces]
         sequence, count = np.unique(np.concatenate(sequences), return_counts=True)
         contexts, first, num_successors = np.unique(sequence // base, return_index=True, return_counts=True)
         total = np.add.reduceat(count, first)
@@ -128,13 +142,21 @@ class NgramTargets:
         return contexts[is_frequent], ids, probs, (rest / (total + rest)).astype(np.float32)[is_frequent]
 
 
-def _read_pieces(tokens: Tokens) -> list[np.ndarray]:
-    """MAX_TOKENS of the split as uint64, in pieces of whole runs of text: of each part of a mixture its share."""
+def _read_pieces(tokens: Tokens, vocab_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """At most MAX_TOKENS of the split as uint64, and whether each is a target: one run of text of each part.
+
+    Of a mixture's parts each may give its share of the rows, so that a long part does not outweigh the others.
+    """
+    total_weight = sum(part.weight for part in tokens.parts)
     pieces = []
     for part in tokens.parts:
-        length = min(part.tokens, MAX_TOKENS * part.tokens // len(tokens))
+        length = min(part.tokens, MAX_TOKENS * part.weight // total_weight)
         first = part.first + (part.tokens - length) // 2
-        pieces.append(tokens[first : first + length].astype(np.uint64))
+        tokens.check_ids(first, first + length, vocab_size)
+        is_target = tokens.mask(first, first + length).astype(bool)
+        pieces.append((tokens[first : first + length].astype(np.uint64), is_target))
+    if not any(is_target.any() for _, is_target in pieces):
+        raise InputError("ngram_targets: the loss mask leaves no token to count; leave it out")
     return pieces
 
 

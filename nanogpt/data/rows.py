@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     Batch = tuple[torch.Tensor, torch.Tensor]
     SoftTargets = Sequence[torch.Tensor]  # ids and probabilities, each (rows, T, K)
-    MakeSoftTargets = Callable[[torch.Tensor], SoftTargets]  # of inputs (rows, T)
+    MakeSoftTargets = Callable[[torch.Tensor, torch.Tensor], SoftTargets]  # of inputs and targets (rows, T)
 
 
 class Windows:
@@ -165,7 +165,7 @@ class StepBatch:
             weight = num_targets * self.world.size / self.num_targets
             soft_targets = None
             if self.rows.soft_targets:
-                soft_targets = self.world.to_device(*self.rows.soft_targets(x))
+                soft_targets = self.world.to_device(*self.rows.soft_targets(x, y))
             x, y = self.world.to_device(x, y)
             yield x, y, soft_targets, weight
 

@@ -17,6 +17,7 @@ from nanogpt.errors import InputError
 from nanogpt.trials import recall, round_size, time_call
 
 MAX_TRIAL_ROWS = 16
+MAX_TRIAL_CONTEXT = 1024  # tokens in the cache
 MAX_OTHER_WEIGHTS = 2**24  # that pass through the caches before a block is timed
 TRIAL_ROUNDS = 9
 MIN_PACKED_GAIN = 1.2  # over another format: packing 124M weights takes three seconds, some hundred tokens
@@ -113,10 +114,11 @@ def format_speed(name: str, model: Any, rows: int, num_other_weights: int) -> fl
 def make_trial_step(name: str, model: Any, rows: int) -> Callable[[], None]:
     """A decode step of `rows` texts through the first block, with its linear layers in one of CPU_FORMATS."""
     c = model.config
+    context = min(-(-c.block_size // 2), MAX_TRIAL_CONTEXT)
     block = copy.deepcopy(model.blocks[0])
     replace_linears_of_blocks(block, CPU_FORMATS[name])
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-    cached = torch.ones(rows, c.n_kv_head, -(-c.block_size // 2), c.head_dim, dtype=dtype)
+    cached = torch.ones(rows, c.n_kv_head, context, c.head_dim, dtype=dtype)
     x = torch.ones(rows, 1, c.n_embd)
     cos_sin = (torch.ones(c.head_dim), torch.zeros(c.head_dim)) if c.arch == "modern" else None
 

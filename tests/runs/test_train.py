@@ -67,6 +67,8 @@ def test_config_files_mean_what_nanogpts_mean():
     [
         ({"patience": 3, "eval_interval": 0}, "patience: .*--eval_interval"),
         ({"decay_iters": 3}, "decay_iters: schedule=cosine"),
+        ({"look_back": True}, "look_back=True: arch=gpt2"),
+        ({"look_back": True, "init_from": "gpt2"}, "look_back=True: init_from=gpt2"),
         ({"gradient_accumulation_steps": 1, "batch_growth_tokens": 640}, "batch_growth_tokens: .*accumulation_steps"),
         (
             {"batch_size": 2, "gradient_accumulation_steps": 6, "batch_growth_tokens": 640},
@@ -268,8 +270,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, first_call: int, value: float) -> No
     forward = GPT.forward
     calls = [0]
 
-    def poisoned(self: GPT, idx: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
-        logits, loss = forward(self, idx, targets)
+    def poisoned(self: GPT, *inputs: Any) -> Any:
+        logits, loss = forward(self, *inputs)
         calls[0] += self.training
         return logits, loss + value if self.training and calls[0] >= first_call else loss
 

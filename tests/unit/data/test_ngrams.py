@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanogpt.data import ngrams
-from nanogpt.data.dataset import Tokens
+from nanogpt.data.dataset import Shard, Tokens
 from nanogpt.data.ngrams import MIN_COUNT, NgramTargets
 from nanogpt.errors import InputError
 
@@ -38,7 +38,7 @@ def distribution(successors: dict[tuple[int, ...], Counter[int]], context: tuple
 
 
 def dense(targets: NgramTargets, x: torch.Tensor) -> torch.Tensor:
-    ids, probs = targets(x)
+    ids, probs = targets.look_up(x)
     return torch.zeros(*x.shape, targets.vocab_size).scatter_add(-1, ids, probs)
 
 
@@ -55,28 +55,37 @@ def test_probabilities_are_those_of_counting(monkeypatch: pytest.MonkeyPatch, or
             np.testing.assert_allclose(actual[row, t], distribution(successors, context), atol=1e-5)
 
 
-def test_only_the_most_probable_are_kept(monkeypatch: pytest.MonkeyPatch):
-    whole = NgramTargets(Tokens.of(TEXT), 2, VOCAB)
+def test_what_is_not_stored_goes_to_the_token_that_follows(monkeypatch: pytest.MonkeyPatch):
+    whole = dense(NgramTargets(Tokens.of(TEXT), 2, VOCAB), torch.arange(VOCAB)[None])
     monkeypatch.setattr(ngrams, "NUM_CANDIDATES", 3)
     short = NgramTargets(Tokens.of(TEXT), 2, VOCAB)
     x = torch.arange(VOCAB)[None]
-    ids, probs = short(x)
-    assert ids.shape == (1, VOCAB, 3)
+    y = torch.arange(VOCAB)[None].roll(1)
+    y[0, 0] = -1  # no target
+    ids, probs = short(x, y)
+    assert ids.shape == (1, VOCAB, 4)
+    assert (ids >= 0).all()
     torch.testing.assert_close(probs.sum(-1), torch.ones(1, VOCAB))
-    top = dense(whole, x).argmax(-1)
-    assert (ids == top[..., None]).any(-1).all()
+    stored = dense(short, x)
+    assert (stored <= whole + 1e-6).all()
+    top = whole.argmax(-1, keepdim=True)
+    assert (stored.gather(-1, top) > 0.5 * whole.gather(-1, top)).all()
+    assert (ids[0, 1:, 3] == y[0, 1:]).all()
+    torch.testing.assert_close(probs[..., 3], 1 - stored.sum(-1))
 
 
 def test_large_vocabularies_and_texts_are_bounded(monkeypatch: pytest.MonkeyPatch):
     ids = np.array([50_000, 7, 50_000, 7, 50_000, 9, 3], dtype=np.uint16)
     targets = NgramTargets(Tokens.of(ids), 4, 50_257)
-    top = targets(torch.tensor([[9, 50_000, 7]]))
-    assert top[0][0, 2, 0] == 50_000
+    top, _ = targets.look_up(torch.tensor([[9, 50_000, 7]]))
+    assert top[0, 2, 0] == 50_000
     with pytest.raises(InputError, match="at most 4"):
         NgramTargets(Tokens.of(ids), 5, 50_257)
     monkeypatch.setattr(ngrams, "MAX_TOKENS", 400)
     mixture = Tokens.mix([Tokens.of(TEXT), Tokens.of(TEXT[:1000])], [1, 1])
-    assert [len(piece) for piece in ngrams._read_pieces(mixture)] == [300, 100]
+    assert [len(ids) for ids, _ in ngrams._read_pieces(mixture, VOCAB)] == [200, 200]
+    mixture = Tokens.mix([Tokens.of(TEXT), Tokens.of(TEXT[:100])], [3, 1])
+    assert [len(ids) for ids, _ in ngrams._read_pieces(mixture, VOCAB)] == [300, 100]
 
 
 def test_a_part_of_a_mixture_does_not_continue_in_the_next():
@@ -87,11 +96,36 @@ def test_a_part_of_a_mixture_does_not_continue_in_the_next():
     assert NgramTargets(mixture, 3, 2).contexts[2].tolist() == [0, 3]
 
 
+def test_tokens_that_are_no_targets_are_not_counted():
+    ids = np.array([5, 1, 5, 1, 5, 2] * 20, dtype=np.uint16)
+    mask = (ids != 1).astype(np.uint8)
+    masked = Tokens([Shard("memory", len(ids), lambda: ids, lambda: mask)])
+    probs = dense(NgramTargets(masked, 3, VOCAB), torch.tensor([[1, 5]]))[0, 1]
+    assert probs[1] == 0
+    assert probs[2] > 0.9
+    nothing = Tokens([Shard("memory", len(ids), lambda: ids, lambda: 0 * mask)])
+    with pytest.raises(InputError, match="no token to count"):
+        NgramTargets(nothing, 3, VOCAB)
+
+
+def test_contexts_longer_than_the_row_are_not_used():
+    targets = NgramTargets(Tokens.of(TEXT), 8, VOCAB)
+    short = NgramTargets(Tokens.of(TEXT), 4, VOCAB)
+    x = torch.from_numpy(TEXT[:600].astype(np.int64)).view(200, 3)
+    torch.testing.assert_close(dense(targets, x), dense(short, x))
+
+
+def test_ids_beyond_the_vocabulary_are_refused():
+    with pytest.raises(InputError, match="holds id 11"):
+        NgramTargets(Tokens.of(TEXT), 3, VOCAB - 1)
+
+
 def test_the_loss_of_the_counts_is_their_cross_entropy():
     targets = NgramTargets(Tokens.of(TEXT), 3, VOCAB)
     x = torch.from_numpy(TEXT[:600].astype(np.int64)).view(20, 30)
     y = x.roll(-1, 1)
     y[:, -1] = -1
-    smoothed = 0.97 * dense(targets, x)[:, :-1] + 0.03 / VOCAB
+    counted = 0.97 * dense(targets, x)[:, :-1]
+    smoothed = counted + (1 - counted.sum(-1, keepdim=True)) / VOCAB
     expected = torch.nn.functional.nll_loss(smoothed.log().flatten(0, 1), y[:, :-1].flatten())
     assert targets.loss(x, y) == pytest.approx(expected.item(), rel=1e-5)
