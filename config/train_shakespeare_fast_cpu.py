@@ -25,13 +25,13 @@ optimizer = "muon"
 learning_rate = 2.2e-2  # of embeddings and gains
 muon_lr = 2.4e-2
 muon_momentum = 0.7  # a short run wants a short memory
-beta1 = 0.6
+beta1 = 0.7
 beta2 = 0.98
 grad_clip = 0.0
 schedule = "trapezoid"
 warmup_iters = 5
 min_lr = 0.0
-max_iters = 56
+max_iters = 58
 
 eval_interval = 0  # only at the end, on the whole validation split
 eval_iters = 0
