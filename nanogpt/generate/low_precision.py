@@ -154,7 +154,8 @@ def to_inference_precision(
         if dtype == "auto":
             names = ["float16", "bfloat16"] if has_packed else ["bfloat16"]
             dtype, speed = fastest_format(model, rows, names)
-            print(f"weights in {dtype}: {speed:.1f} x float32 here", file=sys.stderr)
+            gain = "" if dtype == "float32" else f": {speed:.1f} × float32 here"
+            print(f"weights in {dtype}{gain}", file=sys.stderr)
         if dtype != "float32":
             replace_linears(model, CPU_FORMATS[dtype])
         return autocast_for(dtype)
