@@ -16,7 +16,7 @@ from nanogpt.text.tokenizer import Tokenizer
 
 # Of a forward pass on a CPU: tokens, because many small operations take longer than a few large ones (runs/start), and
 # logits, which bound its memory.
-CPU_TOKENS = 2**13
+CPU_TOKENS = 2**12
 CPU_LOGITS = 2**23
 
 
