@@ -12,7 +12,7 @@ from nanogpt.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-MAX_TOKENS = 2**22  # counted, spread evenly over the split: bounds time and memory
+MAX_TOKENS = 2**22  # counted, from the middle of the split: bounds time and memory
 MIN_COUNT = 2  # a context seen less often has the distribution of the shorter one
 NUM_CANDIDATES = 32  # tokens of a distribution, the most probable ones
 VAL_TOKENS = 2**15  # of the validation split, on which the counts themselves are measured
