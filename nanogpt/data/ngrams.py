@@ -47,7 +47,6 @@ class NgramTargets:
         if vocab_size**order > 2**64:
             highest = int(64 / np.log2(vocab_size))
             raise InputError(f"ngram_targets={order}: with {vocab_size:,} ids use at most {highest}")
-        self.order = order
         self.vocab_size = vocab_size
         # By length from 0 to order - 1: the contexts, each the integer whose digits are its ids, ascending.
         self.contexts: list[np.ndarray] = []

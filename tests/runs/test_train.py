@@ -86,6 +86,16 @@ def test_check_config_refuses_contradictions(keys: dict[str, Any], message: str,
 # --- Metrics and output
 
 
+def test_soft_targets_and_look_back_change_a_run(run: Run, capsys: pytest.CaptureFixture[str]):
+    keys = {"arch": "modern", "bias": False, "max_iters": 1, "log_interval": 1}
+    for name, lever in {"plain": {}, "soft": {"ngram_targets": 3}, "looking": {"look_back": True}}.items():
+        run(out_dir=name, **keys | lever)
+        assert ("targets     of 3-grams" in capsys.readouterr().out) == (name == "soft")
+    first_losses = {name: metrics(name, "val_loss")[0] for name in ("plain", "soft", "looking")}
+    assert first_losses["plain"] == first_losses["soft"] != first_losses["looking"]
+    assert losses("plain") != losses("soft")
+
+
 def test_metrics_have_their_fields(run: Run):
     run(out_dir="out", batch_size=2, gradient_accumulation_steps=3, log_interval=4, eval_interval=10)
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]

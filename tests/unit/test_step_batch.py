@@ -49,6 +49,15 @@ def test_every_target_weighs_the_same(size: int, micro_batch: int, is_masked: bo
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_soft_targets_are_made_of_the_inputs_and_targets():
+    rows = make_rows(True)
+    rows.soft_targets = lambda x, y: (x[..., None], y[..., None].float())
+    for x, y, soft_targets, _ in make_batch(rows, 1, 2, 3).micro_batches():
+        assert soft_targets is not None
+        assert torch.equal(soft_targets[0][..., 0], x)
+        assert torch.equal(soft_targets[1][..., 0], y.float())
+
+
 def test_a_step_without_targets_has_weight_zero():
     mask = np.zeros(1000, np.uint8)
     rows = Rows(Tokens([Shard("memory", 1000, lambda: np.zeros(1000, np.uint16), lambda: mask)]), T, VOCAB, seed=1)
