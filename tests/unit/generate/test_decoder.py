@@ -237,7 +237,7 @@ def test_packed_linears_are_float16(model: GPT):
     [
         ({"float16": 2.0, "bfloat16": 1.5}, False, PackedLinear),
         ({"float16": 2.0, "bfloat16": 1.5}, True, torch.bfloat16),
-        ({"float16": 1.2, "bfloat16": 1.5}, False, torch.bfloat16),
+        ({"float16": 1.7, "bfloat16": 1.5}, False, torch.bfloat16),  # packing takes time, so it must gain a fifth
         ({"float16": 0.9, "bfloat16": 0.5}, False, torch.float32),
     ],
 )
