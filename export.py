@@ -18,6 +18,7 @@ from nanogpt.console import format_bytes
 from nanogpt.errors import InputError, run_script
 from nanogpt.files import atomic_directory, read_json
 from nanogpt.interop.huggingface import write_huggingface
+from nanogpt.interop.names import find_architecture
 
 
 @dataclass
@@ -69,7 +70,7 @@ def model_card(name: str, loaded: LoadedModel, dtype: str) -> str:
     c, tokenizer = loaded.model.config, loaded.tokenizer
     source = Path(loaded.source)
     facts = {
-        "architecture": f"{'GPT-2' if c.arch == 'gpt2' else 'Qwen3'}, {'tied' if c.tied else 'untied'} output layer",
+        "architecture": f"{find_architecture(asdict(c)).model_class}, {'tied' if c.tied else 'untied'} output layer",
         "parameters": f"{loaded.model.count_parameters():,}",
         "layers": c.n_layer,
         "heads": c.n_head if c.arch == "gpt2" else f"{c.n_head}, of {c.head_dim} channels; {c.n_kv_head} key heads",

@@ -30,8 +30,9 @@ from nanogpt.schedule import StepSchedule
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
-# Keys of TrainConfig that are sizes of GPTConfig. vocab_size comes from the data, gelu from weights; dropout may vary.
-MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in ("vocab_size", "dropout", "gelu")]
+# Keys of TrainConfig that are sizes of GPTConfig; the others come from the data or from weights, and dropout may vary.
+OTHER_SIZES = ("dropout", "vocab_size", "gelu", "qkv_bias", "rope_scaling")
+MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in OTHER_SIZES]
 # Keys that are about one start of a run and are not taken from its checkpoint.
 START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data", "new_data")
 
@@ -146,13 +147,9 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
 
 def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """Names of explicit model keys that differ from those in `actual`. A 0 leaves a size open."""
-    conflicts = []
-    for name in (*MODEL_KEYS, "look_back"):
-        value = explicit.get(name)
-        is_open = value is None or (value == 0 and not isinstance(value, bool))
-        if not is_open and value != actual.get(name, value):
-            conflicts.append(name)
-    return conflicts
+    names = sorted(explicit.keys() & {*MODEL_KEYS, "look_back"})
+    is_open = {name: explicit[name] == 0 and not isinstance(explicit[name], bool) for name in names}
+    return [name for name in names if not is_open[name] and explicit[name] != actual.get(name, explicit[name])]
 
 
 def raise_for_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any], where: str) -> None:

@@ -91,13 +91,14 @@ class TrainConfig:
         0, "soft targets from n-grams of this order, counted in the train split; 0: off", ge=0, le=64
     )
 
-    arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
+    arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: that of Qwen3 and Llama", group="Model")
     n_layer: int = key(12, "number of blocks", ge=1, le=1000)
     n_head: int = key(12, "attention heads per block", ge=1, le=MAX_SIZE)
     n_kv_head: int = key(0, "modern: key and value heads (grouped-query attention); 0: n_head", ge=0, le=MAX_SIZE)
     head_dim: int = key(0, "modern: channels per head; 0: n_embd / n_head", ge=0, le=MAX_SIZE)
     n_embd: int = key(768, "channels (embedding size)", ge=1, le=MAX_SIZE)
     n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd rounded up to 64", ge=0, le=MAX_SIZE)
+    qk_norm: bool = key(True, "modern: normalize queries and keys, as Qwen3; False: as Llama")
     rope_theta: float = key(1e4, "modern: base of the rotary positions", gt=0)
     norm_eps: float = key(0.0, "epsilon of the norms; 0: 1e-5, modern 1e-6", ge=0)
     tied: bool = key(True, "tie token embedding and output layer; modern may untie them")

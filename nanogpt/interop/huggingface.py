@@ -1,6 +1,6 @@
-"""Read GPT-2 and Qwen3 in Hugging Face's format, and write our models in it.
+"""Read GPT-2, Llama and Qwen in Hugging Face's format, and write our models in it.
 
-`names.py` holds the table of both architectures. Nothing in a folder is executed: safetensors holds no code, and
+`names.py` holds the table of architectures. Nothing in a folder is executed: safetensors holds no code, and
 pickled weights are refused.
 """
 
@@ -19,6 +19,7 @@ from nanogpt.files import read_json, utf8_path
 from nanogpt.interop.names import (
     ARCHITECTURES,
     GELU,
+    ROPE_SCALING,
     Weights,
     find_architecture,
     first_line,
@@ -28,7 +29,7 @@ from nanogpt.interop.names import (
     validate_sizes,
 )
 from nanogpt.interop.nanogpt_ckpt import read_nanogpt
-from nanogpt.schema import matches
+from nanogpt.schema import Count, matches
 from nanogpt.text.chat import Chat
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
@@ -36,7 +37,6 @@ OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 WEIGHT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json")
 TOKENIZER_HINT = "have transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) write one"
-GPT2_DEFAULTS = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": GPT2_VOCAB, "layer_norm_epsilon": 1e-5}
 
 
 def read_weights(source: str | Path) -> Weights:
@@ -60,7 +60,7 @@ def read_huggingface(source: str) -> Weights:
     settings = _read_json(folder / "config.json")
     config = _read_config(source, settings)
     stored = strip_wrappers(source, _read_safetensors(folder))
-    can_have_biases = find_architecture(config["arch"]).has_biases
+    can_have_biases = find_architecture(config).has_biases
     config["bias"] = can_have_biases and any(name.endswith(".bias") for name in stored)
     weights = Weights(source, config, translate(source, stored, config, transposed=True))
     if (folder / "generation_config.json").exists():
@@ -148,26 +148,51 @@ def _read_config(source: str, stored: dict[str, Any]) -> dict[str, Any]:
     model_type = stored.get("model_type")
     architecture = next((known for known in ARCHITECTURES if known.model_type == model_type), None)
     if architecture is None:
-        known_types = " and ".join(repr(known.model_type) for known in ARCHITECTURES)
+        known_types = ", ".join(repr(known.model_type) for known in ARCHITECTURES)
         raise InputError(f"{source}: model_type {model_type!r} is not supported; use a model of {known_types}")
-    settings = _flatten_rope(stored)
+    settings = architecture.defaults | _flatten_rope(stored)
     if model_type == "gpt2":
-        settings = GPT2_DEFAULTS | {"n_positions": stored.get("n_ctx", 1024)} | settings
+        settings = {"n_positions": stored.get("n_ctx", 1024)} | settings
 
     config = {ours: settings.get(theirs) for ours, theirs in architecture.sizes.items()}
-    if model_type == "gpt2" and config["n_inner"] is None:
-        del config["n_inner"]  # 4 n_embd, as GPTConfig's default
+    _fill_in_sizes(config, architecture.model_type)
     validate_sizes(source, config)
+    # A window as long as the context hides nothing.
+    if matches(settings.get("sliding_window"), int) and settings["sliding_window"] >= config["block_size"]:
+        settings["sliding_window"] = None
 
     for name, values in (architecture.supported | {"quantization_config": (None,)}).items():
         value = settings.setdefault(name, values[0])
         if value not in values:
             raise InputError(f"{source}: {name}={value!r} is not supported, only {values}; use another model")
-    config["arch"] = architecture.arch
+    config |= architecture.fields
     config["tied"] = settings["tie_word_embeddings"]
     if model_type == "gpt2":
         config["gelu"] = GELU[settings["activation_function"]]
+    if settings.get("rope_type") == "llama3":
+        scaling: list[Any] = [settings.get(name) for name in ROPE_SCALING]
+        if not all(matches(number, float) and number > 0 for number in scaling) or scaling[1] >= scaling[2]:
+            raise InputError(
+                f"{source}: rope_scaling of type llama3 needs {' < '.join(ROPE_SCALING[1:3])} and "
+                f"{ROPE_SCALING[0]}, {ROPE_SCALING[3]} above 0; restore it"
+            )
+        config["rope_scaling"] = scaling
     return config
+
+
+def _fill_in_sizes(config: dict[str, Any], model_type: str) -> None:
+    """Give sizes that config.json may leave out or set to null the values that transformers gives them; in place."""
+    n_head, n_embd = config["n_head"], config["n_embd"]
+    if model_type == "gpt2" and config["n_inner"] is None:
+        del config["n_inner"]  # 4 n_embd, as GPTConfig's default
+    if model_type == "llama" and config["n_kv_head"] is None:
+        config["n_kv_head"] = n_head
+    if (
+        model_type in ("llama", "mistral", "qwen2")
+        and config["head_dim"] is None
+        and matches([n_embd, n_head], list[Count])
+    ):
+        config["head_dim"] = n_embd // max(n_head, 1)
 
 
 def _flatten_rope(stored: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +219,7 @@ def write_huggingface(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a model and its tokenizer for transformers, as GPT2LMHeadModel or Qwen3ForCausalLM.
+    """Write a model and its tokenizer for transformers, as GPT2LMHeadModel, Qwen3ForCausalLM and so on.
 
     folder: an existing one. model_config: all fields of GPTConfig. tensors: under our names, on the CPU, the
     vocabulary's rows with or without padding. end_ids: those that end a generated text, beside the tokenizer's.
@@ -214,13 +239,13 @@ def write_huggingface(
 
 def _to_their_names(model_config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Copy our tensors, split and transposed as Hugging Face stores them; zeros for biases that we do not have."""
-    architecture = find_architecture(model_config["arch"])
+    architecture = find_architecture(model_config)
     stored: dict[str, Tensor] = {}
     next_row: dict[str, int] = {}
     for name, place in tensor_layout(model_config | {"bias": architecture.has_biases}).items():
         first = next_row.get(place.name, 0)
         last = next_row[place.name] = first + place.shape[0]
-        is_added = name.endswith(".bias") and not model_config["bias"]
+        is_added = architecture.has_biases and name.endswith(".bias") and not model_config["bias"]
         tensor = torch.zeros(place.shape) if is_added else tensors[place.name][first:last]
 
         if place.is_transposed:
@@ -233,7 +258,7 @@ def _to_their_names(model_config: dict[str, Any], tensors: dict[str, Tensor], dt
 
 def _to_their_config(model_config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Translate GPTConfig's fields to config.json, with the keys that published models have there."""
-    architecture = find_architecture(model_config["arch"])
+    architecture = find_architecture(model_config)
     config = {
         "model_type": architecture.model_type,
         "architectures": [architecture.model_class],
@@ -246,6 +271,13 @@ def _to_their_config(model_config: dict[str, Any], dtype: torch.dtype) -> dict[s
         config["activation_function"] = next(name for name, ours in GELU.items() if ours == model_config["gelu"])
         config["n_ctx"] = model_config["block_size"]
         config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model_config["dropout"])
+    else:
+        # transformers 5 reads the rotary base here alone, transformers 4 at the top level alone.
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": model_config["rope_theta"]}
+        if model_config["rope_scaling"]:
+            scaling = dict(zip(ROPE_SCALING, model_config["rope_scaling"], strict=True))
+            config["rope_scaling"] = {"rope_type": "llama3"} | scaling
+            config["rope_parameters"] |= config["rope_scaling"]
     return config
 
 

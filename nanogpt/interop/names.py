@@ -9,7 +9,7 @@ To add an architecture of Hugging Face:
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from nanogpt.errors import InputError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")  # of DDP, torch.compile, the headed model
-CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # buffers, not parameters
+# Buffers, not parameters: the causal masks of old GPT-2 files, the rotary frequencies of old Llama files.
+BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 MAX_LAYERS = 1000  # each layer takes memory for its tensors' names, before any file is looked at
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}  # transformers' name -> GPTConfig.gelu
 
@@ -38,7 +39,7 @@ class TensorSpec(NamedTuple):
 class Architecture:
     """An architecture as Hugging Face stores it. `*` in a tensor's name stands for the number of the layer."""
 
-    arch: str  # GPTConfig.arch
+    fields: dict[str, Any]  # of GPTConfig; no other architecture has the same
     model_type: str  # in config.json
     model_class: str  # transformers', in config.json
     prefix: str  # of all stored names but lm_head's
@@ -48,11 +49,14 @@ class Architecture:
     ]  # their name -> ours; several with the same name of ours follow each other in its rows
     sizes: dict[str, str]  # GPTConfig's field -> key in config.json
     supported: dict[str, tuple]  # key in config.json -> values that model.py computes; first transformers' default
+    defaults: dict[str, Any] = field(default_factory=dict)  # transformers', for keys that some files leave out
     written: dict[str, Any] = field(default_factory=dict)  # further keys of an exported config.json
 
 
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of Llama 3
+
 GPT2 = Architecture(
-    arch="gpt2",
+    fields={"arch": "gpt2"},
     model_type="gpt2",
     model_class="GPT2LMHeadModel",
     prefix="transformer.",
@@ -84,10 +88,11 @@ GPT2 = Architecture(
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
+    defaults={"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "layer_norm_epsilon": 1e-5},
 )
 
 QWEN3 = Architecture(
-    arch="modern",
+    fields={"arch": "modern", "qk_norm": True, "qkv_bias": False},
     model_type="qwen3",
     model_class="Qwen3ForCausalLM",
     prefix="model.",
@@ -126,13 +131,45 @@ QWEN3 = Architecture(
         "tie_word_embeddings": (False, True),
         "use_sliding_window": (False,),
         "layer_types": ("full_attention", None),
-        "rope_type": ("default",),
+        "rope_type": ("default", "llama3"),
         "partial_rotary_factor": (1.0,),
     },
     written={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
 )
 
-ARCHITECTURES = (GPT2, QWEN3)
+QK_NORMS = ("blocks.*.attention.q_norm", "blocks.*.attention.k_norm")
+
+LLAMA = replace(
+    QWEN3,
+    fields={"arch": "modern", "qk_norm": False, "qkv_bias": False},
+    model_type="llama",
+    model_class="LlamaForCausalLM",
+    tensors={name: spec for name, spec in QWEN3.tensors.items() if spec.name not in QK_NORMS},
+    supported=QWEN3.supported | {"mlp_bias": (False,)},
+    written={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    defaults={"rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+)
+
+# Without its sliding window the same network as Llama, which comes first and is the class for export.
+MISTRAL = replace(
+    LLAMA,
+    model_type="mistral",
+    model_class="MistralForCausalLM",
+    supported=QWEN3.supported | {"sliding_window": (None,)},
+    defaults={"rope_theta": 1e4, "rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+)
+
+QWEN2 = replace(
+    LLAMA,
+    fields={"arch": "modern", "qk_norm": False, "qkv_bias": True},
+    model_type="qwen2",
+    model_class="Qwen2ForCausalLM",
+    supported=QWEN3.supported,
+    written={"hidden_act": "silu", "use_sliding_window": False},
+    defaults={"rope_theta": 1e4, "rms_norm_eps": 1e-6},
+)
+
+ARCHITECTURES = (GPT2, QWEN3, LLAMA, MISTRAL, QWEN2)
 
 
 @dataclass
@@ -167,8 +204,10 @@ class Placement(NamedTuple):
         return self.shape[::-1] if self.is_transposed else self.shape
 
 
-def find_architecture(arch: str) -> Architecture:
-    return next(architecture for architecture in ARCHITECTURES if architecture.arch == arch)
+def find_architecture(model_config: dict[str, Any]) -> Architecture:
+    """The first architecture that has these fields of GPTConfig; a missing one has GPTConfig's default."""
+    actual = {"arch": "gpt2", "qk_norm": True, "qkv_bias": False} | model_config
+    return next(known for known in ARCHITECTURES if known.fields.items() <= actual.items())
 
 
 def tensor_layout(model_config: dict[str, Any], *, transposed: bool = True) -> dict[str, Placement]:
@@ -176,7 +215,7 @@ def tensor_layout(model_config: dict[str, Any], *, transposed: bool = True) -> d
 
     model_config: arguments of GPTConfig. transposed: the matrices that Hugging Face stores as (in, out) are so.
     """
-    architecture = find_architecture(model_config.get("arch", "gpt2"))
+    architecture = find_architecture(model_config)
     sizes = _sizes(model_config)
     layout: dict[str, Placement] = {}
     for stored_name, spec in architecture.tensors.items():
@@ -184,6 +223,8 @@ def tensor_layout(model_config: dict[str, Any], *, transposed: bool = True) -> d
             continue
         shape = tuple(sizes[size] for size in (spec.rows, spec.columns) if size)
         has_bias = model_config["bias"] and not spec.name.endswith("_embedding")
+        if model_config.get("qkv_bias"):
+            has_bias = spec.name.endswith(".qkv")
 
         for layer in range(sizes["n_layer"] if "*" in stored_name else 1):
             theirs = stored_name.replace("*", str(layer))
@@ -221,11 +262,11 @@ def validate_sizes(source: str, sizes: dict[str, Any]) -> None:
 
 
 def strip_wrappers(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that wrappers add to names, and the causal mask's buffers."""
+    """Remove the prefixes that wrappers add to names, and buffers."""
     plain = {WRAPPERS.sub("", name, count=1): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise InputError(f"{source}: the same tensor name under two prefixes; save the model again")
-    return {name: tensor for name, tensor in plain.items() if not CAUSAL_MASK.fullmatch(name)}
+    return {name: tensor for name, tensor in plain.items() if not BUFFERS.fullmatch(name)}
 
 
 def translate(
