@@ -19,6 +19,7 @@ from nanogpt.errors import InputError, run_script
 from nanogpt.files import atomic_directory, read_json
 from nanogpt.interop.huggingface import write_huggingface
 from nanogpt.interop.names import find_architecture
+from nanogpt.interop.peft import write_peft
 
 
 @dataclass
@@ -28,6 +29,9 @@ class ExportConfig(ModelKeys):
     to: str = key("", "folder to write; a new or an empty one", group="Folder")
     dtype: Literal["float32", "bfloat16"] = key("float32", "of the weights in it")
     shard_gb: float = key(5.0, "largest file in gigabytes; larger weights are split", gt=0, le=10**6)
+    adapters: bool = key(
+        False, "of a run with LoRA: write only the adapters, as PEFT does; False: merged with their base"
+    )
 
 
 def main() -> None:
@@ -40,6 +44,9 @@ def main() -> None:
         raise InputError(f"--to={config.to}: exists and is not overwritten; delete it, or give another folder")
     try:
         with atomic_directory(target) as folder:
+            if config.adapters:
+                write_adapters(folder, config)
+                return
             loaded = load_model(config, "exporting")
             write_huggingface(
                 folder,
@@ -63,6 +70,32 @@ def main() -> None:
             f"--to={config.to}: cannot be written ({reason}); free some disk space, or give another folder"
         ) from error
     print(f"wrote {config.to}: {loaded.model.count_parameters():,} parameters in {config.dtype}, {format_bytes(total)}")
+
+
+def write_adapters(folder: Path, config: ExportConfig) -> None:
+    """Write the adapters of a run as PEFT's folder, and print their number."""
+    source = Path(config.out_dir if config.init_from == "resume" else config.init_from)
+    run = checkpoint.load(checkpoint.find(source, config.checkpoint), with_optimizer=False)
+    if not run.adapters:
+        raise InputError(f"--adapters=True: {source} is a run without LoRA; leave it out")
+    adapters = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in run.adapters.items()}
+    base = run.state["lora"]["base"]
+    write_peft(folder, adapters, run.state["lora"]["alpha"], base, run.state["model"])
+    facts = "\n".join(f"| {fact} | {value} |" for fact, value in run_facts(run.path).items())
+    card = f"""---
+library_name: peft
+---
+
+LoRA adapters from nanoGPT. `adapter_config.json` names their base; where that is not a folder or id that transformers
+reads, export it (`python export.py --init_from=BASE --to=FOLDER`) and put its place there.
+
+| | |
+|---|---|
+{facts}
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+    numel = sum(tensor.numel() for tensor in adapters.values())
+    print(f"wrote {config.to}: adapters of {numel:,} parameters in {config.dtype}, for {base}")
 
 
 def model_card(name: str, loaded: LoadedModel, dtype: str) -> str:

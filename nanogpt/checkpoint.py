@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, NotRequired, TypedDict
 
@@ -73,6 +73,14 @@ class Fingerprints(TypedDict):
     val: str
 
 
+class Lora(TypedDict):
+    """Where the base of adapters came from, the hash of its weights, and the adapters' scale."""
+
+    base: str
+    base_sha256: str
+    alpha: NonNegative
+
+
 class State(TypedDict):
     """The keys of state.json. An empty object stands for a scaler or guard that was not in use."""
 
@@ -89,6 +97,7 @@ class State(TypedDict):
     wandb_id: str | None
     dial: NotRequired[Plan | None]  # the name that version 0.1 gave it
     data: NotRequired[Fingerprints]
+    lora: NotRequired[Lora | None]
     model: dict[str, Any]
     config: dict[str, Any]
 
@@ -98,12 +107,16 @@ ADDED_LATER: dict[str, Any] = {"guard": {}, "processes": 1, "wandb_id": None}  #
 
 @dataclass
 class Checkpoint:
-    """A loaded checkpoint: tensors by name on the CPU, and the content of `state.json`."""
+    """A loaded checkpoint: tensors by name on the CPU, and the content of `state.json`.
+
+    adapters: those of a run with LoRA; then `model` is the base or, loaded without the optimizer, both merged.
+    """
 
     path: Path
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    adapters: dict[str, Tensor] = field(default_factory=dict)
 
     def build_config(self, config_class: type[Config], part: str) -> Config:
         """The settings in `state[part]`. Raises InputError where `config_class` does not have or take them."""
@@ -116,13 +129,16 @@ class Checkpoint:
             problems = [f"state.json: {part}.{error}"]
         raise _damaged(self.path, "; ".join(problems[:3]))
 
-    def build_model(self, model_class: Any, config_class: type[Config]) -> Any:
-        """A model with these tensors, which take no new memory. Raises InputError where its sizes are not theirs."""
+    def build_model(self, model_class: Any, config_class: type[Config], **changes: Any) -> Any:
+        """A model with these tensors, which take no new memory. Raises InputError where its sizes are not theirs.
+
+        changes: as for `GPT.from_tensors`.
+        """
         sizes: Any = self.build_config(config_class, "model")
         try:
             if sizes.n_layer > len(self.model):  # even without memory a billion blocks take hours
                 raise RuntimeError(f"n_layer={sizes.n_layer}, but there are {len(self.model)} tensors")
-            return model_class.from_tensors(sizes, self.model)
+            return model_class.from_tensors(sizes, self.model, **changes)
         except (RuntimeError, TypeError) as error:  # the latter for sizes of more than 63 bits
             reason = " ".join(str(error).split())[:200]
             raise _damaged(self.path, f"state.json: the sizes are not those of the tensors ({reason})") from error
@@ -206,14 +222,24 @@ def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
         raise InputError(f"out_dir={out_dir} holds no run to resume (no ckpt/step-*): check the path{hint}")
     for path in paths:
         try:
-            return load(path)
+            resumed = _read(path)
         except InputError as error:
             print0(f"warning: {error}")
+        else:
+            return _add_base(resumed) if resumed.state.get("lora") else resumed
     raise InputError(f"no checkpoint of {out_dir} is intact: start a new run without --resume")
 
 
 def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
-    """Read a checkpoint directory and compare each file with the manifest. Raises InputError for a damaged one."""
+    """Read a checkpoint directory and compare each file with the manifest.
+
+    Raises InputError for a damaged one, and for adapters whose base is missing or another one.
+    """
+    loaded = _read(path, with_optimizer)
+    return _add_base(loaded, is_merged=not with_optimizer) if loaded.state.get("lora") else loaded
+
+
+def _read(path: Path, with_optimizer: bool = True) -> Checkpoint:
     files = [*FILES, *OPTIONAL_FILES]
     if not with_optimizer:
         files.remove("optimizer.safetensors")
@@ -221,6 +247,36 @@ def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
     model = _load_tensors(path, "model.safetensors")
     optimizer = _load_tensors(path, "optimizer.safetensors") if with_optimizer else {}
     return Checkpoint(path, model, optimizer, state)
+
+
+def _add_base(loaded: Checkpoint, is_merged: bool = False) -> Checkpoint:
+    """Put the base of adapters into `model`: from init_from or, seen from another directory, from its full path."""
+    from nanogpt import lora
+    from nanogpt.interop.huggingface import read_weights
+
+    run, sizes = loaded.state["lora"], loaded.state["model"]
+    init_from = str(loaded.state["config"].get("init_from"))
+    source = next((place for place in (init_from, run["base"]) if os.path.exists(place)), init_from)
+    another = InputError(f"{loaded.path} has adapters of another base: {source} is not what the run started from")
+    if Path(source).resolve() == loaded.path.parent.parent.resolve():
+        raise another
+    try:
+        if is_checkpoint(Path(source)):
+            tensors = load(find(source), with_optimizer=False).model
+        else:
+            tensors = read_weights(source).tensors
+    except InputError as error:
+        raise InputError(f"{loaded.path} has adapters, and their base cannot be read: {error}") from error
+    try:
+        if lora.base_sha256(tensors, sizes) != run["base_sha256"]:
+            raise another
+        loaded.adapters = loaded.model
+        loaded.model = lora.crop(tensors, sizes)
+        if is_merged:
+            lora.merge(loaded.model, loaded.adapters, run["alpha"], sizes)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise _damaged(loaded.path, f"its adapters do not fit its base ({error!r})") from error
+    return loaded
 
 
 def _load_tensors(path: Path, file: str) -> dict[str, Tensor]:
