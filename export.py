@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from configurator import key, parse
 from load import LoadedModel, ModelKeys, load_model
+from model import GPTConfig
 from nanogpt import checkpoint
 from nanogpt.console import format_bytes
 from nanogpt.errors import InputError, run_script
@@ -76,11 +77,12 @@ def write_adapters(folder: Path, config: ExportConfig) -> None:
     """Write the adapters of a run as PEFT's folder, and print their number."""
     source = Path(config.out_dir if config.init_from == "resume" else config.init_from)
     run = checkpoint.load(checkpoint.find(source, config.checkpoint), with_optimizer=False)
-    if not run.adapters:
+    if not run.state.get("lora"):
         raise InputError(f"--adapters=True: {source} is a run without LoRA; leave it out")
-    adapters = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in run.adapters.items()}
+    adapters = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in run.model.items()}
     base = run.state["lora"]["base"]
-    write_peft(folder, adapters, run.state["lora"]["alpha"], base, run.state["model"])
+    sizes = asdict(run.build_config(GPTConfig, "model"))
+    write_peft(folder, adapters, run.state["lora"]["alpha"], base, sizes)
     facts = "\n".join(f"| {fact} | {value} |" for fact, value in run_facts(run.path).items())
     card = f"""---
 library_name: peft

@@ -13,13 +13,14 @@ import re
 import shutil
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
+from nanogpt import lora
 from nanogpt.console import format_bytes, print0
 from nanogpt.errors import InputError, RunStopped
 from nanogpt.files import atomic_directory, file_sha256, read_json, recover_directories, sync, utf8_path
@@ -74,11 +75,11 @@ class Fingerprints(TypedDict):
 
 
 class Lora(TypedDict):
-    """Where the base of adapters came from, the hash of its weights, and the adapters' scale."""
+    """The scale of adapters, where their base came from, and the hash of its weights."""
 
+    alpha: NonNegative
     base: str
     base_sha256: str
-    alpha: NonNegative
 
 
 class State(TypedDict):
@@ -109,7 +110,8 @@ ADDED_LATER: dict[str, Any] = {"guard": {}, "processes": 1, "wandb_id": None}  #
 class Checkpoint:
     """A loaded checkpoint: tensors by name on the CPU, and the content of `state.json`.
 
-    adapters: those of a run with LoRA; then `model` is the base or, loaded without the optimizer, both merged.
+    In a run with LoRA the tensors are its adapters. `build_model` moves them to `adapters` and puts their base into
+    `model`, for resuming as it is, and without the optimizer's state merged with the adapters.
     """
 
     path: Path
@@ -135,13 +137,41 @@ class Checkpoint:
         changes: as for `GPT.from_tensors`.
         """
         sizes: Any = self.build_config(config_class, "model")
+        has_adapters = bool(self.state.get("lora")) and not self.adapters
+        if has_adapters:
+            self._read_base(asdict(sizes), model_class, config_class)
         try:
             if sizes.n_layer > len(self.model):  # even without memory a billion blocks take hours
                 raise RuntimeError(f"n_layer={sizes.n_layer}, but there are {len(self.model)} tensors")
+            if has_adapters and not self.optimizer:
+                lora.merge(self.model, self.adapters, self.state["lora"]["alpha"], asdict(sizes))
             return model_class.from_tensors(sizes, self.model, **changes)
-        except (RuntimeError, TypeError) as error:  # the latter for sizes of more than 63 bits
+        except (KeyError, RuntimeError, TypeError) as error:  # the last for sizes of more than 63 bits
             reason = " ".join(str(error).split())[:200]
             raise _damaged(self.path, f"state.json: the sizes are not those of the tensors ({reason})") from error
+
+    def _read_base(self, sizes: dict[str, Any], model_class: Any, config_class: Any) -> None:
+        """Read the base of adapters from init_from or, seen from another directory, from its full path."""
+        from nanogpt.interop.huggingface import read_weights
+
+        run = self.state["lora"]
+        init_from = str(self.state["config"].get("init_from"))
+        source = next((place for place in (init_from, run["base"]) if os.path.exists(place)), init_from)
+        another = InputError(f"{self.path} has adapters of another base: {source} is not what the run started from")
+        if Path(source).resolve() == self.path.parent.parent.resolve():
+            raise another
+        try:
+            if is_checkpoint(Path(source)):
+                base = load(find(source), with_optimizer=False)
+                tensors = base.build_model(model_class, config_class).state_dict()
+            else:
+                tensors = read_weights(source).tensors
+        except InputError as error:
+            raise InputError(f"{self.path} has adapters, and their base cannot be read: {error}") from error
+        if lora.base_sha256(tensors, sizes) != run["base_sha256"]:
+            raise another
+        self.adapters = self.model
+        self.model = lora.crop(tensors, sizes)
 
 
 # ---- find and load
@@ -222,24 +252,14 @@ def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
         raise InputError(f"out_dir={out_dir} holds no run to resume (no ckpt/step-*): check the path{hint}")
     for path in paths:
         try:
-            resumed = _read(path)
+            return load(path)
         except InputError as error:
             print0(f"warning: {error}")
-        else:
-            return _add_base(resumed) if resumed.state.get("lora") else resumed
     raise InputError(f"no checkpoint of {out_dir} is intact: start a new run without --resume")
 
 
 def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
-    """Read a checkpoint directory and compare each file with the manifest.
-
-    Raises InputError for a damaged one, and for adapters whose base is missing or another one.
-    """
-    loaded = _read(path, with_optimizer)
-    return _add_base(loaded, is_merged=not with_optimizer) if loaded.state.get("lora") else loaded
-
-
-def _read(path: Path, with_optimizer: bool = True) -> Checkpoint:
+    """Read a checkpoint directory and compare each file with the manifest. Raises InputError for a damaged one."""
     files = [*FILES, *OPTIONAL_FILES]
     if not with_optimizer:
         files.remove("optimizer.safetensors")
@@ -247,36 +267,6 @@ def _read(path: Path, with_optimizer: bool = True) -> Checkpoint:
     model = _load_tensors(path, "model.safetensors")
     optimizer = _load_tensors(path, "optimizer.safetensors") if with_optimizer else {}
     return Checkpoint(path, model, optimizer, state)
-
-
-def _add_base(loaded: Checkpoint, is_merged: bool = False) -> Checkpoint:
-    """Put the base of adapters into `model`: from init_from or, seen from another directory, from its full path."""
-    from nanogpt import lora
-    from nanogpt.interop.huggingface import read_weights
-
-    run, sizes = loaded.state["lora"], loaded.state["model"]
-    init_from = str(loaded.state["config"].get("init_from"))
-    source = next((place for place in (init_from, run["base"]) if os.path.exists(place)), init_from)
-    another = InputError(f"{loaded.path} has adapters of another base: {source} is not what the run started from")
-    if Path(source).resolve() == loaded.path.parent.parent.resolve():
-        raise another
-    try:
-        if is_checkpoint(Path(source)):
-            tensors = load(find(source), with_optimizer=False).model
-        else:
-            tensors = read_weights(source).tensors
-    except InputError as error:
-        raise InputError(f"{loaded.path} has adapters, and their base cannot be read: {error}") from error
-    try:
-        if lora.base_sha256(tensors, sizes) != run["base_sha256"]:
-            raise another
-        loaded.adapters = loaded.model
-        loaded.model = lora.crop(tensors, sizes)
-        if is_merged:
-            lora.merge(loaded.model, loaded.adapters, run["alpha"], sizes)
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise _damaged(loaded.path, f"its adapters do not fit its base ({error!r})") from error
-    return loaded
 
 
 def _load_tensors(path: Path, file: str) -> dict[str, Tensor]:
