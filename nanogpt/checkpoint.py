@@ -156,7 +156,7 @@ class Checkpoint:
 
         run = self.state["lora"]
         init_from = str(self.state["config"].get("init_from"))
-        source = next((place for place in (init_from, run["base"]) if os.path.exists(place)), init_from)
+        source = next((place for place in (init_from, run["base"]) if os.path.exists(place)), run["base"])
         another = InputError(f"{self.path} has adapters of another base: {source} is not what the run started from")
         if Path(source).resolve() == self.path.parent.parent.resolve():
             raise another

@@ -79,8 +79,11 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         B = [self.lora_B[name] if name in self.lora_B else x.new_zeros(n, 0) for name, n in self.rows.items()]
-        down = F.linear(x, torch.cat(list(self.lora_A.values()))) * self.scale  # (..., adapters · rank)
-        return F.linear(x, self.weight, self.bias) + F.linear(down, torch.block_diag(*B))
+        flat = x.flatten(0, -2)  # (tokens, in)
+        down = F.linear(flat, torch.cat(list(self.lora_A.values()))) * self.scale  # (tokens, adapters · rank)
+        y = F.linear(flat, self.weight, self.bias)
+        y.addmm_(down, torch.block_diag(*B).mT.to(y.dtype))  # in place: another tensor this wide would cost memory
+        return y.unflatten(0, x.shape[:-1])
 
 
 def path_words(theirs: str, ours: str) -> set[str]:

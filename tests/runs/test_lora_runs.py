@@ -152,7 +152,7 @@ def test_another_base_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_
             assert "\n" not in str(caught.value)
 
     Path("base").rename("moved")
-    assert_refused("step-0000.. has adapters, and their base cannot be read: 'base' is not a file or folder")
+    assert_refused("step-0000.. has adapters, and their base cannot be read: '.*/base' is not a file or folder")
     build_gpt2(vocab_size=4, scale=0.1).save_pretrained("base")
     assert_refused("step-0000.. has adapters of another base: base is not what the run started from")
     shutil.rmtree("base")
