@@ -86,7 +86,7 @@ class Server:
 
     def generate(self, **request: Any) -> list[dict[str, Any]]:
         """The token events of a text."""
-        first, *tokens, last = self.stream(**request)
+        first, *tokens, last = (event for event in self.stream(**request) if "queued" not in event)
         assert "prompt_ids" in first
         assert last["done"] is True
         return tokens

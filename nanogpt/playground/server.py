@@ -3,7 +3,7 @@
 GET  /              the page
 GET  /api/model     the model's name and sizes, and the settings that a request may have
 GET  /api/metrics   the run's losses, from a byte of metrics.jsonl on
-POST /api/generate  a text or an answer: events as lines of JSON, streamed while the model generates
+POST /api/generate  a text, or an answer to messages: events as lines of JSON, streamed while the model generates
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import threading
 import time
 import traceback
 from collections.abc import AsyncGenerator, Collection, Iterator
@@ -98,6 +99,7 @@ class Playground:
         self.chat = chat
         self.end_ids = end_ids
         self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+        self.encoding = threading.Lock()  # requests are parsed in several threads, and the tokenizer has a mode
         self.queue: list[asyncio.Event] = []  # the first is served; an event is set when its place may have changed
 
         # The model runs in this thread alone: the last step of an abandoned text ends before the next text begins.
@@ -121,10 +123,11 @@ class Playground:
         ids: list[int] = []
         answer_start = None
         num_omitted = 0
-        if "prompt" in names:
-            ids = self._encode_prompt(request.pop("prompt"))
-        elif "messages" in names:
-            ids, answer_start, num_omitted = self._encode_conversation(request.pop("messages"))
+        with self.encoding:
+            if "prompt" in names:
+                ids = self._encode_prompt(request.pop("prompt"))
+            elif "messages" in names:
+                ids, answer_start, num_omitted = self._encode_conversation(request.pop("messages"))
         without_row = [id for id in ids if id >= self.vocab_size]
         if without_row:
             raise InputError(f"the model has no row for {self.tokenizer.label(without_row[0])}; leave it out")

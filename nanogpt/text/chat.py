@@ -173,7 +173,9 @@ class Chat:
             pairs = bisect_left(range(most_pairs), True, key=lambda n: len(encode_without(n)) <= context // 2)
             ids = encode_without(pairs)
         except ValueError as error:
-            raise InputError(f"{error}; use the template that the model was tuned with") from error
+            raise InputError(
+                f"{error}; change the messages, or use the template that the model was tuned with"
+            ) from error
         if len(ids) > context:
             raise InputError(
                 f"the question, as the chat template writes it, has {len(ids):,} tokens, more than the context of "

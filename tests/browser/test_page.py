@@ -271,7 +271,7 @@ def test_chat_answers_and_keeps_versions(chat: ChatPage):
     chat.ask("Why?")
     third = chat.answer("Who <b>?", other, "Why?")
     assert chat.texts == ["Who <b>?", other, "Why?", third]
-    chat.press(1, "‹")
+    chat.press(1, "Previous version")
     assert chat.texts == ["Who <b>?", first, "And?", second]
     assert chat.page.locator("button:focus").text_content() == "‹"
     chat.page.keyboard.press("Enter")  # from the first version to the last
@@ -287,7 +287,7 @@ def test_chat_answers_and_keeps_versions(chat: ChatPage):
     chat.wait_for_end()
     where = chat.answer("Where?\n")
     assert chat.texts == ["Where?\n", where]
-    chat.press(0, "›")
+    chat.press(0, "Next version")
     assert chat.texts == ["Who <b>?", other, "Why?", third]
 
     # Another conversation, and back.
@@ -336,7 +336,7 @@ def test_chat_streams_and_stops(chat: ChatPage):
     chat.page.fill("#question", "Who?")
     chat.page.click("#send")
     chat.stream(gate, 1, 5)
-    assert chat.page.locator("#announcement").text_content() == ""
+    assert chat.page.locator("#announcement").text_content() == "generating"
     chat.page.keyboard.press("Escape")
     assert chat.page.locator("#chat-status").text_content() == "stopped"
     wait_until(lambda: chat.server.playground.queue == [])
@@ -372,6 +372,27 @@ def test_chat_streams_and_stops(chat: ChatPage):
     assert "without the oldest" not in chat.message(5).text_content()
     chat.ask("x" * 60)
     assert "without the oldest" in chat.message(7).text_content()
+
+
+def test_chat_question_stops_the_answer_before(chat: ChatPage):
+    gate = Gate(chat.server.playground)
+    chat.page.fill("#question", "Who?")
+    chat.page.keyboard.press("Enter")
+    chat.stream(gate, 1, 2)
+    (first,) = chat.server.playground.queue
+    chat.page.fill("#question", "And?")
+    chat.page.keyboard.press("Enter")
+    wait_until(lambda: first not in chat.server.playground.queue)
+    gate.permits.release()  # for its step in progress
+    wait_until(lambda: len(gate.texts) == 2)
+    chat.stream(gate, 3, 2)
+    assert [len(text) for text in chat.texts] == [4, 2, 4, 2]
+    assert chat.page.locator("#stop-answer").is_enabled()
+    assert "stopped" in chat.message(1).text_content()
+    assert [message["content"] for message in chat.requests[-1]["messages"]] == ["Who?", chat.texts[1], "And?"]
+    gate.open()
+    chat.wait_for_end()
+    assert len(chat.texts[3]) == 12
 
 
 def test_chat_has_system_prompt_and_alternatives(chat: ChatPage):
@@ -456,7 +477,7 @@ def test_chat_survives_a_reload(chat: ChatPage):
     assert len(chat.requests[-1]["ids"]) == 3
     chat.message(1).locator(".token").nth(1).hover()
     assert chat.page.locator("#alternatives button").count() == 6
-    chat.press(1, "‹")
+    chat.press(1, "Previous version")
     assert len(chat.texts) == 2
 
     # The other view, by its link and address.

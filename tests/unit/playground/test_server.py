@@ -314,6 +314,13 @@ def test_generate_refuses_prompt_without_ids(tmp_path: Path, characters: Playgro
         assert len(server.generate(prompt="ab", max_new_tokens=5, top_k=10**6)) == 5
 
 
+def test_generate_refuses_tokens_without_row(tmp_path: Path):
+    with serve(make_playground(bytes_tokenizer(), extra_ids=-1), tmp_path) as server:
+        status, response = server.request("POST", "/api/generate", {"prompt": f"a{END_OF_TEXT}"})
+        assert status == 400
+        assert response["error"] == f"the model has no row for {END_OF_TEXT}; leave it out"
+
+
 @pytest.mark.parametrize(
     ("method", "path", "expected"),
     [
