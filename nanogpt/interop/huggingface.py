@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanogpt.errors import InputError
 from nanogpt.files import read_json, utf8_path
+from nanogpt.interop.gguf import read_gguf, read_gguf_tokenizer
 from nanogpt.interop.names import (
     ARCHITECTURES,
     GELU,
@@ -40,11 +41,13 @@ TOKENIZER_HINT = "have transformers' AutoTokenizer.from_pretrained(...).save_pre
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Read a model of OpenAI's (gpt2 … gpt2-xl), a folder or hub id of Hugging Face, or nanoGPT's ckpt.pt.
+    """Read a model of OpenAI's (gpt2 … gpt2-xl), a folder or hub id of Hugging Face, a GGUF file, or nanoGPT's ckpt.pt.
 
-    Raises InputError as `read_huggingface` and `read_nanogpt` do.
+    Raises InputError as `read_huggingface`, `read_gguf` and `read_nanogpt` do.
     """
     path = Path(source)
+    if path.suffix == ".gguf":
+        return read_gguf(path)
     is_nanogpt_folder = os.path.exists(path / "ckpt.pt") and not os.path.exists(path / "config.json")
     if str(source) not in OPENAI_MODELS and (os.path.isfile(path) or path.suffix == ".pt" or is_nanogpt_folder):
         return read_nanogpt(path)
@@ -70,7 +73,7 @@ def read_huggingface(source: str) -> Weights:
         weights.end_ids = ends if isinstance(ends, list) else [ends]
 
     if (folder / "tokenizer.json").exists():
-        weights.tokenizer_folder = folder
+        weights.tokenizer = Tokenizer.load(folder)
     elif (folder / "vocab.json").exists():
         weights.notes.append(f"{source}: no tokenizer.json, so no text, only ids; {TOKENIZER_HINT}")
     elif config["vocab_size"] == GPT2_VOCAB:
@@ -80,7 +83,9 @@ def read_huggingface(source: str) -> Weights:
 
 
 def read_tokenizer(source: str) -> Tokenizer:
-    """Read the tokenizer of a local folder or of a model on the hub. Raises InputError if there is none."""
+    """Read the tokenizer of a local folder, a GGUF file or a model on the hub. Raises InputError if there is none."""
+    if source.endswith(".gguf"):
+        return read_gguf_tokenizer(Path(source))
     tokenizer = Tokenizer.load(_local_folder(source, *TOKENIZER_FILES))
     if tokenizer is None:
         raise InputError(f"{source}: no tokenizer.json; give a folder or hub id that has one, or {TOKENIZER_HINT}")

@@ -9,14 +9,15 @@ To add an architecture of Hugging Face:
 
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanogpt.errors import InputError
+from nanogpt.text.tokenizer import Tokenizer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")  # of DDP, torch.compile, the headed model
@@ -177,19 +178,27 @@ class Weights:
     """A model read from elsewhere.
 
     config: arguments of GPTConfig. tensors: float32 under our names, in their own memory; the token embedding has its
-    true vocab_size rows. tokenizer_folder: where its tokenizer.json is. gpt2_encoding: it has no tokenizer files and
-    its ids are GPT-2's. notes: lines for the user. train_config: nanoGPT's settings of the run (such as "dataset").
+    true vocab_size rows. tokenizer: None if it has none. gpt2_encoding: it has no tokenizer files and its ids are
+    GPT-2's. notes: lines for the user. train_config: nanoGPT's settings of the run (such as "dataset").
     end_ids: the ids that end a generated text, as far as stated.
     """
 
     source: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    tokenizer_folder: Path | None = None
+    tokenizer: Tokenizer | None = None
     gpt2_encoding: bool = False
     notes: list[str] = field(default_factory=list)
     train_config: dict[str, Any] = field(default_factory=dict)
     end_ids: list[int] = field(default_factory=list)
+
+
+class Unread(NamedTuple):
+    """A stored tensor whose values are read once its shape is known to be right."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    dtype: torch.dtype = torch.float32
 
 
 class Placement(NamedTuple):
@@ -270,7 +279,7 @@ def strip_wrappers(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def translate(
-    source: str, stored: dict[str, Tensor], model_config: dict[str, Any], transposed: bool
+    source: str, stored: Mapping[str, Tensor | Unread], model_config: dict[str, Any], transposed: bool
 ) -> dict[str, Tensor]:
     """Copy stored tensors to float32 under our names, matrices as (out, in).
 
@@ -289,16 +298,20 @@ def translate(
 
     parts: dict[str, list[Tensor]] = {}
     for their_name, place in layout.items():
-        tensor = stored[their_name]
+        tensor = _read(stored[their_name])
         parts.setdefault(place.name, []).append(tensor.t() if place.is_transposed else tensor)
     tensors = {name: torch.cat(rows).float() for name, rows in parts.items()}
 
-    if stored_head is not None and not torch.equal(stored_head.float(), tensors["token_embedding.weight"]):
+    if stored_head is not None and not torch.equal(_read(stored_head).float(), tensors["token_embedding.weight"]):
         raise InputError(f"{source}: lm_head.weight is not the token embedding, although tied; use another model")
     return tensors
 
 
-def _check_tensors(source: str, stored: dict[str, Tensor], layout: dict[str, Placement]) -> None:
+def _read(tensor: Tensor | Unread) -> Tensor:
+    return tensor.read() if isinstance(tensor, Unread) else tensor
+
+
+def _check_tensors(source: str, stored: Mapping[str, Tensor | Unread], layout: dict[str, Placement]) -> None:
     misshapen = []
     for name, place in layout.items():
         tensor = stored.get(name)

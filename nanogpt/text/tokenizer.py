@@ -81,13 +81,13 @@ class Tokenizer:
         elif vocab == BYTE_DECODER | {END_OF_TEXT: 256} and _has_same_pipeline(inner, _bytes()):
             self.name = "byte"
 
-        self._name_tokens({})
+        self.name_tokens({})
         if self.end_of_text is not None:
             end = str(inner.id_to_token(self.end_of_text))
             self.named_tokens: dict[str, str] = {"bos_token": end, "eos_token": end}
 
-    def _name_tokens(self, named_tokens: dict[str, str]) -> None:
-        """Set `named_tokens`, and what depends on them."""
+    def name_tokens(self, named_tokens: dict[str, str]) -> None:
+        """Set `named_tokens`, which become special tokens, and what depends on them."""
         vocab = self._inner.get_vocab()
         self.named_tokens = {key: token for key, token in named_tokens.items() if token in vocab}
         self._inner.add_special_tokens([*self.named_tokens.values()])  # as transformers does
@@ -240,7 +240,7 @@ class Tokenizer:
             if "eos_token" not in named and isinstance(token_id, int) and (name := self._inner.id_to_token(token_id)):
                 named["eos_token"] = name
         if named:
-            self._name_tokens(named)
+            self.name_tokens(named)
 
     def save(self, folder: str | Path, name: str = "tokenizer.json") -> None:
         """Write the files that `load` and other programs read. Raises OSError if the disk refuses."""
