@@ -1,14 +1,15 @@
-"""Read GGUF, the file of llama.cpp and the programs around it, by llama.cpp's own package `gguf`.
+"""Read and write GGUF, the file of llama.cpp and of the programs around it, by llama.cpp's own package `gguf`.
 
 A file holds everything: sizes, tensors (perhaps quantized), tokenizer, chat template. It is memory-mapped, and all
 sizes that it states are checked before memory is allocated.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,22 +17,22 @@ from torch import Tensor
 
 from nanogpt.errors import InputError
 from nanogpt.files import regular_file_size
+from nanogpt.interop.gguf_tokenizer import has_added_end, to_settings, to_tokenizer
 from nanogpt.interop.names import (
     ARCHITECTURES,
     Architecture,
     Unread,
     Weights,
+    find_architecture,
     first_line,
+    split_tensors,
     tensor_layout,
     translate,
     validate_sizes,
 )
 from nanogpt.schema import Count, matches
-from nanogpt.text.fast_bpe import LLAMA_3_PATTERN, PATTERNS
+from nanogpt.text.chat import end_ids
 from nanogpt.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import tokenizers
 
 HINT = "download or convert it again"
 MAX_HEADER_PARTS = 5_000_000  # strings and numbers; Gemma 3's vocabulary, the largest published one, has two million
@@ -51,36 +52,16 @@ MODERN_SIZES = SIZES | {
     "rope_theta": "rope.freq_base",
     "norm_eps": "attention.layer_norm_rms_epsilon",
 }
-IGNORED = ("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")
+ORIGINAL_CONTEXT = "rope.scaling.original_context_length"  # llama.cpp uses it for YaRN alone
+IGNORED = (ORIGINAL_CONTEXT, "rope.scaling.finetuned", "tensor_data_layout")
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling: a divisor of each frequency
-PUBLISHED_SCALING = (1.0, 4.0, 8192.0)  # of Llama 3.1 to 3.3, after the factor
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # of written matrices
 
-# Types of tokens in tokenizer.ggml.token_type.
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-GPT2_SPLIT = PATTERNS["gpt2"]
-QWEN2_SPLIT = LLAMA_3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-GPT4O_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# tokenizer.ggml.pre -> the expressions that split text, one after the other
-SPLITS = {
-    "gpt-2": [GPT2_SPLIT],
-    "smollm": [r"\p{N}", GPT2_SPLIT],
-    "starcoder": [r"\p{N}", GPT2_SPLIT],
-    "llama-bpe": [LLAMA_3_PATTERN],
-    "smaug-bpe": [LLAMA_3_PATTERN],
-    "qwen2": [QWEN2_SPLIT],
-    "deepseek-r1-qwen": [QWEN2_SPLIT],
-    "gpt-4o": [GPT4O_SPLIT],
-    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]"],
-}
-# These take a word that is in the vocabulary as it is, whatever the merges would make of it.
-IGNORE_MERGES = ("llama-bpe",)
-# The models of these were trained on text in NFC, which llama.cpp does not make.
-NFC = ("qwen2", "deepseek-r1-qwen")
-NAMED_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+def check_installed(path: Path) -> None:
+    """Raise InputError where the package is not installed."""
+    if find_spec("gguf") is None:
+        raise InputError(f'{path}: needs the package gguf; pip install -e ".[gguf]"')
 
 
 class Header:
@@ -88,10 +69,8 @@ class Header:
 
     def __init__(self, path: Path):
         """Raises InputError for a file that is damaged or that states more than it holds."""
-        try:
-            import gguf
-        except ImportError as error:
-            raise InputError(f'{path}: needs the package gguf: pip install -e ".[gguf]"') from error
+        check_installed(path)
+        import gguf
 
         class Reader(gguf.GGUFReader):
             """The package's reader, which takes neither a part beyond the end of the file nor endless many."""
@@ -111,12 +90,12 @@ class Header:
             size = regular_file_size(path)
             reader = Reader(path)
             self._fields = reader.fields
-            self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
             if sum(int(tensor.n_bytes) for tensor in reader.tensors) > size:
                 raise ValueError("it states tensors larger than the file")
         except Exception as error:  # a damaged file raises whatever its bytes happen to mean
             raise InputError(f"{path}: cannot be read ({first_line(error)}); {HINT}") from error
-        if (self.get("split.count") or 1) > 1:
+        if self.get("split.count") not in (None, 0, 1):
             raise InputError(f"{path}: is one of several parts; merge them with llama.cpp's llama-gguf-split --merge")
 
     def get(self, key: str) -> Any:
@@ -128,6 +107,11 @@ class Header:
             raise InputError(f"{self.source}: {key} cannot be read ({first_line(error)}); {HINT}") from error
         # The shortest decimal of a float32: 1e-5 and not 9.999999747378752e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def settings(self) -> dict[str, Any]:
+        """All settings of the tokenizer but the chat template."""
+        prefix = "tokenizer.ggml."
+        return {key: self.get(prefix + key) for key in self.keys(prefix)}
 
     def keys(self, prefix: str) -> list[str]:
         """The rest of all keys that begin with `prefix`."""
@@ -145,13 +129,14 @@ def read_gguf(path: Path) -> Weights:
     architecture = next((known for known in ARCHITECTURES if known.model_type == name and name in BASE_NAMES), None)
     if architecture is None:
         raise InputError(f"{source}: architecture {name!r} is not supported; use a model of {', '.join(BASE_NAMES)}")
-    tokenizer = _read_tokenizer(header) if header.get("tokenizer.ggml.tokens") else None
-
     config = _read_config(header, architecture)
+    settings = header.settings()
+    tokenizer = _read_tokenizer(header, settings) if settings.get("tokens") else None
     stored = dict(header.tensors)
     if name == "llama" and ROPE_FACTORS in stored:
         factors = _dequantize(source, stored.pop(ROPE_FACTORS)).numpy().reshape(-1)
-        config["rope_scaling"] = _to_rope_scaling(source, factors, config)
+        context = header.get(f"{name}.{ORIGINAL_CONTEXT}")
+        config["rope_scaling"] = _to_rope_scaling(source, factors, context, config)
     config["tied"] = name == "gpt2" or "output.weight" not in stored
     config["bias"] = architecture.has_biases and any(tensor.endswith(".bias") for tensor in stored)
 
@@ -168,17 +153,36 @@ def read_gguf(path: Path) -> Weights:
 
     weights = Weights(source, config, translate(source, unread, config, transposed=False))
     weights.tokenizer = tokenizer
-    ends = [header.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
-    weights.end_ids = sorted({end for end in ends if end is not None})
+    if has_added_end(settings):
+        _drop_last_row(weights)
+        return weights
+    ends: list[Any] = [settings.get(f"{end}_token_id") for end in ("eos", "eot", "eom")]
+    weights.end_ids = sorted({end for end in ends if matches(end, int) and 0 <= end < config["vocab_size"]})
     bos_token = tokenizer.named_tokens.get("bos_token") if tokenizer else None
-    if header.get("tokenizer.ggml.add_bos_token") and bos_token:
+    if settings.get("add_bos_token", settings.get("model") == "llama") and bos_token:
         weights.notes.append(f"{source}: its texts begin with {bos_token}; begin a prompt with it, too")
     return weights
 
 
 def read_gguf_tokenizer(path: Path) -> Tokenizer:
     """Read the tokenizer of a GGUF file. Raises InputError if it has none, or one of an unknown kind."""
-    return _read_tokenizer(Header(path))
+    header = Header(path)
+    return _read_tokenizer(header, header.settings())
+
+
+def _read_tokenizer(header: Header, settings: dict[str, Any]) -> Tokenizer:
+    tokenizer = to_tokenizer(header.source, settings)
+    template = header.get("tokenizer.chat_template")
+    tokenizer.template = template if isinstance(template, str) else None
+    return tokenizer
+
+
+def _drop_last_row(weights: Weights) -> None:
+    """Remove the row of a token that the writer added to end texts with."""
+    weights.config["vocab_size"] -= 1
+    for name in ("token_embedding.weight", "head.weight"):
+        if name in weights.tensors:
+            weights.tensors[name] = weights.tensors[name][:-1].clone()
 
 
 def _read_config(header: Header, architecture: Architecture) -> dict[str, Any]:
@@ -189,14 +193,14 @@ def _read_config(header: Header, architecture: Architecture) -> dict[str, Any]:
     source, prefix = header.source, architecture.model_type + "."
     sizes = GPT2_SIZES if architecture.model_type == "gpt2" else MODERN_SIZES
     config = {ours: header.get(prefix + theirs) for ours, theirs in sizes.items()}
-    tokens = header.get("tokenizer.ggml.tokens") or []
-    config["vocab_size"] = len(tokens) or header.get(prefix + "vocab_size")
+    tokens = header.get("tokenizer.ggml.tokens")
+    config["vocab_size"] = len(tokens) if isinstance(tokens, list) else header.get(prefix + "vocab_size")
     if architecture.model_type != "gpt2":
         n_head, n_embd = config["n_head"], config["n_embd"]
-        config["n_kv_head"] = config["n_kv_head"] or n_head
-        config["rope_theta"] = config["rope_theta"] or 1e4
-        if config["head_dim"] is None and matches([n_embd, n_head], list[Count]):
-            config["head_dim"] = n_embd // max(n_head, 1)
+        defaults = {"n_kv_head": n_head, "rope_theta": 1e4}
+        if matches([n_embd, n_head], list[Count]):
+            defaults["head_dim"] = n_embd // max(n_head, 1)
+        config |= {field: value for field, value in defaults.items() if config[field] is None}
     validate_sizes(source, config)
 
     supported: dict[str, tuple] = {
@@ -241,37 +245,44 @@ def _dequantize(source: str, tensor: Any) -> Tensor:
 
 
 def _restore_rows(read: Callable[[], Tensor], heads: int) -> Tensor:
-    """Undo llama.cpp's order of the rows of Llama's q and k, in which the two channels that rotate are neighbors."""
+    """Undo `_permute_rows`."""
     tensor = read()
-    pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
+    return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def _to_rope_scaling(source: str, factors: np.ndarray, model_config: dict[str, Any]) -> list[float]:
+def _permute_rows(tensor: Tensor, heads: int) -> Tensor:
+    """Order the rows of Llama's q and k as llama.cpp does: channels that rotate together are neighbors."""
+    return tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def _to_rope_scaling(source: str, factors: np.ndarray, context: Any, model_config: dict[str, Any]) -> list[float]:
     """Llama 3's four numbers from the divisors of the frequencies; empty if all are 1.
 
-    Only the ratios of the last three have an effect, so low_freq_factor is 1 here. Raises InputError for divisors that
-    no such numbers give.
+    context: the last one, if stated. Only the ratios of the last three have an effect, so low_freq_factor is 1 here.
+    Raises InputError for divisors that no such numbers give.
     """
     theta, head_dim = model_config["rope_theta"], model_config["head_dim"]
+    problem = f"{source}: {ROPE_FACTORS} is not Llama 3's scaling of the rotary frequencies; use another model"
+    if len(factors) != head_dim // 2 or not ((factors >= 1) & (factors < math.inf)).all():
+        raise InputError(problem)
     if (factors == 1).all():
         return []
     divisors = factors.astype(np.float64)
     factor = float(str(factors.max()))
-    candidates = [[factor, *PUBLISHED_SCALING]]
+    candidates = [[factor, 1.0, 4.0, float(context if matches(context, Count) else 8192)]]  # published: 1, 4, 8192
     between = (divisors > 1) & (divisors < factor)
-    if len(factors) == head_dim // 2 and np.count_nonzero(between) >= 2:
+    if np.count_nonzero(between) >= 2:
         # Between the two limits the multiplier is a straight line of the frequency.
         frequencies = theta ** -(np.arange(0, head_dim, 2)[between] / head_dim)
         share = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
-        slope, start = np.polyfit(frequencies, share, 1)
-        high = 1 - 1 / start
-        context = slope * 2 * math.pi * (high - 1)
-        candidates += [[factor, 1.0, round(high, 3), float(round(context))], [factor, 1.0, high, context]]
+        slope, start = np.polyfit(frequencies, share, 1).tolist()
+        high = 1 - 1 / min(start, -1e-9)
+        turns = slope * 2 * math.pi * (high - 1)
+        candidates += [[factor, 1.0, round(high, 3), float(round(turns))], [factor, 1.0, high, turns]]
     for candidate in candidates:
         if np.allclose(rope_divisors(candidate, theta, head_dim), divisors, rtol=1e-5, atol=0):
             return candidate
-    raise InputError(f"{source}: {ROPE_FACTORS} is not Llama 3's scaling of the rotary frequencies; use another model")
+    raise InputError(problem)
 
 
 def rope_divisors(rope_scaling: list[float], theta: float, head_dim: int) -> np.ndarray:
@@ -282,44 +293,81 @@ def rope_divisors(rope_scaling: list[float], theta: float, head_dim: int) -> np.
     return 1 / ((1 - share) / factor + share)
 
 
-def _read_tokenizer(header: Header) -> Tokenizer:
-    """The file's tokenizer with its special tokens and chat template. Raises InputError for an unknown kind."""
-    source = header.source
-    kind, split = header.get("tokenizer.ggml.model"), header.get("tokenizer.ggml.pre") or "default"
-    if kind != "gpt2":
-        raise InputError(f"{source}: its tokenizer is of kind {kind!r}, which is not supported; use another model")
-    if split not in SPLITS:
-        raise InputError(f"{source}: pre-tokenizer {split!r} is not supported, only {', '.join(SPLITS)}")
+def write_gguf(
+    path: Path,
+    model_config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    *,
+    extra_end_ids: Sequence[int] = (),
+    dtype: str = "float32",
+) -> None:
+    """Write a model and its tokenizer for llama.cpp.
 
-    tokens, merges = header.get("tokenizer.ggml.tokens"), header.get("tokenizer.ggml.merges")
-    types = header.get("tokenizer.ggml.token_type") or [1] * len(tokens or [])
-    ids = {name: header.get(f"tokenizer.ggml.{key}_token_id") for name, key in NAMED_TOKENS.items()}
-    try:
-        if not matches([tokens, merges], list[list[str]]) or len(types) != len(tokens) != len(set(tokens)):
-            raise ValueError("its tokens, types and merges do not fit each other")
-        tokenizer = Tokenizer(_byte_level(tokens, types, merges, split))
-        tokenizer.name_tokens({name: tokens[token_id] for name, token_id in ids.items() if token_id is not None})
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{source}: its tokenizer is damaged ({first_line(error)}); {HINT}") from error
-    template = header.get("tokenizer.chat_template")
-    tokenizer.template = template if isinstance(template, str) else None
-    return tokenizer
+    model_config: all fields of GPTConfig. tensors: under our names, on the CPU, the vocabulary's rows with or without
+    padding. extra_end_ids: those that end a text, beside the tokenizer's. dtype: of the matrices, a name in DTYPES;
+    vectors and positions are float32, and of q8_0 those matrices float16 whose rows are no multiple of 32.
+    Raises InputError for what llama.cpp does not compute, OSError if the disk is full.
+    """
+    check_installed(path)
+    import gguf
+
+    architecture = find_architecture(model_config)
+    name = architecture.model_type
+    if model_config["rope_scaling"] and name != "llama":
+        raise InputError(f"--to: llama.cpp has Llama 3's rope_scaling for Llama alone, not for {name}")
+    ends = [end for end in dict.fromkeys([*end_ids(tokenizer), *extra_end_ids]) if end < model_config["vocab_size"]]
+    settings = to_settings(tokenizer, model_config["vocab_size"], ends)
+
+    writer = gguf.GGUFWriter(path, name)
+    for ours, key in (GPT2_SIZES if name == "gpt2" else MODERN_SIZES).items():
+        is_float = ours in ("rope_theta", "norm_eps")
+        value_type = gguf.GGUFValueType.FLOAT32 if is_float else gguf.GGUFValueType.UINT32
+        writer.add_key_value(f"{name}.{key}", model_config[ours], value_type)
+    if name != "gpt2":
+        writer.add_value_length(model_config["head_dim"])
+        writer.add_rope_dimension_count(model_config["head_dim"])
+    writer.add_vocab_size(len(settings["tokens"]))
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{DTYPES[dtype]}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in settings.items():
+        _add_setting(writer, f"tokenizer.ggml.{key}", value)
+    if tokenizer.template is not None:
+        writer.add_chat_template(tokenizer.template)
+
+    stored = split_tensors(tensors, model_config, transposed=False)
+    names = _names(architecture, model_config | {"bias": architecture.has_biases})
+    for their_name, tensor in stored.items():
+        if name == "llama" and their_name.endswith((".q_proj.weight", ".k_proj.weight")):
+            is_query = their_name.endswith(".q_proj.weight")
+            tensor = _permute_rows(tensor, model_config["n_head" if is_query else "n_kv_head"])
+        if has_added_end(settings) and names[their_name] in ("token_embd.weight", "output.weight"):
+            tensor = torch.cat((tensor, tensor.mean(0, keepdim=True)))
+        kind = "F32" if tensor.dim() == 1 or names[their_name] == "position_embd.weight" else DTYPES[dtype]
+        if kind == "Q8_0" and tensor.shape[1] % 32:
+            kind = "F16"
+        quantization = gguf.GGMLQuantizationType[kind]
+        data = gguf.quantize(tensor.float().contiguous().numpy(), quantization)
+        writer.add_tensor(names[their_name], data, raw_dtype=quantization)
+    if model_config["rope_scaling"]:
+        divisors = rope_divisors(model_config["rope_scaling"], model_config["rope_theta"], model_config["head_dim"])
+        writer.add_tensor(ROPE_FACTORS, divisors.astype(np.float32))
+        _, low, _, context = model_config["rope_scaling"]
+        writer.add_uint32(f"{name}.{ORIGINAL_CONTEXT}", round(context / low))
+
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
-def _byte_level(tokens: list[str], types: list[int], merges: list[str], split: str) -> "tokenizers.Tokenizer":
-    """A byte-level tokenizer by the words of GGUF. Raises whatever the library does."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
-    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-    inner = Tokenizer(models.BPE(vocab, pairs, ignore_merges=split in IGNORE_MERGES))
-    if split in NFC:
-        inner.normalizer = normalizers.NFC()
-    steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS[split]]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
-    inner.decoder = decoders.ByteLevel()
-    by_type = {kind: [token for token, its in zip(tokens, types, strict=True) if its == kind] for kind in set(types)}
-    inner.add_special_tokens(by_type.get(CONTROL, []))
-    inner.add_tokens([AddedToken(token, normalized=False) for token in by_type.get(USER_DEFINED, [])])
-    return inner
+def _add_setting(writer: Any, key: str, value: Any) -> None:
+    """Add a setting of the type that llama.cpp expects."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)

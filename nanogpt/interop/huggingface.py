@@ -4,7 +4,6 @@
 pickled weights are refused.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -24,14 +23,14 @@ from nanogpt.interop.names import (
     Weights,
     find_architecture,
     first_line,
+    split_tensors,
     strip_wrappers,
-    tensor_layout,
     translate,
     validate_sizes,
 )
 from nanogpt.interop.nanogpt_ckpt import read_nanogpt
 from nanogpt.schema import Count, matches
-from nanogpt.text.chat import Chat
+from nanogpt.text.chat import end_ids
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -220,14 +219,14 @@ def write_huggingface(
     tensors: dict[str, Tensor],
     tokenizer: Tokenizer,
     *,
-    end_ids: Sequence[int] = (),
+    extra_end_ids: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a model and its tokenizer for transformers, as GPT2LMHeadModel, Qwen3ForCausalLM and so on.
 
     folder: an existing one. model_config: all fields of GPTConfig. tensors: under our names, on the CPU, the
-    vocabulary's rows with or without padding. end_ids: those that end a generated text, beside the tokenizer's.
+    vocabulary's rows with or without padding. extra_end_ids: those that end a text, beside the tokenizer's.
     shard_bytes: larger weights are split into several files. Raises OSError or SafetensorError if the disk is full.
     """
     from huggingface_hub import save_torch_state_dict
@@ -235,7 +234,7 @@ def write_huggingface(
     # None is written too: transformers replaces a missing id by GPT-2's own.
     ids: dict[str, Any] = {f"{name}_id": tokenizer.named_id(name) for name in ("bos_token", "eos_token")}
     _write_json(folder / "config.json", _to_their_config(model_config, dtype) | ids)
-    ends = sorted({*end_ids, *_end_ids(tokenizer)})
+    ends = sorted({*extra_end_ids, *end_ids(tokenizer)})
     ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     _write_json(folder / "generation_config.json", ids)
     save_torch_state_dict(_to_their_names(model_config, tensors, dtype), folder, max_shard_size=shard_bytes)
@@ -243,21 +242,13 @@ def write_huggingface(
 
 
 def _to_their_names(model_config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copy our tensors, split and transposed as Hugging Face stores them; zeros for biases that we do not have."""
-    architecture = find_architecture(model_config)
+    """Copy our tensors, split and transposed as Hugging Face stores them."""
+    prefix = find_architecture(model_config).prefix
     stored: dict[str, Tensor] = {}
-    next_row: dict[str, int] = {}
-    for name, place in tensor_layout(model_config | {"bias": architecture.has_biases}).items():
-        first = next_row.get(place.name, 0)
-        last = next_row[place.name] = first + place.shape[0]
-        is_added = architecture.has_biases and name.endswith(".bias") and not model_config["bias"]
-        tensor = torch.zeros(place.shape) if is_added else tensors[place.name][first:last]
-
-        if place.is_transposed:
-            tensor = tensor.t()
-        prefix = "" if name.startswith("lm_head.") else architecture.prefix
+    for name, tensor in split_tensors(tensors, model_config, transposed=True).items():
+        their_name = name if name.startswith("lm_head.") else prefix + name
         # A copy, because save_torch_state_dict refuses views of a larger tensor.
-        stored[prefix + name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        stored[their_name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return stored
 
 
@@ -284,15 +275,6 @@ def _to_their_config(model_config: dict[str, Any], dtype: torch.dtype) -> dict[s
             config["rope_scaling"] = {"rope_type": "llama3"} | scaling
             config["rope_parameters"] |= config["rope_scaling"]
     return config
-
-
-def _end_ids(tokenizer: Tokenizer) -> set[int]:
-    """Return the ids that end a generated text: of a document, and of a chat model also of an answer."""
-    ends = {tokenizer.end_of_text, tokenizer.named_id("eos_token")}
-    if tokenizer.template is not None:
-        with contextlib.suppress(InputError, ValueError):  # a template that needs more than a question and an answer
-            ends |= Chat(tokenizer).stop_ids
-    return {end for end in ends if end is not None}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

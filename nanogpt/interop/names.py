@@ -296,15 +296,36 @@ def translate(
             stored.setdefault(embedding, stored_head)
     _check_tensors(source, stored, layout)
 
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[str]] = {}
     for their_name, place in layout.items():
-        tensor = _read(stored[their_name])
-        parts.setdefault(place.name, []).append(tensor.t() if place.is_transposed else tensor)
-    tensors = {name: torch.cat(rows).float() for name, rows in parts.items()}
+        parts.setdefault(place.name, []).append(their_name)
+    tensors: dict[str, Tensor] = {}
+    for name, their_names in parts.items():
+        rows = [_read(stored[their_name]) for their_name in their_names]
+        if layout[their_names[0]].is_transposed:
+            rows = [tensor.t() for tensor in rows]
+        tensors[name] = torch.cat(rows).float()
 
     if stored_head is not None and not torch.equal(_read(stored_head).float(), tensors["token_embedding.weight"]):
         raise InputError(f"{source}: lm_head.weight is not the token embedding, although tied; use another model")
     return tensors
+
+
+def split_tensors(tensors: dict[str, Tensor], model_config: dict[str, Any], transposed: bool) -> dict[str, Tensor]:
+    """Our tensors under their names without the prefix, as views; zeros for biases that we do not have.
+
+    tensors: the vocabulary's rows with or without padding. transposed: as in `tensor_layout`.
+    """
+    architecture = find_architecture(model_config)
+    stored: dict[str, Tensor] = {}
+    next_row: dict[str, int] = {}
+    for name, place in tensor_layout(model_config | {"bias": architecture.has_biases}, transposed=transposed).items():
+        first = next_row.get(place.name, 0)
+        last = next_row[place.name] = first + place.shape[0]
+        is_added = architecture.has_biases and name.endswith(".bias") and not model_config["bias"]
+        tensor = torch.zeros(place.shape) if is_added else tensors[place.name][first:last]
+        stored[name] = tensor.t() if place.is_transposed else tensor
+    return stored
 
 
 def _read(tensor: Tensor | Unread) -> Tensor:

@@ -5,6 +5,7 @@ rendered and encoded as a whole, so that its ids are those of transformers' `app
 message that holds the name of a special token never becomes that token (`sanitize_control_tokens=True` there).
 """
 
+import contextlib
 import datetime
 import json
 import re
@@ -91,6 +92,15 @@ def parse_messages(row: Any) -> list[dict[str, str]]:
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("has no message of the assistant, so nothing to learn")
     return messages
+
+
+def end_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a generated text: the `eos_token`, that of a document, and of a chat model also of an answer."""
+    ends = [tokenizer.named_id("eos_token"), tokenizer.end_of_text]
+    if tokenizer.template is not None:
+        with contextlib.suppress(InputError, ValueError):  # a template that needs more than a question and an answer
+            ends += sorted(Chat(tokenizer).stop_ids)
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 class Chat:

@@ -105,10 +105,11 @@ class Tokenizer:
         """The distinct characters of `text`, sorted, with ids from 0, as in nanoGPT. Raises InputError for no text."""
         if not text:
             raise InputError("the text is empty, so it has no characters for a vocabulary: give another text")
-        return cls._from_characters({character: i for i, character in enumerate(sorted(set(text)))})
+        return cls.from_characters({character: i for i, character in enumerate(sorted(set(text)))})
 
     @classmethod
-    def _from_characters(cls, vocab: dict[str, int]) -> "Tokenizer":
+    def from_characters(cls, vocab: dict[str, int]) -> "Tokenizer":
+        """These characters with these ids."""
         return cls(_characters(vocab))
 
     @classmethod
@@ -268,6 +269,15 @@ class Tokenizer:
         }
         settings |= self.named_tokens
         Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """The id of each token."""
+        return self._inner.get_vocab()
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of its tokenizer.json."""
+        return _to_content(self._inner)
 
     def named_id(self, name: str) -> int | None:
         """The id of one of `named_tokens`, such as "eos_token"."""
@@ -492,7 +502,7 @@ def _read_meta_pkl(path: Path) -> Tokenizer:
         vocab = PlainUnpickler(io.BytesIO(read_small(path))).load()["stoi"]
         if sorted(vocab.values()) != list(range(len(vocab))) or any(len(character) != 1 for character in vocab):
             raise ValueError("stoi does not map characters to ids from 0 up")
-        return Tokenizer._from_characters(dict(vocab))
+        return Tokenizer.from_characters(dict(vocab))
     except Exception as error:  # broken pickles raise whatever their bytes happen to mean
         reason = repr(error)[:200]
         raise InputError(f"{path} was not read ({reason}): prepare the dataset again, or delete meta.pkl") from error

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -70,14 +71,22 @@ def test_names_that_are_no_utf8_are_written_and_read(run_export: Export):
         (["--to=taken"], r"\.taken\.partial exists; wait for the export that is writing it, or delete it"),
         (["--out_dir=mute"], r"mute.* has no tokenizer, and 7 ids are not GPT-2's"),
         (["--out_dir=other"], r"the tokenizer has \d+ ids, the model 7"),
+        (["--to=full/file.gguf", "--dtype=int8"], "--dtype=int8: "),
+        (["--to=full/old.gguf"], r"--to=full/old\.gguf: exists and is not overwritten"),
+        (["--to=full/file/x.gguf"], r"x\.gguf: cannot be written \(Not a directory\)"),
+        (["--dtype=q8_0"], "--dtype=q8_0: new/folder is a folder, which has no such weights"),
+        (["--to=a/b.gguf", "--out_dir=mute"], "mute.* has no tokenizer"),
+        (["--to=a/b.gguf", "--out_dir=nul"], r"no equal of this tokenizer, which has the character NUL"),
         (["--shard_gb=0", "--dtype=int8"], r"shard_gb=0: .*\n--dtype=int8: "),
     ],
 )
 def test_export_refuses(run_export: Export, flags: list[str], message: str):
     save_random_run("mute", None)
     save_random_run("other", vocab_size=7)
+    save_random_run("nul", Tokenizer.characters("a\0"))
     Path("full").mkdir()
     Path("full/file").touch()
+    Path("full/old.gguf").touch()
     Path(".taken.partial").mkdir()
     before = sorted(Path().rglob("*"))
     with pytest.raises(InputError, match=message):
@@ -98,6 +107,18 @@ def test_export_that_fails_leaves_nothing(run_export: Export, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt if is_interrupt else InputError) as caught:
         run_export("new/folder")
     assert is_interrupt or str(caught.value).startswith("--to=new/folder: cannot be written (")
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_gguf_export_that_fails_leaves_nothing(
+    run_export: Export, monkeypatch: pytest.MonkeyPatch, error: BaseException
+):
+    gguf = pytest.importorskip("gguf")
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", Mock(side_effect=error))
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else InputError):
+        run_export("new/model.gguf")
     assert sorted(Path().rglob("*")) == before
 
 
@@ -127,6 +148,17 @@ def test_weights_that_are_not_finite_are_refused_by_name(run_export: Export, val
         run_export("again", "--init_from=new")
     with pytest.raises(InputError, match=message):
         load_weights("new", 0.0, None, {})
+
+
+@pytest.mark.parametrize("to", ["again", "again.gguf"])
+def test_weights_that_float16_makes_infinite_are_refused(run_export: Export, to: str):
+    folder = run_export("new")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.weight"][3] = -7e4
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"--dtype=float16: norm\.weight has weights beyond 65,504; give"):
+        run_export(to, "--init_from=new", "--dtype=float16")
+    assert not Path(to).exists()
 
 
 def test_the_umask_decides_who_can_read_weights(run_export: Export):
