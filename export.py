@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from configurator import key, parse
 from load import LoadedModel, ModelKeys, load_model
+from model import GPTConfig
 from nanogpt import checkpoint
 from nanogpt.console import format_bytes
 from nanogpt.errors import InputError, run_script
@@ -21,6 +22,7 @@ from nanogpt.files import atomic_directory, atomic_write, created_parents, read_
 from nanogpt.interop.gguf import write_gguf
 from nanogpt.interop.huggingface import write_huggingface
 from nanogpt.interop.names import find_architecture
+from nanogpt.interop.peft import write_peft
 
 
 @dataclass
@@ -30,6 +32,9 @@ class ExportConfig(ModelKeys):
     to: str = key("", "folder to write, a new or an empty one; or a new NAME.gguf", group="Target")
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = key("float32", "of the weights in it; q8_0: .gguf alone")
     shard_gb: float = key(5.0, "largest file of a folder in gigabytes; larger weights are split", gt=0, le=10**6)
+    adapters: bool = key(
+        False, "of a run with LoRA: write only the adapters, as PEFT does; False: merged with their base"
+    )
 
 
 def main() -> None:
@@ -40,10 +45,16 @@ def main() -> None:
         raise InputError("--to is empty; give the folder to write, --to=FOLDER, or a file, --to=NAME.gguf")
     if config.dtype == "q8_0" and not is_gguf:
         raise InputError(f"--dtype=q8_0: {config.to} is a folder, which has no such weights; give --to=NAME.gguf")
+    if config.adapters and is_gguf:
+        raise InputError(f"--adapters=True: {config.to} is a file, and adapters are a folder; give --to=FOLDER")
     is_empty = os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target)
     if os.path.lexists(target) and (is_gguf or not is_empty):
         raise InputError(f"--to={config.to}: exists and is not overwritten; delete it, or give another name")
     try:
+        if config.adapters:
+            with atomic_directory(target) as folder:
+                write_adapters(folder, config)
+            return
         loaded, size = export_gguf(config, target) if is_gguf else export_folder(config, target)
     except FileExistsError as error:
         raise InputError(
@@ -97,6 +108,33 @@ def export_gguf(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
             dtype=config.dtype,
         )
     return loaded, target.stat().st_size
+
+
+def write_adapters(folder: Path, config: ExportConfig) -> None:
+    """Write the adapters of a run as PEFT's folder, and print their number."""
+    source = Path(config.out_dir if config.init_from == "resume" else config.init_from)
+    run = checkpoint.load(checkpoint.find(source, config.checkpoint), with_optimizer=False)
+    if not run.state.get("lora"):
+        raise InputError(f"--adapters=True: {source} is a run without LoRA; leave it out")
+    adapters = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in run.model.items()}
+    base = run.state["lora"]["base"]
+    sizes = asdict(run.build_config(GPTConfig, "model"))
+    write_peft(folder, adapters, run.state["lora"]["alpha"], base, sizes)
+    facts = "\n".join(f"| {fact} | {value} |" for fact, value in run_facts(run.path).items())
+    card = f"""---
+library_name: peft
+---
+
+LoRA adapters from nanoGPT. `adapter_config.json` names their base; where that is not a folder or id that transformers
+reads, export it (`python export.py --init_from=BASE --to=FOLDER`) and put its place there.
+
+| | |
+|---|---|
+{facts}
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+    numel = sum(tensor.numel() for tensor in adapters.values())
+    print(f"wrote {config.to}: adapters of {numel:,} parameters in {config.dtype}, for {base}")
 
 
 def model_card(name: str, loaded: LoadedModel, dtype: str) -> str:

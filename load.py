@@ -24,6 +24,7 @@ from nanogpt.files import read_json
 from nanogpt.guard import MAX_OVERFLOWS, UpdateGuard
 from nanogpt.interop.huggingface import read_weights
 from nanogpt.look_back import look_back
+from nanogpt.lora import add_lora
 from nanogpt.memory import pick_micro_batch
 from nanogpt.optim import Optimizer
 from nanogpt.schedule import StepSchedule
@@ -33,6 +34,7 @@ from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 # Keys of TrainConfig that are sizes of GPTConfig; the others come from the data or from weights, and dropout may vary.
 OTHER_SIZES = ("dropout", "vocab_size", "gelu", "qkv_bias", "rope_scaling")
 MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in OTHER_SIZES]
+FIXED_KEYS = ("look_back", "lora_rank", "lora_alpha", "lora_targets")  # that also cannot change on resume
 # Keys that are about one start of a run and are not taken from its checkpoint.
 START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data", "new_data")
 
@@ -52,8 +54,7 @@ class ModelKeys:
 
 
 class LoadedModel(NamedTuple):
-    """A model with its tokenizer and its source, and as far as known the settings of the run that trained it, and the
-    ids that end a text."""
+    """A model, its tokenizer and source; as far as known its run's settings, and the ids that end a text."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -127,7 +128,7 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
     InputError for a flag that contradicts them, and for a checkpoint whose sizes are not those of its tensors.
     """
     resumed.state["model"] = asdict(resumed.build_model(GPT, GPTConfig).config)
-    actual = resumed.state["model"] | {"look_back": resumed.state["config"]["look_back"]}
+    actual = resumed.state["model"] | {name: resumed.state["config"][name] for name in FIXED_KEYS}
     saved = {**resumed.state["config"], **{name: getattr(config, name) for name in START_KEYS}}
     changed = {name: value for name, value in explicit.items() if saved.get(name) != value and name != "init_from"}
     conflicts = conflicting_sizes(changed, actual)
@@ -146,8 +147,8 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
 
 def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """Names of explicit model keys that differ from those in `actual`. A 0 leaves a size open."""
-    names = sorted(explicit.keys() & {*MODEL_KEYS, "look_back"})
-    is_open = {name: explicit[name] == 0 and not isinstance(explicit[name], bool) for name in names}
+    names = sorted(explicit.keys() & {*MODEL_KEYS, *FIXED_KEYS})
+    is_open = {name: name not in FIXED_KEYS and explicit[name] == 0 and explicit[name] is not False for name in names}
     return [name for name in names if not is_open[name] and explicit[name] != actual.get(name, explicit[name])]
 
 
@@ -175,8 +176,10 @@ def load_data_and_model(
         model, model_tokenizer = load_weights(config.init_from, config.dropout, block_size, explicit)
     else:
         dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
-        num_ids = dataset.vocab_size or GPT2_VOCAB
-        model = new_model(config, num_ids)
+        model = new_model(config, dataset.vocab_size or GPT2_VOCAB)
+
+    if config.lora_rank:
+        add_lora(model, config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets, resumed)
 
     T, vocab_size = model.config.block_size, model.config.vocab_size
     dataset = open_dataset(

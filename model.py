@@ -269,7 +269,7 @@ class GPT(nn.Module):
 
     Training options, set from outside: `activation_checkpointing` recomputes a block's activations in the backward
     pass; `loss_chunk` computes the loss in chunks of this many tokens (0: at once); `document_separator_id` restricts
-    attention to documents that end with this token.
+    attention to documents that end with this token; `lora` names the base of adapters (nanogpt/lora.py).
     """
 
     def __init__(self, config: GPTConfig):
@@ -285,6 +285,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         self.loss_chunk = 0
         self.document_separator_id: int | None = None
+        self.lora: dict[str, Any] | None = None
         self.initialize()
 
     @torch.no_grad()
@@ -457,8 +458,7 @@ class GPT(nn.Module):
         from nanogpt import checkpoint
 
         loaded = checkpoint.load(checkpoint.find(path, which), with_optimizer=False)
-        config = loaded.build_model(cls, GPTConfig).config
-        return cls.from_tensors(config, loaded.model, **changes)
+        return loaded.build_model(cls, GPTConfig, **changes)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place, as when GPT-2 is fine-tuned on shorter rows."""
@@ -475,16 +475,13 @@ class GPT(nn.Module):
         padding = vocab_matrices * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
-    def block_weights(self) -> int:
-        """Number of weights in a block's matrices."""
-        return sum(p.numel() for p in self.blocks[0].parameters() if p.dim() == 2)
-
     def flops_per_token(self, T: int | None = None) -> int:
         """FLOPs of forward and backward for one token in a row of T tokens (default block_size).
 
-        Two per multiply-add, backward twice the forward, attention as the full square, as published figures count it.
+        Two per multiply-add; backward twice the forward, for frozen matrices once; attention as the full square.
         """
         c = self.config
-        T = T or c.block_size
-        layer = 2 * self.block_weights() + 2 * 2 * T * c.n_head * c.head_dim
-        return 3 * (c.n_layer * layer + 2 * c.vocab_size * c.n_embd)
+        attention = 3 * 2 * 2 * (T or c.block_size) * c.n_head * c.head_dim
+        matrices = [(p.requires_grad, p.numel()) for p in self.blocks.parameters() if p.dim() == 2]
+        matrices.append((self.lm_head_weight.requires_grad, c.vocab_size * c.n_embd))
+        return c.n_layer * attention + sum((6 if trains else 4) * numel for trains, numel in matrices)

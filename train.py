@@ -45,6 +45,7 @@ from nanogpt.distributed import World, explain_errors, world_size
 from nanogpt.errors import InputError, RunStopped, run_script
 from nanogpt.evaluation import evaluate, rows_to_evaluate, sample_text
 from nanogpt.guard import LayerStats, UpdateGuard
+from nanogpt.lora import check_lora
 from nanogpt.memory import estimate_training_memory, memory_hint, raise_if_cpu_memory_is_short
 from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
@@ -107,6 +108,9 @@ class TrainConfig:
     look_back: bool = key(False, "modern: initialize the first layer's heads to attend to the preceding tokens")
     dropout: float = key(0.0, "dropout probability", ge=0, lt=1)
     bias: bool = key(False, "gpt2: biases in linear layers and norms")
+    lora_rank: int = key(0, "LoRA: freeze the weights and train adapters of this rank; 0: train all", ge=0, le=MAX_SIZE)
+    lora_alpha: float = key(32.0, "LoRA: scale of the adapters, times 1 / lora_rank", gt=0)
+    lora_targets: str = key("attention,mlp", "LoRA: the layers with adapters; also by name, as in q_proj,v_proj")
 
     optimizer: Literal["adamw", "muon"] = key(
         "adamw", "muon: Muon for the blocks' matrices, AdamW elsewhere", group="Optimizer"
@@ -332,6 +336,7 @@ def save(run: Run) -> None:
             "dial": run.schedule.state_dict(),  # the name that version 0.1 gave the time budget
             "model": asdict(model.config),
             "data": run.dataset.fingerprints,
+            "lora": model.lora,
             "config": {**asdict(run.config), **run.schedule.changed_keys()},
         },
     )
@@ -414,7 +419,7 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
 
 def check_config(config: TrainConfig) -> None:
     """Raise InputError, a line each, for values that are valid one by one but not together."""
-    problems = []
+    problems = check_lora(config.lora_rank, config.init_from, config.out_dir, config.optimizer, config.lora_targets)
     if config.init_from == "scratch":
         try:
             new_model_config(config, vocab_size=1)
@@ -517,7 +522,7 @@ def open_run(
         eval_batch=rows_to_evaluate(windows["val"], micro_batch, world) if model is gpt else micro_batch,
         dataset=dataset,
         tokenizer=tokenizer,
-        layer_stats=LayerStats(gpt, config.grad_clip) if config.log_layers else None,
+        layer_stats=LayerStats(state.optimizer.parameters, config.grad_clip) if config.log_layers else None,
         run_dir=run_dir,
         writer=writer,
         checkpoints=checkpoints,

@@ -7,6 +7,7 @@ pickled weights are refused.
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from nanogpt.errors import InputError
 from nanogpt.files import read_json, utf8_path
+from nanogpt.interop import peft
 from nanogpt.interop.gguf import read_gguf, read_gguf_tokenizer
 from nanogpt.interop.names import (
     ARCHITECTURES,
@@ -56,9 +58,12 @@ def read_weights(source: str | Path) -> Weights:
 def read_huggingface(source: str) -> Weights:
     """Read a model from a folder or, by its id, from the Hugging Face hub (downloaded once, then cached).
 
-    Raises InputError if it is missing, damaged, pickled, or computes a function that model.py does not.
+    PEFT's adapters are merged into the base that they name. Raises InputError if it is missing, damaged, pickled, or
+    computes a function that model.py does not.
     """
-    folder = _local_folder(source, *WEIGHT_FILES, *TOKENIZER_FILES)
+    folder = _local_folder(source, *WEIGHT_FILES, *TOKENIZER_FILES, peft.CONFIG)
+    if (folder / peft.CONFIG).exists():
+        return _read_adapters(source, folder)
     settings = _read_json(folder / "config.json")
     config = _read_config(source, settings)
     stored = strip_wrappers(source, _read_safetensors(folder))
@@ -79,6 +84,17 @@ def read_huggingface(source: str) -> Weights:
         weights.gpt2_encoding = True
         weights.notes.append(f"{source}: no tokenizer files; assuming GPT-2's encoding for its {GPT2_VOCAB} ids")
     return weights
+
+
+def _read_adapters(source: str, folder: Path) -> Weights:
+    """Read a folder of PEFT, and the base that it names; merged."""
+    settings = _read_json(folder / peft.CONFIG)
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
+        raise InputError(f"{source}: {peft.CONFIG} does not name the model that its adapters belong to; add its path")
+    weights = read_weights(base)
+    peft.merge_peft(source, weights.tensors, weights.config, settings, _read_safetensors(folder, peft.TENSORS))
+    return replace(weights, source=source, tokenizer=Tokenizer.load(folder) or weights.tokenizer)
 
 
 def read_tokenizer(source: str) -> Tokenizer:
@@ -116,12 +132,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of model.safetensors, or of the shards in its index."""
+def _read_safetensors(folder: Path, file: str = "model.safetensors") -> dict[str, Tensor]:
+    """Read all tensors of a file, or of the shards in its index."""
     from safetensors.torch import load_file
 
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
+    index = folder / f"{file}.index.json"
+    files = [file]
     if not (folder / files[0]).exists() and index.exists():
         weight_map = _read_json(index).get("weight_map")
         files = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
