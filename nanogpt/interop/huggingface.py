@@ -254,7 +254,8 @@ def write_huggingface(
     ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     _write_json(folder / "generation_config.json", ids)
     save_torch_state_dict(_to_their_names(model_config, tensors, dtype), folder, max_shard_size=shard_bytes)
-    tokenizer.save_pretrained(folder, model_config["block_size"])
+    # OpenAI's files of GPT-2 name an unk_token, and CTranslate2's converter of GPT-2 needs one.
+    tokenizer.save_pretrained(folder, model_config["block_size"], names_unk=model_config["arch"] == "gpt2")
 
 
 def _to_their_names(model_config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -288,6 +289,7 @@ def _to_their_config(model_config: dict[str, Any], dtype: torch.dtype) -> dict[s
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": model_config["rope_theta"]}
         if model_config["rope_scaling"]:
             scaling = dict(zip(ROPE_SCALING, model_config["rope_scaling"], strict=True))
+            scaling[ROPE_SCALING[-1]] = int(scaling[ROPE_SCALING[-1]])  # transformers 4 warns of a float
             config["rope_scaling"] = {"rope_type": "llama3"} | scaling
             config["rope_parameters"] |= config["rope_scaling"]
     return config

@@ -60,7 +60,7 @@ GPT2 = Architecture(
     fields={"arch": "gpt2"},
     model_type="gpt2",
     model_class="GPT2LMHeadModel",
-    prefix="transformer.",
+    prefix="",  # as in OpenAI's own files; transformers takes both, mlx-lm only this
     has_biases=True,
     tensors={
         "wte": TensorSpec("token_embedding", "vocab_size", "n_embd"),

@@ -253,10 +253,11 @@ class Tokenizer:
             else:
                 Path(folder, file).write_text(content, encoding="utf-8", newline="")
 
-    def save_pretrained(self, folder: str | Path, context: int) -> None:
+    def save_pretrained(self, folder: str | Path, context: int, *, names_unk: bool = False) -> None:
         """Write the files of transformers' AutoTokenizer, which then encodes and decodes as this one does.
 
-        context: tokens of the longest text that the model reads. Raises OSError if the disk refuses.
+        context: tokens of the longest text that the model reads. names_unk: the end of text is the unk_token too, if
+        there is no other and no text is unknown. Raises OSError if the disk refuses.
         """
         plain = copy.deepcopy(self)
         plain._inner.post_processor = None  # it could add tokens around a text, which `encode` does not
@@ -267,6 +268,8 @@ class Tokenizer:
             "model_max_length": context,
             "clean_up_tokenization_spaces": False,
         }
+        if names_unk and self.end_of_text is not None and self._lossy is None:
+            settings["unk_token"] = self._inner.id_to_token(self.end_of_text)
         settings |= self.named_tokens
         Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """export.py: the model card, what is refused, and that a failure leaves nothing behind."""
 
 import errno
+import json
 import math
 import os
 import sys
@@ -137,11 +138,34 @@ def test_export_names_special_tokens_that_the_model_has_no_row_for(
     assert exported.special_tokens["[PAD]"] == rows
 
 
+def test_export_of_llama_states_the_rotary_settings_in_both_forms(run_export: Export):
+    """transformers 4, mlx-lm and others read them at the top level alone, transformers 5 writes rope_parameters alone."""
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+    for number, numbers in enumerate(([], [*scaling.values()])):
+        rope = {"rope_theta": 5e5, "rope_scaling": [*map(float, numbers)]}
+        save_random_run(f"run{number}", arch="modern", bias=False, qk_norm=False, **rope)
+        config = read_json(run_export(f"new{number}", f"--out_dir=run{number}") / "config.json")
+        llama3 = {"rope_type": "llama3"} | scaling if numbers else None
+        assert (config["rope_theta"], config.get("rope_scaling")) == (5e5, llama3)
+        assert json.dumps(llama3) in json.dumps(config)  # with 8, not 8.0, of which transformers 4 warns
+        assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5} | (llama3 or {})
+
+
+def test_export_of_gpt2_has_the_names_and_tokens_of_openais_files(run_export: Export):
+    """mlx-lm takes no other names of tensors, and CTranslate2's converter of GPT-2 no tokenizer without unk_token."""
+    save_random_run("words", Tokenizer.bytes())
+    folder = run_export("new", "--out_dir=words")
+    names = safetensors.torch.load_file(folder / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"wte", "wpe", "h", "ln_f"}
+    assert read_json(folder / "tokenizer_config.json")["unk_token"] == "<|endoftext|>"
+    assert "unk_token" not in read_json(run_export("characters") / "tokenizer_config.json")  # which refuse a text
+
+
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(run_export: Export, value: float):
     folder = run_export("new")
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = value
+    tensors["h.1.mlp.c_fc.weight"][3, 5] = value
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     message = r"new: blocks\.1\.mlp\.up\.weight holds NaN or infinite weights"
     with pytest.raises(InputError, match=message):
