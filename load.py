@@ -24,14 +24,17 @@ from nanogpt.files import read_json
 from nanogpt.guard import MAX_OVERFLOWS, UpdateGuard
 from nanogpt.interop.huggingface import read_weights
 from nanogpt.look_back import look_back
+from nanogpt.lora import add_lora
 from nanogpt.memory import pick_micro_batch
 from nanogpt.optim import Optimizer
 from nanogpt.schedule import StepSchedule
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
-# Keys of TrainConfig that are sizes of GPTConfig. vocab_size comes from the data, gelu from weights; dropout may vary.
-MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in ("vocab_size", "dropout", "gelu")]
+# Keys of TrainConfig that are sizes of GPTConfig; the others come from the data or from weights, and dropout may vary.
+OTHER_SIZES = ("dropout", "vocab_size", "gelu", "qkv_bias", "rope_scaling")
+MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in OTHER_SIZES]
+FIXED_KEYS = ("look_back", "lora_rank", "lora_alpha", "lora_targets")  # that also cannot change on resume
 # Keys that are about one start of a run and are not taken from its checkpoint.
 START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data", "new_data")
 
@@ -44,15 +47,14 @@ class ModelKeys:
     """The keys that name a trained model, shared by the scripts that use one."""
 
     init_from: str = key(
-        "resume", "resume: out_dir's run; or gpt2*, a hub id, a directory, nanoGPT's ckpt.pt", group="Model"
+        "resume", "resume: out_dir's run; or gpt2*, a hub id, a directory, a .gguf, nanoGPT's ckpt.pt", group="Model"
     )
     out_dir: str = key("out", "directory of the run")
     checkpoint: str = key("best", "checkpoint of the run: best, latest, step-NNNNNN or its directory")
 
 
 class LoadedModel(NamedTuple):
-    """A model with its tokenizer and its source, and as far as known the settings of the run that trained it, and the
-    ids that end a text."""
+    """A model, its tokenizer and source; as far as known its run's settings, and the ids that end a text."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -68,13 +70,13 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
     """
     from_run = keys.init_from == "resume"
     source = Path(keys.out_dir if from_run else keys.init_from)
-    tokenizer_folder: Path | None
     end_ids: list[int] = []
     if checkpoint.is_checkpoint(source) or (from_run and not (source / "ckpt.pt").exists()):
         # From here on by the checkpoint's path: a run in progress may have a better one in a moment.
-        source = tokenizer_folder = checkpoint.find(source, keys.checkpoint)
+        source = checkpoint.find(source, keys.checkpoint)
         print(f"{action} {source}", file=sys.stderr)
         model = GPT.from_checkpoint(source)
+        tokenizer = Tokenizer.load(source)
         train_config = read_json(source / "state.json")["config"]
     else:
         print(f"{action} {source}", file=sys.stderr)
@@ -84,11 +86,10 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
         model = GPT.from_pretrained(weights, dropout=0.0)
         train_config = weights.train_config
         end_ids = weights.end_ids
-        tokenizer_folder = weights.tokenizer_folder
-        if tokenizer_folder is None and not weights.gpt2_encoding and train_config.get("dataset"):
-            tokenizer_folder = resolve(train_config["dataset"])  # nanoGPT keeps the characters beside the data
+        tokenizer = weights.tokenizer
+        if tokenizer is None and not weights.gpt2_encoding and train_config.get("dataset"):
+            tokenizer = Tokenizer.load(resolve(train_config["dataset"]))  # nanoGPT keeps the characters beside the data
 
-    tokenizer = Tokenizer.load(tokenizer_folder) if tokenizer_folder else None
     if tokenizer is None and model.config.vocab_size != GPT2_VOCAB:
         raise InputError(
             f"{source} has no tokenizer, and {model.config.vocab_size} ids are not GPT-2's: put its tokenizer.json "
@@ -127,7 +128,7 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
     InputError for a flag that contradicts them, and for a checkpoint whose sizes are not those of its tensors.
     """
     resumed.state["model"] = asdict(resumed.build_model(GPT, GPTConfig).config)
-    actual = resumed.state["model"] | {"look_back": resumed.state["config"]["look_back"]}
+    actual = resumed.state["model"] | {name: resumed.state["config"][name] for name in FIXED_KEYS}
     saved = {**resumed.state["config"], **{name: getattr(config, name) for name in START_KEYS}}
     changed = {name: value for name, value in explicit.items() if saved.get(name) != value and name != "init_from"}
     conflicts = conflicting_sizes(changed, actual)
@@ -146,13 +147,9 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
 
 def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """Names of explicit model keys that differ from those in `actual`. A 0 leaves a size open."""
-    conflicts = []
-    for name in (*MODEL_KEYS, "look_back"):
-        value = explicit.get(name)
-        is_open = value is None or (value == 0 and not isinstance(value, bool))
-        if not is_open and value != actual.get(name, value):
-            conflicts.append(name)
-    return conflicts
+    names = sorted(explicit.keys() & {*MODEL_KEYS, *FIXED_KEYS})
+    is_open = {name: name not in FIXED_KEYS and explicit[name] == 0 and explicit[name] is not False for name in names}
+    return [name for name in names if not is_open[name] and explicit[name] != actual.get(name, explicit[name])]
 
 
 def raise_for_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any], where: str) -> None:
@@ -179,8 +176,10 @@ def load_data_and_model(
         model, model_tokenizer = load_weights(config.init_from, config.dropout, block_size, explicit)
     else:
         dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
-        num_ids = dataset.vocab_size or GPT2_VOCAB
-        model = new_model(config, num_ids)
+        model = new_model(config, dataset.vocab_size or GPT2_VOCAB)
+
+    if config.lora_rank:
+        add_lora(model, config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets, resumed)
 
     T, vocab_size = model.config.block_size, model.config.vocab_size
     dataset = open_dataset(
@@ -249,22 +248,21 @@ def load_weights(
 
     Raises InputError where it cannot be had, and for explicit keys that contradict its sizes.
     """
-    folder: Path | None
     try:
         if checkpoint.is_checkpoint(Path(init_from)):
             folder = checkpoint.find(Path(init_from))
             model = GPT.from_checkpoint(str(folder), dropout=dropout, block_size=block_size)
+            tokenizer = Tokenizer.load(folder)
         else:
             weights = read_weights(init_from)
             for note in weights.notes:
                 print0(note)
-            folder = weights.tokenizer_folder
+            tokenizer = weights.tokenizer
             model = GPT.from_pretrained(weights, dropout=dropout, block_size=block_size)
     except ValueError as error:
         raise InputError(f"init_from={init_from}: {error}; leave --block_size out or give less") from error
     raise_for_sizes(explicit, asdict(model.config), init_from)
     check_finite(model, init_from)
-    tokenizer = Tokenizer.load(folder) if folder else None
     if tokenizer:
         check_vocabulary(model, tokenizer)
     return model, tokenizer

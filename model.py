@@ -2,7 +2,8 @@
 
 Two architectures share all the code they can. `gpt2` is the network of Radford et al. 2019, "Language Models are
 Unsupervised Multitask Learners", as OpenAI released it. `modern` is Qwen3's (Yang et al. 2025): RMSNorm, rotary
-positions, QK norm, a gated MLP, grouped-query attention, no biases.
+positions, QK norm, a gated MLP, grouped-query attention, no biases. Without QK norm it is Llama's (Touvron et al.
+2023), and with biases on queries, keys and values Qwen2's.
 Needs torch alone: copy this file into another project and it runs.
 
 Letters in shapes: B rows, T positions, C = n_embd channels, D = head_dim, V = vocab_size.
@@ -10,7 +11,7 @@ Letters in shapes: B rows, T positions, C = n_embd channels, D = head_dim, V = v
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,10 @@ class GPTConfig:
     n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head query heads; 0: n_head
     head_dim: int = 0  # channels of a head; 0: n_embd / n_head
     n_inner: int = 0  # width of the MLP; 0: 4 n_embd, modern: 8/3 n_embd rounded up to a multiple of 64
+    qk_norm: bool = True  # modern: normalize queries and keys, as Qwen3 does and Llama does not
+    qkv_bias: bool = False  # modern without QK norm: biases on queries, keys and values, as in Qwen2
     rope_theta: float = 10000.0  # base of the rotary positions
+    rope_scaling: list[float] = field(default_factory=list)  # Llama 3's four numbers; see `rotary_frequencies`
     norm_eps: float = 0.0  # 0: 1e-5 in gpt2, 1e-6 in modern
     tied: bool = True  # the token embedding is the output layer too
 
@@ -57,6 +61,8 @@ class GPTConfig:
             raise ValueError(f"gelu={self.gelu!r}: must be 'tanh' or 'erf'")
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta={self.rope_theta}: must be above 0")
+        if self.rope_scaling and (len(self.rope_scaling) != 4 or min(self.rope_scaling) <= 0):
+            raise ValueError(f"rope_scaling={self.rope_scaling}: must be four numbers above 0")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -78,10 +84,13 @@ class GPTConfig:
                 raise ValueError(f"{name}={value}: arch=gpt2 has {default}; leave it out or set arch=modern")
             object.__setattr__(self, name, value or default)  # the dataclass is frozen
 
-        if not modern and not self.tied:
-            raise ValueError("tied=False: arch=gpt2 has True; leave it out or set arch=modern")
+        for name in ("tied", "qk_norm"):
+            if not modern and not getattr(self, name):
+                raise ValueError(f"{name}=False: arch=gpt2 has True; leave it out or set arch=modern")
         if modern and self.bias:
             raise ValueError("bias=True: arch=modern has no biases; set bias=False")
+        if self.qkv_bias and (not modern or self.qk_norm):
+            raise ValueError("qkv_bias=True: needs arch=modern and qk_norm=False")
         if modern and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions rotate pairs of channels; make it even")
         if self.n_head % self.n_kv_head:
@@ -111,14 +120,28 @@ def make_norm(config: GPTConfig, channels: int) -> nn.Module:
     return nn.LayerNorm(channels, eps=config.norm_eps, bias=config.bias)
 
 
+def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
+    """Radians per position (D/2,) of the pairs of channels (Su et al. 2021).
+
+    rope_scaling: Llama 3.1 divides frequencies by `factor` if they make fewer than `low` turns in the original context,
+    leaves those with more than `high` turns, and interpolates between the two (Grattafiori et al. 2024).
+    """
+    channels = torch.arange(0, config.head_dim, 2, device=device)
+    frequencies = 1 / config.rope_theta ** (channels / config.head_dim)
+    if not config.rope_scaling:
+        return frequencies
+    factor, low, high, original_context = config.rope_scaling
+    turns = original_context * frequencies / (2 * math.pi)
+    fast = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (fast + (1 - fast) / factor)
+
+
 def rotary_cos_sin(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (..., D), of the rotary angles (Su et al. 2021) of positions (...).
+    """Cosines and sines, each (..., D), of the rotary angles of positions (...).
 
     Channels i and i + D/2 form a pair. The first half of the sines is negated, as `rotate` needs it.
     """
-    channels = torch.arange(0, config.head_dim, 2, device=positions.device)
-    frequencies = 1 / config.rope_theta ** (channels / config.head_dim)
-    angles = positions[..., None] * frequencies  # radians
+    angles = positions[..., None] * rotary_frequencies(config, positions.device)  # radians
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -138,10 +161,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.dropout = config.dropout
         num_heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, num_heads * config.head_dim, bias=config.bias)
-        if config.arch == "modern":
-            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.qkv = nn.Linear(config.n_embd, num_heads * config.head_dim, bias=config.bias or config.qkv_bias)
+        has_norms = config.arch == "modern" and config.qk_norm
+        self.q_norm = make_norm(config, config.head_dim) if has_norms else nn.Identity()
+        self.k_norm = make_norm(config, config.head_dim) if has_norms else nn.Identity()
         self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention: AttentionFn | None = None) -> Tensor:
@@ -246,7 +269,7 @@ class GPT(nn.Module):
 
     Training options, set from outside: `activation_checkpointing` recomputes a block's activations in the backward
     pass; `loss_chunk` computes the loss in chunks of this many tokens (0: at once); `document_separator_id` restricts
-    attention to documents that end with this token.
+    attention to documents that end with this token; `lora` names the base of adapters (nanogpt/lora.py).
     """
 
     def __init__(self, config: GPTConfig):
@@ -262,6 +285,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         self.loss_chunk = 0
         self.document_separator_id: int | None = None
+        self.lora: dict[str, Any] | None = None
         self.initialize()
 
     @torch.no_grad()
@@ -413,10 +437,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: "str | Path | Weights", **changes: Any) -> "GPT":
-        """Load GPT-2 or Qwen3 as published or fine-tuned, or nanoGPT's ckpt.pt.
+        """Load GPT-2, Llama or Qwen as published or fine-tuned, or nanoGPT's ckpt.pt.
 
-        source: "gpt2-xl", a Hugging Face id or folder, a ckpt.pt, or `Weights` read before. changes: dropout and
-        block_size of `from_tensors`. Raises InputError for weights that cannot be read or used.
+        source: "gpt2-xl", a Hugging Face id or folder, a GGUF file, a ckpt.pt, or `Weights` read before. changes:
+        dropout and block_size of `from_tensors`. Raises InputError for weights that cannot be read or used.
         """
         from nanogpt.interop.huggingface import read_weights
         from nanogpt.interop.names import Weights
@@ -434,8 +458,7 @@ class GPT(nn.Module):
         from nanogpt import checkpoint
 
         loaded = checkpoint.load(checkpoint.find(path, which), with_optimizer=False)
-        config = loaded.build_model(cls, GPTConfig).config
-        return cls.from_tensors(config, loaded.model, **changes)
+        return loaded.build_model(cls, GPTConfig, **changes)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place, as when GPT-2 is fine-tuned on shorter rows."""
@@ -452,16 +475,13 @@ class GPT(nn.Module):
         padding = vocab_matrices * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
-    def block_weights(self) -> int:
-        """Number of weights in a block's matrices."""
-        return sum(p.numel() for p in self.blocks[0].parameters() if p.dim() == 2)
-
     def flops_per_token(self, T: int | None = None) -> int:
         """FLOPs of forward and backward for one token in a row of T tokens (default block_size).
 
-        Two per multiply-add, backward twice the forward, attention as the full square, as published figures count it.
+        Two per multiply-add; backward twice the forward, for frozen matrices once; attention as the full square.
         """
         c = self.config
-        T = T or c.block_size
-        layer = 2 * self.block_weights() + 2 * 2 * T * c.n_head * c.head_dim
-        return 3 * (c.n_layer * layer + 2 * c.vocab_size * c.n_embd)
+        attention = 3 * 2 * 2 * (T or c.block_size) * c.n_head * c.head_dim
+        matrices = [(p.requires_grad, p.numel()) for p in self.blocks.parameters() if p.dim() == 2]
+        matrices.append((self.lm_head_weight.requires_grad, c.vocab_size * c.n_embd))
+        return c.n_layer * attention + sum((6 if trains else 4) * numel for trains, numel in matrices)

@@ -45,6 +45,7 @@ from nanogpt.distributed import World, explain_errors, world_size
 from nanogpt.errors import InputError, RunStopped, run_script
 from nanogpt.evaluation import evaluate, rows_to_evaluate, sample_text
 from nanogpt.guard import LayerStats, UpdateGuard
+from nanogpt.lora import check_lora
 from nanogpt.memory import estimate_training_memory, memory_hint, raise_if_cpu_memory_is_short
 from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
@@ -69,7 +70,9 @@ class TrainConfig:
     """Every key of a run. Config files and --key=value flags set them; --help lists them."""
 
     out_dir: str = key("out", "directory for checkpoints and metrics", group="Run")
-    init_from: str = key("scratch", "weights of a new run: scratch, gpt2*, a hub id, a directory, nanoGPT's ckpt.pt")
+    init_from: str = key(
+        "scratch", "weights of a new run: scratch, gpt2*, a hub id, a directory, a .gguf, nanoGPT's ckpt.pt"
+    )
     resume: Literal["auto", True, False] = key(False, "resume the run in out_dir; auto: resume if there is one")
     seed: int = key(1337, "seed of initialization, row order and dropout", ge=0)
     eval_only: bool = key(False, "evaluate once and exit; writes nothing")
@@ -91,19 +94,23 @@ class TrainConfig:
         0, "soft targets from n-grams of this order, counted in the train split; 0: off", ge=0, le=64
     )
 
-    arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: Qwen3's architecture", group="Model")
+    arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: that of Qwen3 and Llama", group="Model")
     n_layer: int = key(12, "number of blocks", ge=1, le=1000)
     n_head: int = key(12, "attention heads per block", ge=1, le=MAX_SIZE)
     n_kv_head: int = key(0, "modern: key and value heads (grouped-query attention); 0: n_head", ge=0, le=MAX_SIZE)
     head_dim: int = key(0, "modern: channels per head; 0: n_embd / n_head", ge=0, le=MAX_SIZE)
     n_embd: int = key(768, "channels (embedding size)", ge=1, le=MAX_SIZE)
     n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd rounded up to 64", ge=0, le=MAX_SIZE)
+    qk_norm: bool = key(True, "modern: normalize queries and keys, as Qwen3; False: as Llama")
     rope_theta: float = key(1e4, "modern: base of the rotary positions", gt=0)
     norm_eps: float = key(0.0, "epsilon of the norms; 0: 1e-5, modern 1e-6", ge=0)
     tied: bool = key(True, "tie token embedding and output layer; modern may untie them")
     look_back: bool = key(False, "modern: initialize the first layer's heads to attend to the preceding tokens")
     dropout: float = key(0.0, "dropout probability", ge=0, lt=1)
     bias: bool = key(False, "gpt2: biases in linear layers and norms")
+    lora_rank: int = key(0, "LoRA: freeze the weights and train adapters of this rank; 0: train all", ge=0, le=MAX_SIZE)
+    lora_alpha: float = key(32.0, "LoRA: scale of the adapters, times 1 / lora_rank", gt=0)
+    lora_targets: str = key("attention,mlp", "LoRA: the layers with adapters; also by name, as in q_proj,v_proj")
 
     optimizer: Literal["adamw", "muon"] = key(
         "adamw", "muon: Muon for the blocks' matrices, AdamW elsewhere", group="Optimizer"
@@ -329,6 +336,7 @@ def save(run: Run) -> None:
             "dial": run.schedule.state_dict(),  # the name that version 0.1 gave the time budget
             "model": asdict(model.config),
             "data": run.dataset.fingerprints,
+            "lora": model.lora,
             "config": {**asdict(run.config), **run.schedule.changed_keys()},
         },
     )
@@ -411,7 +419,7 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
 
 def check_config(config: TrainConfig) -> None:
     """Raise InputError, a line each, for values that are valid one by one but not together."""
-    problems = []
+    problems = check_lora(config.lora_rank, config.init_from, config.out_dir, config.optimizer, config.lora_targets)
     if config.init_from == "scratch":
         try:
             new_model_config(config, vocab_size=1)
@@ -514,7 +522,7 @@ def open_run(
         eval_batch=rows_to_evaluate(windows["val"], micro_batch, world) if model is gpt else micro_batch,
         dataset=dataset,
         tokenizer=tokenizer,
-        layer_stats=LayerStats(gpt, config.grad_clip) if config.log_layers else None,
+        layer_stats=LayerStats(state.optimizer.parameters, config.grad_clip) if config.log_layers else None,
         run_dir=run_dir,
         writer=writer,
         checkpoints=checkpoints,

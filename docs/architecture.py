@@ -25,7 +25,7 @@ LAYERS: dict[str, list[str]] = {
     "model": ["model.py", "configurator.py"],
     "run": [
         *("state.py", "checkpoint.py", "train_log.py", "evaluation.py", "optim.py", "guard.py", "look_back.py"),
-        *("timing.py", "generate/", "interop/", "playground/"),
+        *("lora.py", "timing.py", "generate/", "interop/", "playground/"),
     ],
     "data": ["data/", "text/", "metrics.py", "memory.py"],
     "machine": ["import_torch.py", "distributed.py", "trials.py", "device.py", "compile.py", "cpu_kernels.py"],

@@ -13,13 +13,14 @@ import re
 import shutil
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
+from nanogpt import lora
 from nanogpt.console import format_bytes, print0
 from nanogpt.errors import InputError, RunStopped
 from nanogpt.files import atomic_directory, file_sha256, read_json, recover_directories, sync, utf8_path
@@ -73,6 +74,14 @@ class Fingerprints(TypedDict):
     val: str
 
 
+class Lora(TypedDict):
+    """The scale of adapters, where their base came from, and the hash of its weights."""
+
+    alpha: NonNegative
+    base: str
+    base_sha256: str
+
+
 class State(TypedDict):
     """The keys of state.json. An empty object stands for a scaler or guard that was not in use."""
 
@@ -89,6 +98,7 @@ class State(TypedDict):
     wandb_id: str | None
     dial: NotRequired[Plan | None]  # the name that version 0.1 gave it
     data: NotRequired[Fingerprints]
+    lora: NotRequired[Lora | None]
     model: dict[str, Any]
     config: dict[str, Any]
 
@@ -98,12 +108,17 @@ ADDED_LATER: dict[str, Any] = {"guard": {}, "processes": 1, "wandb_id": None}  #
 
 @dataclass
 class Checkpoint:
-    """A loaded checkpoint: tensors by name on the CPU, and the content of `state.json`."""
+    """A loaded checkpoint: tensors by name on the CPU, and the content of `state.json`.
+
+    In a run with LoRA the tensors are its adapters. `build_model` moves them to `adapters` and puts their base into
+    `model`, for resuming as it is, and without the optimizer's state merged with the adapters.
+    """
 
     path: Path
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    adapters: dict[str, Tensor] = field(default_factory=dict)
 
     def build_config(self, config_class: type[Config], part: str) -> Config:
         """The settings in `state[part]`. Raises InputError where `config_class` does not have or take them."""
@@ -116,16 +131,47 @@ class Checkpoint:
             problems = [f"state.json: {part}.{error}"]
         raise _damaged(self.path, "; ".join(problems[:3]))
 
-    def build_model(self, model_class: Any, config_class: type[Config]) -> Any:
-        """A model with these tensors, which take no new memory. Raises InputError where its sizes are not theirs."""
+    def build_model(self, model_class: Any, config_class: type[Config], **changes: Any) -> Any:
+        """A model with these tensors, which take no new memory. Raises InputError where its sizes are not theirs.
+
+        changes: as for `GPT.from_tensors`.
+        """
         sizes: Any = self.build_config(config_class, "model")
+        has_adapters = bool(self.state.get("lora")) and not self.adapters
+        if has_adapters:
+            self._read_base(asdict(sizes), model_class, config_class)
         try:
             if sizes.n_layer > len(self.model):  # even without memory a billion blocks take hours
                 raise RuntimeError(f"n_layer={sizes.n_layer}, but there are {len(self.model)} tensors")
-            return model_class.from_tensors(sizes, self.model)
-        except (RuntimeError, TypeError) as error:  # the latter for sizes of more than 63 bits
+            if has_adapters and not self.optimizer:
+                lora.merge(self.model, self.adapters, self.state["lora"]["alpha"], asdict(sizes))
+            return model_class.from_tensors(sizes, self.model, **changes)
+        except (KeyError, RuntimeError, TypeError) as error:  # the last for sizes of more than 63 bits
             reason = " ".join(str(error).split())[:200]
             raise _damaged(self.path, f"state.json: the sizes are not those of the tensors ({reason})") from error
+
+    def _read_base(self, sizes: dict[str, Any], model_class: Any, config_class: Any) -> None:
+        """Read the base of adapters from init_from or, seen from another directory, from its full path."""
+        from nanogpt.interop.huggingface import read_weights
+
+        run = self.state["lora"]
+        init_from = str(self.state["config"].get("init_from"))
+        source = next((place for place in (init_from, run["base"]) if os.path.exists(place)), init_from)
+        another = InputError(f"{self.path} has adapters of another base: {source} is not what the run started from")
+        if Path(source).resolve() == self.path.parent.parent.resolve():
+            raise another
+        try:
+            if is_checkpoint(Path(source)):
+                base = load(find(source), with_optimizer=False)
+                tensors = base.build_model(model_class, config_class).state_dict()
+            else:
+                tensors = read_weights(source).tensors
+        except InputError as error:
+            raise InputError(f"{self.path} has adapters, and their base cannot be read: {error}") from error
+        if lora.base_sha256(tensors, sizes) != run["base_sha256"]:
+            raise another
+        self.adapters = self.model
+        self.model = lora.crop(tensors, sizes)
 
 
 # ---- find and load

@@ -43,12 +43,12 @@ class RMSNormFunction(torch.autograd.Function):
         return (normed * gain).to(dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         normed, inverse_rms, gain = ctx.saved_tensors
         product = grad * normed
         radial = (product * gain).mean(-1, keepdim=True)  # the part of the gradient along x, which the norm removes
         grad_x = (grad * gain).addcmul_(normed, radial, value=-1).mul_(inverse_rms)
-        return grad_x, product.sum_to_size(gain.shape), None
+        return grad_x, product.sum_to_size(gain.shape) if ctx.needs_input_grad[1] else None, None
 
 
 def causal_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

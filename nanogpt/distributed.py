@@ -83,10 +83,7 @@ class World:
         name = torch.cuda.get_device_name(self.device)
         if "Laptop" in name:
             return None
-        for part, peak in PEAK_FLOPS.items():
-            if re.search(rf"\b{part}\b", name):
-                return peak
-        return None
+        return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -102,8 +99,7 @@ def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> W
     """Join the processes that torchrun started, or run alone; pick device and dtype.
 
     device: auto, cpu, cuda, cuda:N or mps. dtype: auto (see `try_dtypes`) or a key of `DTYPES`. backend: auto, nccl or
-    gloo.
-    Raises InputError for a device, dtype or backend that this machine lacks.
+    gloo. Raises InputError for a device, dtype or backend that this machine lacks.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -1,6 +1,7 @@
 """Guard the weights: skip non-finite updates and spikes on the device, and measure gradients and updates by layer."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,9 +72,9 @@ class LayerStats:
     `layers`: the parameters of each layer by its name in metrics.jsonl, "tokens", "blocks.0" and so on, "norm".
     """
 
-    def __init__(self, model: nn.Module, grad_clip: float):
+    def __init__(self, parameters: Mapping[str, Tensor], grad_clip: float):
         self.layers: dict[str, list[Tensor]] = {}
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             depth = 2 if name.startswith("blocks.") else 1
             layer = ".".join(name.split(".")[:depth])
             self.layers.setdefault(LOGGED_NAMES.get(layer, layer), []).append(parameter)

@@ -20,11 +20,17 @@ MAX_LOGITS = 2**28  # numbers of a forward pass without backward: a gigabyte
 # --- Training
 
 
+def trained_numel(model: Any) -> int:
+    """Numbers that train: all parameters, or the adapters of LoRA."""
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return sum(p.numel() for p in model.parameters()) - frozen if frozen else model.count_parameters()
+
+
 def optimizer_state_numel(model: Any, optimizer: str) -> int:
     """Numbers that the optimizer keeps: two for each parameter of AdamW, one for each of Muon."""
     muon_params = model.muon_params() if optimizer == "muon" else {}
     muon_numel = sum(p.numel() for name, p in model.named_parameters() if name in muon_params)
-    return 2 * model.count_parameters() - muon_numel
+    return 2 * trained_numel(model) - muon_numel
 
 
 def optimizer_step_bytes(model: Any, optimizer: str, itemsize: int) -> int:
@@ -67,7 +73,7 @@ def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: 
         block = 4 / 3 * (18 * c.n_embd + (8 + 2 * itemsize) * head_channels + 4 * itemsize * c.n_inner)
     blocks = c.n_layer * 4 * c.n_embd + block if model.activation_checkpointing else c.n_layer * block
     logits = 12 * c.vocab_size * min(B * T, model.loss_chunk or B * T)  # log-probabilities and two of their gradients
-    state = 4 * (2 * model.count_parameters() + optimizer_state_numel(model, optimizer))
+    state = 4 * (model.count_parameters() + trained_numel(model) + optimizer_state_numel(model, optimizer))
     return state + max(B * T * blocks + logits, 1.1 * optimizer_step_bytes(model, optimizer, itemsize))
 
 
@@ -105,7 +111,8 @@ def pick_micro_batch(model: Any, optimizer: str, sizes: Sequence[int], world: Wo
 def _try_step(model: Any, world: World, x: torch.Tensor) -> bool:
     """Run forward and backward on x (B, T) beside an optimizer state; False if memory runs out."""
     try:
-        optimizer_state = [torch.empty_like(p) for p in (*model.parameters(), *model.parameters())]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer_state = [torch.empty_like(p) for p in (*trained, *trained)]
         with world.autocast():
             loss = model(x, x)[1]
         loss.backward()

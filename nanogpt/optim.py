@@ -23,7 +23,7 @@ class Optimizer:
     arXiv:2502.16982). Embeddings, the output layer, gains and biases stay with AdamW.
 
     model: its parameters are on their device; for Muon a GPT, which names its matrices. learning_rate, muon_lr: the
-    maxima of the schedule; muon_lr None means learning_rate. `state` has each parameter's tensors by name.
+    maxima of the schedule; muon_lr None means learning_rate. `parameters`: those that train; `state`: tensors of each.
 
     Not a torch.optim.Optimizer: importing one imports torch's compiler, a second or more at each start. The tests
     compare it with torch's.
@@ -49,7 +49,7 @@ class Optimizer:
         self.weight_decay = weight_decay
         self.beta1 = beta1
         self.beta2 = beta2
-        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.param_groups = [{"params": list(self.parameters.values())}]  # where torch's GradScaler finds gradients
         self.row_splits: dict[str, list[int]] = model.muon_params() if kind == "muon" else {}
         self.state: dict[str, dict[str, Tensor]] = {}

@@ -59,8 +59,8 @@ class TrainState:
         }
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and optimizer state by name."""
-        return self.model.state_dict(), self.optimizer.state_tensors()
+        """Weights that train, and optimizer state, by name."""
+        return self.optimizer.parameters, self.optimizer.state_tensors()
 
     def load_state_dict(self, saved: dict[str, Any], optimizer_tensors: dict[str, Tensor]) -> None:
         """Load what `state_dict` and `tensors` returned; the model has its weights already."""

@@ -14,7 +14,7 @@ from nanogpt.device import describe_device, free_memory
 from nanogpt.distributed import World
 from nanogpt.errors import RunStopped
 from nanogpt.guard import LayerStats
-from nanogpt.memory import estimate_training_memory, optimizer_state_numel
+from nanogpt.memory import estimate_training_memory, optimizer_state_numel, trained_numel
 from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats
 from nanogpt.schedule import RowSchedule
 from nanogpt.state import TrainState
@@ -189,10 +189,13 @@ def print_model_summary(model: Any, world: World) -> None:
     dtype = world.dtype_name
     if world.bfloat16_speed:
         dtype += f" (bfloat16: {world.bfloat16_speed:.2g} × float32 here)"
+    parameters = f"{model.count_parameters():,} parameters"
+    if (trained := trained_numel(model)) < model.count_parameters():
+        parameters += f", of which {trained:,} are LoRA adapters and train"
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
     print0(
         f"{processes} on {describe_device(world.device)}, {dtype}",
-        f"model       {model.count_parameters():,} parameters",
+        f"model       {parameters}",
     )
 
 
@@ -213,7 +216,7 @@ def print_run_summary(
         f"run         {max_iters:,} steps = {tokens:,} tokens = {tokens / len(dataset.train):.3g} epochs of "
         f"{dataset.name} = {tokens / model.count_parameters():.3g} tokens per parameter",
         f"memory      about {format_bytes(memory)} per process{free_text}",
-        f"checkpoint  {format_bytes(4 * (model.count_parameters() + optimizer_state_numel(model, optimizer)))} each",
+        f"checkpoint  {format_bytes(4 * (trained_numel(model) + optimizer_state_numel(model, optimizer)))} each",
     )
 
 

@@ -48,6 +48,18 @@ def build_qwen3(**changes: Any) -> Any:
     return randomize(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**QWEN3_SIZES | changes)), 0.1)
 
 
+LLAMA_SIZES = {name: value for name, value in QWEN3_SIZES.items() if name != "head_dim"}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 64}
+
+
+def build_llama(kind: str = "Llama", **changes: Any) -> Any:
+    """A random model of transformers' class `kind`: "Llama", "Mistral" or "Qwen2"."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**LLAMA_SIZES | changes)
+    return randomize(getattr(transformers, f"{kind}ForCausalLM")(config), 0.1)
+
+
 def save_random_run(out_dir: str, tokenizer: Tokenizer | None = CHARACTERS, settings: Any = None, **sizes: Any) -> GPT:
     """Save a checkpoint as train.py does. settings: the run's, such as its dataset."""
     torch.manual_seed(0)

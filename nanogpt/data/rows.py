@@ -159,13 +159,12 @@ class StepBatch:
         The weight is their share of the update's targets, so that every target counts the same in whichever
         micro-batch it is; times the number of ranks, over which the gradients are averaged.
         """
+        make_soft_targets = self.rows.soft_targets
         for row in range(self.begin, self.end, self.micro_batch):
             x, y = self.rows[row : row + self.micro_batch]
             num_targets = int((y >= 0).sum()) if self.rows.has_mask else y.numel()
             weight = num_targets * self.world.size / self.num_targets
-            soft_targets = None
-            if self.rows.soft_targets:
-                soft_targets = self.world.to_device(*self.rows.soft_targets(x, y))
+            soft_targets = self.world.to_device(*make_soft_targets(x, y)) if make_soft_targets else None
             x, y = self.world.to_device(x, y)
             yield x, y, soft_targets, weight
 

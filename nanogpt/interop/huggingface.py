@@ -1,13 +1,13 @@
-"""Read GPT-2 and Qwen3 in Hugging Face's format, and write our models in it.
+"""Read GPT-2, Llama and Qwen in Hugging Face's format, and write our models in it.
 
-`names.py` holds the table of both architectures. Nothing in a folder is executed: safetensors holds no code, and
+`names.py` holds the table of architectures. Nothing in a folder is executed: safetensors holds no code, and
 pickled weights are refused.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,39 @@ from torch import Tensor
 
 from nanogpt.errors import InputError
 from nanogpt.files import read_json, utf8_path
+from nanogpt.interop import peft
+from nanogpt.interop.gguf import read_gguf, read_gguf_tokenizer
 from nanogpt.interop.names import (
     ARCHITECTURES,
     GELU,
+    ROPE_SCALING,
     Weights,
     find_architecture,
     first_line,
+    split_tensors,
     strip_wrappers,
-    tensor_layout,
     translate,
     validate_sizes,
 )
 from nanogpt.interop.nanogpt_ckpt import read_nanogpt
-from nanogpt.schema import matches
-from nanogpt.text.chat import Chat
+from nanogpt.schema import Count, matches
+from nanogpt.text.chat import end_ids
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 WEIGHT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json")
 TOKENIZER_HINT = "have transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) write one"
-GPT2_DEFAULTS = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": GPT2_VOCAB, "layer_norm_epsilon": 1e-5}
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Read a model of OpenAI's (gpt2 … gpt2-xl), a folder or hub id of Hugging Face, or nanoGPT's ckpt.pt.
+    """Read a model of OpenAI's (gpt2 … gpt2-xl), a folder or hub id of Hugging Face, a GGUF file, or nanoGPT's ckpt.pt.
 
-    Raises InputError as `read_huggingface` and `read_nanogpt` do.
+    Raises InputError as `read_huggingface`, `read_gguf` and `read_nanogpt` do.
     """
     path = Path(source)
+    if path.suffix == ".gguf":
+        return read_gguf(path)
     is_nanogpt_folder = os.path.exists(path / "ckpt.pt") and not os.path.exists(path / "config.json")
     if str(source) not in OPENAI_MODELS and (os.path.isfile(path) or path.suffix == ".pt" or is_nanogpt_folder):
         return read_nanogpt(path)
@@ -54,13 +58,16 @@ def read_weights(source: str | Path) -> Weights:
 def read_huggingface(source: str) -> Weights:
     """Read a model from a folder or, by its id, from the Hugging Face hub (downloaded once, then cached).
 
-    Raises InputError if it is missing, damaged, pickled, or computes a function that model.py does not.
+    PEFT's adapters are merged into the base that they name. Raises InputError if it is missing, damaged, pickled, or
+    computes a function that model.py does not.
     """
-    folder = _local_folder(source, *WEIGHT_FILES, *TOKENIZER_FILES)
+    folder = _local_folder(source, *WEIGHT_FILES, *TOKENIZER_FILES, peft.CONFIG)
+    if (folder / peft.CONFIG).exists():
+        return _read_adapters(source, folder)
     settings = _read_json(folder / "config.json")
     config = _read_config(source, settings)
     stored = strip_wrappers(source, _read_safetensors(folder))
-    can_have_biases = find_architecture(config["arch"]).has_biases
+    can_have_biases = find_architecture(config).has_biases
     config["bias"] = can_have_biases and any(name.endswith(".bias") for name in stored)
     weights = Weights(source, config, translate(source, stored, config, transposed=True))
     if (folder / "generation_config.json").exists():
@@ -70,7 +77,7 @@ def read_huggingface(source: str) -> Weights:
         weights.end_ids = ends if isinstance(ends, list) else [ends]
 
     if (folder / "tokenizer.json").exists():
-        weights.tokenizer_folder = folder
+        weights.tokenizer = Tokenizer.load(folder)
     elif (folder / "vocab.json").exists():
         weights.notes.append(f"{source}: no tokenizer.json, so no text, only ids; {TOKENIZER_HINT}")
     elif config["vocab_size"] == GPT2_VOCAB:
@@ -79,8 +86,21 @@ def read_huggingface(source: str) -> Weights:
     return weights
 
 
+def _read_adapters(source: str, folder: Path) -> Weights:
+    """Read a folder of PEFT, and the base that it names; merged."""
+    settings = _read_json(folder / peft.CONFIG)
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
+        raise InputError(f"{source}: {peft.CONFIG} does not name the model that its adapters belong to; add its path")
+    weights = read_weights(base)
+    peft.merge_peft(source, weights.tensors, weights.config, settings, _read_safetensors(folder, peft.TENSORS))
+    return replace(weights, source=source, tokenizer=Tokenizer.load(folder) or weights.tokenizer)
+
+
 def read_tokenizer(source: str) -> Tokenizer:
-    """Read the tokenizer of a local folder or of a model on the hub. Raises InputError if there is none."""
+    """Read the tokenizer of a local folder, a GGUF file or a model on the hub. Raises InputError if there is none."""
+    if source.endswith(".gguf"):
+        return read_gguf_tokenizer(Path(source))
     tokenizer = Tokenizer.load(_local_folder(source, *TOKENIZER_FILES))
     if tokenizer is None:
         raise InputError(f"{source}: no tokenizer.json; give a folder or hub id that has one, or {TOKENIZER_HINT}")
@@ -112,12 +132,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of model.safetensors, or of the shards in its index."""
+def _read_safetensors(folder: Path, file: str = "model.safetensors") -> dict[str, Tensor]:
+    """Read all tensors of a file, or of the shards in its index."""
     from safetensors.torch import load_file
 
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
+    index = folder / f"{file}.index.json"
+    files = [file]
     if not (folder / files[0]).exists() and index.exists():
         weight_map = _read_json(index).get("weight_map")
         files = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
@@ -148,26 +168,51 @@ def _read_config(source: str, stored: dict[str, Any]) -> dict[str, Any]:
     model_type = stored.get("model_type")
     architecture = next((known for known in ARCHITECTURES if known.model_type == model_type), None)
     if architecture is None:
-        known_types = " and ".join(repr(known.model_type) for known in ARCHITECTURES)
+        known_types = ", ".join(repr(known.model_type) for known in ARCHITECTURES)
         raise InputError(f"{source}: model_type {model_type!r} is not supported; use a model of {known_types}")
-    settings = _flatten_rope(stored)
+    settings = architecture.defaults | _flatten_rope(stored)
     if model_type == "gpt2":
-        settings = GPT2_DEFAULTS | {"n_positions": stored.get("n_ctx", 1024)} | settings
+        settings = {"n_positions": stored.get("n_ctx", 1024)} | settings
 
     config = {ours: settings.get(theirs) for ours, theirs in architecture.sizes.items()}
-    if model_type == "gpt2" and config["n_inner"] is None:
-        del config["n_inner"]  # 4 n_embd, as GPTConfig's default
+    _fill_in_sizes(config, architecture.model_type)
     validate_sizes(source, config)
+    # A window as long as the context hides nothing.
+    if matches(settings.get("sliding_window"), int) and settings["sliding_window"] >= config["block_size"]:
+        settings["sliding_window"] = None
 
     for name, values in (architecture.supported | {"quantization_config": (None,)}).items():
         value = settings.setdefault(name, values[0])
         if value not in values:
             raise InputError(f"{source}: {name}={value!r} is not supported, only {values}; use another model")
-    config["arch"] = architecture.arch
+    config |= architecture.fields
     config["tied"] = settings["tie_word_embeddings"]
     if model_type == "gpt2":
         config["gelu"] = GELU[settings["activation_function"]]
+    if settings.get("rope_type") == "llama3":
+        scaling: list[Any] = [settings.get(name) for name in ROPE_SCALING]
+        if not all(matches(number, float) and number > 0 for number in scaling) or scaling[1] >= scaling[2]:
+            raise InputError(
+                f"{source}: rope_scaling of type llama3 needs {' < '.join(ROPE_SCALING[1:3])} and "
+                f"{ROPE_SCALING[0]}, {ROPE_SCALING[3]} above 0; restore it"
+            )
+        config["rope_scaling"] = scaling
     return config
+
+
+def _fill_in_sizes(config: dict[str, Any], model_type: str) -> None:
+    """Give sizes that config.json may leave out or set to null the values that transformers gives them; in place."""
+    n_head, n_embd = config["n_head"], config["n_embd"]
+    if model_type == "gpt2" and config["n_inner"] is None:
+        del config["n_inner"]  # 4 n_embd, as GPTConfig's default
+    if model_type == "llama" and config["n_kv_head"] is None:
+        config["n_kv_head"] = n_head
+    if (
+        model_type in ("llama", "mistral", "qwen2")
+        and config["head_dim"] is None
+        and matches([n_embd, n_head], list[Count])
+    ):
+        config["head_dim"] = n_embd // max(n_head, 1)
 
 
 def _flatten_rope(stored: dict[str, Any]) -> dict[str, Any]:
@@ -190,14 +235,14 @@ def write_huggingface(
     tensors: dict[str, Tensor],
     tokenizer: Tokenizer,
     *,
-    end_ids: Sequence[int] = (),
+    extra_end_ids: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a model and its tokenizer for transformers, as GPT2LMHeadModel or Qwen3ForCausalLM.
+    """Write a model and its tokenizer for transformers, as GPT2LMHeadModel, Qwen3ForCausalLM and so on.
 
     folder: an existing one. model_config: all fields of GPTConfig. tensors: under our names, on the CPU, the
-    vocabulary's rows with or without padding. end_ids: those that end a generated text, beside the tokenizer's.
+    vocabulary's rows with or without padding. extra_end_ids: those that end a text, beside the tokenizer's.
     shard_bytes: larger weights are split into several files. Raises OSError or SafetensorError if the disk is full.
     """
     from huggingface_hub import save_torch_state_dict
@@ -205,35 +250,28 @@ def write_huggingface(
     # None is written too: transformers replaces a missing id by GPT-2's own.
     ids: dict[str, Any] = {f"{name}_id": tokenizer.named_id(name) for name in ("bos_token", "eos_token")}
     _write_json(folder / "config.json", _to_their_config(model_config, dtype) | ids)
-    ends = sorted({*end_ids, *_end_ids(tokenizer)})
+    ends = sorted({*extra_end_ids, *end_ids(tokenizer)})
     ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     _write_json(folder / "generation_config.json", ids)
     save_torch_state_dict(_to_their_names(model_config, tensors, dtype), folder, max_shard_size=shard_bytes)
-    tokenizer.save_pretrained(folder, model_config["block_size"])
+    # OpenAI's files of GPT-2 name an unk_token, and CTranslate2's converter of GPT-2 needs one.
+    tokenizer.save_pretrained(folder, model_config["block_size"], names_unk=model_config["arch"] == "gpt2")
 
 
 def _to_their_names(model_config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copy our tensors, split and transposed as Hugging Face stores them; zeros for biases that we do not have."""
-    architecture = find_architecture(model_config["arch"])
+    """Copy our tensors, split and transposed as Hugging Face stores them."""
+    prefix = find_architecture(model_config).prefix
     stored: dict[str, Tensor] = {}
-    next_row: dict[str, int] = {}
-    for name, place in tensor_layout(model_config | {"bias": architecture.has_biases}).items():
-        first = next_row.get(place.name, 0)
-        last = next_row[place.name] = first + place.shape[0]
-        is_added = name.endswith(".bias") and not model_config["bias"]
-        tensor = torch.zeros(place.shape) if is_added else tensors[place.name][first:last]
-
-        if place.is_transposed:
-            tensor = tensor.t()
-        prefix = "" if name.startswith("lm_head.") else architecture.prefix
+    for name, tensor in split_tensors(tensors, model_config, transposed=True).items():
+        their_name = name if name.startswith("lm_head.") else prefix + name
         # A copy, because save_torch_state_dict refuses views of a larger tensor.
-        stored[prefix + name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        stored[their_name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return stored
 
 
 def _to_their_config(model_config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Translate GPTConfig's fields to config.json, with the keys that published models have there."""
-    architecture = find_architecture(model_config["arch"])
+    architecture = find_architecture(model_config)
     config = {
         "model_type": architecture.model_type,
         "architectures": [architecture.model_class],
@@ -246,16 +284,15 @@ def _to_their_config(model_config: dict[str, Any], dtype: torch.dtype) -> dict[s
         config["activation_function"] = next(name for name, ours in GELU.items() if ours == model_config["gelu"])
         config["n_ctx"] = model_config["block_size"]
         config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model_config["dropout"])
+    else:
+        # transformers 5 reads the rotary base here alone, transformers 4 at the top level alone.
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": model_config["rope_theta"]}
+        if model_config["rope_scaling"]:
+            scaling = dict(zip(ROPE_SCALING, model_config["rope_scaling"], strict=True))
+            scaling[ROPE_SCALING[-1]] = int(scaling[ROPE_SCALING[-1]])  # transformers 4 warns of a float
+            config["rope_scaling"] = {"rope_type": "llama3"} | scaling
+            config["rope_parameters"] |= config["rope_scaling"]
     return config
-
-
-def _end_ids(tokenizer: Tokenizer) -> set[int]:
-    """Return the ids that end a generated text: of a document, and of a chat model also of an answer."""
-    ends = {tokenizer.end_of_text, tokenizer.named_id("eos_token")}
-    if tokenizer.template is not None:
-        with contextlib.suppress(InputError, ValueError):  # a template that needs more than a question and an answer
-            ends |= Chat(tokenizer).stop_ids
-    return {end for end in ends if end is not None}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

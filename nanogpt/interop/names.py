@@ -9,18 +9,20 @@ To add an architecture of Hugging Face:
 
 import math
 import re
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanogpt.errors import InputError
+from nanogpt.text.tokenizer import Tokenizer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")  # of DDP, torch.compile, the headed model
-CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # buffers, not parameters
+# Buffers, not parameters: the causal masks of old GPT-2 files, the rotary frequencies of old Llama files.
+BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 MAX_LAYERS = 1000  # each layer takes memory for its tensors' names, before any file is looked at
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}  # transformers' name -> GPTConfig.gelu
 
@@ -38,7 +40,7 @@ class TensorSpec(NamedTuple):
 class Architecture:
     """An architecture as Hugging Face stores it. `*` in a tensor's name stands for the number of the layer."""
 
-    arch: str  # GPTConfig.arch
+    fields: dict[str, Any]  # of GPTConfig; no other architecture has the same
     model_type: str  # in config.json
     model_class: str  # transformers', in config.json
     prefix: str  # of all stored names but lm_head's
@@ -48,14 +50,17 @@ class Architecture:
     ]  # their name -> ours; several with the same name of ours follow each other in its rows
     sizes: dict[str, str]  # GPTConfig's field -> key in config.json
     supported: dict[str, tuple]  # key in config.json -> values that model.py computes; first transformers' default
+    defaults: dict[str, Any] = field(default_factory=dict)  # transformers', for keys that some files leave out
     written: dict[str, Any] = field(default_factory=dict)  # further keys of an exported config.json
 
 
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of Llama 3
+
 GPT2 = Architecture(
-    arch="gpt2",
+    fields={"arch": "gpt2"},
     model_type="gpt2",
     model_class="GPT2LMHeadModel",
-    prefix="transformer.",
+    prefix="",  # as in OpenAI's own files; transformers takes both, mlx-lm only this
     has_biases=True,
     tensors={
         "wte": TensorSpec("token_embedding", "vocab_size", "n_embd"),
@@ -84,10 +89,11 @@ GPT2 = Architecture(
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
+    defaults={"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "layer_norm_epsilon": 1e-5},
 )
 
 QWEN3 = Architecture(
-    arch="modern",
+    fields={"arch": "modern", "qk_norm": True, "qkv_bias": False},
     model_type="qwen3",
     model_class="Qwen3ForCausalLM",
     prefix="model.",
@@ -126,13 +132,45 @@ QWEN3 = Architecture(
         "tie_word_embeddings": (False, True),
         "use_sliding_window": (False,),
         "layer_types": ("full_attention", None),
-        "rope_type": ("default",),
+        "rope_type": ("default", "llama3"),
         "partial_rotary_factor": (1.0,),
     },
     written={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
 )
 
-ARCHITECTURES = (GPT2, QWEN3)
+QK_NORMS = ("blocks.*.attention.q_norm", "blocks.*.attention.k_norm")
+
+LLAMA = replace(
+    QWEN3,
+    fields={"arch": "modern", "qk_norm": False, "qkv_bias": False},
+    model_type="llama",
+    model_class="LlamaForCausalLM",
+    tensors={name: spec for name, spec in QWEN3.tensors.items() if spec.name not in QK_NORMS},
+    supported=QWEN3.supported | {"mlp_bias": (False,)},
+    written={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    defaults={"rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+)
+
+# Without its sliding window the same network as Llama, which comes first and is the class for export.
+MISTRAL = replace(
+    LLAMA,
+    model_type="mistral",
+    model_class="MistralForCausalLM",
+    supported=QWEN3.supported | {"sliding_window": (None,)},
+    defaults={"rope_theta": 1e4, "rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+)
+
+QWEN2 = replace(
+    LLAMA,
+    fields={"arch": "modern", "qk_norm": False, "qkv_bias": True},
+    model_type="qwen2",
+    model_class="Qwen2ForCausalLM",
+    supported=QWEN3.supported,
+    written={"hidden_act": "silu", "use_sliding_window": False},
+    defaults={"rope_theta": 1e4, "rms_norm_eps": 1e-6},
+)
+
+ARCHITECTURES = (GPT2, QWEN3, LLAMA, MISTRAL, QWEN2)
 
 
 @dataclass
@@ -140,19 +178,27 @@ class Weights:
     """A model read from elsewhere.
 
     config: arguments of GPTConfig. tensors: float32 under our names, in their own memory; the token embedding has its
-    true vocab_size rows. tokenizer_folder: where its tokenizer.json is. gpt2_encoding: it has no tokenizer files and
-    its ids are GPT-2's. notes: lines for the user. train_config: nanoGPT's settings of the run (such as "dataset").
+    true vocab_size rows. tokenizer: None if it has none. gpt2_encoding: it has no tokenizer files and its ids are
+    GPT-2's. notes: lines for the user. train_config: nanoGPT's settings of the run (such as "dataset").
     end_ids: the ids that end a generated text, as far as stated.
     """
 
     source: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    tokenizer_folder: Path | None = None
+    tokenizer: Tokenizer | None = None
     gpt2_encoding: bool = False
     notes: list[str] = field(default_factory=list)
     train_config: dict[str, Any] = field(default_factory=dict)
     end_ids: list[int] = field(default_factory=list)
+
+
+class Unread(NamedTuple):
+    """A stored tensor whose values are read once its shape is known to be right."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    dtype: torch.dtype = torch.float32
 
 
 class Placement(NamedTuple):
@@ -167,8 +213,10 @@ class Placement(NamedTuple):
         return self.shape[::-1] if self.is_transposed else self.shape
 
 
-def find_architecture(arch: str) -> Architecture:
-    return next(architecture for architecture in ARCHITECTURES if architecture.arch == arch)
+def find_architecture(model_config: dict[str, Any]) -> Architecture:
+    """The first architecture that has these fields of GPTConfig; a missing one has GPTConfig's default."""
+    actual = {"arch": "gpt2", "qk_norm": True, "qkv_bias": False} | model_config
+    return next(known for known in ARCHITECTURES if known.fields.items() <= actual.items())
 
 
 def tensor_layout(model_config: dict[str, Any], *, transposed: bool = True) -> dict[str, Placement]:
@@ -176,7 +224,7 @@ def tensor_layout(model_config: dict[str, Any], *, transposed: bool = True) -> d
 
     model_config: arguments of GPTConfig. transposed: the matrices that Hugging Face stores as (in, out) are so.
     """
-    architecture = find_architecture(model_config.get("arch", "gpt2"))
+    architecture = find_architecture(model_config)
     sizes = _sizes(model_config)
     layout: dict[str, Placement] = {}
     for stored_name, spec in architecture.tensors.items():
@@ -184,6 +232,8 @@ def tensor_layout(model_config: dict[str, Any], *, transposed: bool = True) -> d
             continue
         shape = tuple(sizes[size] for size in (spec.rows, spec.columns) if size)
         has_bias = model_config["bias"] and not spec.name.endswith("_embedding")
+        if model_config.get("qkv_bias"):
+            has_bias = spec.name.endswith(".qkv")
 
         for layer in range(sizes["n_layer"] if "*" in stored_name else 1):
             theirs = stored_name.replace("*", str(layer))
@@ -221,15 +271,15 @@ def validate_sizes(source: str, sizes: dict[str, Any]) -> None:
 
 
 def strip_wrappers(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that wrappers add to names, and the causal mask's buffers."""
+    """Remove the prefixes that wrappers add to names, and buffers."""
     plain = {WRAPPERS.sub("", name, count=1): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise InputError(f"{source}: the same tensor name under two prefixes; save the model again")
-    return {name: tensor for name, tensor in plain.items() if not CAUSAL_MASK.fullmatch(name)}
+    return {name: tensor for name, tensor in plain.items() if not BUFFERS.fullmatch(name)}
 
 
 def translate(
-    source: str, stored: dict[str, Tensor], model_config: dict[str, Any], transposed: bool
+    source: str, stored: Mapping[str, Tensor | Unread], model_config: dict[str, Any], transposed: bool
 ) -> dict[str, Tensor]:
     """Copy stored tensors to float32 under our names, matrices as (out, in).
 
@@ -246,18 +296,43 @@ def translate(
             stored.setdefault(embedding, stored_head)
     _check_tensors(source, stored, layout)
 
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[str]] = {}
     for their_name, place in layout.items():
-        tensor = stored[their_name]
-        parts.setdefault(place.name, []).append(tensor.t() if place.is_transposed else tensor)
-    tensors = {name: torch.cat(rows).float() for name, rows in parts.items()}
+        parts.setdefault(place.name, []).append(their_name)
+    tensors: dict[str, Tensor] = {}
+    for name, their_names in parts.items():
+        rows = [_read(stored[their_name]) for their_name in their_names]
+        if layout[their_names[0]].is_transposed:
+            rows = [tensor.t() for tensor in rows]
+        tensors[name] = torch.cat(rows).float()
 
-    if stored_head is not None and not torch.equal(stored_head.float(), tensors["token_embedding.weight"]):
+    if stored_head is not None and not torch.equal(_read(stored_head).float(), tensors["token_embedding.weight"]):
         raise InputError(f"{source}: lm_head.weight is not the token embedding, although tied; use another model")
     return tensors
 
 
-def _check_tensors(source: str, stored: dict[str, Tensor], layout: dict[str, Placement]) -> None:
+def split_tensors(tensors: dict[str, Tensor], model_config: dict[str, Any], transposed: bool) -> dict[str, Tensor]:
+    """Our tensors under their names without the prefix, as views; zeros for biases that we do not have.
+
+    tensors: the vocabulary's rows with or without padding. transposed: as in `tensor_layout`.
+    """
+    architecture = find_architecture(model_config)
+    stored: dict[str, Tensor] = {}
+    next_row: dict[str, int] = {}
+    for name, place in tensor_layout(model_config | {"bias": architecture.has_biases}, transposed=transposed).items():
+        first = next_row.get(place.name, 0)
+        last = next_row[place.name] = first + place.shape[0]
+        is_added = architecture.has_biases and name.endswith(".bias") and not model_config["bias"]
+        tensor = torch.zeros(place.shape) if is_added else tensors[place.name][first:last]
+        stored[name] = tensor.t() if place.is_transposed else tensor
+    return stored
+
+
+def _read(tensor: Tensor | Unread) -> Tensor:
+    return tensor.read() if isinstance(tensor, Unread) else tensor
+
+
+def _check_tensors(source: str, stored: Mapping[str, Tensor | Unread], layout: dict[str, Placement]) -> None:
     misshapen = []
     for name, place in layout.items():
         tensor = stored.get(name)

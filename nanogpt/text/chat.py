@@ -5,6 +5,7 @@ rendered and encoded as a whole, so that its ids are those of transformers' `app
 message that holds the name of a special token never becomes that token (`sanitize_control_tokens=True` there).
 """
 
+import contextlib
 import datetime
 import json
 import re
@@ -98,6 +99,15 @@ def check_messages(entries: Any) -> list[dict[str, str]]:
             raise ValueError(f"message {number} has no role and content that are text")
         messages.append(message)
     return messages
+
+
+def end_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a generated text: the `eos_token`, that of a document, and of a chat model also of an answer."""
+    ends = [tokenizer.named_id("eos_token"), tokenizer.end_of_text]
+    if tokenizer.template is not None:
+        with contextlib.suppress(InputError, ValueError):  # a template that needs more than a question and an answer
+            ends += sorted(Chat(tokenizer).stop_ids)
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 class Chat:

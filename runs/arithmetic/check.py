@@ -30,6 +30,11 @@ GPT2 = GPTConfig(bias=False)  # 124M
 A, B, C = optim.NEWTON_SCHULZ
 
 
+def block_weights(config: GPTConfig) -> int:
+    """Number of weights in a block's matrices."""
+    return sum(p.numel() for p in Block(config).parameters() if p.dim() == 2)
+
+
 def kept_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
     """Bytes that autograd keeps of `forward` until backward."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -200,7 +205,7 @@ def memory() -> dict[str, Any]:
     for model.activation_checkpointing in (False, True):
         kept[str(model.activation_checkpointing)] = kept_bytes(model, lambda: model.hidden_states(x))
     c, flops = GPT2, GPT(GPT2).flops_per_token()
-    blocks = c.n_layer * (2 * GPT(c).block_weights() + 2 * 2 * 1024 * c.n_embd)
+    blocks = c.n_layer * (2 * block_weights(c) + 2 * 2 * 1024 * c.n_embd)
     per_position = {a: c.n_embd * (14 * a + 8) + 4 * c.n_head + 16 for a in (4, 2)}
     assert abs(kept["False"] / (2 * 1024 * per_position[4]) - 1) < 1e-3, "as counted"
     return {
@@ -216,7 +221,7 @@ def cache() -> dict[str, Any]:
     gpt = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=64, block_size=64))
     decoder = Decoder(gpt)
     counted = decoder.cache.keys.nbytes + decoder.cache.values.nbytes
-    c, weights = GPT2, 12 * GPT(GPT2).block_weights() + GPT2.vocab_size * GPT2.n_embd
+    c, weights = GPT2, 12 * block_weights(GPT2) + GPT2.vocab_size * GPT2.n_embd
     per_token = 2 * c.n_layer * c.n_kv_head * c.head_dim * 4
     assert counted == 2 * 2 * 2 * 16 * 64 * 4, "layers, keys and values, heads, channels of a head, positions, bytes"
     t = 1000
@@ -225,7 +230,7 @@ def cache() -> dict[str, Any]:
         "bytes_1024": 1024 * per_token,
         "flops_of_a_token_at_1000": {
             "with": 2 * weights + 4 * t * c.n_layer * c.n_embd,
-            "without": t * (2 * 12 * GPT(c).block_weights() + 4 * t * c.n_layer * c.n_embd) + 2 * c.vocab_size * 768,
+            "without": t * (2 * 12 * block_weights(c) + 4 * t * c.n_layer * c.n_embd) + 2 * c.vocab_size * 768,
         },
         "bytes_read_at_1000": {a: a * weights + t * per_token for a in (4, 2)},
     }

@@ -1,11 +1,11 @@
-"""Logits, loss and the gradient of every parameter against transformers' GPT-2 and Qwen3."""
+"""Logits, loss and the gradient of every parameter against transformers' GPT-2, Qwen3, Llama, Mistral and Qwen2."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from random_models import build_gpt2, build_qwen3
+from random_models import LLAMA3_ROPE, build_gpt2, build_llama, build_qwen3
 from torch.nn import functional as F
 
 from model import GPT
@@ -73,3 +73,25 @@ AS_QWEN3 |= {"num_hidden_layers": 1, "intermediate_size": 3072}
 )
 def test_modern_equals_transformers_qwen3(sizes: dict[str, Any], tmp_path: Path):
     assert_equals_transformers(build_qwen3(**{"max_position_embeddings": 160} | sizes), tmp_path, T=129)
+
+
+AS_SMOLLM2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576, "intermediate_size": 1536}
+AS_SMOLLM2 |= {"num_hidden_layers": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
+AS_TINYLLAMA = {"num_attention_heads": 32, "num_key_value_heads": 4, "hidden_size": 2048, "intermediate_size": 5632}
+AS_TINYLLAMA |= {"num_hidden_layers": 1, "rms_norm_eps": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("Llama", AS_SMOLLM2),
+        pytest.param("Llama", AS_TINYLLAMA, marks=pytest.mark.slow),
+        ("Llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
+        ("Mistral", {"sliding_window": None}),
+        ("Mistral", {"sliding_window": 160, "head_dim": 12}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+    ],
+    ids=["as SmolLM2-135M", "as TinyLlama", "Llama 3's rope", "Mistral", "Mistral, a window as long", "Qwen2"],
+)
+def test_llama_family_equals_transformers(kind: str, sizes: dict[str, Any], tmp_path: Path):
+    assert_equals_transformers(build_llama(kind, **{"max_position_embeddings": 160} | sizes), tmp_path, T=129)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from conftest import MIXTURE, Run, environment, flags, metrics, steps
+from random_models import build_gpt2
 
 import train
 from nanogpt import checkpoint, distributed
@@ -34,8 +35,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "split": BASE | {"batch_size": 12, "gradient_accumulation_steps": 1, "row_order": "epoch"},
     "muon": BASE | MODERN | {"batch_size": 4, "gradient_accumulation_steps": 3},
     "masked": BASE | MIXTURE | {"batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 3e-3},
+    "lora": BASE | {"init_from": "base", "lora_rank": 2, "batch_size": 2, "gradient_accumulation_steps": 4},
     "stopped": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1},
 }
+for size in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
+    RUNS["lora"][size] = ...  # of the base
 STOP_AT = 10  # the second rank gets SIGTERM in the update after this step of "stopped"
 
 
@@ -81,6 +85,7 @@ def train_all(folder: Path) -> None:
 def two(letters: Path, one_and_two: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes have trained RUNS."""
     folder = tmp_path_factory.mktemp("two")
+    build_gpt2(vocab_size=4).save_pretrained(folder / "base")
     for dataset in (letters, one_and_two / "one", one_and_two / "two"):
         (folder / dataset.name).symlink_to(dataset)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -90,10 +95,10 @@ def two(letters: Path, one_and_two: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.mark.parametrize("name", ["accumulated", "split", "muon", "masked"])
+@pytest.mark.parametrize("name", ["accumulated", "split", "muon", "masked", "lora"])
 def test_two_processes_equal_one(two: Path, run: Run, name: str):
-    for dataset in ("one", "two"):
-        Path(dataset).symlink_to(two / dataset)
+    for folder in ("one", "two", "base"):
+        Path(folder).symlink_to(two / folder)
     run(out_dir="alone", **RUNS[name])
     for field in ("loss", "train_loss", "val_loss", "grad_norm"):
         ours = dict(metrics(two / name, "step", field))

@@ -43,7 +43,7 @@ def test_step_reads_no_value_from_the_device(arch: str, optimizer: str, ngram_ta
     for name, value in options.items():
         setattr(model, name, value)
     guard = UpdateGuard(META, max_bad_steps=1, spike_threshold=5.0)
-    layer_stats = LayerStats(model, grad_clip=1.0)
+    layer_stats = LayerStats(dict(model.named_parameters()), grad_clip=1.0)
     layer_stats.is_due = True
     stats = train_step(
         model,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from random_models import build_gpt2, build_qwen3
+from random_models import LLAMA3_ROPE, build_gpt2, build_llama, build_qwen3
 from safetensors.torch import load_file, save_file
 
 from nanogpt.errors import InputError
 from nanogpt.interop.huggingface import TOKENIZER_FILES, read_tokenizer, read_weights
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
-BUILD = {"gpt2": build_gpt2, "qwen3": build_qwen3}
+BUILD = {"gpt2": build_gpt2, "qwen3": build_qwen3, "llama": build_llama}
+BUILD |= {"mistral": partial(build_llama, "Mistral"), "qwen2": partial(build_llama, "Qwen2")}
 YARN = {"rope_theta": 1e6, "factor": 4.0}
 
 
@@ -40,7 +42,7 @@ def assert_refused(folder: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("model_type", "changes", "message"),
     [
-        ("gpt2", {"model_type": "llama"}, "model_type 'llama'"),
+        ("gpt2", {"model_type": "phi3"}, "model_type 'phi3'"),
         ("gpt2", {"activation_function": "relu"}, "activation_function='relu'"),
         ("gpt2", {"n_inner": 0, "layer_norm_epsilon": 0}, r"impossible sizes \(n_inner=0, norm_eps=0\)"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
@@ -68,6 +70,12 @@ def assert_refused(folder: Path, message: str) -> None:
         ("qwen3", {"rms_norm_eps": 0.0, "vocab_size": 100.0}, r"vocab_size=100\.0, norm_eps=0\.0"),
         ("qwen3", {"head_dim": 15}, r"impossible sizes \(head_dim=15\)"),
         ("qwen3", {"num_key_value_heads": 3}, "n_head=4 is not divisible by n_kv_head=3"),
+        ("llama", {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "low_freq_factor < high_freq_factor"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type llama3 needs"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("mistral", {"sliding_window": 8}, "sliding_window=8"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("qwen3", {"tie_word_embeddings": True}, r"lm_head\.weight is not the token embedding"),
     ],
 )
@@ -120,14 +128,15 @@ def test_read_weights_refuses_damaged_and_missing_files(folder: Path):
 
 def test_read_weights_finds_the_tokenizer(folder: Path):
     weights = read_weights(folder)
-    assert (weights.tokenizer_folder, weights.gpt2_encoding, weights.notes) == (None, False, [])
+    assert (weights.tokenizer, weights.gpt2_encoding, weights.notes) == (None, False, [])
     (folder / "vocab.json").write_text("{}")
     assert "no tokenizer.json" in read_weights(folder).notes[0]
     with pytest.raises(InputError, match=r"no tokenizer\.json; give a folder or hub id that has one"):
         read_tokenizer(str(folder))
     Tokenizer.characters("abc").save(folder)
     weights = read_weights(folder)
-    assert (weights.tokenizer_folder, weights.notes) == (folder, [])
+    assert weights.tokenizer is not None
+    assert weights.notes == []
     assert read_tokenizer(str(folder)).vocab_size == 3
 
 
