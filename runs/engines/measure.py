@@ -3,8 +3,8 @@
 Trains a small model of each architecture with each kind of tokenizer (models.py), exports it, and loads it in each
 engine, which gets an environment of its own with the versions below. Their answers are compared with ours:
 
-- ids: those of the engine's own tokenizer for 200 texts, among them whitespace, digits, all of Unicode, and the names of
-  special tokens, beside ours.
+- ids: those of the engine's own tokenizer beside ours, of 200 texts: whitespace, digits, all of Unicode, names of
+  special tokens.
 - log-probabilities: the largest difference over 64 positions of a text, at the ten likeliest ids of each.
 - greedy text: 64 tokens, and a text that our model ends before, where the engine must end it too.
 
@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
 
-from models import ARCHITECTURES, TOKENIZERS, documents, file_name, make_model, run_script  # noqa: E402
+from models import ARCHITECTURES, TOKENIZERS, documents, file_name, make_model  # noqa: E402
 from texts import HARD_TEXTS, fuzz_text  # noqa: E402
 
 from model import GPT  # noqa: E402
@@ -39,7 +39,7 @@ NEW = 64
 TEXTS = 200
 DOCS = ROOT / "docs/interop.md"
 RESULTS = HERE / "results.json"
-TORCH = "torch==2.13.0"
+TORCH, TRANSFORMERS = "torch==2.13.0", "transformers==5.23.0"
 
 
 class Engine(NamedTuple):
@@ -53,15 +53,14 @@ class Engine(NamedTuple):
 # optimum-intel and vLLM want torchvision and the like, which PyPI has for torch with CUDA alone; text needs none of it.
 VISION = ("torchvision", "torchaudio", "torchcodec")
 ENGINES = {
-    "transformers 5": Engine("run_transformers.py", [TORCH, "transformers==5.23.0"]),
+    "transformers 5": Engine("run_transformers.py", [TORCH, TRANSFORMERS]),
     "transformers 4": Engine("run_transformers.py", [TORCH, "transformers==4.56.2"]),
     "llama.cpp": Engine("run_llama_cpp.py", ["xllamacpp==2026.10.11549"]),
-    "mlx-lm": Engine("run_mlx_lm.py", ["mlx[cpu]==0.32.4", "mlx-lm==0.32.2", "transformers==5.23.0"]),
-    "CTranslate2": Engine("run_ctranslate2.py", [TORCH, "ctranslate2==4.8.5", "transformers==5.23.0"]),
+    "mlx-lm": Engine("run_mlx_lm.py", ["mlx[cpu]==0.32.4", "mlx-lm==0.32.2", TRANSFORMERS]),
+    "CTranslate2": Engine("run_ctranslate2.py", [TORCH, "ctranslate2==4.8.5", TRANSFORMERS]),
     "ONNX Runtime GenAI": Engine(
         "run_onnxruntime_genai.py",
-        [TORCH, "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx==1.23.2", "onnx-ir==1.1.0"]
-        + ["transformers==5.23.0"],
+        [TORCH, TRANSFORMERS, "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx==1.23.2", "onnx-ir==1.1.0"],
     ),
     "OpenVINO": Engine(
         "run_openvino.py",
@@ -219,14 +218,10 @@ def tables(results: dict[str, Any]) -> str:
             cells.append(" to ".join(map(str, equal[:: max(1, len(equal) - 1)])) or "–")
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
-    versions = {
-        package: number for entry in results["engines"].values() for package, number in entry["versions"].items()
-    }
     listed = "; ".join(
         f"{name}: {', '.join(f'{package} {number}' for package, number in entry['versions'].items())}"
         for name, entry in results["engines"].items()
     )
-    assert versions
     return "\n".join([f"Versions: {listed}.", "", *lines])
 
 

@@ -129,7 +129,7 @@ def run_script(script: str, **keys: Any) -> None:
 
 
 def make_dataset(kind: str, work: Path) -> Path:
-    """The documents as token files with this kind of tokenizer, both splits the same: models may learn them by heart."""
+    """The documents as token files with this kind of tokenizer, the same in both splits: the models memorize them."""
     folder = work / "data" / file_name(kind)
     if not (folder / "val.bin").exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,24 +24,18 @@ class LlamaCpp:
     def ask(self, path, **request):
         data = json.dumps(request).encode()
         headers = {"Content-Type": "application/json"}
-        with urllib.request.urlopen(
-            urllib.request.Request(self.server.listening_address + path, data, headers)
-        ) as reply:
+        request = urllib.request.Request(self.server.listening_address + path, data, headers)
+        with urllib.request.urlopen(request) as reply:
             return json.load(reply)
 
     def encode(self, text):
         return self.ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
 
     def logprobs(self, ids):
-        rows = []
-        for end in range(1, len(ids) + 1):
-            reply = self.ask(
-                "/completion", prompt=ids[:end], n_predict=1, n_probs=100, temperature=0, cache_prompt=False
-            )
-            rows.append(
-                {entry["id"]: entry["logprob"] for entry in reply["completion_probabilities"][0]["top_logprobs"]}
-            )
-        return rows
+        options = {"n_predict": 1, "n_probs": 100, "temperature": 0, "cache_prompt": False}
+        replies = [self.ask("/completion", prompt=ids[: end + 1], **options) for end in range(len(ids))]
+        tops = [reply["completion_probabilities"][0]["top_logprobs"] for reply in replies]
+        return [{entry["id"]: entry["logprob"] for entry in top} for top in tops]
 
     def generate(self, ids, new):
         return self.ask("/completion", prompt=ids, n_predict=new, temperature=0, return_tokens=True)["tokens"]

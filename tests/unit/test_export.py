@@ -139,7 +139,7 @@ def test_export_names_special_tokens_that_the_model_has_no_row_for(
 
 
 def test_export_of_llama_states_the_rotary_settings_in_both_forms(run_export: Export):
-    """transformers 4, mlx-lm and others read them at the top level alone, transformers 5 writes rope_parameters alone."""
+    """transformers 4 and mlx-lm read them at the top level alone; transformers 5 writes rope_parameters."""
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
     for number, numbers in enumerate(([], [*scaling.values()])):
         rope = {"rope_theta": 5e5, "rope_scaling": [*map(float, numbers)]}
