@@ -1,6 +1,7 @@
 """Export a model for other programs: python export.py --out_dir=out-shakespeare-char --to=exports/shakespeare
 
-The folder is in Hugging Face's format: transformers and what builds on it load it, and so does --init_from here.
+A folder is in Hugging Face's format: transformers and what builds on it load it. A file, --to=shakespeare.gguf, is for
+llama.cpp and what builds on it (Ollama, LM Studio). --init_from here takes both.
 """
 
 import os
@@ -17,7 +18,8 @@ from model import GPTConfig
 from nanogpt import checkpoint
 from nanogpt.console import format_bytes
 from nanogpt.errors import InputError, run_script
-from nanogpt.files import atomic_directory, read_json
+from nanogpt.files import atomic_directory, atomic_write, created_parents, read_json
+from nanogpt.interop.gguf import write_gguf
 from nanogpt.interop.huggingface import write_huggingface
 from nanogpt.interop.names import find_architecture
 from nanogpt.interop.peft import write_peft
@@ -25,42 +27,35 @@ from nanogpt.interop.peft import write_peft
 
 @dataclass
 class ExportConfig(ModelKeys):
-    """The model to export, and the folder to write."""
+    """The model to export, and the folder or file to write."""
 
-    to: str = key("", "folder to write; a new or an empty one", group="Folder")
-    dtype: Literal["float32", "bfloat16"] = key("float32", "of the weights in it")
-    shard_gb: float = key(5.0, "largest file in gigabytes; larger weights are split", gt=0, le=10**6)
+    to: str = key("", "folder to write, a new or an empty one; or a new NAME.gguf", group="Target")
+    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = key("float32", "of the weights in it; q8_0: .gguf alone")
+    shard_gb: float = key(5.0, "largest file of a folder in gigabytes; larger weights are split", gt=0, le=10**6)
     adapters: bool = key(
         False, "of a run with LoRA: write only the adapters, as PEFT does; False: merged with their base"
     )
 
 
 def main() -> None:
-    config, _ = parse(ExportConfig, description="Write a trained GPT as a Hugging Face folder.")
+    config, _ = parse(ExportConfig, description="Write a trained GPT as a Hugging Face folder or a GGUF file.")
     target = Path(os.path.abspath(config.to))
+    is_gguf = target.suffix == ".gguf"
     if not config.to:
-        raise InputError("--to is empty; give the folder to write, --to=FOLDER")
+        raise InputError("--to is empty; give the folder to write, --to=FOLDER, or a file, --to=NAME.gguf")
+    if config.dtype == "q8_0" and not is_gguf:
+        raise InputError(f"--dtype=q8_0: {config.to} is a folder, which has no such weights; give --to=NAME.gguf")
+    if config.adapters and is_gguf:
+        raise InputError(f"--adapters=True: {config.to} is a file, and adapters are a folder; give --to=FOLDER")
     is_empty = os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target)
-    if os.path.lexists(target) and not is_empty:
-        raise InputError(f"--to={config.to}: exists and is not overwritten; delete it, or give another folder")
+    if os.path.lexists(target) and (is_gguf or not is_empty):
+        raise InputError(f"--to={config.to}: exists and is not overwritten; delete it, or give another name")
     try:
-        with atomic_directory(target) as folder:
-            if config.adapters:
+        if config.adapters:
+            with atomic_directory(target) as folder:
                 write_adapters(folder, config)
-                return
-            loaded = load_model(config, "exporting")
-            write_huggingface(
-                folder,
-                asdict(loaded.model.config),
-                loaded.model.state_dict(),
-                loaded.tokenizer,
-                end_ids=loaded.end_ids,
-                dtype=getattr(torch, config.dtype),
-                shard_bytes=int(config.shard_gb * 1e9),
-            )
-            card = model_card(target.name, loaded, config.dtype)
-            (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
-            total = sum(path.stat().st_size for path in folder.iterdir())
+            return
+        loaded, size = export_gguf(config, target) if is_gguf else export_folder(config, target)
     except FileExistsError as error:
         raise InputError(
             f"--to={config.to}: {error.filename} exists; wait for the export that is writing it, or delete it"
@@ -68,9 +63,51 @@ def main() -> None:
     except (OSError, SafetensorError) as error:  # safetensors raises its own for a full disk
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"--to={config.to}: cannot be written ({reason}); free some disk space, or give another folder"
+            f"--to={config.to}: cannot be written ({reason}); free some disk space, or give another place"
         ) from error
-    print(f"wrote {config.to}: {loaded.model.count_parameters():,} parameters in {config.dtype}, {format_bytes(total)}")
+    print(f"wrote {config.to}: {loaded.model.count_parameters():,} parameters in {config.dtype}, {format_bytes(size)}")
+
+
+def load(config: ExportConfig) -> LoadedModel:
+    """Load the model. Raises InputError if it has no tokenizer, or weights that float16 makes infinite."""
+    loaded = load_model(config, "exporting")
+    for name, tensor in loaded.model.state_dict().items():
+        if config.dtype == "float16" and tensor.abs().max() > torch.finfo(torch.float16).max:
+            raise InputError(f"--dtype=float16: {name} has weights beyond 65,504; give --dtype=bfloat16 or float32")
+    return loaded
+
+
+def export_folder(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
+    """Write a folder for transformers; return the model and the number of bytes."""
+    with atomic_directory(target) as folder:
+        loaded = load(config)
+        write_huggingface(
+            folder,
+            asdict(loaded.model.config),
+            loaded.model.state_dict(),
+            loaded.tokenizer,
+            extra_end_ids=loaded.end_ids,
+            dtype=getattr(torch, config.dtype),
+            shard_bytes=int(config.shard_gb * 1e9),
+        )
+        card = model_card(target.name, loaded, config.dtype)
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+        return loaded, sum(path.stat().st_size for path in folder.iterdir())
+
+
+def export_gguf(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
+    """Write a file for llama.cpp; return the model and the number of bytes."""
+    loaded = load(config)
+    with created_parents(target), atomic_write(target) as path:
+        write_gguf(
+            path,
+            asdict(loaded.model.config),
+            loaded.model.state_dict(),
+            loaded.tokenizer,
+            extra_end_ids=loaded.end_ids,
+            dtype=config.dtype,
+        )
+    return loaded, target.stat().st_size
 
 
 def write_adapters(folder: Path, config: ExportConfig) -> None:

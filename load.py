@@ -47,7 +47,7 @@ class ModelKeys:
     """The keys that name a trained model, shared by the scripts that use one."""
 
     init_from: str = key(
-        "resume", "resume: out_dir's run; or gpt2*, a hub id, a directory, nanoGPT's ckpt.pt", group="Model"
+        "resume", "resume: out_dir's run; or gpt2*, a hub id, a directory, a .gguf, nanoGPT's ckpt.pt", group="Model"
     )
     out_dir: str = key("out", "directory of the run")
     checkpoint: str = key("best", "checkpoint of the run: best, latest, step-NNNNNN or its directory")
@@ -70,13 +70,13 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
     """
     from_run = keys.init_from == "resume"
     source = Path(keys.out_dir if from_run else keys.init_from)
-    tokenizer_folder: Path | None
     end_ids: list[int] = []
     if checkpoint.is_checkpoint(source) or (from_run and not (source / "ckpt.pt").exists()):
         # From here on by the checkpoint's path: a run in progress may have a better one in a moment.
-        source = tokenizer_folder = checkpoint.find(source, keys.checkpoint)
+        source = checkpoint.find(source, keys.checkpoint)
         print(f"{action} {source}", file=sys.stderr)
         model = GPT.from_checkpoint(source)
+        tokenizer = Tokenizer.load(source)
         train_config = read_json(source / "state.json")["config"]
     else:
         print(f"{action} {source}", file=sys.stderr)
@@ -86,11 +86,10 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
         model = GPT.from_pretrained(weights, dropout=0.0)
         train_config = weights.train_config
         end_ids = weights.end_ids
-        tokenizer_folder = weights.tokenizer_folder
-        if tokenizer_folder is None and not weights.gpt2_encoding and train_config.get("dataset"):
-            tokenizer_folder = resolve(train_config["dataset"])  # nanoGPT keeps the characters beside the data
+        tokenizer = weights.tokenizer
+        if tokenizer is None and not weights.gpt2_encoding and train_config.get("dataset"):
+            tokenizer = Tokenizer.load(resolve(train_config["dataset"]))  # nanoGPT keeps the characters beside the data
 
-    tokenizer = Tokenizer.load(tokenizer_folder) if tokenizer_folder else None
     if tokenizer is None and model.config.vocab_size != GPT2_VOCAB:
         raise InputError(
             f"{source} has no tokenizer, and {model.config.vocab_size} ids are not GPT-2's: put its tokenizer.json "
@@ -249,22 +248,21 @@ def load_weights(
 
     Raises InputError where it cannot be had, and for explicit keys that contradict its sizes.
     """
-    folder: Path | None
     try:
         if checkpoint.is_checkpoint(Path(init_from)):
             folder = checkpoint.find(Path(init_from))
             model = GPT.from_checkpoint(str(folder), dropout=dropout, block_size=block_size)
+            tokenizer = Tokenizer.load(folder)
         else:
             weights = read_weights(init_from)
             for note in weights.notes:
                 print0(note)
-            folder = weights.tokenizer_folder
+            tokenizer = weights.tokenizer
             model = GPT.from_pretrained(weights, dropout=dropout, block_size=block_size)
     except ValueError as error:
         raise InputError(f"init_from={init_from}: {error}; leave --block_size out or give less") from error
     raise_for_sizes(explicit, asdict(model.config), init_from)
     check_finite(model, init_from)
-    tokenizer = Tokenizer.load(folder) if folder else None
     if tokenizer:
         check_vocabulary(model, tokenizer)
     return model, tokenizer

@@ -5,6 +5,8 @@ The page is served to this machine alone. The model generates one text at a time
 
 import os
 import socket
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +18,8 @@ from nanogpt.compile import should_compile
 from nanogpt.device import describe_device
 from nanogpt.errors import InputError, run_script
 from nanogpt.generate.low_precision import to_inference_precision
+from nanogpt.text.chat import Chat
+from nanogpt.text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -45,12 +49,26 @@ def main() -> None:
     compiled = should_compile(config.compile, world.device)
     heading = {"parameters": loaded.model.count_parameters(), "device": describe_device(world.device)}
     context = to_inference_precision(loaded.model, world, config.dtype, compiled, rows=1)
-    playground = Playground(loaded.model, loaded.tokenizer, context, compiled)
+    chat = load_chat(loaded.tokenizer, loaded.end_ids)
+    playground = Playground(loaded.model, loaded.tokenizer, context, compiled, chat, loaded.end_ids)
 
     run_dir = Path(config.out_dir if config.init_from == "resume" else config.init_from)
     app = create_app(playground, {"name": run_dir.resolve().name, **heading}, run_dir / "metrics.jsonl")
     print(f"http://127.0.0.1:{listener.getsockname()[1]} is open; press Ctrl-C to stop", flush=True)
     create_server(app).run(sockets=[listener])
+
+
+def load_chat(tokenizer: Tokenizer, end_ids: Sequence[int]) -> Chat | None:
+    """The tokenizer's chat template, if it has one that works."""
+    if tokenizer.template is None:
+        return None
+    try:
+        chat = Chat(tokenizer, end_ids)
+        chat.stop_ids  # noqa: B018  # raises for a template that never ends an answer
+    except (InputError, ValueError) as error:
+        print(f"no conversations, only texts: {error}", file=sys.stderr)
+        return None
+    return chat
 
 
 if __name__ == "__main__":

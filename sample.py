@@ -27,7 +27,7 @@ from nanogpt.generate.low_precision import to_inference_precision
 from nanogpt.generate.sampling import Sampling
 from nanogpt.generate.stream import SampleText, TextStream, print_in_order
 from nanogpt.memory import decoder_rows_that_fit
-from nanogpt.text.chat import Chat
+from nanogpt.text.chat import Chat, Messages
 from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -63,8 +63,9 @@ def main() -> None:
     world = distributed.start(config.device, config.dtype)
     compiled = should_compile(config.compile, world.device)
 
-    model, tokenizer, *_ = load_model(config, action="sampling from")
-    chat = Chat(tokenizer) if config.chat else None
+    loaded = load_model(config, action="sampling from")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    chat = Chat(tokenizer, loaded.end_ids) if config.chat else None
     rows = 1 if config.interactive else config.num_samples
     with to_inference_precision(model, world, config.dtype, compiled, rows):
         if compiled:
@@ -95,7 +96,7 @@ def write_samples(
 ) -> None:
     """Print num_samples continuations of the prompt, or answers to it."""
     if chat:
-        ids = encode_conversation([{"role": "user", "content": prompt}], model, chat)
+        ids, _ = encode_conversation([{"role": "user", "content": prompt}], model, chat)
         prompt = ""  # only the answers are printed
     else:
         ids = encode_prompt(prompt, model, tokenizer)
@@ -123,7 +124,7 @@ def converse(config: SampleConfig, decoder: Decoder, tokenizer: Tokenizer, chat:
     mark = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
 
     ids: list[int] = []  # of the text so far
-    messages: list[dict[str, str]] = []  # of the conversation so far
+    messages: Messages = []  # of the conversation so far
     for turn in itertools.count():
         try:
             line = input(mark)
@@ -131,8 +132,7 @@ def converse(config: SampleConfig, decoder: Decoder, tokenizer: Tokenizer, chat:
                 messages = []
                 continue
             if chat:
-                question = [*messages, {"role": "user", "content": line}]
-                ids = encode_conversation(question, decoder.model, chat)
+                ids, question = encode_conversation([*messages, {"role": "user", "content": line}], decoder.model, chat)
             elif line:
                 ids = encode_prompt(line, decoder.model, tokenizer)
             elif not ids:
@@ -211,19 +211,10 @@ def encode_prompt(prompt: str, model: GPT, tokenizer: Tokenizer) -> list[int]:
     return check_ids(ids, model)
 
 
-def encode_conversation(messages: list[dict[str, str]], model: GPT, chat: Chat) -> list[int]:
-    """Encode a conversation up to where the next answer begins.
-
-    Deletes the oldest questions and answers from `messages` while the rest takes more than half of the context.
-    """
-    try:
-        ids = chat.encode_prompt(messages)
-        while len(ids) > model.config.block_size // 2 and len(messages) > 2:
-            del messages[:2]
-            ids = chat.encode_prompt(messages)
-    except ValueError as error:
-        raise InputError(f"{error}; use the template that the model was tuned with") from error
-    return check_ids(ids, model)
+def encode_conversation(messages: Messages, model: GPT, chat: Chat) -> tuple[list[int], Messages]:
+    """Encode a conversation up to where the next answer begins. Returns the ids, and the messages in them."""
+    ids, num_omitted = chat.encode_recent(messages, model.config.block_size)
+    return check_ids(ids, model), messages[num_omitted:]
 
 
 def check_ids(ids: list[int], model: GPT) -> list[int]:

@@ -39,7 +39,7 @@ class PrepareConfig:
 
     tokenizer: str = key(
         "gpt2",
-        "char, byte, bpe:8192 (trained on the text), an encoding of tiktoken's, a tokenizer.json, a hub id",
+        "char, byte, bpe:8192 (trained on the text), an encoding of tiktoken's, a tokenizer.json or .gguf, a hub id",
         group="Tokenizer",
     )
     pattern: Literal["gpt2", "words"] = key("gpt2", "how bpe:... splits text into words")
@@ -60,7 +60,7 @@ def main() -> None:
 
     out = Path(config.out)
     tokenizer: str | Tokenizer = config.tokenizer
-    if is_hub_id(config.tokenizer):
+    if is_hub_id(config.tokenizer) or config.tokenizer.endswith(".gguf"):
         from nanogpt.interop.huggingface import read_tokenizer
 
         tokenizer = read_tokenizer(config.tokenizer)

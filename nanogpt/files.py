@@ -139,6 +139,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def created_parents(path: Path) -> Iterator[None]:
+    """Create the directories above `path`; the new ones are deleted again if the block raises."""
+    new_parents = [parent for parent in path.parents if not parent.exists()]
+    if new_parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty
+            for parent in new_parents:
+                parent.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def atomic_directory(final: Path, replace: bool = False) -> Iterator[Path]:
     """A new directory beside `final`: synced and renamed to it at the end, deleted if the block raises.
 
@@ -147,32 +162,31 @@ def atomic_directory(final: Path, replace: bool = False) -> Iterator[Path]:
     """
     partial = final.with_name(f".{final.name}.partial")
     old = final.with_name(f".{final.name}.old.partial")
-    new_parents = [parent for parent in final.parents if not parent.exists()]
     if replace:
         shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        mode = partial.stat().st_mode & 0o666  # as the umask has it; safetensors lets the owner alone read its files
-        for path in partial.iterdir():
-            with contextlib.suppress(OSError):  # a FAT or network drive that has no modes
-                path.chmod(mode)
-            sync(path)
-        sync(partial)
-        if replace and final.exists():
+    with created_parents(partial):
+        partial.mkdir()
+        try:
+            yield partial
+            mode = (
+                partial.stat().st_mode & 0o666
+            )  # as the umask has it; safetensors lets the owner alone read its files
+            for path in partial.iterdir():
+                with contextlib.suppress(OSError):  # a FAT or network drive that has no modes
+                    path.chmod(mode)
+                sync(path)
+            sync(partial)
+            if replace and final.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                final.rename(old)
+            elif final.exists():
+                final.rmdir()
+            partial.rename(final)
             shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        elif final.exists():
-            final.rmdir()
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-        sync(final.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty
-            for parent in new_parents:
-                parent.rmdir()
-        raise
+            sync(final.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def recover_directories(folder: Path) -> None:

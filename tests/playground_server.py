@@ -4,9 +4,10 @@ import contextlib
 import http.client
 import json
 import socket
+import string
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,46 @@ import torch
 
 from model import GPT, GPTConfig
 from nanogpt.playground.server import Playground, create_app, create_server
-from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
+from nanogpt.text.chat import CHATML_TEMPLATE, Chat
+from nanogpt.text.tokenizer import CHATML_TOKENS, END_OF_TEXT, Tokenizer
 
 BLOCK_SIZE = 32
 
 
 def bytes_tokenizer() -> Tokenizer:
     """A token for each byte, and <|endoftext|>."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: i for i, letter in enumerate([*letters, END_OF_TEXT])}
+    return byte_level(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), [END_OF_TEXT])
+
+
+def chat_tokenizer() -> Tokenizer:
+    """A token for each printable character of ASCII, and ChatML's special tokens and template."""
+    letters = [{" ": "Ġ", "\n": "Ċ"}.get(letter, letter) for letter in string.printable[:95] + "\n"]
+    tokenizer = byte_level(letters, [END_OF_TEXT, *CHATML_TOKENS])
+    tokenizer.template = CHATML_TEMPLATE
+    return tokenizer
+
+
+def byte_level(letters: Sequence[str], special_tokens: Sequence[str]) -> Tokenizer:
+    vocab = {letter: i for i, letter in enumerate([*letters, *special_tokens])}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.add_special_tokens([END_OF_TEXT])
+    inner.add_special_tokens([*special_tokens])
     return Tokenizer(inner)
 
 
-def make_playground(tokenizer: Tokenizer, extra_ids: int = 7) -> Playground:
+def make_playground(
+    tokenizer: Tokenizer, extra_ids: int = 7, block_size: int = BLOCK_SIZE, end_ids: Sequence[int] = ()
+) -> Playground:
     """Random weights, so large that each token matters. extra_ids: the model's ids that the tokenizer does not have."""
     torch.manual_seed(0)
     vocab_size = tokenizer.vocab_size + extra_ids
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=BLOCK_SIZE, vocab_size=vocab_size)).eval()
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=block_size, vocab_size=vocab_size)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(9)
-    return Playground(model, tokenizer, contextlib.nullcontext())
+    chat = Chat(tokenizer, end_ids) if tokenizer.template else None
+    return Playground(model, tokenizer, contextlib.nullcontext(), chat=chat, end_ids=end_ids)
 
 
 class Server:
@@ -70,7 +86,7 @@ class Server:
 
     def generate(self, **request: Any) -> list[dict[str, Any]]:
         """The token events of a text."""
-        first, *tokens, last = self.stream(**request)
+        first, *tokens, last = (event for event in self.stream(**request) if "queued" not in event)
         assert "prompt_ids" in first
         assert last["done"] is True
         return tokens

@@ -1,5 +1,7 @@
 """The documentation inside of Python itself, one token a character: python data/pydocs_char/prepare.py [--out=FOLDER]
 
+In the tokens of another model: --tokenizer=model.gguf --out=data/pydocs_smollm2
+
 A text of Tiny Shakespeare's size that needs no network: the language reference that `help()` shows, then the docstrings
 of the standard library. It is the same on all machines with the same version of Python.
 """
@@ -16,6 +18,7 @@ from pydoc_data.topics import topics
 from configurator import key, parse
 from nanogpt.data.write import format_summary, write_text
 from nanogpt.errors import run_script
+from nanogpt.interop.huggingface import read_tokenizer
 from nanogpt.text.tokenizer import Tokenizer
 
 CHARACTERS = 1_115_394  # Tiny Shakespeare's
@@ -44,9 +47,10 @@ def documents() -> Iterator[str]:
 
 @dataclass
 class PyDocsConfig:
-    """Folder to write to."""
+    """Folder to write to, and the tokens."""
 
     out: str = key(str(Path(__file__).parent), "folder to write to")
+    tokenizer: str = key("", "folder, hub id or GGUF file of the model whose tokenizer to use; default: characters")
 
 
 def main() -> None:
@@ -63,7 +67,8 @@ def main() -> None:
             break
     text = text[:CHARACTERS]
     print(f"{config.out}: {len(text):,} characters of Python {sys.version.split()[0]}")
-    print(format_summary(write_text(config.out, text, Tokenizer.characters(text))))
+    tokenizer = read_tokenizer(config.tokenizer) if config.tokenizer else Tokenizer.characters(text)
+    print(format_summary(write_text(config.out, text, tokenizer)))
 
 
 if __name__ == "__main__":

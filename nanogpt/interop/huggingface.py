@@ -4,7 +4,6 @@
 pickled weights are refused.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 from nanogpt.errors import InputError
 from nanogpt.files import read_json, utf8_path
 from nanogpt.interop import peft
+from nanogpt.interop.gguf import read_gguf, read_gguf_tokenizer
 from nanogpt.interop.names import (
     ARCHITECTURES,
     GELU,
@@ -25,14 +25,14 @@ from nanogpt.interop.names import (
     Weights,
     find_architecture,
     first_line,
+    split_tensors,
     strip_wrappers,
-    tensor_layout,
     translate,
     validate_sizes,
 )
 from nanogpt.interop.nanogpt_ckpt import read_nanogpt
 from nanogpt.schema import Count, matches
-from nanogpt.text.chat import Chat
+from nanogpt.text.chat import end_ids
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -42,11 +42,13 @@ TOKENIZER_HINT = "have transformers' AutoTokenizer.from_pretrained(...).save_pre
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Read a model of OpenAI's (gpt2 … gpt2-xl), a folder or hub id of Hugging Face, or nanoGPT's ckpt.pt.
+    """Read a model of OpenAI's (gpt2 … gpt2-xl), a folder or hub id of Hugging Face, a GGUF file, or nanoGPT's ckpt.pt.
 
-    Raises InputError as `read_huggingface` and `read_nanogpt` do.
+    Raises InputError as `read_huggingface`, `read_gguf` and `read_nanogpt` do.
     """
     path = Path(source)
+    if path.suffix == ".gguf":
+        return read_gguf(path)
     is_nanogpt_folder = os.path.exists(path / "ckpt.pt") and not os.path.exists(path / "config.json")
     if str(source) not in OPENAI_MODELS and (os.path.isfile(path) or path.suffix == ".pt" or is_nanogpt_folder):
         return read_nanogpt(path)
@@ -75,7 +77,7 @@ def read_huggingface(source: str) -> Weights:
         weights.end_ids = ends if isinstance(ends, list) else [ends]
 
     if (folder / "tokenizer.json").exists():
-        weights.tokenizer_folder = folder
+        weights.tokenizer = Tokenizer.load(folder)
     elif (folder / "vocab.json").exists():
         weights.notes.append(f"{source}: no tokenizer.json, so no text, only ids; {TOKENIZER_HINT}")
     elif config["vocab_size"] == GPT2_VOCAB:
@@ -92,13 +94,13 @@ def _read_adapters(source: str, folder: Path) -> Weights:
         raise InputError(f"{source}: {peft.CONFIG} does not name the model that its adapters belong to; add its path")
     weights = read_weights(base)
     peft.merge_peft(source, weights.tensors, weights.config, settings, _read_safetensors(folder, peft.TENSORS))
-    if (folder / "tokenizer.json").exists():
-        weights.tokenizer_folder = folder
-    return replace(weights, source=source)
+    return replace(weights, source=source, tokenizer=Tokenizer.load(folder) or weights.tokenizer)
 
 
 def read_tokenizer(source: str) -> Tokenizer:
-    """Read the tokenizer of a local folder or of a model on the hub. Raises InputError if there is none."""
+    """Read the tokenizer of a local folder, a GGUF file or a model on the hub. Raises InputError if there is none."""
+    if source.endswith(".gguf"):
+        return read_gguf_tokenizer(Path(source))
     tokenizer = Tokenizer.load(_local_folder(source, *TOKENIZER_FILES))
     if tokenizer is None:
         raise InputError(f"{source}: no tokenizer.json; give a folder or hub id that has one, or {TOKENIZER_HINT}")
@@ -233,14 +235,14 @@ def write_huggingface(
     tensors: dict[str, Tensor],
     tokenizer: Tokenizer,
     *,
-    end_ids: Sequence[int] = (),
+    extra_end_ids: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a model and its tokenizer for transformers, as GPT2LMHeadModel, Qwen3ForCausalLM and so on.
 
     folder: an existing one. model_config: all fields of GPTConfig. tensors: under our names, on the CPU, the
-    vocabulary's rows with or without padding. end_ids: those that end a generated text, beside the tokenizer's.
+    vocabulary's rows with or without padding. extra_end_ids: those that end a text, beside the tokenizer's.
     shard_bytes: larger weights are split into several files. Raises OSError or SafetensorError if the disk is full.
     """
     from huggingface_hub import save_torch_state_dict
@@ -248,29 +250,22 @@ def write_huggingface(
     # None is written too: transformers replaces a missing id by GPT-2's own.
     ids: dict[str, Any] = {f"{name}_id": tokenizer.named_id(name) for name in ("bos_token", "eos_token")}
     _write_json(folder / "config.json", _to_their_config(model_config, dtype) | ids)
-    ends = sorted({*end_ids, *_end_ids(tokenizer)})
+    ends = sorted({*extra_end_ids, *end_ids(tokenizer)})
     ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     _write_json(folder / "generation_config.json", ids)
     save_torch_state_dict(_to_their_names(model_config, tensors, dtype), folder, max_shard_size=shard_bytes)
-    tokenizer.save_pretrained(folder, model_config["block_size"])
+    # OpenAI's files of GPT-2 name an unk_token, and CTranslate2's converter of GPT-2 needs one.
+    tokenizer.save_pretrained(folder, model_config["block_size"], names_unk=model_config["arch"] == "gpt2")
 
 
 def _to_their_names(model_config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copy our tensors, split and transposed as Hugging Face stores them; zeros for biases that we do not have."""
-    architecture = find_architecture(model_config)
+    """Copy our tensors, split and transposed as Hugging Face stores them."""
+    prefix = find_architecture(model_config).prefix
     stored: dict[str, Tensor] = {}
-    next_row: dict[str, int] = {}
-    for name, place in tensor_layout(model_config | {"bias": architecture.has_biases}).items():
-        first = next_row.get(place.name, 0)
-        last = next_row[place.name] = first + place.shape[0]
-        is_added = architecture.has_biases and name.endswith(".bias") and not model_config["bias"]
-        tensor = torch.zeros(place.shape) if is_added else tensors[place.name][first:last]
-
-        if place.is_transposed:
-            tensor = tensor.t()
-        prefix = "" if name.startswith("lm_head.") else architecture.prefix
+    for name, tensor in split_tensors(tensors, model_config, transposed=True).items():
+        their_name = name if name.startswith("lm_head.") else prefix + name
         # A copy, because save_torch_state_dict refuses views of a larger tensor.
-        stored[prefix + name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        stored[their_name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return stored
 
 
@@ -294,18 +289,10 @@ def _to_their_config(model_config: dict[str, Any], dtype: torch.dtype) -> dict[s
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": model_config["rope_theta"]}
         if model_config["rope_scaling"]:
             scaling = dict(zip(ROPE_SCALING, model_config["rope_scaling"], strict=True))
+            scaling[ROPE_SCALING[-1]] = int(scaling[ROPE_SCALING[-1]])  # transformers 4 warns of a float
             config["rope_scaling"] = {"rope_type": "llama3"} | scaling
             config["rope_parameters"] |= config["rope_scaling"]
     return config
-
-
-def _end_ids(tokenizer: Tokenizer) -> set[int]:
-    """Return the ids that end a generated text: of a document, and of a chat model also of an answer."""
-    ends = {tokenizer.end_of_text, tokenizer.named_id("eos_token")}
-    if tokenizer.template is not None:
-        with contextlib.suppress(InputError, ValueError):  # a template that needs more than a question and an answer
-            ends |= Chat(tokenizer).stop_ids
-    return {end for end in ends if end is not None}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

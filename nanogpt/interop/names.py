@@ -9,14 +9,15 @@ To add an architecture of Hugging Face:
 
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanogpt.errors import InputError
+from nanogpt.text.tokenizer import Tokenizer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")  # of DDP, torch.compile, the headed model
@@ -59,7 +60,7 @@ GPT2 = Architecture(
     fields={"arch": "gpt2"},
     model_type="gpt2",
     model_class="GPT2LMHeadModel",
-    prefix="transformer.",
+    prefix="",  # as in OpenAI's own files; transformers takes both, mlx-lm only this
     has_biases=True,
     tensors={
         "wte": TensorSpec("token_embedding", "vocab_size", "n_embd"),
@@ -177,19 +178,27 @@ class Weights:
     """A model read from elsewhere.
 
     config: arguments of GPTConfig. tensors: float32 under our names, in their own memory; the token embedding has its
-    true vocab_size rows. tokenizer_folder: where its tokenizer.json is. gpt2_encoding: it has no tokenizer files and
-    its ids are GPT-2's. notes: lines for the user. train_config: nanoGPT's settings of the run (such as "dataset").
+    true vocab_size rows. tokenizer: None if it has none. gpt2_encoding: it has no tokenizer files and its ids are
+    GPT-2's. notes: lines for the user. train_config: nanoGPT's settings of the run (such as "dataset").
     end_ids: the ids that end a generated text, as far as stated.
     """
 
     source: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    tokenizer_folder: Path | None = None
+    tokenizer: Tokenizer | None = None
     gpt2_encoding: bool = False
     notes: list[str] = field(default_factory=list)
     train_config: dict[str, Any] = field(default_factory=dict)
     end_ids: list[int] = field(default_factory=list)
+
+
+class Unread(NamedTuple):
+    """A stored tensor whose values are read once its shape is known to be right."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    dtype: torch.dtype = torch.float32
 
 
 class Placement(NamedTuple):
@@ -270,7 +279,7 @@ def strip_wrappers(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def translate(
-    source: str, stored: dict[str, Tensor], model_config: dict[str, Any], transposed: bool
+    source: str, stored: Mapping[str, Tensor | Unread], model_config: dict[str, Any], transposed: bool
 ) -> dict[str, Tensor]:
     """Copy stored tensors to float32 under our names, matrices as (out, in).
 
@@ -287,18 +296,43 @@ def translate(
             stored.setdefault(embedding, stored_head)
     _check_tensors(source, stored, layout)
 
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[str]] = {}
     for their_name, place in layout.items():
-        tensor = stored[their_name]
-        parts.setdefault(place.name, []).append(tensor.t() if place.is_transposed else tensor)
-    tensors = {name: torch.cat(rows).float() for name, rows in parts.items()}
+        parts.setdefault(place.name, []).append(their_name)
+    tensors: dict[str, Tensor] = {}
+    for name, their_names in parts.items():
+        rows = [_read(stored[their_name]) for their_name in their_names]
+        if layout[their_names[0]].is_transposed:
+            rows = [tensor.t() for tensor in rows]
+        tensors[name] = torch.cat(rows).float()
 
-    if stored_head is not None and not torch.equal(stored_head.float(), tensors["token_embedding.weight"]):
+    if stored_head is not None and not torch.equal(_read(stored_head).float(), tensors["token_embedding.weight"]):
         raise InputError(f"{source}: lm_head.weight is not the token embedding, although tied; use another model")
     return tensors
 
 
-def _check_tensors(source: str, stored: dict[str, Tensor], layout: dict[str, Placement]) -> None:
+def split_tensors(tensors: dict[str, Tensor], model_config: dict[str, Any], transposed: bool) -> dict[str, Tensor]:
+    """Our tensors under their names without the prefix, as views; zeros for biases that we do not have.
+
+    tensors: the vocabulary's rows with or without padding. transposed: as in `tensor_layout`.
+    """
+    architecture = find_architecture(model_config)
+    stored: dict[str, Tensor] = {}
+    next_row: dict[str, int] = {}
+    for name, place in tensor_layout(model_config | {"bias": architecture.has_biases}, transposed=transposed).items():
+        first = next_row.get(place.name, 0)
+        last = next_row[place.name] = first + place.shape[0]
+        is_added = architecture.has_biases and name.endswith(".bias") and not model_config["bias"]
+        tensor = torch.zeros(place.shape) if is_added else tensors[place.name][first:last]
+        stored[name] = tensor.t() if place.is_transposed else tensor
+    return stored
+
+
+def _read(tensor: Tensor | Unread) -> Tensor:
+    return tensor.read() if isinstance(tensor, Unread) else tensor
+
+
+def _check_tensors(source: str, stored: Mapping[str, Tensor | Unread], layout: dict[str, Placement]) -> None:
     misshapen = []
     for name, place in layout.items():
         tensor = stored.get(name)

@@ -29,9 +29,12 @@ VALUES = {  # of other settings
 
 def tensor_names(model_config: dict[str, Any]) -> dict[str, str]:
     """PEFT's name of every adapter that a model can have, by ours."""
-    prefix = f"base_model.model.{find_architecture(model_config).prefix}"
+    # That of the modules in transformers' class; files of GPT-2 leave it out.
+    prefix = find_architecture(model_config).prefix or "transformer."
     parts = list_parts(model_config)
-    return {part.parameter(AB): f"{prefix}{part.theirs}.lora_{AB}.weight" for part in parts for AB in "AB"}
+    return {
+        part.parameter(AB): f"base_model.model.{prefix}{part.theirs}.lora_{AB}.weight" for part in parts for AB in "AB"
+    }
 
 
 def write_peft(

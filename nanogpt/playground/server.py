@@ -3,7 +3,7 @@
 GET  /              the page
 GET  /api/model     the model's name and sizes, and the settings that a request may have
 GET  /api/metrics   the run's losses, from a byte of metrics.jsonl on
-POST /api/generate  a text: events as lines of JSON, streamed while the model generates
+POST /api/generate  a text, or an answer to messages: events as lines of JSON, streamed while the model generates
 """
 
 import asyncio
@@ -15,9 +15,10 @@ import json
 import math
 import os
 import re
+import threading
 import time
 import traceback
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,7 @@ from nanogpt.generate.decoder import Decoder
 from nanogpt.generate.sampling import Sampling, Token
 from nanogpt.generate.stream import TextStream
 from nanogpt.schema import Count, Limits, build, check, key, matches
+from nanogpt.text.chat import Chat, check_messages
 from nanogpt.text.tokenizer import Tokenizer
 
 NUM_ALTERNATIVES = 5  # probable tokens that come with each generated one
@@ -62,41 +64,85 @@ class RequestSettings:
     seed: int = key(1337, "random seed: the same seed gives the same text", ge=0)
 
 
+@dataclasses.dataclass
+class Start:
+    """Where a text begins: the ids to continue, and how.
+
+    answer_start: where in them the answer of a conversation begins; None: the text is no conversation.
+    num_omitted: the conversation's oldest messages that the context has no place for.
+    """
+
+    ids: list[int]
+    settings: RequestSettings
+    answer_start: int | None = None
+    num_omitted: int = 0
+
+
 class Playground:
     """A model that generates one text at a time, and the queue of requests for it.
 
-    context: the context manager in which the model runs.
+    context: the context manager in which the model runs. chat: encodes conversations; None: the model has no chat
+    template. end_ids: ids that end a text, beside the tokenizer's.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Tokenizer, context: contextlib.AbstractContextManager, compiled: bool = False
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        context: contextlib.AbstractContextManager,
+        compiled: bool = False,
+        chat: Chat | None = None,
+        end_ids: Collection[int] = (),
     ):
         self.model = model
         self.tokenizer = tokenizer
+        self.chat = chat
+        self.end_ids = end_ids
         self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+        self.encoding = threading.Lock()  # requests are parsed in several threads, and the tokenizer has a mode
         self.queue: list[asyncio.Event] = []  # the first is served; an event is set when its place may have changed
 
         # The model runs in this thread alone: the last step of an abandoned text ends before the next text begins.
         self.thread = ThreadPoolExecutor(1, initializer=context.__enter__)
         self.decoder = self.thread.submit(Decoder, model, compiled=compiled).result()
 
-    def parse_request(self, body: bytes) -> tuple[list[int], RequestSettings]:
-        """Read and check a request: the ids to continue, and the settings. Raises InputError."""
+    def parse_request(self, body: bytes) -> Start:
+        """Read and check a request. Raises InputError.
+
+        It has a prompt, ids or messages. A last message of the assistant is the beginning of the answer, and so are
+        ids beside messages.
+        """
         try:
             request = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise InputError(f"the request is not valid JSON ({error}); send an object such as {EXAMPLE}") from None
-        if not isinstance(request, dict) or ("prompt" in request) == ("ids" in request):
-            raise InputError(f"the request needs either a prompt or ids; send an object such as {EXAMPLE}")
-        ids = self._encode(request.pop("prompt")) if "prompt" in request else request.pop("ids")
-        ids, problems = check(ids, list[Annotated[int, Limits(ge=0, lt=self.vocab_size)]], "ids")
-        if not problems and not 1 <= len(ids) <= MAX_IDS:
-            problems = [f"ids: expected a list of 1 to {MAX_IDS:,} token ids, got {len(ids):,}"]
+        names = request.keys() & {"prompt", "messages", "ids"} if isinstance(request, dict) else set()
+        if len(names) != 1 and names != {"messages", "ids"}:
+            raise InputError(f"the request needs a prompt, messages or ids; send an object such as {EXAMPLE}")
+
+        ids: list[int] = []
+        answer_start = None
+        num_omitted = 0
+        with self.encoding:
+            if "prompt" in names:
+                ids = self._encode_prompt(request.pop("prompt"))
+            elif "messages" in names:
+                ids, answer_start, num_omitted = self._encode_conversation(request.pop("messages"))
+        without_row = [id for id in ids if id >= self.vocab_size]
+        if without_row:
+            raise InputError(f"the model has no row for {self.tokenizer.label(without_row[0])}; leave it out")
+
+        more_ids = request.pop("ids", [])
+        more_ids, problems = check(more_ids, list[Annotated[int, Limits(ge=0, lt=self.vocab_size)]], "ids")
+        if not problems and not 1 <= len(ids) + len(more_ids) <= MAX_IDS:
+            problems = [f"ids: expected a list of 1 to {MAX_IDS:,} token ids, got {len(more_ids):,}"]
         if problems:
             raise InputError(f"{problems[0]}; send ids from earlier events")
-        return ids, build(RequestSettings, request, "request")
+        if self.chat and answer_start is not None and not self.chat.stop_ids.isdisjoint(more_ids):
+            raise InputError("ids: one of them ends the answer; send those before it")
+        return Start([*ids, *more_ids], build(RequestSettings, request, "request"), answer_start, num_omitted)
 
-    def _encode(self, prompt: Any) -> list[int]:
+    def _encode_prompt(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):
             raise InputError(f"prompt: expected text, got {type(prompt).__name__}; put it in quotes")
         ids = self.tokenizer.encode(prompt)
@@ -109,7 +155,21 @@ class Playground:
             raise InputError(f"prompt: has {len(ids):,} tokens, more than the context of {block_size:,}; shorten it")
         return ids
 
-    async def generate(self, ids: list[int], settings: RequestSettings) -> AsyncGenerator[str, None]:
+    def _encode_conversation(self, entries: Any) -> tuple[list[int], int, int]:
+        """Return the ids up to the next token of the answer, where in them it begins, and how many messages are not."""
+        if self.chat is None:
+            raise InputError("messages: the model has no chat template; send a prompt")
+        try:
+            messages = check_messages(entries)
+            answer = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
+            if not messages:
+                raise InputError('messages: there is no question; send one such as {"role": "user", "content": "Why?"}')
+            ids, num_omitted = self.chat.encode_recent(messages, self.model.config.block_size)
+            return ids + self.chat.encode_answer(answer), len(ids), num_omitted
+        except ValueError as error:
+            raise InputError(f"messages: {error}; send a list of objects with role and content") from error
+
+    async def generate(self, start: Start) -> AsyncGenerator[str, None]:
         """Wait in the queue, then generate a text. Yields events as lines of JSON; closing it frees the model."""
         place_changed = asyncio.Event()
         self.queue.append(place_changed)
@@ -119,7 +179,7 @@ class Playground:
                 await place_changed.wait()
                 place_changed.clear()
 
-            batches = self.event_batches(ids, settings)
+            batches = self.event_batches(start)
             loop = asyncio.get_running_loop()
             while batch := await loop.run_in_executor(self.thread, next, batches, None):
                 yield to_lines(batch)
@@ -132,21 +192,31 @@ class Playground:
             for other in self.queue:
                 other.set()
 
-    def event_batches(self, ids: list[int], settings: RequestSettings) -> Iterator[list[Event]]:
+    def event_batches(self, start: Start) -> Iterator[list[Event]]:
         """Generate a text. Yields its events in batches: the prompt, the tokens, the end."""
+        ids = start.ids
+        stop_ids = frozenset(end for end in (*self.end_ids, self.tokenizer.end_of_text) if end is not None)
         stream = TextStream(self.tokenizer)
-        yield [{"prompt_ids": ids, "prompt_texts": [stream.put(id) for id in ids]}]
+        texts = [stream.put(id) for id in ids[: start.answer_start]]
+        event: Event = {"prompt_ids": ids, "prompt_texts": texts}
+        if start.answer_start is not None:
+            assert self.chat is not None
+            stop_ids = self.chat.stop_ids
+            stream = TextStream(self.tokenizer, stop_ids=stop_ids)
+            texts += [stream.put(id) for id in ids[start.answer_start :]]
+            event |= {"answer_start": start.answer_start, "omitted": start.num_omitted}
+        yield [event]
 
-        values = dataclasses.asdict(settings)
+        values = dataclasses.asdict(start.settings)
         max_new_tokens = values.pop("max_new_tokens")
         sampling = Sampling(**values, vocab_size=self.vocab_size)
         # One more than are shown, because the generated token may be among them.
         tokens = self.decoder.generate([ids], max_new_tokens, sampling, top_logprobs=NUM_ALTERNATIVES + 1)
         batch: list[Event] = []
-        start = batch_start = time.perf_counter()
+        start_time = batch_start = time.perf_counter()
         for count, (token,) in enumerate(tokens, 1):
-            is_end_of_text = token.id == self.tokenizer.end_of_text
-            is_last = is_end_of_text or count == max_new_tokens
+            is_stop = token.id in stop_ids
+            is_last = is_stop or count == max_new_tokens
             text = stream.put(token.id)
             if is_last:
                 text += stream.close()
@@ -158,8 +228,8 @@ class Playground:
                 batch = []
                 batch_start = time.perf_counter()
 
-        tokens_per_s = round(count / (time.perf_counter() - start), 1)
-        reason = "stop" if is_end_of_text else "length"
+        tokens_per_s = round(count / (time.perf_counter() - start_time), 1)
+        reason = "stop" if is_stop else "length"
         yield [*batch, {"done": True, "tokens_per_s": tokens_per_s, "reason": reason}]
 
     def _describe(self, token: Token) -> Event:
@@ -241,6 +311,7 @@ def create_app(playground: Playground, heading: dict[str, Any], metrics: Path) -
         "context": playground.model.config.block_size,
         "vocab_size": playground.vocab_size,
         "tokenizer": playground.tokenizer.name,
+        "chat": describe_chat(playground),
         "settings": {key.name: {"default": key.default, "help": key.metadata["help"]} for key in settings},
     }
 
@@ -267,8 +338,8 @@ def create_app(playground: Playground, heading: dict[str, Any], metrics: Path) -
             if len(body) > MAX_REQUEST_BYTES:
                 problem = f"the request is larger than {MAX_REQUEST_BYTES:,} bytes; send a shorter text"
                 raise HTTPException(413, problem, {"connection": "close"})  # the rest is not read
-        ids, settings = await asyncio.to_thread(playground.parse_request, bytes(body))
-        return EventResponse(playground.generate(ids, settings))
+        start = await asyncio.to_thread(playground.parse_request, bytes(body))
+        return EventResponse(playground.generate(start))
 
     async def error_response(request: Request, error: Any) -> Response:
         if isinstance(error, HTTPException):
@@ -287,6 +358,14 @@ def create_app(playground: Playground, heading: dict[str, Any], metrics: Path) -
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
         exception_handlers={InputError: error_response, HTTPException: error_response},
     )
+
+
+def describe_chat(playground: Playground) -> dict[str, Any] | None:
+    """The tokens that end an answer, by id; None if the model has no chat template."""
+    if playground.chat is None:
+        return None
+    ids = sorted(id for id in playground.chat.stop_ids if id < playground.vocab_size)
+    return {"stop_tokens": {id: playground.tokenizer.label(id) for id in ids}}
 
 
 def content_security_policy(page: str) -> str:

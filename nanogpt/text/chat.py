@@ -5,10 +5,12 @@ rendered and encoded as a whole, so that its ids are those of transformers' `app
 message that holds the name of a special token never becomes that token (`sanitize_control_tokens=True` there).
 """
 
+import contextlib
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -73,6 +75,14 @@ def parse_messages(row: Any) -> list[dict[str, str]]:
                 hint = ": docs/data.md converts it" if row.keys() & {"conversations", "instruction"} else ""
                 raise ValueError(f"has neither messages nor {key}, but {keys}{hint}")
             entries += row[key] if isinstance(row[key], list) else [{"role": role, "content": row[key]}]
+    messages = check_messages(entries)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("has no message of the assistant, so nothing to learn")
+    return messages
+
+
+def check_messages(entries: Any) -> list[dict[str, str]]:
+    """The roles and contents in a list of messages. Raises ValueError for anything else."""
     if not isinstance(entries, list):
         raise ValueError("messages is not a list")
 
@@ -88,15 +98,25 @@ def parse_messages(row: Any) -> list[dict[str, str]]:
         if "content" not in message or not re.fullmatch(r"\w+", message.get("role", "")):
             raise ValueError(f"message {number} has no role and content that are text")
         messages.append(message)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("has no message of the assistant, so nothing to learn")
     return messages
 
 
-class Chat:
-    """Encodes conversations with a tokenizer and its chat template."""
+def end_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a generated text: the `eos_token`, that of a document, and of a chat model also of an answer."""
+    ends = [tokenizer.named_id("eos_token"), tokenizer.end_of_text]
+    if tokenizer.template is not None:
+        with contextlib.suppress(InputError, ValueError):  # a template that needs more than a question and an answer
+            ends += sorted(Chat(tokenizer).stop_ids)
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
-    def __init__(self, tokenizer: Tokenizer):
+
+class Chat:
+    """Encodes conversations with a tokenizer and its chat template.
+
+    end_ids: ids that end an answer, beside those of the template and the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: Collection[int] = ()):
         """Raises InputError if the tokenizer has no template, or a broken one."""
         from jinja2 import TemplateError
 
@@ -111,6 +131,7 @@ class Chat:
             raise InputError(f"the tokenizer's chat template is broken ({error}): restore it") from error
         self._has_blocks = re.search(r"{%-?\s*generation\s*-?%}", tokenizer.template) is not None
         self.tokenizer = tokenizer
+        self.end_ids = end_ids
 
         longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
         names = "|".join(map(re.escape, longest_first)) or "(?!)"
@@ -144,6 +165,41 @@ class Chat:
         _, text = self._fill_in(messages, add_generation_prompt=True)
         return self._tokenize(text)[0].tolist()
 
+    def encode_recent(self, messages: Messages, context: int) -> tuple[list[int], int]:
+        """Ids as of `encode_prompt`, without the oldest messages if all take more than half of the context.
+
+        Questions and answers are left out in pairs; system messages at the start and the last question are kept.
+        context: in tokens. Returns the ids, and the number of messages left out. Raises InputError for a conversation
+        that the template refuses, or that is too long all the same.
+        """
+        is_turn = [message["role"] not in ("system", "developer") for message in messages]
+        first = is_turn.index(True) if True in is_turn else 0
+
+        def encode_without(pairs: int) -> list[int]:
+            return self.encode_prompt([*messages[:first], *messages[first + 2 * pairs :]])
+
+        try:
+            most_pairs = max(0, len(messages) - first - 1) // 2
+            pairs = bisect_left(range(most_pairs), True, key=lambda n: len(encode_without(n)) <= context // 2)
+            ids = encode_without(pairs)
+        except ValueError as error:
+            raise InputError(
+                f"{error}; change the messages, or use the template that the model was tuned with"
+            ) from error
+        if len(ids) > context:
+            raise InputError(
+                f"the question, as the chat template writes it, has {len(ids):,} tokens, more than the context of "
+                f"{context:,}; shorten it"
+            )
+        return ids, 2 * pairs
+
+    def encode_answer(self, text: str) -> list[int]:
+        """The ids of the beginning of an answer, which follow those of the prompt. Raises ValueError as `encode`."""
+        parts = self._name.split(replace_surrogates(text))  # text, name, text, …
+        return np.concatenate(
+            [self._encode_part(part, number % 2 == 1)[0] for number, part in enumerate(parts)]
+        ).tolist()
+
     def count_changed(self, messages: Messages) -> int:
         """The number of contents that the template leaves out or changes, but for white space around them."""
         text = self._render(messages)
@@ -154,10 +210,13 @@ class Chat:
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer. Raises ValueError as `encode`."""
         messages, text = self._fill_in([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
-        ((start, end),) = self._find_answers(messages, text)
+        answers = self._find_answers(messages, text)
+        if not answers:
+            raise ValueError("the chat template leaves the answers out")
+        start, end = answers[0]
         last_of_answer = self.tokenizer.special_tokens[self._name.findall(text[start:end])[-1]]
         ends = (last_of_answer, self.tokenizer.named_id("eos_token"), self.tokenizer.end_of_text)
-        return frozenset(end for end in ends if end is not None)
+        return frozenset(end for end in ends if end is not None).union(self.end_ids)
 
     def _fill_in(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[Messages, str]:
         """The messages with marks around the names of special tokens in them, and the template's text with these.

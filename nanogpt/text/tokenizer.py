@@ -81,13 +81,13 @@ class Tokenizer:
         elif vocab == BYTE_DECODER | {END_OF_TEXT: 256} and _has_same_pipeline(inner, _bytes()):
             self.name = "byte"
 
-        self._name_tokens({})
+        self.name_tokens({})
         if self.end_of_text is not None:
             end = str(inner.id_to_token(self.end_of_text))
             self.named_tokens: dict[str, str] = {"bos_token": end, "eos_token": end}
 
-    def _name_tokens(self, named_tokens: dict[str, str]) -> None:
-        """Set `named_tokens`, and what depends on them."""
+    def name_tokens(self, named_tokens: dict[str, str]) -> None:
+        """Set `named_tokens`, which become special tokens, and what depends on them."""
         vocab = self._inner.get_vocab()
         self.named_tokens = {key: token for key, token in named_tokens.items() if token in vocab}
         self._inner.add_special_tokens([*self.named_tokens.values()])  # as transformers does
@@ -105,10 +105,11 @@ class Tokenizer:
         """The distinct characters of `text`, sorted, with ids from 0, as in nanoGPT. Raises InputError for no text."""
         if not text:
             raise InputError("the text is empty, so it has no characters for a vocabulary: give another text")
-        return cls._from_characters({character: i for i, character in enumerate(sorted(set(text)))})
+        return cls.from_characters({character: i for i, character in enumerate(sorted(set(text)))})
 
     @classmethod
-    def _from_characters(cls, vocab: dict[str, int]) -> "Tokenizer":
+    def from_characters(cls, vocab: dict[str, int]) -> "Tokenizer":
+        """These characters with these ids."""
         return cls(_characters(vocab))
 
     @classmethod
@@ -240,7 +241,7 @@ class Tokenizer:
             if "eos_token" not in named and isinstance(token_id, int) and (name := self._inner.id_to_token(token_id)):
                 named["eos_token"] = name
         if named:
-            self._name_tokens(named)
+            self.name_tokens(named)
 
     def save(self, folder: str | Path, name: str = "tokenizer.json") -> None:
         """Write the files that `load` and other programs read. Raises OSError if the disk refuses."""
@@ -252,10 +253,11 @@ class Tokenizer:
             else:
                 Path(folder, file).write_text(content, encoding="utf-8", newline="")
 
-    def save_pretrained(self, folder: str | Path, context: int) -> None:
+    def save_pretrained(self, folder: str | Path, context: int, *, names_unk: bool = False) -> None:
         """Write the files of transformers' AutoTokenizer, which then encodes and decodes as this one does.
 
-        context: tokens of the longest text that the model reads. Raises OSError if the disk refuses.
+        context: tokens of the longest text that the model reads. names_unk: the end of text is the unk_token too, if
+        there is no other and no text is unknown. Raises OSError if the disk refuses.
         """
         plain = copy.deepcopy(self)
         plain._inner.post_processor = None  # it could add tokens around a text, which `encode` does not
@@ -266,8 +268,19 @@ class Tokenizer:
             "model_max_length": context,
             "clean_up_tokenization_spaces": False,
         }
+        if names_unk and self.end_of_text is not None and self._lossy is None:
+            settings["unk_token"] = self._inner.id_to_token(self.end_of_text)
         settings |= self.named_tokens
         Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """The id of each token."""
+        return self._inner.get_vocab()
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of its tokenizer.json."""
+        return _to_content(self._inner)
 
     def named_id(self, name: str) -> int | None:
         """The id of one of `named_tokens`, such as "eos_token"."""
@@ -492,7 +505,7 @@ def _read_meta_pkl(path: Path) -> Tokenizer:
         vocab = PlainUnpickler(io.BytesIO(read_small(path))).load()["stoi"]
         if sorted(vocab.values()) != list(range(len(vocab))) or any(len(character) != 1 for character in vocab):
             raise ValueError("stoi does not map characters to ids from 0 up")
-        return Tokenizer._from_characters(dict(vocab))
+        return Tokenizer.from_characters(dict(vocab))
     except Exception as error:  # broken pickles raise whatever their bytes happen to mean
         reason = repr(error)[:200]
         raise InputError(f"{path} was not read ({reason}): prepare the dataset again, or delete meta.pkl") from error

@@ -1,5 +1,6 @@
 """The playground's page in Chromium."""
 
+import dataclasses
 import math
 import re
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playground_server import Gate, Server, make_playground, serve, wait_until
+from playground_server import Gate, Server, chat_tokenizer, make_playground, serve, wait_until
 
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -37,7 +38,6 @@ class Page:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("request", lambda request: request.method == "POST" and self.requests.append(request.post_data_json))
         page.goto(f"http://127.0.0.1:{server.port}/")
-        self.generate("<b>", 12)
 
     def generate(self, prompt: str, max_new_tokens: int) -> None:
         self.page.fill("#prompt", prompt)
@@ -46,10 +46,10 @@ class Page:
         self.page.keyboard.press("Control+Enter")
 
     def text(self, column: int = 0) -> str:
-        return self.page.locator(".text").nth(column).text_content()
+        return self.page.locator(".column .text").nth(column).text_content()
 
     def wait_for_status(self, pattern: str, column: int = 0) -> None:
-        status = self.page.locator(".status").nth(column)
+        status = self.page.locator(".column .status").nth(column)
         wait_until(lambda: bool(re.fullmatch(pattern, status.text_content())))
 
 
@@ -61,6 +61,7 @@ def page(browser: Any, tmp_path: Path) -> Iterator[Page]:
     with serve(make_playground(Tokenizer.characters("<b>/&; \n\tx"), extra_ids=0), metrics) as server:
         tab = browser.new_page()
         page = Page(tab, server)
+        page.generate("<b>", 12)
         yield page
         tab.close()
         assert page.errors == []
@@ -134,7 +135,7 @@ def test_page_compares_queues_and_stops(page: Page):
     page.page.check("#compare")
     page.page.locator("[name=temperature]").nth(1).fill("1.5")
     page.generate("<b>", 30)
-    statuses = page.page.locator(".status")
+    statuses = page.page.locator(".column .status")
     wait_until(lambda: sorted(statuses.all_text_contents()) == ["queued, 1 ahead", "reading the prompt"])
     gate.permits.release(30 + 30)
     for column in (0, 1):
@@ -181,3 +182,324 @@ def test_page_is_dark_and_narrow(page: Page):
     page.generate("<b>", 300)
     page.wait_for_status(r"300 tokens.*", column=1)
     assert page.page.evaluate("() => document.documentElement.scrollWidth") == 360
+
+
+# ---- conversations
+
+
+class ChatPage(Page):
+    """The page of a model with a chat template."""
+
+    def __init__(self, page: Any, server: Server):
+        super().__init__(page, server)
+        self.page.locator("#chat-view [name=max_new_tokens]").fill("12")
+        self.page.locator("#chat-view [name=temperature]").fill("2")
+
+    def ask(self, text: str) -> None:
+        self.page.fill("#question", text)
+        self.page.keyboard.press("Enter")
+        self.wait_for_end()
+
+    def wait_for_end(self) -> None:
+        self.page.locator("#stop-answer:disabled").wait_for()
+
+    def stream(self, gate: Gate, message: int, count: int) -> None:
+        """Let the model generate `count` tokens of a message, and wait for them."""
+        for n in range(1, count + 1):
+            wait_until(lambda: self.page.locator("#chat-status").text_content().startswith(("reading", "generating")))
+            self.page.wait_for_timeout(50)  # longer than a frame: the token is sent at once
+            gate.permits.release()
+            wait_until(lambda n=n: self.message(message).locator(".token").count() == n)
+
+    def press(self, message: int, button: str) -> None:
+        self.message(message).get_by_role("button", name=button, exact=True).click()
+
+    def message(self, number: int) -> Any:
+        return self.page.locator(".message").nth(number)
+
+    @property
+    def texts(self) -> list[str]:
+        return self.page.locator(".message .text").all_text_contents()
+
+    def version(self, message: int) -> str:
+        label = self.message(message).get_attribute("aria-label")
+        return ", ".join(label.split(", ")[1:])
+
+    def answer(self, *contents: str, seed: int = 1337, **settings: Any) -> str:
+        """The answer of the server itself to messages of a user and the assistant by turns."""
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+        request = {"messages": messages, "seed": seed, "max_new_tokens": 12, "temperature": 2} | settings
+        return "".join(token["text"] for token in self.server.generate(**request))
+
+
+@pytest.fixture
+def chat(browser: Any, tmp_path: Path) -> Iterator[ChatPage]:
+    """A model that never ends an answer, unless a test deletes `decoder.generate`."""
+    playground = make_playground(chat_tokenizer(), extra_ids=0, block_size=256)
+    generate = playground.decoder.generate
+    num_letters = min(playground.tokenizer.special_tokens.values())
+
+    def generate_letters(texts: Any, count: int, sampling: Any, **options: Any) -> Iterator[Any]:
+        return generate(texts, count, dataclasses.replace(sampling, vocab_size=num_letters), **options)
+
+    playground.decoder.generate = generate_letters  # type: ignore[method-assign]
+    with serve(playground, tmp_path / "metrics.jsonl") as server:
+        tab = browser.new_page()
+        page = ChatPage(tab, server)
+        yield page
+        tab.close()
+        assert page.errors == []
+
+
+def test_chat_answers_and_keeps_versions(chat: ChatPage):
+    assert chat.page.locator("#views [aria-current]").text_content() == "Chat"
+    chat.ask("Who <b>?")
+    first = chat.answer("Who <b>?")
+    assert chat.texts == ["Who <b>?", first]
+    chat.ask("And?")
+    second = chat.answer("Who <b>?", first, "And?")
+    assert chat.texts == ["Who <b>?", first, "And?", second]
+    assert "12 tokens, the limit" in chat.message(3).text_content()
+
+    # Another answer, then another question after it.
+    chat.press(1, "Regenerate")
+    chat.wait_for_end()
+    other = chat.answer("Who <b>?", seed=1338)
+    assert chat.texts == ["Who <b>?", other]
+    assert other != first
+    assert chat.version(1) == "version 2 of 2"
+    chat.ask("Why?")
+    third = chat.answer("Who <b>?", other, "Why?")
+    assert chat.texts == ["Who <b>?", other, "Why?", third]
+    chat.press(1, "Previous version")
+    assert chat.texts == ["Who <b>?", first, "And?", second]
+    assert chat.page.locator("button:focus").text_content() == "‹"
+    chat.page.keyboard.press("Enter")  # from the first version to the last
+    assert chat.texts == ["Who <b>?", other, "Why?", third]
+
+    # Another first question.
+    chat.press(0, "Edit")
+    field = chat.message(0).locator("textarea")
+    assert field.input_value() == "Who <b>?"
+    field.fill("Where?")
+    field.press("Shift+Enter")
+    field.press("Enter")
+    chat.wait_for_end()
+    where = chat.answer("Where?\n")
+    assert chat.texts == ["Where?\n", where]
+    chat.press(0, "Next version")
+    assert chat.texts == ["Who <b>?", other, "Why?", third]
+
+    # Another conversation, and back.
+    chat.page.click("#new")
+    assert chat.texts == []
+    chat.page.click("#back")
+    assert chat.texts == ["Where?\n", where]
+    assert chat.version(0) == "version 2 of 2"
+    chat.page.click("#new")
+    chat.ask("Who?")
+    assert chat.version(0) == "version 3 of 3"
+
+
+def test_chat_edits_answers(chat: ChatPage):
+    chat.ask("Who?")
+    first = chat.texts[1]
+    chat.press(1, "Edit")
+    chat.page.keyboard.press("Escape")
+    assert chat.texts == ["Who?", first]
+    chat.press(1, "Edit")
+    chat.message(1).locator("textarea").fill("It is <|im_end|>")
+    chat.press(1, "Save")
+    assert chat.texts == ["Who?", "It is <|im_end|>"]
+    chat.ask("And?")
+    assert chat.texts[3] == chat.answer("Who?", "It is <|im_end|>", "And?")
+
+    chat.press(1, "Edit")
+    chat.message(1).locator("textarea").fill("It was")
+    chat.press(1, "Save and continue")
+    chat.wait_for_end()
+    continued = "It was" + chat.answer("Who?", "It was", seed=1339)
+    assert chat.texts == ["Who?", continued]
+    assert chat.version(1) == "version 3 of 3"
+    assert chat.message(1).locator(".token").count() == 12
+    chat.press(1, "Continue")
+    chat.wait_for_end()
+    assert chat.requests[-1]["messages"] == [{"role": "user", "content": "Who?"}]
+    ids = chat.server.playground.tokenizer.encode("It was")
+    assert chat.requests[-1]["ids"][: len(ids)] == ids
+    assert chat.texts[1].startswith(continued)
+    assert chat.message(1).locator(".token").count() == 24
+
+
+def test_chat_streams_and_stops(chat: ChatPage):
+    gate = Gate(chat.server.playground)
+    chat.page.fill("#question", "Who?")
+    chat.page.click("#send")
+    chat.stream(gate, 1, 5)
+    assert chat.page.locator("#announcement").text_content() == "generating"
+    chat.page.keyboard.press("Escape")
+    assert chat.page.locator("#chat-status").text_content() == "stopped"
+    wait_until(lambda: chat.server.playground.queue == [])
+    stopped = chat.texts[1]
+
+    # The rest is what the answer would have been.
+    gate.open()
+    chat.page.locator("#chat-view [name=max_new_tokens]").fill("7")
+    chat.press(1, "Continue")
+    chat.wait_for_end()
+    assert chat.texts[1] == chat.answer("Who?")
+    assert chat.texts[1].startswith(stopped)
+    assert chat.page.locator("#announcement").text_content() == chat.texts[1]
+
+    # Stopped before its first token, an answer is none; a question without answer can be asked again, or replaced.
+    gate.permits = type(gate.permits)(0)
+    chat.page.fill("#question", "And?")
+    chat.page.keyboard.press("Enter")
+    wait_until(lambda: len(gate.texts) >= 3)
+    chat.page.click("#stop-answer")
+    assert len(chat.texts) == 3
+    gate.open()
+    chat.press(2, "Answer")
+    chat.wait_for_end()
+    assert len(chat.texts) == 4
+    chat.ask("x" * 250)
+    assert "more than the context of 256" in chat.page.locator("#chat-status.error").text_content()
+    assert len(chat.texts) == 5
+    assert len(chat.errors) == 1  # the browser's own, about status 400
+    chat.errors.clear()
+    chat.ask("Shorter?")
+    assert (len(chat.texts), chat.version(4)) == (6, "version 2 of 2")
+    assert "without the oldest" not in chat.message(5).text_content()
+    chat.ask("x" * 60)
+    assert "without the oldest" in chat.message(7).text_content()
+
+
+def test_chat_question_stops_the_answer_before(chat: ChatPage):
+    gate = Gate(chat.server.playground)
+    chat.page.fill("#question", "Who?")
+    chat.page.keyboard.press("Enter")
+    chat.stream(gate, 1, 2)
+    (first,) = chat.server.playground.queue
+    chat.page.fill("#question", "And?")
+    chat.page.keyboard.press("Enter")
+    wait_until(lambda: first not in chat.server.playground.queue)
+    gate.permits.release()  # for its step in progress
+    wait_until(lambda: len(gate.texts) == 2)
+    chat.stream(gate, 3, 2)
+    assert [len(text) for text in chat.texts] == [4, 2, 4, 2]
+    assert chat.page.locator("#stop-answer").is_enabled()
+    assert "stopped" in chat.message(1).text_content()
+    assert [message["content"] for message in chat.requests[-1]["messages"]] == ["Who?", chat.texts[1], "And?"]
+    gate.open()
+    chat.wait_for_end()
+    assert len(chat.texts[3]) == 12
+
+
+def test_chat_has_system_prompt_and_alternatives(chat: ChatPage):
+    chat.page.fill("#system", "Be brief.")
+    chat.ask("Who?")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    assert chat.requests[-1]["messages"] == messages
+    request = chat.requests[-1]
+    tokens = chat.server.generate(**request)
+    assert chat.texts[1] == "".join(token["text"] for token in tokens)
+    spans = chat.message(1).locator(".token").all()
+    shades = [float(span.evaluate("node => node.style.getPropertyValue('--surprise')")) for span in spans]
+    assert shades == [pytest.approx(min(1, -math.log2(token["p"]) / 7), abs=1e-3) for token in tokens]
+
+    # By the keyboard: another third token.
+    chat.message(1).locator("[tabindex='0']").focus()
+    for key in ("Home", "ArrowRight", "ArrowRight", "Enter", "ArrowDown", "Enter"):
+        chat.page.keyboard.press(key)
+    chat.wait_for_end()
+    rows = sorted([tokens[2], *tokens[2]["alternatives"]], key=lambda token: -token["p"])
+    alternative = [row for row in rows if row["id"] != tokens[2]["id"]][1]
+    assert chat.requests[-1]["messages"] == messages
+    assert chat.requests[-1]["ids"] == [tokens[0]["id"], tokens[1]["id"], alternative["id"]]
+    assert chat.version(1) == "version 2 of 2"
+    assert chat.message(1).locator(".token").count() == 3 + 12
+    assert chat.page.locator(".message:focus").get_attribute("aria-label") == "Answer, version 2 of 2"
+
+    # An end as an alternative ends the answer without the model.
+    end = chat.server.playground.tokenizer.encode("<|im_end|>")[0]
+    chat.page.evaluate(
+        """id => {
+          const answer = conversation.path[1];
+          answer.text.tokens[1].alternatives[0] = {id, text: "<|im_end|>", p: 0.25};
+        }""",
+        end,
+    )
+    count = len(chat.requests)
+    chat.message(1).locator(".token").nth(1).hover()
+    chat.page.locator("#alternatives").get_by_text("<|im_end|>").click()
+    assert (len(chat.requests), chat.version(1)) == (count, "version 3 of 3")
+    assert chat.texts[1] == tokens[0]["text"]
+    assert chat.message(1).locator(".token").nth(1).get_attribute("data-mark") == "▪"
+    chat.ask("And?")
+    assert [message["content"] for message in chat.requests[-1]["messages"]] == [
+        *("Be brief.", "Who?", tokens[0]["text"], "And?")
+    ]
+
+
+def test_chat_says_what_ended_an_answer(chat: ChatPage):
+    del chat.server.playground.decoder.generate
+    chat.page.locator("#chat-view [name=max_new_tokens]").fill("400")
+    chat.page.locator("#chat-view [name=temperature]").fill("9")
+    chat.ask("Who?")
+    name = re.search(r"tokens, ended by (\S+), ", chat.message(1).text_content())
+    assert name
+    assert name[1] in ("<|im_end|>", "<|endoftext|>")
+    assert chat.message(1).locator(".token").last.get_attribute("data-mark") == "▪"
+    assert not chat.message(1).get_by_role("button", name="Continue").is_visible()
+    chat.message(1).locator(".token").last.hover()
+    assert chat.page.locator("#alternatives button:disabled code").text_content() == name[1]
+
+
+def test_chat_survives_a_reload(chat: ChatPage):
+    chat.page.fill("#system", "Be brief.")
+    chat.ask("Who?")
+    chat.press(1, "Regenerate")
+    chat.wait_for_end()
+    texts = chat.texts
+    gate = Gate(chat.server.playground)
+    chat.page.fill("#question", "And?")
+    chat.page.keyboard.press("Enter")
+    chat.stream(gate, 3, 3)
+    texts = chat.texts
+    chat.page.reload()
+    wait_until(lambda: chat.texts == texts)
+    gate.open()
+    assert chat.page.input_value("#system") == "Be brief."
+    assert chat.version(1) == "version 2 of 2"
+    wait_until(lambda: chat.server.playground.queue == [])
+    chat.press(3, "Continue")
+    chat.wait_for_end()
+    assert len(chat.requests[-1]["ids"]) == 3
+    chat.message(1).locator(".token").nth(1).hover()
+    assert chat.page.locator("#alternatives button").count() == 6
+    chat.press(1, "Previous version")
+    assert len(chat.texts) == 2
+
+    # The other view, by its link and address.
+    chat.page.get_by_role("link", name="Text").click()
+    chat.page.reload()
+    chat.generate("Who", 5)
+    chat.wait_for_status(r"5 tokens.*")
+    assert chat.page.locator("#chat-view").is_hidden()
+    chat.page.get_by_role("link", name="Chat").click()
+    assert len(chat.texts) == 2
+
+
+def test_chat_is_dark_and_narrow(chat: ChatPage):
+    chat.page.set_viewport_size({"width": 360, "height": 700})
+    chat.page.emulate_media(color_scheme="dark")
+    chat.page.locator("#chat-view [name=max_new_tokens]").fill("100")
+    chat.ask("x" * 90)
+    chat.press(1, "Edit")
+    assert chat.page.evaluate("() => document.documentElement.scrollWidth") == 360
+    assert (
+        chat.page.evaluate("() => getComputedStyle(document.querySelector('.message .text')).color") != "rgb(0, 0, 0)"
+    )
+    chat.page.reload()
+    chat.page.locator(".message").first.wait_for()
+    assert not chat.page.locator("#system").is_visible()  # the settings are folded

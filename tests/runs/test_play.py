@@ -13,6 +13,8 @@ from conftest import ROOT, Run, environment
 
 import play
 from nanogpt.errors import InputError
+from nanogpt.text.chat import PLAIN_TEMPLATE
+from nanogpt.text.tokenizer import Tokenizer
 
 
 def test_play_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch):
@@ -30,6 +32,23 @@ def test_play_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(InputError, match=r'uvicorn.*pip install -e "\.\[play\]"'):
         play_with()
+
+
+def test_play_chats_where_a_template_works(capsys: pytest.CaptureFixture[str]):
+    tokenizer = Tokenizer.bytes()
+    assert play.load_chat(tokenizer, []) is None
+    tokenizer.template = PLAIN_TEMPLATE
+    chat = play.load_chat(tokenizer, [5])
+    assert chat
+    assert chat.stop_ids == {5, 256}
+    assert capsys.readouterr().err == ""
+    for template, problem in (
+        ("{% for %}", "is broken"),
+        ("{{ messages[0].content }}", "leaves the answers out"),
+    ):
+        tokenizer.template = template
+        assert play.load_chat(tokenizer, []) is None
+        assert re.search(problem, capsys.readouterr().err)
 
 
 def test_play_stops_on_ctrl_c(run: Run):

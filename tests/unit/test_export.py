@@ -1,12 +1,14 @@
 """export.py: the model card, what is refused, and that a failure leaves nothing behind."""
 
 import errno
+import json
 import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -70,14 +72,22 @@ def test_names_that_are_no_utf8_are_written_and_read(run_export: Export):
         (["--to=taken"], r"\.taken\.partial exists; wait for the export that is writing it, or delete it"),
         (["--out_dir=mute"], r"mute.* has no tokenizer, and 7 ids are not GPT-2's"),
         (["--out_dir=other"], r"the tokenizer has \d+ ids, the model 7"),
+        (["--to=full/file.gguf", "--dtype=int8"], "--dtype=int8: "),
+        (["--to=full/old.gguf"], r"--to=full/old\.gguf: exists and is not overwritten"),
+        (["--to=full/file/x.gguf"], r"x\.gguf: cannot be written \(Not a directory\)"),
+        (["--dtype=q8_0"], "--dtype=q8_0: new/folder is a folder, which has no such weights"),
+        (["--to=a/b.gguf", "--out_dir=mute"], "mute.* has no tokenizer"),
+        (["--to=a/b.gguf", "--out_dir=nul"], r"no equal of this tokenizer, which has the character NUL"),
         (["--shard_gb=0", "--dtype=int8"], r"shard_gb=0: .*\n--dtype=int8: "),
     ],
 )
 def test_export_refuses(run_export: Export, flags: list[str], message: str):
     save_random_run("mute", None)
     save_random_run("other", vocab_size=7)
+    save_random_run("nul", Tokenizer.characters("a\0"))
     Path("full").mkdir()
     Path("full/file").touch()
+    Path("full/old.gguf").touch()
     Path(".taken.partial").mkdir()
     before = sorted(Path().rglob("*"))
     with pytest.raises(InputError, match=message):
@@ -101,6 +111,18 @@ def test_export_that_fails_leaves_nothing(run_export: Export, monkeypatch: pytes
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_gguf_export_that_fails_leaves_nothing(
+    run_export: Export, monkeypatch: pytest.MonkeyPatch, error: BaseException
+):
+    gguf = pytest.importorskip("gguf")
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", Mock(side_effect=error))
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else InputError):
+        run_export("new/model.gguf")
+    assert sorted(Path().rglob("*")) == before
+
+
 def test_export_names_special_tokens_that_the_model_has_no_row_for(
     run_export: Export, capsys: pytest.CaptureFixture[str]
 ):
@@ -116,17 +138,51 @@ def test_export_names_special_tokens_that_the_model_has_no_row_for(
     assert exported.special_tokens["[PAD]"] == rows
 
 
+def test_export_of_llama_states_the_rotary_settings_in_both_forms(run_export: Export):
+    """transformers 4 and mlx-lm read them at the top level alone; transformers 5 writes rope_parameters."""
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+    for number, numbers in enumerate(([], [*scaling.values()])):
+        rope = {"rope_theta": 5e5, "rope_scaling": [*map(float, numbers)]}
+        save_random_run(f"run{number}", arch="modern", bias=False, qk_norm=False, **rope)
+        config = read_json(run_export(f"new{number}", f"--out_dir=run{number}") / "config.json")
+        llama3 = {"rope_type": "llama3"} | scaling if numbers else None
+        assert (config["rope_theta"], config.get("rope_scaling")) == (5e5, llama3)
+        assert json.dumps(llama3) in json.dumps(config)  # with 8, not 8.0, of which transformers 4 warns
+        assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5} | (llama3 or {})
+
+
+def test_export_of_gpt2_has_the_names_and_tokens_of_openais_files(run_export: Export):
+    """mlx-lm takes no other names of tensors, and CTranslate2's converter of GPT-2 no tokenizer without unk_token."""
+    save_random_run("words", Tokenizer.bytes())
+    folder = run_export("new", "--out_dir=words")
+    names = safetensors.torch.load_file(folder / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"wte", "wpe", "h", "ln_f"}
+    assert read_json(folder / "tokenizer_config.json")["unk_token"] == "<|endoftext|>"
+    assert "unk_token" not in read_json(run_export("characters") / "tokenizer_config.json")  # which refuse a text
+
+
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(run_export: Export, value: float):
     folder = run_export("new")
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = value
+    tensors["h.1.mlp.c_fc.weight"][3, 5] = value
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     message = r"new: blocks\.1\.mlp\.up\.weight holds NaN or infinite weights"
     with pytest.raises(InputError, match=message):
         run_export("again", "--init_from=new")
     with pytest.raises(InputError, match=message):
         load_weights("new", 0.0, None, {})
+
+
+@pytest.mark.parametrize("to", ["again", "again.gguf"])
+def test_weights_that_float16_makes_infinite_are_refused(run_export: Export, to: str):
+    folder = run_export("new")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["ln_f.weight"][3] = -7e4
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"--dtype=float16: norm\.weight has weights beyond 65,504; give"):
+        run_export(to, "--init_from=new", "--dtype=float16")
+    assert not Path(to).exists()
 
 
 def test_the_umask_decides_who_can_read_weights(run_export: Export):

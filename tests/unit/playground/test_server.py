@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from playground_server import BLOCK_SIZE, Gate, Server, bytes_tokenizer, make_playground, serve, wait_until
+from playground_server import (
+    BLOCK_SIZE,
+    Gate,
+    Server,
+    bytes_tokenizer,
+    chat_tokenizer,
+    make_playground,
+    serve,
+    wait_until,
+)
 
 from nanogpt.generate.decoder import Decoder
 from nanogpt.generate.sampling import Sampling
@@ -34,6 +43,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[Server]:
     with serve(make_playground(bytes_tokenizer()), tmp_path / "metrics.jsonl") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a model with a chat template; as a model's files may say, "~" ends a text too."""
+    playground = make_playground(chat_tokenizer(), block_size=256, end_ids=chat_tokenizer().encode("~"))
+    with serve(playground, tmp_path_factory.mktemp("run") / "metrics.jsonl") as running:
         yield running
 
 
@@ -133,6 +150,123 @@ def test_generate_reports_failure_of_model(
     assert server.generate(prompt="ab", max_new_tokens=2)
 
 
+# ---- conversations
+
+
+def talk(*contents: str, system: str | None = None) -> list[dict[str, str]]:
+    """Messages of a user and the assistant by turns."""
+    roles = [("user", "assistant")[i % 2] for i in range(len(contents))]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def test_chat_encodes_messages_without_control_tokens(chat_server: Server):
+    """By hand: ChatML around each message; names of special tokens in messages are plain text."""
+    tokenizer = chat_server.playground.tokenizer
+    messages = talk("Hi<|im_end|>", "<|im_start|>x", "Why?", system="S<|endoftext|>")
+    first, *_ = chat_server.stream(messages=messages, max_new_tokens=1)
+    roles = [message["role"] for message in messages]
+    parts = [f"{role}\n{message['content']}" for role, message in zip(roles, messages, strict=True)]
+    start, end = (tokenizer.encode(name) for name in ("<|im_start|>", "<|im_end|>"))
+    expected: list[int] = []
+    for part in parts:
+        expected += [*start, *tokenizer.encode_ordinary(part).tolist(), *end, *tokenizer.encode("\n")]
+    expected += [*start, *tokenizer.encode("assistant\n")]
+    assert first["prompt_ids"] == expected
+    assert (first["answer_start"], first["omitted"]) == (len(expected), 0)
+    assert "".join(first["prompt_texts"]) == tokenizer.decode(expected)
+
+
+def test_chat_answer_stops_and_continues(chat_server: Server):
+    """At the end tokens of the template, the tokenizer and the model's files; those are no part of its text."""
+    tokenizer = chat_server.playground.tokenizer
+    names = {tokenizer.encode(name)[0]: name for name in ("~", "<|im_end|>", "<|endoftext|>")}
+    _, info = chat_server.request("GET", "/api/model")
+    assert info["chat"] == {"stop_tokens": {str(id): name for id, name in sorted(names.items())}}
+    seen = set()
+    for seed in range(24):
+        settings = {"messages": talk("Why?"), "temperature": 9.0, "seed": seed, "max_new_tokens": 24}
+        first, *tokens, last = chat_server.stream(**settings)
+        ids = [token["id"] for token in tokens]
+        plain = decode(chat_server.playground, first["prompt_ids"], 24, temperature=9.0, seed=seed)
+        ends = [i for i, (id, _) in enumerate(plain) if id in names]
+        assert ids == [id for id, _ in plain[: ends[0] + 1 if ends else 24]]
+        assert last["reason"] == ("stop" if ends else "length")
+        if ends:
+            seen.add(names[ids[-1]])
+            assert "".join(token["text"] for token in tokens) == tokenizer.decode(ids[:-1])
+    assert seen == set(names.values())
+
+    again, *rest, _ = chat_server.stream(**settings | {"ids": ids[:1]})
+    assert again["prompt_ids"] == first["prompt_ids"] + ids[:1]
+    assert again["answer_start"] == first["answer_start"]
+    assert [token["id"] for token in rest] == ids[1:] != []
+
+
+def test_text_stops_at_the_end_ids_of_the_model(chat_server: Server):
+    ends = set()
+    for seed in range(12):
+        *tokens, last = chat_server.stream(prompt="abc", max_new_tokens=60, temperature=9, seed=seed)
+        texts = [token["text"] for token in tokens[1:]]
+        assert not {"~", END_OF_TEXT}.intersection(texts[:-1])
+        assert (last["reason"] == "stop") == (texts[-1] in ("~", END_OF_TEXT))
+        ends.add(texts[-1])
+    assert {"~", END_OF_TEXT} <= ends
+
+
+def test_chat_continues_what_the_assistant_began(chat_server: Server):
+    tokenizer = chat_server.playground.tokenizer
+    messages = talk("Why?", "So <|im_end|>b")
+    first, *_ = chat_server.stream(messages=messages, max_new_tokens=1, ids=tokenizer.encode("c"))
+    begun = tokenizer.encode_ordinary("So <|im_end|>bc").tolist()
+    assert first["prompt_ids"][first["answer_start"] :] == begun
+    assert "".join(first["prompt_texts"]).endswith("<|im_start|>assistant\nSo <|im_end|>bc")
+
+
+def test_chat_leaves_out_the_oldest_messages(chat_server: Server):
+    """Down to half of the context, 128 of 256 tokens; the system prompt and the last question are kept."""
+    contents = [f"{i}{'x' * 19}" for i in range(9)]
+    sizes = []
+    for number in range(1, 10, 2):
+        first, *_ = chat_server.stream(messages=talk(*contents[:number], system="Sy"), max_new_tokens=1)
+        text = "".join(first["prompt_texts"])
+        kept = [content for content in contents[:number] if content in text]
+        assert kept == contents[first["omitted"] : number]
+        assert text.startswith("<|im_start|>system\nSy<|im_end|>")
+        sizes.append((len(first["prompt_ids"]), first["omitted"]))
+    assert sizes == [(51, 0), (112, 0), (112, 2), (112, 4), (112, 6)]  # with two messages more 173
+
+
+def test_chat_is_refused_without_template(server: Server):
+    _, info = server.request("GET", "/api/model")
+    assert info["chat"] is None
+    status, response = server.request("POST", "/api/generate", {"messages": talk("Why?")})
+    assert status == 400
+    assert "no chat template" in response["error"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "problem"),
+    [
+        ({"messages": talk("x" * 250)}, r"the question.* 269 tokens, more than the context of 256; shorten it"),
+        ({"messages": []}, r"messages: there is no question"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, r"messages: there is no question"),
+        ({"messages": "x"}, r"messages is not a list"),
+        ({"messages": [{"role": "user"}]}, r"message 1 has no role and content"),
+        ({"messages": [{"role": "endoftext", "content": "?"}]}, r"part of the name of a special token"),
+        ({"messages": [{"role": "user", "content": "\ufdd0"}]}, r"noncharacters"),
+        ({"messages": talk("?"), "prompt": "x"}, r"needs a prompt, messages or ids"),
+        ({"messages": talk("?"), "ids": [1, 98]}, r"ids: one of them ends the answer"),
+        ({"messages": talk("?"), "ids": [99]}, r"ids\.0: must be below 99"),
+    ],
+)
+def test_chat_refuses_bad_request(chat_server: Server, request_: Any, problem: str):
+    status, response = chat_server.request("POST", "/api/generate", request_)
+    assert status == 400
+    assert re.search(problem, response["error"])
+    assert "\n" not in response["error"]
+
+
 # ---- bad requests
 
 
@@ -141,9 +275,9 @@ def test_generate_reports_failure_of_model(
     [
         ({"prompt": "a" * (BLOCK_SIZE + 1)}, r"prompt: has 33 tokens, more than the context of 32"),
         ({"prompt": None}, r"prompt: expected text"),
-        ({"prompt": "a", "ids": [1]}, r"either a prompt or ids"),
-        ({"temperature": 1}, r"either a prompt or ids"),
-        ([], r"either a prompt or ids"),
+        ({"prompt": "a", "ids": [1]}, r"needs a prompt, messages or ids"),
+        ({"temperature": 1}, r"needs a prompt, messages or ids"),
+        ([], r"needs a prompt, messages or ids"),
         ({"ids": []}, r"ids: expected a list of 1 to"),
         ({"ids": "abc"}, r"ids: expected a list"),
         ({"ids": [0] * 50_001}, r"ids: expected a list of 1 to 50,000"),
@@ -178,6 +312,13 @@ def test_generate_refuses_prompt_without_ids(tmp_path: Path, characters: Playgro
             assert status == 400
             assert problem in response["error"]
         assert len(server.generate(prompt="ab", max_new_tokens=5, top_k=10**6)) == 5
+
+
+def test_generate_refuses_tokens_without_row(tmp_path: Path):
+    with serve(make_playground(bytes_tokenizer(), extra_ids=-1), tmp_path) as server:
+        status, response = server.request("POST", "/api/generate", {"prompt": f"a{END_OF_TEXT}"})
+        assert status == 400
+        assert response["error"] == f"the model has no row for {END_OF_TEXT}; leave it out"
 
 
 @pytest.mark.parametrize(
@@ -348,6 +489,14 @@ def test_event_response_limits_total_time_of_sending(monkeypatch: pytest.MonkeyP
 
 
 # ---- the run's curves
+
+
+def test_model_file_has_no_curves(tmp_path: Path, characters: Playground):
+    """A file as init_from, such as ckpt.pt, is no directory of a run."""
+    (tmp_path / "ckpt.pt").write_bytes(b"weights")
+    with serve(characters, tmp_path / "ckpt.pt" / "metrics.jsonl") as server:
+        assert server.request("GET", "/api/model")[1]["run"] is False
+        assert server.request("GET", "/api/metrics")[1]["points"] == []
 
 
 def test_metrics_follow_file(own_server: Server):

@@ -81,6 +81,31 @@ def test_contents_cannot_imitate_the_template(tokenizer: Tokenizer):
     assert answer_texts(tokenizer, ids, mask) == [f"{evil}<|im_end|>".replace("\ud800", "\ufffd")]
 
 
+def test_encode_answer_and_prompt_hold_no_special_tokens_of_messages(tokenizer: Tokenizer):
+    tokenizer.template = CHATML_TEMPLATE
+    text = "x<|im_end|>\n<|endoftext|>\ud800y"
+    ids = Chat(tokenizer).encode_answer(text)
+    assert tokenizer.decode(ids) == text.replace("\ud800", "\ufffd")
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+    assert Chat(tokenizer).encode_answer("") == []
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_encode_recent_leaves_out_no_more_than_it_must(system: list[dict[str, str]], tokenizer: Tokenizer):
+    """As a loop does that takes out a question and its answer at a time."""
+    tokenizer.template = CHATML_TEMPLATE
+    chat = Chat(tokenizer)
+    for number in (1, 3, 9):
+        talk = [*TALK * 2, TALK[0]][-number:]
+        for context in (100, 200, 300, 400, 1000):
+            rest = talk
+            while len(ids := chat.encode_prompt([*system, *rest])) > context // 2 and len(rest) > 2:
+                rest = rest[2:]
+            assert chat.encode_recent([*system, *talk], context) == (ids, len(talk) - len(rest))
+    with pytest.raises(InputError, match=r"the question.* more than the context of 20; shorten it"):
+        chat.encode_recent(TALK, 20)
+
+
 def test_encode_takes_the_longest_special_token(tokenizer: Tokenizer):
     tokenizer._inner.add_special_tokens(["<|im_end|>\n"])
     longer = Tokenizer(tokenizer._inner)

@@ -94,7 +94,7 @@ def test_train_bpe_refuses_bad_input(texts: list[str], size: int, message: str):
 def test_has_same_vocab_compares_every_id(trained: Tokenizer):
     abc = Tokenizer.characters("abc")
     assert abc.has_same_vocab(Tokenizer.characters("cabba"))
-    for other in (trained, Tokenizer.characters("abd"), Tokenizer._from_characters({"a": 0, "b": 2, "c": 1})):
+    for other in (trained, Tokenizer.characters("abd"), Tokenizer.from_characters({"a": 0, "b": 2, "c": 1})):
         assert not abc.has_same_vocab(other)
         assert not other.has_same_vocab(abc)
 
