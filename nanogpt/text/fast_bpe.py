@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     import tokenizers
 
 # "gpt2" is GPT-2's pattern. In "words", a word includes its accents and any one character before it ("'s", "(no" and
-# "\tx" are words), and numbers are split into groups of at most three digits.
+# "\tx" are words), and numbers are split into groups of at most three digits. Its parts are spelled as in Qwen3.5's
+# pattern, because ONNX Runtime GenAI finds other words for other spellings of the same.
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|re|ve)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "words": r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    "words": r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 # Patterns as tiktoken writes them (by `to_oniguruma`), and as gigatoken knows them. They find the same words.
