@@ -179,6 +179,10 @@ def load_data_and_model(
         model = new_model(config, dataset.vocab_size or GPT2_VOCAB)
 
     if config.lora_rank:
+        if not resumed and checkpoint.has_adapters(Path(config.init_from)):
+            raise InputError(
+                f"init_from={config.init_from}: has adapters itself; merge them by export.py, or resume it"
+            )
         add_lora(model, config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets, resumed)
 
     T, vocab_size = model.config.block_size, model.config.vocab_size

@@ -95,14 +95,15 @@ def to_tokenizer(source: str, settings: dict[str, Any]) -> Tokenizer:
             tokens, types = tokens[:-1], types[:-1]
         if {len(token) for token in tokens} == {1} and set(types) == {USER_DEFINED}:
             return Tokenizer.from_characters({token: i for i, token in enumerate(tokens)})
-        vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+        vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
         if kind == "gpt2":
             inner = _byte_level(vocab, settings.get("merges") or [], SPLITS[split])
         else:
             inner = _sentencepiece(vocab, types, settings)
         tokenizer = Tokenizer(_add_tokens(inner, tokens, types))
         ids = {name: settings.get(f"{key}_token_id") for name, key in NAMED_TOKENS.items()}
-        named = {name: tokens[token_id] for name, token_id in ids.items() if token_id is not None}
+        # Some files name an ordinary token, such as "!", as the one for padding.
+        named = {name: tokens[i] for name, i in ids.items() if i is not None and types[i] != NORMAL}
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{source}: its tokenizer is damaged ({first_line(error)}); use another file") from error
     if named:
@@ -195,7 +196,7 @@ def to_settings(tokenizer: Tokenizer, num_rows: int, end_ids: Sequence[int]) -> 
         settings = _sentencepiece_settings(content, tokens, types)
 
     named = {f"{key}_token_id": tokenizer.named_id(name) for name, key in NAMED_TOKENS.items()}
-    settings |= {key: token_id for key, token_id in named.items() if token_id is not None}
+    settings |= {key: token_id for key, token_id in named.items() if token_id is not None and token_id < num_rows}
     if not end_ids:
         tokens.append(ADDED_END)
         types.append(CONTROL)

@@ -217,9 +217,10 @@ def _fill_in_sizes(config: dict[str, Any], model_type: str) -> None:
 
 def _flatten_rope(stored: dict[str, Any]) -> dict[str, Any]:
     """Return config.json with its rotary settings at the top level, and one layer type for all layers."""
-    rope = stored.get("rope_scaling") or stored.get("rope_parameters") or {}  # the latter since transformers 5
-    if not isinstance(rope, dict):
-        rope = {"type": rope}
+    rope: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):  # since transformers 5, and before
+        value = stored.get(key) or {}
+        rope |= value if isinstance(value, dict) else {"type": value}
     settings = {"rope_type": rope.get("type", "default")} | stored | rope
 
     layer_types = settings.get("layer_types")
