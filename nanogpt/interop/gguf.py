@@ -81,9 +81,11 @@ class Header:
                 self.num_parts += 1
                 if self.num_parts > MAX_HEADER_PARTS:
                     raise ValueError(f"its header has more than {MAX_HEADER_PARTS:,} parts")
-                order = override_order or self.byte_order
-                # Raises ValueError beyond the end, and is much faster than slices of NumPy's memmap.
-                return np.frombuffer(self.data, np.dtype(dtype).newbyteorder(order), int(count), offset)
+                its_type = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
+                if offset + its_type.itemsize * int(count) > len(self.data):
+                    raise ValueError("it ends before what its header states")
+                # Much faster than slices of NumPy's memmap.
+                return np.frombuffer(self.data, its_type, int(count), offset)
 
         self.source = str(path)
         try:

@@ -17,11 +17,13 @@ from random_models import CHARACTERS, MODERN, SMALL, randomize
 from texts import HARD_PIECES, HARD_TEXTS, fuzz_text
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from load import load_weights
 from model import GPT, GPTConfig, rotary_frequencies
 from nanogpt.errors import InputError
 from nanogpt.interop import gguf as our_gguf
-from nanogpt.interop.gguf import read_gguf, read_gguf_tokenizer, rope_divisors, write_gguf
+from nanogpt.interop.gguf import read_gguf, rope_divisors, write_gguf
 from nanogpt.interop.gguf_tokenizer import ADDED_END, BYTE, CONTROL, NORMAL, UNKNOWN, to_settings, to_tokenizer
+from nanogpt.interop.huggingface import read_tokenizer
 from nanogpt.text.chat import CHATML_TEMPLATE
 from nanogpt.text.fast_bpe import LLAMA_3_PATTERN
 from nanogpt.text.tokenizer import Tokenizer
@@ -380,9 +382,13 @@ def test_end_tokens_and_template_come_back(tmp_path: Path):
     write_model(tmp_path / "m.gguf", words)
     weights = read_gguf(tmp_path / "m.gguf")
     assert weights.end_ids == [words.end_of_text, words.special_tokens["<|im_end|>"]]
-    tokenizer = read_gguf_tokenizer(tmp_path / "m.gguf")
+    tokenizer = read_tokenizer(str(tmp_path / "m.gguf"))  # as data/prepare.py does
     assert tokenizer.named_tokens == words.named_tokens
     assert (tokenizer.template, tokenizer.end_of_text) == (words.template, words.end_of_text)
+    model, tuned = load_weights(str(tmp_path / "m.gguf"), 0.1, 8, {})
+    assert (model.config.dropout, model.config.block_size) == (0.1, 8)
+    assert tuned is not None
+    assert tuned.has_same_vocab(words)
 
 
 ROUNDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
