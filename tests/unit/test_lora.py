@@ -85,7 +85,8 @@ def test_counts_equal_the_tensors_and_torchs_flop_counter(sizes: dict[str, Any])
     # Below the first adapters nothing trains, so the first layer has no gradient of its input.
     first = model.blocks[0].attention.qkv
     unneeded = first.weight.numel() + sum(A.numel() for A in first.lora_A.values())
-    # The B of q, k and v are one matrix with zeros around them; torch counts its backward alone, not addmm_.
+    # The B of q, k and v are one matrix with zeros around them; torch counts its backward, not addmm_
+    # (findings/torch_flop_counter_in_place.sh).
     B = sum(p.numel() for name, p in adapters.items() if ".lora_B." in name)
     zeros = 0
     for block in model.blocks:
