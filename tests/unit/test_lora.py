@@ -123,7 +123,7 @@ def test_the_hash_is_of_the_weights_alone(sizes: dict[str, Any]):
     model, _, base = make_model(**sizes)
     config = asdict(model.config)
     hashed = base_sha256(base, config)
-    assert model.lora == {"base": "base", "alpha": 6.0, "base_sha256": hashed}
+    assert model.lora == {"alpha": 6.0, "base": "base", "base_sha256": hashed}
     unpadded = {name: t[:70] if name in ("token_embedding.weight", "head.weight") else t for name, t in base.items()}
     longer = dict(reversed(unpadded.items()))
     if "position_embedding.weight" in base:
