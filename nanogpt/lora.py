@@ -131,10 +131,12 @@ def add_lora(model: Any, init_from: str, rank: int, alpha: float, targets: str, 
     """
     model_config = asdict(model.config)
     words = read_targets(targets, [find_architecture(model_config)])
-    base = {"base": os.path.abspath(init_from) if os.path.exists(init_from) else init_from, "alpha": alpha}
-    model.lora = (
-        resumed.state["lora"] if resumed else base | {"base_sha256": base_sha256(model.state_dict(), model_config)}
-    )
+    if resumed:
+        model.lora = resumed.state["lora"]
+    else:
+        base = os.path.abspath(init_from) if os.path.exists(init_from) else init_from
+        sha256 = base_sha256(model.state_dict(), model_config)
+        model.lora = {"alpha": alpha, "base": base, "base_sha256": sha256}
     model.requires_grad_(False)
     by_layer: dict[str, list[Part]] = {}
     for part in list_parts(model_config):

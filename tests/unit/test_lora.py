@@ -85,7 +85,8 @@ def test_counts_equal_the_tensors_and_torchs_flop_counter(sizes: dict[str, Any])
     # Below the first adapters nothing trains, so the first layer has no gradient of its input.
     first = model.blocks[0].attention.qkv
     unneeded = first.weight.numel() + sum(A.numel() for A in first.lora_A.values())
-    # The B of q, k and v are one matrix with zeros around them; torch counts its backward alone, not addmm_.
+    # The B of q, k and v are one matrix with zeros around them; torch counts its backward, not addmm_
+    # (findings/torch_flop_counter_in_place.sh).
     B = sum(p.numel() for name, p in adapters.items() if ".lora_B." in name)
     zeros = 0
     for block in model.blocks:
@@ -122,7 +123,7 @@ def test_the_hash_is_of_the_weights_alone(sizes: dict[str, Any]):
     model, _, base = make_model(**sizes)
     config = asdict(model.config)
     hashed = base_sha256(base, config)
-    assert model.lora == {"base": "base", "alpha": 6.0, "base_sha256": hashed}
+    assert model.lora == {"alpha": 6.0, "base": "base", "base_sha256": hashed}
     unpadded = {name: t[:70] if name in ("token_embedding.weight", "head.weight") else t for name, t in base.items()}
     longer = dict(reversed(unpadded.items()))
     if "position_embedding.weight" in base:
