@@ -223,9 +223,10 @@ def count(verdicts: list[dict[str, Any]], name: str) -> str:
 
 def tables(results: dict[str, Any]) -> str:
     """The three tables, in Markdown."""
+    engines = {name: results["engines"][name] for name in ENGINES if name in results["engines"]}
     lines = ["| engine | architecture | loads | largest difference | greedy text equal | stops at the end |"]
     lines += ["|---|---|---|---|---|---|"]
-    for name, entry in results["engines"].items():
+    for name, entry in engines.items():
         for arch in ARCHITECTURES:
             verdicts = [entry["models"].get(f"{arch}, {kind}", {}) for kind in TOKENIZERS]
             differences = [verdict["logprobs"] for verdict in verdicts if "logprobs" in verdict]
@@ -234,7 +235,7 @@ def tables(results: dict[str, Any]) -> str:
             lines.append(f"| {name if arch == next(iter(ARCHITECTURES)) else ''} | {arch} | {' | '.join(cells)} |")
 
     lines += ["", f"| ids equal, of {TEXTS} texts | {' | '.join(TOKENIZERS)} |", "|---" * (len(TOKENIZERS) + 1) + "|"]
-    for name, entry in results["engines"].items():
+    for name, entry in engines.items():
         cells = []
         for kind in TOKENIZERS:
             verdicts = [entry["models"].get(f"{arch}, {kind}", {}) for arch in ARCHITECTURES]
@@ -242,16 +243,15 @@ def tables(results: dict[str, Any]) -> str:
             cells.append(" to ".join(map(str, equal[:: max(1, len(equal) - 1)])) or "–")
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
-    names = results["engines"].keys()
-    lines += ["", f"| largest difference | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += ["", f"| largest difference | {' | '.join(engines)} |", "|---" * (len(engines) + 1) + "|"]
     for variant in VARIANTS:
-        verdicts = [entry["models"].get(variant, {}) for entry in results["engines"].values()]
+        verdicts = [entry["models"].get(variant, {}) for entry in engines.values()]
         cells = [f"{verdict['logprobs']:.0e}" if "logprobs" in verdict else "–" for verdict in verdicts]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
 
     listed = "; ".join(
         f"{name}: {', '.join(f'{package} {number}' for package, number in entry['versions'].items())}"
-        for name, entry in results["engines"].items()
+        for name, entry in engines.items()
     )
     return "\n".join([f"Versions: {listed}.", "", *lines])
 
