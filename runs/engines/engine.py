@@ -1,22 +1,29 @@
-"""What every engine's script does: read a job, ask the engine, write its answers as JSON.
+"""What every engine's script does: read jobs, ask the engine, write its answers as JSON.
 
-A job is a JSON file: `folder` (an exported model), `gguf` (the same as a GGUF file), `work` (an empty folder), `texts`
-to encode, `ids` with the `likeliest` ids that may follow each, and `prompts` to continue by at most `new` ids.
+A job is a folder with job.json: `folder` (an exported model), `gguf` (the same as a GGUF file), `work` (an empty
+folder), `texts` to encode, `ids` with the `likeliest` ids that may follow each, and `prompts` to continue by at most
+`new` ids.
 """
 
 import json
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 
 def answer(engine_class, *packages):
-    """Write the versions of `packages`, and what the engine makes of the job sys.argv[1], to sys.argv[2].
+    """Write answers.json into each folder of sys.argv: the versions of `packages`, and the engine's answers.
 
     engine_class(job) loads the model; its `encode(text)` gives ids; its `logprobs(ids)` a row for each position, from
     which an id takes its log-probability; its `generate(ids, new)` the ids that follow, without an end token.
     """
-    with open(sys.argv[1], encoding="utf-8") as file:
-        job = json.load(file)
+    for folder in map(Path, sys.argv[1:]):
+        job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        answers = answer_job(engine_class, packages, job)
+        (folder / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
+
+
+def answer_job(engine_class, packages, job):
     answers = {"versions": {package: version(package) for package in packages}, "errors": {}}
     engine = None
 
@@ -48,5 +55,4 @@ def answer(engine_class, *packages):
             except BaseException as error:  # some engines raise panics of other languages
                 lines = str(error).strip().splitlines() or [""]
                 answers["errors"][name] = f"{type(error).__name__}: {lines[0]}"[:300]
-    with open(sys.argv[2], "w", encoding="utf-8") as file:
-        json.dump(answers, file)
+    return answers

@@ -17,8 +17,10 @@ import os
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
 
-from models import ARCHITECTURES, TOKENIZERS, documents, file_name, make_model  # noqa: E402
+from models import (  # noqa: E402
+    ARCHITECTURES,
+    TOKENIZERS,
+    VARIANTS,
+    documents,
+    file_name,
+    make_model,
+    make_variant,
+)
 from texts import HARD_TEXTS, fuzz_text  # noqa: E402
 
 from model import GPT  # noqa: E402
@@ -139,22 +149,30 @@ def make_job(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return job, ours
 
 
-def ask(name: str, python: Path, job: dict[str, Any], work: Path) -> dict[str, Any]:
-    """The engine's answers to a job, in a process of its own."""
-    folder = work / "scratch" / file_name(name)
-    converted = folder / "converted"
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
-    converted.mkdir(parents=True)
-    (folder / "job.json").write_text(json.dumps(job | {"work": str(converted)}), encoding="utf-8")
-    command = [str(python), ENGINES[name].script, str(folder / "job.json"), str(folder / "answers.json")]
+def ask(name: str, python: Path, jobs: dict[str, dict[str, Any]], work: Path) -> dict[str, dict[str, Any]]:
+    """The engine's answers to each job, from a process; where one dies, from another for the jobs after that."""
+    folders = {model: work / "jobs" / file_name(name) / file_name(model) for model in jobs}
+    for model, folder in folders.items():
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "converted").mkdir(parents=True)
+        job = jobs[model] | {"work": str(folder / "converted")}
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    try:
-        with (folder / "log.txt").open("w") as log:
-            subprocess.run(command, cwd=HERE, env=environment, stdout=log, stderr=log, timeout=600, check=True)
-        return json.loads((folder / "answers.json").read_text(encoding="utf-8"))
-    except (subprocess.SubprocessError, OSError) as error:
-        last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-        return {"versions": {}, "errors": {"loads": f"{type(error).__name__}: {' '.join(last)}"[:300]}}
+    answers: dict[str, dict[str, Any]] = {}
+    while rest := [model for model in jobs if model not in answers]:
+        log = work / "jobs" / file_name(name) / "log.txt"
+        command = [str(python), ENGINES[name].script, *(str(folders[model]) for model in rest)]
+        with log.open("w") as file:
+            done = subprocess.run(command, cwd=HERE, env=environment, stdout=file, stderr=file)
+        for model in rest:
+            if not (folders[model] / "answers.json").exists():
+                last = " ".join(log.read_text(errors="replace").strip().splitlines()[-1:])[:200]
+                answers[model] = {"versions": {}, "errors": {"loads": f"exit status {done.returncode}: {last}"}}
+                break
+            answers[model] = json.loads((folders[model] / "answers.json").read_text(encoding="utf-8"))
+            shutil.rmtree(folders[model])
+    return answers
 
 
 def compare(job: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -165,8 +183,10 @@ def compare(job: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any]) -
         verdict["ids"] = [TEXTS - len(unequal), TEXTS]
         verdict["unequal"] = [text[:80] for text in unequal[:5]]
     if "logprobs" in theirs:
-        rows = zip(theirs["logprobs"], ours["logprobs"], strict=True)
-        verdict["logprobs"] = max(abs(a - b) for row in rows for a, b in zip(*row, strict=True))
+        differences = torch.tensor(theirs["logprobs"], dtype=torch.float64) - torch.tensor(ours["logprobs"])
+        verdict["logprobs"] = differences.abs().max().item()
+        # Without what all ids of a position have in common: the difference of the logits, whatever the norm.
+        verdict["logits"] = (differences - differences.mean(1, keepdim=True)).abs().max().item()
     if "continuations" in theirs:
         equal = [a == b for a, b in zip(theirs["continuations"], ours["continuations"], strict=True)]
         verdict |= {"greedy": equal[0], "stops": equal[1] if len(equal) > 1 else None}
@@ -176,20 +196,24 @@ def compare(job: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any]) -
 def measure(names: list[str], kinds: list[str], args: argparse.Namespace) -> None:
     results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     results |= {"command": "python runs/engines/measure.py", "python": platform.python_version()}
-    pythons = {name: make_environment(name, args.work, args.torch_index) for name in names}
-    for kind in kinds:
-        for arch in ARCHITECTURES:
-            out, exported = make_model(arch, kind, args.work)
-            job, ours = make_job(out)
-            job |= {"folder": str(exported), "gguf": str(exported) + ".gguf"}
-            results.setdefault("margins", {})[f"{arch}, {kind}"] = ours["margin"]
-            for name in names:
-                theirs = ask(name, pythons[name], job, args.work)
-                entry = results.setdefault("engines", {}).setdefault(name, {"versions": {}, "models": {}})
-                entry["versions"] |= theirs["versions"]
-                verdict = entry["models"][f"{arch}, {kind}"] = compare(job, ours, theirs)
-                print(f"{name}: {arch}, {kind}: {json.dumps(verdict)}", flush=True)
-                RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=True) + "\n")
+    results.setdefault("margins", {})
+    jobs, ours = {}, {}
+    makers = {f"{arch}, {kind}": partial(make_model, arch, kind) for kind in kinds for arch in ARCHITECTURES}
+    makers |= {name: partial(make_variant, name) for name in VARIANTS}
+    for model, make in makers.items():
+        out, folder, gguf = make(args.work)
+        jobs[model], ours[model] = make_job(out)
+        jobs[model] |= {"folder": str(folder), "gguf": gguf}
+        results["margins"][model] = ours[model]["margin"]
+        print(f"{model}: {folder}", flush=True)
+    for name in names:
+        answers = ask(name, make_environment(name, args.work, args.torch_index), jobs, args.work)
+        entry = results.setdefault("engines", {}).setdefault(name, {"versions": {}, "models": {}})
+        for model, theirs in answers.items():
+            entry["versions"] |= theirs["versions"]
+            verdict = entry["models"][model] = compare(jobs[model], ours[model], theirs)
+            print(f"{name}: {model}: {json.dumps(verdict)}", flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def count(verdicts: list[dict[str, Any]], name: str) -> str:
@@ -198,29 +222,36 @@ def count(verdicts: list[dict[str, Any]], name: str) -> str:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The two tables, in Markdown."""
+    """The three tables, in Markdown."""
+    engines = {name: results["engines"][name] for name in ENGINES if name in results["engines"]}
     lines = ["| engine | architecture | loads | largest difference | greedy text equal | stops at the end |"]
     lines += ["|---|---|---|---|---|---|"]
-    for name, entry in results["engines"].items():
+    for name, entry in engines.items():
         for arch in ARCHITECTURES:
-            verdicts = [verdict for model, verdict in entry["models"].items() if model.startswith(f"{arch}, ")]
+            verdicts = [entry["models"].get(f"{arch}, {kind}", {}) for kind in TOKENIZERS]
             differences = [verdict["logprobs"] for verdict in verdicts if "logprobs" in verdict]
             cells = [count(verdicts, "loads"), f"{max(differences):.0e}" if differences else "–"]
             cells += [count(verdicts, "greedy"), count(verdicts, "stops")]
             lines.append(f"| {name if arch == next(iter(ARCHITECTURES)) else ''} | {arch} | {' | '.join(cells)} |")
 
     lines += ["", f"| ids equal, of {TEXTS} texts | {' | '.join(TOKENIZERS)} |", "|---" * (len(TOKENIZERS) + 1) + "|"]
-    for name, entry in results["engines"].items():
+    for name, entry in engines.items():
         cells = []
         for kind in TOKENIZERS:
-            models = [verdict for model, verdict in entry["models"].items() if model.endswith(f", {kind}")]
-            equal = sorted({verdict["ids"][0] for verdict in models if "ids" in verdict})
+            verdicts = [entry["models"].get(f"{arch}, {kind}", {}) for arch in ARCHITECTURES]
+            equal = sorted({verdict["ids"][0] for verdict in verdicts if "ids" in verdict})
             cells.append(" to ".join(map(str, equal[:: max(1, len(equal) - 1)])) or "–")
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
+    lines += ["", f"| largest difference | {' | '.join(engines)} |", "|---" * (len(engines) + 1) + "|"]
+    for variant in VARIANTS:
+        verdicts = [entry["models"].get(variant, {}) for entry in engines.values()]
+        cells = [f"{verdict['logprobs']:.0e}" if "logprobs" in verdict else "–" for verdict in verdicts]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+
     listed = "; ".join(
         f"{name}: {', '.join(f'{package} {number}' for package, number in entry['versions'].items())}"
-        for name, entry in results["engines"].items()
+        for name, entry in engines.items()
     )
     return "\n".join([f"Versions: {listed}.", "", *lines])
 
@@ -228,7 +259,9 @@ def tables(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", default=",".join(ENGINES), help="names, with commas; empty: only write the tables")
-    parser.add_argument("--tokenizers", default=";".join(TOKENIZERS), help="kinds, with semicolons")
+    parser.add_argument(
+        "--tokenizers", default=";".join(TOKENIZERS), help="kinds, with semicolons; empty: the variants alone"
+    )
     parser.add_argument(
         "--work", type=Path, default=ROOT / "out-engines", help="about 12 GB of environments and models"
     )
@@ -236,7 +269,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work = args.work.resolve()
     if args.engines:
-        measure(args.engines.split(","), args.tokenizers.split(";"), args)
+        measure(args.engines.split(","), list(filter(None, args.tokenizers.split(";"))), args)
     text = DOCS.read_text(encoding="utf-8")
     made = tables(json.loads(RESULTS.read_text(encoding="utf-8")))
     DOCS.write_text(

