@@ -42,7 +42,7 @@ def main() -> None:
     target = Path(os.path.abspath(config.to))
     is_gguf = target.suffix == ".gguf"
     if is_gguf:
-        check_installed(target)
+        check_installed(config.to)
     if not config.to:
         raise InputError("--to is empty; give the folder to write, --to=FOLDER, or a file, --to=NAME.gguf")
     if config.dtype == "q8_0" and not is_gguf:
