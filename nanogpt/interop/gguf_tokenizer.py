@@ -89,7 +89,9 @@ def to_tokenizer(source: str, settings: dict[str, Any]) -> Tokenizer:
         types = settings.get("token_type") or [NORMAL] * len(tokens)
         if has_added_end(settings):
             tokens, types = tokens[:-1], types[:-1]
-        vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
+        vocab = {
+            token: i for i, (token, token_type) in enumerate(zip(tokens, types, strict=True)) if token_type != UNUSED
+        }
         if all(len(token) == 1 and types[i] == USER_DEFINED for token, i in vocab.items()):
             return Tokenizer.from_characters(vocab)
         if kind == "gpt2":

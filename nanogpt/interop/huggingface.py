@@ -220,8 +220,9 @@ def _flatten_rope(stored: dict[str, Any]) -> dict[str, Any]:
     rope: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):  # since transformers 5, and before
         value = stored.get(key) or {}
-        rope |= value if isinstance(value, dict) else {"type": value}
-    settings = {"rope_type": rope.get("type", "default")} | stored | rope
+        value = value if isinstance(value, dict) else {"type": value}
+        rope |= {"rope_type": value["type"]} | value if "type" in value else value
+    settings = {"rope_type": "default"} | stored | rope
 
     layer_types = settings.get("layer_types")
     if isinstance(layer_types, list):
