@@ -92,6 +92,8 @@ def _read_adapters(source: str, folder: Path) -> Weights:
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
         raise InputError(f"{source}: {peft.CONFIG} does not name the model that its adapters belong to; add its path")
+    if (Path(base) / peft.CONFIG).exists():  # two folders could name each other
+        raise InputError(f"{source}: its base {base} has adapters itself; export that one, which merges them")
     weights = read_weights(base)
     peft.merge_peft(source, weights.tensors, weights.config, settings, _read_safetensors(folder, peft.TENSORS))
     return replace(weights, source=source, tokenizer=Tokenizer.load(folder) or weights.tokenizer)

@@ -115,6 +115,10 @@ def test_adapters_that_compute_something_else_are_refused(tmp_path: Path):
     refuse("peft_type='IA3' is not supported", {"peft_type": "IA3"}, tensors)
     refuse("does not name the model", {"base_model_name_or_path": None}, tensors)
     refuse("does not name the model", {"base_model_name_or_path": str(folder)}, tensors)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": str(folder)}))
+    refuse("has adapters itself", {"base_model_name_or_path": str(other)}, tensors)
     refuse("other layers than the blocks'", {}, tensors | {name.replace("q_proj", "x_proj"): tensors[name].clone()})
     refuse("do not fit its base", {}, tensors | {name: tensors[name][:, :-1].clone()})
     refuse("do not fit its base", {}, {other: tensor for other, tensor in tensors.items() if other != name})
