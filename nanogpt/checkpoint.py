@@ -139,7 +139,7 @@ class Checkpoint:
         sizes: Any = self.build_config(config_class, "model")
         has_adapters = bool(self.state.get("lora")) and not self.adapters
         if has_adapters:
-            self._read_base(asdict(sizes), model_class, config_class)
+            self._read_base(asdict(sizes))
         try:
             if sizes.n_layer > len(self.model):  # even without memory a billion blocks take hours
                 raise RuntimeError(f"n_layer={sizes.n_layer}, but there are {len(self.model)} tensors")
@@ -150,20 +150,19 @@ class Checkpoint:
             reason = " ".join(str(error).split())[:200]
             raise _damaged(self.path, f"state.json: the sizes are not those of the tensors ({reason})") from error
 
-    def _read_base(self, sizes: dict[str, Any], model_class: Any, config_class: Any) -> None:
-        """Read the base of adapters from init_from or, seen from another directory, from its full path."""
+    def _read_base(self, sizes: dict[str, Any]) -> None:
+        """Read the base of adapters from the path that the run saved, or from its init_from if that has moved."""
         from nanogpt.interop.huggingface import read_weights
 
         run = self.state["lora"]
         init_from = str(self.state["config"].get("init_from"))
-        source = next((place for place in (init_from, run["base"]) if os.path.exists(place)), init_from)
+        source = next((place for place in (run["base"], init_from) if os.path.exists(place)), run["base"])
         another = InputError(f"{self.path} has adapters of another base: {source} is not what the run started from")
-        if Path(source).resolve() == self.path.parent.parent.resolve():
+        if has_adapters(Path(source)):  # a later run in the base's directory; it may even have started from this one
             raise another
         try:
             if is_checkpoint(Path(source)):
-                base = load(find(source), with_optimizer=False)
-                tensors = base.build_model(model_class, config_class).state_dict()
+                tensors = load(find(source), with_optimizer=False).model
             else:
                 tensors = read_weights(source).tensors
         except InputError as error:
@@ -180,6 +179,11 @@ class Checkpoint:
 def is_checkpoint(source: Path) -> bool:
     """True for the directory of a run or of one of its checkpoints."""
     return os.path.exists(source / MANIFEST) or bool(list_checkpoints(source))
+
+
+def has_adapters(source: Path) -> bool:
+    """True for a run or checkpoint whose tensors are LoRA's adapters."""
+    return is_checkpoint(source) and bool(read_json(find(source) / "state.json").get("lora"))
 
 
 def list_checkpoints(out_dir: Path) -> list[Path]:

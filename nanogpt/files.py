@@ -168,9 +168,8 @@ def atomic_directory(final: Path, replace: bool = False) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            mode = (
-                partial.stat().st_mode & 0o666
-            )  # as the umask has it; safetensors lets the owner alone read its files
+            # As the umask has it; safetensors lets the owner alone read its files.
+            mode = partial.stat().st_mode & 0o666
             for path in partial.iterdir():
                 with contextlib.suppress(OSError):  # a FAT or network drive that has no modes
                     path.chmod(mode)

@@ -79,8 +79,11 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         B = [self.lora_B[name] if name in self.lora_B else x.new_zeros(n, 0) for name, n in self.rows.items()]
-        down = F.linear(x, torch.cat(list(self.lora_A.values()))) * self.scale  # (..., adapters · rank)
-        return F.linear(x, self.weight, self.bias) + F.linear(down, torch.block_diag(*B))
+        flat = x.flatten(0, -2)  # (tokens, in)
+        down = F.linear(flat, torch.cat(list(self.lora_A.values()))) * self.scale  # (tokens, adapters · rank)
+        y = F.linear(flat, self.weight, self.bias)
+        y.addmm_(down, torch.block_diag(*B).mT.to(y.dtype))  # in place: another tensor this wide would cost memory
+        return y.unflatten(0, x.shape[:-1])
 
 
 def path_words(theirs: str, ours: str) -> set[str]:
@@ -128,10 +131,12 @@ def add_lora(model: Any, init_from: str, rank: int, alpha: float, targets: str, 
     """
     model_config = asdict(model.config)
     words = read_targets(targets, [find_architecture(model_config)])
-    base = {"base": os.path.abspath(init_from) if os.path.exists(init_from) else init_from, "alpha": alpha}
-    model.lora = (
-        resumed.state["lora"] if resumed else base | {"base_sha256": base_sha256(model.state_dict(), model_config)}
-    )
+    if resumed:
+        model.lora = resumed.state["lora"]
+    else:
+        base = os.path.abspath(init_from) if os.path.exists(init_from) else init_from
+        sha256 = base_sha256(model.state_dict(), model_config)
+        model.lora = {"alpha": alpha, "base": base, "base_sha256": sha256}
     model.requires_grad_(False)
     by_layer: dict[str, list[Part]] = {}
     for part in list_parts(model_config):

@@ -22,8 +22,9 @@ MAX_LOGITS = 2**28  # numbers of a forward pass without backward: a gigabyte
 
 def trained_numel(model: Any) -> int:
     """Numbers that train: all parameters, or the adapters of LoRA."""
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return sum(p.numel() for p in model.parameters()) - frozen if frozen else model.count_parameters()
+    if all(p.requires_grad for p in model.parameters()):
+        return model.count_parameters()
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def optimizer_state_numel(model: Any, optimizer: str) -> int:

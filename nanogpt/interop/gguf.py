@@ -5,7 +5,7 @@ sizes that it states are checked before memory is allocated.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,10 +58,10 @@ ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling: a divisor of each frequ
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # of written matrices
 
 
-def check_installed(path: Path) -> None:
+def check_installed(purpose: str) -> None:
     """Raise InputError where the package is not installed."""
     if find_spec("gguf") is None:
-        raise InputError(f'{path}: needs the package gguf; pip install -e ".[gguf]"')
+        raise InputError(f'{purpose}: needs the package gguf; pip install -e ".[gguf]"')
 
 
 class Header:
@@ -69,7 +69,7 @@ class Header:
 
     def __init__(self, path: Path):
         """Raises InputError for a file that is damaged or that states more than it holds."""
-        check_installed(path)
+        check_installed(str(path))
         import gguf
 
         class Reader(gguf.GGUFReader):
@@ -81,9 +81,11 @@ class Header:
                 self.num_parts += 1
                 if self.num_parts > MAX_HEADER_PARTS:
                     raise ValueError(f"its header has more than {MAX_HEADER_PARTS:,} parts")
-                order = override_order or self.byte_order
-                # Raises ValueError beyond the end, and is much faster than slices of NumPy's memmap.
-                return np.frombuffer(self.data, np.dtype(dtype).newbyteorder(order), int(count), offset)
+                its_type = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
+                if offset + its_type.itemsize * int(count) > len(self.data):
+                    raise ValueError("it ends before what its header states")
+                # Much faster than slices of NumPy's memmap.
+                return np.frombuffer(self.data, its_type, int(count), offset)
 
         self.source = str(path)
         try:
@@ -210,6 +212,7 @@ def _read_config(header: Header, architecture: Architecture) -> dict[str, Any]:
         "rope.scaling.type": ("none",),
         "rope.scaling.factor": (0.0, 1.0),
         "rope.scaling.attn_factor": (1.0,),
+        "rope.scale_linear": (1.0,),
         "expert_count": (0,),
         "expert_used_count": (0,),
     }
@@ -309,11 +312,10 @@ def write_gguf(
     vectors and positions are float32, and of q8_0 those matrices float16 whose rows are no multiple of 32.
     Raises InputError for what llama.cpp does not compute, OSError if the disk is full.
     """
-    check_installed(path)
+    check_installed("--to")
     import gguf
 
-    architecture = find_architecture(model_config)
-    name = architecture.model_type
+    name = find_architecture(model_config).model_type
     if model_config["rope_scaling"] and name != "llama":
         raise InputError(f"--to: llama.cpp has Llama 3's rope_scaling for Llama alone, not for {name}")
     ends = [end for end in dict.fromkeys([*end_ids(tokenizer), *extra_end_ids]) if end < model_config["vocab_size"]]
@@ -335,20 +337,14 @@ def write_gguf(
     if tokenizer.template is not None:
         writer.add_chat_template(tokenizer.template)
 
-    stored = split_tensors(tensors, model_config, transposed=False)
-    names = _names(architecture, model_config | {"bias": architecture.has_biases})
-    for their_name, tensor in stored.items():
-        if name == "llama" and their_name.endswith((".q_proj.weight", ".k_proj.weight")):
-            is_query = their_name.endswith(".q_proj.weight")
-            tensor = _permute_rows(tensor, model_config["n_head" if is_query else "n_kv_head"])
-        if has_added_end(settings) and names[their_name] in ("token_embd.weight", "output.weight"):
-            tensor = torch.cat((tensor, tensor.mean(0, keepdim=True)))
-        kind = "F32" if tensor.dim() == 1 or names[their_name] == "position_embd.weight" else DTYPES[dtype]
-        if kind == "Q8_0" and tensor.shape[1] % 32:
-            kind = "F16"
-        quantization = gguf.GGMLQuantizationType[kind]
+    for stored_name, tensor in _to_their_tensors(tensors, model_config, has_added_end(settings)):
+        quantization = gguf.GGMLQuantizationType[DTYPES[dtype]]
+        if tensor.dim() == 1 or stored_name == "position_embd.weight":
+            quantization = gguf.GGMLQuantizationType.F32
+        elif dtype == "q8_0" and tensor.shape[1] % 32:
+            quantization = gguf.GGMLQuantizationType.F16
         data = gguf.quantize(tensor.float().contiguous().numpy(), quantization)
-        writer.add_tensor(names[their_name], data, raw_dtype=quantization)
+        writer.add_tensor(stored_name, data, raw_dtype=quantization)
     if model_config["rope_scaling"]:
         divisors = rope_divisors(model_config["rope_scaling"], model_config["rope_theta"], model_config["head_dim"])
         writer.add_tensor(ROPE_FACTORS, divisors.astype(np.float32))
@@ -359,6 +355,25 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _to_their_tensors(
+    tensors: dict[str, Tensor], model_config: dict[str, Any], adds_row: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors split, named and ordered as llama.cpp has them.
+
+    adds_row: the vocabulary gets one row more, the mean of the others.
+    """
+    architecture = find_architecture(model_config)
+    names = _names(architecture, model_config | {"bias": architecture.has_biases})
+    heads = {"q_proj": model_config["n_head"], "k_proj": model_config["n_kv_head"]}
+    for their_name, tensor in split_tensors(tensors, model_config, transposed=False).items():
+        layer_name = their_name.split(".")[-2]
+        if architecture.model_type == "llama" and layer_name in heads:
+            tensor = _permute_rows(tensor, heads[layer_name])
+        if adds_row and names[their_name] in ("token_embd.weight", "output.weight"):
+            tensor = torch.cat((tensor, tensor.mean(0, keepdim=True)))
+        yield names[their_name], tensor
 
 
 def _add_setting(writer: Any, key: str, value: Any) -> None:

@@ -17,12 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanogpt.errors import InputError
 from nanogpt.interop.names import first_line
-from nanogpt.text.fast_bpe import (
-    LLAMA_3_PATTERN,
-    PATTERNS,
-    TIKTOKEN_CL100K_PATTERN,
-    TIKTOKEN_GPT2_PATTERN,
-)
+from nanogpt.schema import Count, matches
+from nanogpt.text.fast_bpe import LLAMA_3_PATTERN, PATTERNS, TIKTOKEN_CL100K_PATTERN, TIKTOKEN_GPT2_PATTERN
 from nanogpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -93,18 +89,24 @@ def to_tokenizer(source: str, settings: dict[str, Any]) -> Tokenizer:
         types = settings.get("token_type") or [NORMAL] * len(tokens)
         if has_added_end(settings):
             tokens, types = tokens[:-1], types[:-1]
-        if {len(token) for token in tokens} == {1} and set(types) == {USER_DEFINED}:
-            return Tokenizer.from_characters({token: i for i, token in enumerate(tokens)})
-        vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+        vocab = {
+            token: i for i, (token, token_type) in enumerate(zip(tokens, types, strict=True)) if token_type != UNUSED
+        }
+        if all(len(token) == 1 and types[i] == USER_DEFINED for token, i in vocab.items()):
+            return Tokenizer.from_characters(vocab)
         if kind == "gpt2":
             inner = _byte_level(vocab, settings.get("merges") or [], SPLITS[split])
         else:
             inner = _sentencepiece(vocab, types, settings)
         tokenizer = Tokenizer(_add_tokens(inner, tokens, types))
-        ids = {name: settings.get(f"{key}_token_id") for name, key in NAMED_TOKENS.items()}
-        named = {name: tokens[token_id] for name, token_id in ids.items() if token_id is not None}
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{source}: its tokenizer is damaged ({first_line(error)}); use another file") from error
+
+    ids: dict[str, Any] = {name: settings.get(f"{key}_token_id") for name, key in NAMED_TOKENS.items()}
+    named = {name: tokens[i] for name, i in ids.items() if matches(i, Count) and i < len(tokens)}
+    for name in ("unk_token", "pad_token"):  # for which some files name an ordinary token, such as "!"
+        if name in named and types[ids[name]] == NORMAL:
+            del named[name]
     if named:
         tokenizer.name_tokens(named)
     return tokenizer
@@ -166,8 +168,8 @@ def _add_tokens(inner: "tokenizers.Tokenizer", tokens: list[str], types: list[in
 def to_settings(tokenizer: Tokenizer, num_rows: int, end_ids: Sequence[int]) -> dict[str, Any]:
     """A tokenizer as settings under `tokenizer.ggml.`, with a token for each row of the model.
 
-    end_ids: those that end a text, the first one of a document; without any, one more token ends it. Raises InputError
-    for a tokenizer of which llama.cpp has no equal.
+    end_ids: those that end a text, first the eos_token; without any, one more token ends it. Raises InputError for a
+    tokenizer of which llama.cpp has no equal.
     """
     content = tokenizer.to_json()
     model, added = content["model"], {token["id"]: token for token in content["added_tokens"]}
@@ -181,12 +183,11 @@ def to_settings(tokenizer: Tokenizer, num_rows: int, end_ids: Sequence[int]) -> 
                 types[i] = CONTROL if added[i]["special"] else USER_DEFINED
     if any(token[option] for token in added.values() for option in ("lstrip", "rstrip", "single_word")):
         raise _refusal("has tokens that take the spaces beside them, too")
-
     if "\0" in tokens:
         raise _refusal("has the character NUL, with which strings end there")
 
     if tokenizer.name == "char":
-        types = [USER_DEFINED] * num_rows
+        types = [USER_DEFINED if kind == NORMAL else kind for kind in types]
         settings: dict[str, Any] = {"model": "gpt2", "pre": "gpt-2", "merges": NO_MERGES}
     elif model["type"] == "BPE" and not model["byte_fallback"]:
         merges = [" ".join(merge) for merge in model["merges"]]
@@ -195,7 +196,7 @@ def to_settings(tokenizer: Tokenizer, num_rows: int, end_ids: Sequence[int]) -> 
         settings = _sentencepiece_settings(content, tokens, types)
 
     named = {f"{key}_token_id": tokenizer.named_id(name) for name, key in NAMED_TOKENS.items()}
-    settings |= {key: token_id for key, token_id in named.items() if token_id is not None}
+    settings |= {key: i for key, i in named.items() if i is not None and i < num_rows}
     if not end_ids:
         tokens.append(ADDED_END)
         types.append(CONTROL)
@@ -211,7 +212,10 @@ def _find_split(content: dict[str, Any]) -> str:
     model, normalizer = content["model"], content["normalizer"]
     patterns: list[str] = []
     pre_tokenizer = content["pre_tokenizer"] or {"type": None}
-    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if steps[-1]["type"] != "ByteLevel" or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+        raise _refusal("is no byte-level one")
+    for step in steps:
         match step:
             case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
                 patterns.append(SAME_WORDS.get(pattern, pattern))
@@ -229,7 +233,7 @@ def _find_split(content: dict[str, Any]) -> str:
     wanted = Split(patterns, bool(model.get("ignore_merges")), normalizer is not None)
     name = next((name for name, split in SPLITS.items() if split == wanted), None)
     if name is None:
-        raise _refusal("splits text in a way of its own, which --pattern=gpt2 of data/prepare.py avoids")
+        raise _refusal("splits text in a way of its own (one trained with --pattern=gpt2 does not)")
     return name
 
 
@@ -254,9 +258,8 @@ def _sentencepiece_settings(content: dict[str, Any], tokens: list[str], types: l
     scores = {token: NEVER_MERGED for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
     scores |= {left + right: -float(rank) for rank, (left, right) in reversed([*enumerate(merges)])}
     # A score ranks all merges that make one token; which of these comes first hardly ever matters.
-    if sorted(merges, key=lambda merge: -scores[merge[0] + merge[1]]) != merges or {*recover_merges(scores)} != {
-        *merges
-    }:
+    is_sorted = merges == sorted(merges, key=lambda merge: -scores[merge[0] + merge[1]])
+    if not is_sorted or {*recover_merges(scores)} != {*merges}:
         raise _refusal("has merges in an order that no scores give")
     return {
         "model": "llama",

@@ -217,10 +217,12 @@ def _fill_in_sizes(config: dict[str, Any], model_type: str) -> None:
 
 def _flatten_rope(stored: dict[str, Any]) -> dict[str, Any]:
     """Return config.json with its rotary settings at the top level, and one layer type for all layers."""
-    rope = stored.get("rope_scaling") or stored.get("rope_parameters") or {}  # the latter since transformers 5
-    if not isinstance(rope, dict):
-        rope = {"type": rope}
-    settings = {"rope_type": rope.get("type", "default")} | stored | rope
+    rope: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):  # since transformers 5, and before
+        value = stored.get(key) or {}
+        value = value if isinstance(value, dict) else {"type": value}
+        rope |= {"rope_type": value["type"]} | value if "type" in value else value
+    settings = {"rope_type": "default"} | stored | rope
 
     layer_types = settings.get("layer_types")
     if isinstance(layer_types, list):

@@ -40,14 +40,13 @@ class TensorSpec(NamedTuple):
 class Architecture:
     """An architecture as Hugging Face stores it. `*` in a tensor's name stands for the number of the layer."""
 
-    fields: dict[str, Any]  # of GPTConfig; no other architecture has the same
+    fields: dict[str, Any]  # of GPTConfig, by which an export finds its architecture: the first in ARCHITECTURES
     model_type: str  # in config.json
     model_class: str  # transformers', in config.json
     prefix: str  # of all stored names but lm_head's
     has_biases: bool  # every layer but the embeddings has a bias, or none has one
-    tensors: dict[
-        str, TensorSpec
-    ]  # their name -> ours; several with the same name of ours follow each other in its rows
+    # Their name -> ours. Several with the same name of ours follow each other in its rows.
+    tensors: dict[str, TensorSpec]
     sizes: dict[str, str]  # GPTConfig's field -> key in config.json
     supported: dict[str, tuple]  # key in config.json -> values that model.py computes; first transformers' default
     defaults: dict[str, Any] = field(default_factory=dict)  # transformers', for keys that some files leave out

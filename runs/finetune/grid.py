@@ -45,7 +45,7 @@ def runs(tokens: int, rate: float, rows: int, block_size: int) -> dict[str, dict
 def train(config: str, keys: dict[str, Any]) -> dict[str, Any]:
     """Run train.py; return its seconds and its losses before and after."""
     with tempfile.TemporaryDirectory() as folder:
-        keys = keys | {"out_dir": folder + "/out", "eval_interval": 10**6, "sample_chars": 0}
+        keys = keys | {"out_dir": folder + "/out", "eval_interval": 10**6, "eval_train": False, "sample_chars": 0}
         flags = [f"--{name}={value}" for name, value in keys.items()]
         done = subprocess.run([sys.executable, "train.py", config, *flags], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -67,9 +67,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "grid.json")
     arguments = parser.parse_args()
 
-    report: dict[str, Any] = {"machine": machine(), "tokens": arguments.tokens, "runs": {}}
+    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "only")}
+    report: dict[str, Any] = {"machine": machine(), "settings": settings, "runs": {}}
     if arguments.out.exists():
         report = json.loads(arguments.out.read_text())
+        assert report["settings"] == settings, f"{arguments.out} has runs with other settings"
     for name, keys in runs(arguments.tokens, arguments.rate, arguments.rows, arguments.block_size).items():
         if name in report["runs"] or (arguments.only and name not in arguments.only):
             continue
