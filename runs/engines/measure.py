@@ -221,16 +221,20 @@ def count(verdicts: list[dict[str, Any]], name: str) -> str:
     return f"{sum(values)} of {len(values)}" if values else "–"
 
 
+def largest(verdicts: list[dict[str, Any]], name: str) -> str:
+    values = [verdict[name] for verdict in verdicts if name in verdict]
+    return f"{max(values):.0e}" if values else "–"
+
+
 def tables(results: dict[str, Any]) -> str:
     """The three tables, in Markdown."""
     engines = {name: results["engines"][name] for name in ENGINES if name in results["engines"]}
-    lines = ["| engine | architecture | loads | largest difference | greedy text equal | stops at the end |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines = ["| engine | architecture | loads | log-probabilities | logits | greedy text equal | stops at the end |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for name, entry in engines.items():
         for arch in ARCHITECTURES:
             verdicts = [entry["models"].get(f"{arch}, {kind}", {}) for kind in TOKENIZERS]
-            differences = [verdict["logprobs"] for verdict in verdicts if "logprobs" in verdict]
-            cells = [count(verdicts, "loads"), f"{max(differences):.0e}" if differences else "–"]
+            cells = [count(verdicts, "loads"), largest(verdicts, "logprobs"), largest(verdicts, "logits")]
             cells += [count(verdicts, "greedy"), count(verdicts, "stops")]
             lines.append(f"| {name if arch == next(iter(ARCHITECTURES)) else ''} | {arch} | {' | '.join(cells)} |")
 
@@ -243,10 +247,9 @@ def tables(results: dict[str, Any]) -> str:
             cells.append(" to ".join(map(str, equal[:: max(1, len(equal) - 1)])) or "–")
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
-    lines += ["", f"| largest difference | {' | '.join(engines)} |", "|---" * (len(engines) + 1) + "|"]
+    lines += ["", f"| logits | {' | '.join(engines)} |", "|---" * (len(engines) + 1) + "|"]
     for variant in VARIANTS:
-        verdicts = [entry["models"].get(variant, {}) for entry in engines.values()]
-        cells = [f"{verdict['logprobs']:.0e}" if "logprobs" in verdict else "–" for verdict in verdicts]
+        cells = [largest([entry["models"].get(variant, {})], "logits") for entry in engines.values()]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
 
     listed = "; ".join(

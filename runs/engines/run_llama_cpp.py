@@ -35,7 +35,7 @@ class LlamaCpp:
         return self.ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
 
     def logprobs(self, ids):
-        options = {"n_predict": 1, "n_probs": 50, "temperature": 0, "cache_prompt": False}
+        options = {"n_predict": 1, "n_probs": 50, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
         replies = [self.ask("/completion", prompt=ids[: end + 1], **options) for end in range(len(ids))]
         tops = [reply["completion_probabilities"][0]["top_logprobs"] for reply in replies]
         return [{entry["id"]: entry["logprob"] for entry in top} for top in tops]

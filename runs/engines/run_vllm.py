@@ -1,5 +1,9 @@
 """vLLM, by its wheels for CPUs."""
 
+import os
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # faster to start
+
 from engine import answer
 from vllm import LLM, SamplingParams
 
@@ -7,6 +11,7 @@ from vllm import LLM, SamplingParams
 class Vllm:
     def __init__(self, job):
         options = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, "max_num_seqs": 1}
+        options["distributed_executor_backend"] = "uni"
         self.llm = LLM(job["folder"], max_logprobs=50, kv_cache_memory_bytes=2**27, **options)
 
     def encode(self, text):
