@@ -70,7 +70,7 @@ def main() -> None:
     print(f"wrote {config.to}: {loaded.model.count_parameters():,} parameters in {config.dtype}, {format_bytes(size)}")
 
 
-def load(config: ExportConfig) -> LoadedModel:
+def load_for_export(config: ExportConfig) -> LoadedModel:
     """Load the model. Raises InputError if it has no tokenizer, or weights that float16 makes infinite."""
     loaded = load_model(config, "exporting")
     for name, tensor in loaded.model.state_dict().items():
@@ -82,7 +82,7 @@ def load(config: ExportConfig) -> LoadedModel:
 def export_folder(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
     """Write a folder for transformers; return the model and the number of bytes."""
     with atomic_directory(target) as folder:
-        loaded = load(config)
+        loaded = load_for_export(config)
         write_huggingface(
             folder,
             asdict(loaded.model.config),
@@ -99,7 +99,7 @@ def export_folder(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]
 
 def export_gguf(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
     """Write a file for llama.cpp; return the model and the number of bytes."""
-    loaded = load(config)
+    loaded = load_for_export(config)
     with created_parents(target), atomic_write(target) as path:
         write_gguf(
             path,
@@ -109,6 +109,9 @@ def export_gguf(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
             extra_end_ids=loaded.end_ids,
             dtype=config.dtype,
         )
+    if loaded.tokenizer.changes:
+        changes = ", ".join(loaded.tokenizer.changes)
+        print(f"note: llama.cpp does not apply the tokenizer's {changes}; give it text in that form")
     return loaded, target.stat().st_size
 
 

@@ -53,7 +53,7 @@ def attention() -> dict[str, Any]:
     """One layer of 124M on a row of 1,024: bytes kept with the square matrix and without it."""
     T, c = 1024, GPT2
     layer = Block(GPTConfig(n_layer=1, bias=False))
-    layer.attention.forward = MethodType(cpu_kernels.attention_forward, layer.attention)  # type: ignore[method-assign]
+    layer.attention.causal_attention = MethodType(cpu_kernels.causal_attention, layer.attention)
     x = torch.randn(1, T, c.n_embd)
     kept = {}
     usual_limit = cpu_kernels.MAX_PLAIN_ATTENTION

@@ -14,11 +14,13 @@ import pytest
 import safetensors.torch
 from random_models import CHARACTERS, save_random_run
 from safetensors import SafetensorError
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 import export
 from load import load_weights
 from nanogpt.errors import InputError
 from nanogpt.files import read_json, write_report
+from nanogpt.interop.gguf_tokenizer import QWEN2_SPLIT
 from nanogpt.text.tokenizer import Tokenizer
 
 Export = Callable[..., Path]
@@ -183,6 +185,18 @@ def test_weights_that_float16_makes_infinite_are_refused(run_export: Export, to:
     with pytest.raises(InputError, match=r"--dtype=float16: norm\.weight has weights beyond 65,504; give"):
         run_export(to, "--init_from=new", "--dtype=float16")
     assert not Path(to).exists()
+
+
+def test_gguf_export_names_the_normalizer_that_llama_cpp_lacks(run_export: Export, capsys: pytest.CaptureFixture[str]):
+    words = Tokenizer.train_bpe(["to be or not to be"], 270)
+    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words._inner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    words._inner.normalizer = normalizers.NFC()
+    save_random_run("normalizes", words)
+    for run, is_noted in (("normalizes", True), ("out", False)):
+        run_export(f"{run}.gguf", f"--out_dir={run}")
+        assert ("does not apply the tokenizer's NFC" in capsys.readouterr().out) == is_noted
 
 
 def test_the_umask_decides_who_can_read_weights(run_export: Export):
