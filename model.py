@@ -258,6 +258,40 @@ def summed_cross_entropy(
     return losses.masked_fill(targets < 0, 0.0).sum()
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """`summed_cross_entropy` of the logits of x (N, C) under a matrix (V, C), `chunk` tokens at a time.
+
+    Forward computes both gradients too, so that logits are neither kept nor computed twice (Hsu et al. 2024).
+    """
+
+    @staticmethod
+    def forward(ctx, x, matrix, chunk, targets, soft_ids=None, soft_probs=None):  # type: ignore[no-untyped-def]
+        if soft_ids is None or soft_probs is None:
+            soft_ids = targets[:, None].clamp(min=0)
+            soft_probs = torch.ones_like(soft_ids, dtype=torch.float32)
+        soft_probs = soft_probs.masked_fill(targets[:, None] < 0, 0.0)
+        loss = torch.zeros((), device=x.device)
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        grad_matrix = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
+        for first in range(0, len(x), chunk):
+            part = slice(first, first + chunk)
+            ids, probs = soft_ids[part], soft_probs[part]
+            log_probs = F.linear(x[part], matrix).float().log_softmax(-1)
+            loss -= (probs * log_probs.gather(-1, ids)).sum()
+            if grad_x is not None:
+                grad = log_probs.exp_().mul_(probs.sum(-1, keepdim=True)).scatter_add_(-1, ids, -probs).to(x.dtype)
+                grad_x[part] = grad @ matrix
+                if grad_matrix is not None:
+                    grad_matrix += grad.mT @ x[part]
+        ctx.save_for_backward(grad_x, grad_matrix)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        grad_x, grad_matrix = ctx.saved_tensors
+        return grad_x * grad, None if grad_matrix is None else grad_matrix.mul_(grad), None, None, None, None
+
+
 def make_embedding(num_rows: int, channels: int) -> nn.Embedding:
     """An embedding; on the meta device without its random numbers, which would import torch's compiler (a second)."""
     weight = torch.empty(num_rows, channels)
@@ -340,7 +374,8 @@ class GPT(nn.Module):
         num_targets = (targets >= 0).sum().clamp(min=1)
         soft = [t.flatten(0, 1) for t in soft_targets or ()]
         if self.loss_chunk:
-            return None, self.chunked_loss(x, targets, *soft) / num_targets
+            matrix = self.lm_head_weight[: self.config.vocab_size]
+            return None, ChunkedCrossEntropy.apply(x, matrix, self.loss_chunk, targets, *soft) / num_targets
         logits = self.logits(x)
         return logits.view(*idx.shape, -1), summed_cross_entropy(logits, targets, *soft) / num_targets
 
@@ -380,15 +415,6 @@ class GPT(nn.Module):
         """Logits (..., V) of normalized hidden states (..., C)."""
         padded = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
         return padded[..., : self.config.vocab_size]
-
-    def chunked_loss(self, x: Tensor, *targets: Tensor) -> Tensor:
-        """The summed cross-entropy of x (tokens, C), `loss_chunk` tokens at a time; backward recomputes the logits."""
-
-        def chunk_loss(x: Tensor, *targets: Tensor) -> Tensor:
-            return summed_cross_entropy(self.logits(x), *targets)
-
-        chunks = zip(*(t.split(self.loss_chunk) for t in (x, *targets)), strict=True)
-        return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:

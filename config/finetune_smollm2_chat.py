@@ -11,13 +11,14 @@ wandb_project = "lighthouse"
 wandb_run_name = "ft-smollm2-135M-instruct"
 
 block_size = 256
-batch_size = 2  # the logits of a row of 256 tokens take 50 MB, and three copies exist at a time
-gradient_accumulation_steps = 2
+batch_size = 4
+gradient_accumulation_steps = 1
+loss_chunk = 512  # logits of 1,024 tokens would take 200 MB, and three copies exist at a time
 mask_documents = True  # a conversation does not see the one before
 max_iters = 30
 learning_rate = 2e-4
 warmup_iters = 3
 
 eval_interval = 30  # before and after
-eval_iters = 2
+eval_iters = 1
 log_interval = 5

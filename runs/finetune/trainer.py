@@ -11,7 +11,7 @@ the memory, for the logits of all tokens.
 import argparse
 import itertools
 import json
-import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,14 +28,15 @@ CONFIG = "config/finetune_smollm2.py"
 
 
 def measure(command: list[str]) -> dict[str, Any]:
-    """Run a command that prints JSON in its last line; add the peak of its memory in MB."""
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        output.seek(0)
-        text = output.read().decode()
-    assert status == 0, text
-    return json.loads(text.splitlines()[-1]) | {"peak_mb": usage.ru_maxrss / 1024}
+    """Run a command that prints JSON in its last line."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_mb() -> float:
+    """The process's peak so far: after the last step it includes loading, and no checkpoint."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def run_ours(init_from: str, dataset: str, steps: int, dtype: str) -> None:
@@ -52,20 +53,23 @@ def run_ours(init_from: str, dataset: str, steps: int, dtype: str) -> None:
             "sample_chars": 0,
             "decay_lr": False,
         }
-        times = []
+        times: list[float] = []
+        peaks: list[float] = []
         plain_step = train.train_step
 
         def timed_step(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             stats = plain_step(*args, **kwargs)
             times.append(time.perf_counter() - start)
+            peaks.append(peak_mb())
             return stats
 
         train.train_step = timed_step
         sys.argv = ["train.py", CONFIG, *(f"--{name}={value}" for name, value in keys.items())]
         train.main()
         lines = [json.loads(line) for line in Path(folder, "out", "metrics.jsonl").read_text().splitlines()]
-    print(json.dumps({"seconds": times, "losses": [line["loss"] for line in lines if "loss" in line]}))
+    losses = [line["loss"] for line in lines if "loss" in line]
+    print(json.dumps({"seconds": times, "losses": losses, "peak_mb": peaks[-1]}))
 
 
 def run_trainer(model: str, rows: str, rate: float, rows_per_step: int) -> None:
@@ -75,11 +79,13 @@ def run_trainer(model: str, rows: str, rate: float, rows_per_step: int) -> None:
 
     x, y = torch.load(rows)
     times = [time.perf_counter()]
-    losses = []
+    losses: list[float] = []
+    peaks: list[float] = []
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times.append(time.perf_counter())
+            peaks.append(peak_mb())
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             losses.extend([logs["loss"]] if "loss" in logs else [])
@@ -108,7 +114,8 @@ def run_trainer(model: str, rows: str, rate: float, rows_per_step: int) -> None:
         )
         trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(x)  # the rows in our order
         trainer.train()
-    print(json.dumps({"seconds": [b - a for a, b in itertools.pairwise(times)], "losses": losses}))
+    seconds = [b - a for a, b in itertools.pairwise(times)]
+    print(json.dumps({"seconds": seconds, "losses": losses, "peak_mb": peaks[-1]}))
 
 
 def write_rows(config: Any, path: str, steps: int) -> None:
