@@ -268,7 +268,7 @@ def open_our_steps(
 ) -> tuple[World, tuple[GPTConfig, str], Iterator[list[float]]]:
     world = distributed.start(config.device, config.dtype)
     seed_everything(config.seed, config.deterministic)
-    model = open_model(config, explicit)
+    model = open_model(config, explicit, world)
     config = replace(config, block_size=model.config.block_size)
     config, world = choose_dtype(config, model.config, world)
     steps = training_steps(config, model, open_tokens(config, model.config), world, train_step)
@@ -276,21 +276,21 @@ def open_our_steps(
     return world, (model.config, world.dtype_name), steps
 
 
-def open_model(config: BenchConfig, explicit: dict[str, Any]) -> GPT:
+def open_model(config: BenchConfig, explicit: dict[str, Any], world: World) -> GPT:
     """Make the model that train.py would start from."""
     if config.dataset:
-        dataset, model, _ = load_data_and_model(replace(config, sample_chars=0), explicit, resumed=None)
+        dataset, model, _ = load_data_and_model(replace(config, sample_chars=0), explicit, None, world)
         model.document_separator_id = document_separator_id(dataset, config.mask_documents)
         return model
     if config.init_from != "scratch":
         block_size = config.block_size if "block_size" in explicit else None
-        model = load_weights(config.init_from, config.dropout, block_size, explicit)[0]
+        model = load_weights(config.init_from, config.dropout, block_size, explicit, world)[0]
         if config.lora_rank:
             add_lora(model, config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets)
         return model
     if config.lora_rank:
         raise InputError("lora_rank: init_from=scratch has no weights to adapt; give --init_from")
-    return new_model(config, config.vocab_size)
+    return new_model(config, config.vocab_size, world)
 
 
 def open_tokens(config: BenchConfig, model_config: GPTConfig) -> Tokens:

@@ -314,7 +314,7 @@ class SpeedTrial:
     def start_steps(self, config: Any) -> tuple[GPT, Iterator[list[float]]]:
         """A new model and one process's steps of its run."""
         torch.manual_seed(config.seed)
-        model = new_model(config, self.vocab_size)
+        model = new_model(config, self.vocab_size, self.single)
         model.document_separator_id = self.separator_id
         config = replace(config, gradient_accumulation_steps=1)
         return model, training_steps(config, model, self.dataset.train, self.single, self.train_step)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from configurator import Config, ExplicitKeys, key
 from model import GPT, GPTConfig
@@ -28,6 +29,7 @@ from nanogpt.lora import add_lora
 from nanogpt.memory import pick_micro_batch
 from nanogpt.optim import Optimizer
 from nanogpt.schedule import StepSchedule
+from nanogpt.sharding import copy_rows, local, shard_model
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
@@ -111,11 +113,14 @@ def check_vocabulary(model: GPT, tokenizer: Tokenizer) -> None:
         print(f"no row of the model is for {', '.join(without_row)}: text with it is refused", file=sys.stderr)
 
 
-def check_finite(model: GPT, source: str) -> None:
-    """Raises InputError for weights that are NaN or infinite."""
-    for name, tensor in model.state_dict().items():
-        if not all(map(torch.isfinite, tensor.aminmax())):
-            raise InputError(f"{source}: {name} holds NaN or infinite weights; use another checkpoint")
+def check_finite(model: GPT, source: str, world: World | None = None) -> None:
+    """Raises InputError for weights that are NaN or infinite, on all ranks if one has such."""
+    parts = {name: local(tensor) for name, tensor in model.state_dict().items()}
+    bad = [name for name, part in parts.items() if part.numel() and not all(map(torch.isfinite, part.aminmax()))]
+    count = torch.tensor(float(len(bad)), device=world.device if world else None)
+    if (world.all_reduce_sum(count) if world else count).item():
+        where = bad[0] if bad else "a part on another rank"
+        raise InputError(f"{source}: {where} holds NaN or infinite weights; use another checkpoint")
 
 
 # --- A training run
@@ -163,20 +168,21 @@ def raise_for_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any], wher
 
 
 def load_data_and_model(
-    config: Any, explicit: Mapping[str, Any], resumed: Checkpoint | None
+    config: Any, explicit: Mapping[str, Any], resumed: Checkpoint | None, world: World
 ) -> tuple[Dataset, GPT, Tokenizer | None]:
     """The dataset and the model of a training run, checked against each other, and the data's tokenizer if known."""
     model_tokenizer = None  # the tokenizer that the weights were trained with
     if resumed:
         model_config = GPTConfig(**resumed.state["model"])
-        model = GPT.from_tensors(replace(model_config, dropout=config.dropout), resumed.model)
+        tensors = resumed.model if world.mesh else {name: tensor.clone() for name, tensor in resumed.model.items()}
+        model = build_model(replace(model_config, dropout=config.dropout), tensors, world)
         model_tokenizer = Tokenizer.load(resumed.path)
     elif config.init_from != "scratch":
         block_size = config.block_size if "block_size" in explicit else None
-        model, model_tokenizer = load_weights(config.init_from, config.dropout, block_size, explicit)
+        model, model_tokenizer = load_weights(config.init_from, config.dropout, block_size, explicit, world)
     else:
         dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
-        model = new_model(config, dataset.vocab_size or GPT2_VOCAB)
+        model = new_model(config, dataset.vocab_size or GPT2_VOCAB, world)
 
     if config.lora_rank:
         if not resumed and checkpoint.has_adapters(Path(config.init_from)):
@@ -237,16 +243,42 @@ def new_model_config(config: Any, vocab_size: int) -> GPTConfig:
     return GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
 
 
-def new_model(config: Any, vocab_size: int) -> GPT:
+def new_model(config: Any, vocab_size: int, world: World) -> GPT:
     """A new model by the keys of TrainConfig, with random weights."""
-    model = GPT(new_model_config(config, vocab_size))
+    model = build_model(new_model_config(config, vocab_size), None, world)
     if config.look_back:
         look_back(model)
     return model
 
 
+@torch.no_grad()
+def build_model(
+    config: GPTConfig, tensors: Mapping[str, Tensor] | None, world: World, block_size: int | None = None
+) -> GPT:
+    """A GPT with these tensors, or without any with random weights; sharded if the world is.
+
+    Sharded, a rank reads a tensor at a time and keeps its own rows. Random weights are the same either way. block_size:
+    a shorter context. Raises ValueError for one beyond the model's.
+    """
+    if tensors is not None and not world.mesh:
+        return GPT.from_tensors(config, dict(tensors), block_size=block_size)
+    if block_size is not None:
+        if block_size > config.block_size:
+            raise ValueError(f"block_size={block_size}: this model's context ends at {config.block_size}")
+        config = replace(config, block_size=block_size)
+    with torch.device("meta"):
+        model = GPT(config)
+    if world.mesh:
+        shard_model(model, world.mesh, world.dtype)
+    model.to_empty(device=world.device if world.mesh else "cpu")
+    for name, parameter in model.named_parameters():
+        whole = model.initial_value(name, parameter.shape) if tensors is None else tensors[name]
+        copy_rows(parameter, whole)
+    return model
+
+
 def load_weights(
-    init_from: str, dropout: float, block_size: int | None, explicit: Mapping[str, Any]
+    init_from: str, dropout: float, block_size: int | None, explicit: Mapping[str, Any], world: World
 ) -> tuple[GPT, Tokenizer | None]:
     """The model that init_from names, its context cropped to block_size, and its tokenizer if it has one.
 
@@ -255,18 +287,21 @@ def load_weights(
     try:
         if checkpoint.is_checkpoint(Path(init_from)):
             folder = checkpoint.find(Path(init_from))
-            model = GPT.from_checkpoint(str(folder), dropout=dropout, block_size=block_size)
+            loaded = checkpoint.load(folder, with_optimizer=False, is_mapped=world.mesh is not None)
+            whole = loaded.build_model(GPT, GPTConfig)
+            sizes, tensors = whole.config, whole.state_dict()
             tokenizer = Tokenizer.load(folder)
         else:
             weights = read_weights(init_from)
             for note in weights.notes:
                 print0(note)
             tokenizer = weights.tokenizer
-            model = GPT.from_pretrained(weights, dropout=dropout, block_size=block_size)
+            sizes, tensors = GPTConfig(**weights.config), weights.tensors
+        model = build_model(replace(sizes, dropout=dropout), tensors, world, block_size)
     except ValueError as error:
         raise InputError(f"init_from={init_from}: {error}; leave --block_size out or give less") from error
     raise_for_sizes(explicit, asdict(model.config), init_from)
-    check_finite(model, init_from)
+    check_finite(model, init_from, world)
     if tokenizer:
         check_vocabulary(model, tokenizer)
     return model, tokenizer

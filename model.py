@@ -10,7 +10,7 @@ Letters in shapes: B rows, T positions, C = n_embd channels, D = head_dim, V = v
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -329,17 +329,20 @@ class GPT(nn.Module):
         The two layers of each block that write to the residual stream are scaled by 1/√(2 n_layer), so that the
         variance of the stream does not grow with depth.
         """
-        if self.token_embedding.weight.is_meta:
-            return
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() == 2:
-                writes_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if writes_residual else 0.02)
-        # Zero rows get zero gradients, so the padding stays zero.
-        self.token_embedding.weight[self.config.vocab_size :].zero_()
-        self.lm_head_weight[self.config.vocab_size :].zero_()
+            if not parameter.is_meta:
+                parameter.copy_(self.initial_value(name, parameter.shape))
+
+    def initial_value(self, name: str, shape: Sequence[int]) -> Tensor:
+        """The initialization of the parameter `name`, a new tensor."""
+        if len(shape) == 1:
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        writes_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        std = 0.02 / math.sqrt(2 * self.config.n_layer) if writes_residual else 0.02
+        value = torch.empty(*shape).normal_(std=std)
+        if name in ("token_embedding.weight", "head.weight"):
+            value[self.config.vocab_size :] = 0.0  # zero rows get zero gradients, so the padding stays zero
+        return value
 
     def muon_params(self) -> dict[str, list[int]]:
         """Names of the blocks' matrices, which Muon can train, each with the rows of the maps it is made of.
@@ -438,7 +441,7 @@ class GPT(nn.Module):
     def from_tensors(
         cls,
         config: GPTConfig,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         *,
         dropout: float | None = None,
         block_size: int | None = None,

@@ -51,6 +51,7 @@ from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_sto
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.run_dir import RunDir
 from nanogpt.schedule import RowSchedule, StepSchedule
+from nanogpt.sharding import gather
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import Tokenizer
 from nanogpt.train_log import (
@@ -160,6 +161,7 @@ class TrainConfig:
     )
     compile: Literal["auto", True, False] = key("auto", "torch.compile; auto: on CUDA")
     backend: Literal["auto", "nccl", "gloo"] = key("auto", "torch.distributed backend")
+    shards: int = key(1, "processes that share a copy of the model (FSDP2), 0: all; 1: each has its own (DDP)", ge=0)
     deterministic: bool = key(False, "reproducible results on CUDA; slower")
     micro_batch_size: int | Literal["auto"] | None = key(
         None, "rows per forward pass, same steps; None: batch_size; auto: the most that fit", ge=1
@@ -189,8 +191,7 @@ def train_step(
     loss = torch.zeros((), device=world.device)
     for i, (x, y, soft_targets, weight) in enumerate(batch.micro_batches()):  # weight: share of the step's targets
         batch.seed_dropout(i)
-        if world.size > 1:  # DDP averages the gradients once, in the last backward pass
-            model.require_backward_grad_sync = i == batch.last  # type: ignore[assignment]
+        world.average_gradients(model, is_last=i == batch.last)
         with world.autocast():
             micro_loss = model(x, y, soft_targets)[1] * weight
         scaler.scale(micro_loss).backward()
@@ -323,12 +324,16 @@ def train(run: Run) -> int:
 
 def save(run: Run) -> None:
     """Write a checkpoint in the background (the main process alone); returns when the state is copied."""
+    weights, optimizer = run.state.tensors()
     if run.writer is None or run.checkpoints is None:
+        for tensor in (*weights.values(), *optimizer.values()):
+            gather(tensor)  # which all ranks do together
         return
     run.writer.sync()
     model: Any = run.state.model
     run.checkpoints.save(
-        *run.state.tensors(),
+        weights,
+        optimizer,
         {
             **run.state.state_dict(),
             "processes": run.world.size,
@@ -344,7 +349,7 @@ def save(run: Run) -> None:
 
 def print_sample(run: Run) -> None:
     """Print a text that the model writes."""
-    if run.writer and run.tokenizer and run.config.sample_chars:
+    if run.writer and run.tokenizer and run.config.sample_chars and not run.world.mesh:
         with run.world.autocast():
             text = sample_text(run.state.model, run.tokenizer, run.config.sample_chars, run.config.seed)
         print0("    " + text.replace("\n", "\n    ").strip())
@@ -403,7 +408,7 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
         raise InputError("\n".join(problems))
 
     with explain_errors("not enough memory for this model: use a smaller one"):
-        world = distributed.start(config.device, config.dtype, config.backend)
+        world = distributed.start(config.device, config.dtype, config.backend, config.shards)
         plan = resumed.state["dial"] if resumed and has_budget else None
         if has_budget and not resumed:
             explicit = budget.drop_budget_keys(explicit)
@@ -444,12 +449,30 @@ def check_config(config: TrainConfig) -> None:
             "batch_growth_tokens: the batch grows from batch_size to batch_size × gradient_accumulation_steps, which "
             "are equal here: raise gradient_accumulation_steps"
         )
+    problems += check_shards(config)
     if config.patience and not config.eval_interval:
         problems.append("patience: eval_interval=0 evaluates only at the end, too late to stop: set --eval_interval")
     if config.decay_iters is not None and config.schedule != "trapezoid":
         problems.append(f"decay_iters: schedule={config.schedule} has no final decay: leave it out")
     if problems:
         raise InputError("\n".join(problems))
+
+
+def check_shards(config: TrainConfig) -> list[str]:
+    """Return the problems of the key `shards`, a line each."""
+    problems: list[str] = []
+    size = world_size()
+    if config.shards == 1:
+        return problems
+    if size == 1 or size % (config.shards or size):
+        problems.append(f"shards={config.shards}: does not divide {size} process(es); start others with torchrun")
+    if config.dtype == "float16":
+        problems.append("shards: float16's loss scaler sees this rank's gradients alone; set dtype=bfloat16")
+    if config.lora_rank:
+        problems.append("shards: LoRA's base is not sharded; set shards=1")
+    if config.minutes is not None:
+        problems.append("shards: --minutes chooses small models; set shards=1")
+    return problems
 
 
 def open_run(
@@ -463,7 +486,7 @@ def open_run(
 ) -> int:
     """Load data and model, check memory, set up out_dir, restore the state; then train. Returns the exit status."""
     seed_everything(config.seed, config.deterministic)
-    dataset, gpt, tokenizer = load_data_and_model(config, explicit, resumed)
+    dataset, gpt, tokenizer = load_data_and_model(config, explicit, resumed, world)
     config = replace(config, **{name: getattr(gpt.config, name) for name in MODEL_KEYS})
     config, world = choose_dtype(config, gpt.config, world)
     gpt.document_separator_id = document_separator_id(dataset, config.mask_documents)
@@ -493,7 +516,7 @@ def open_run(
         warn_if_slow_on_cpu(gpt, row_schedule.total_rows(config.max_iters) * T, world)
     hint = memory_hint(micro_batch, config.rows_per_step // world.size, T, free_memory(world.device))
     stack.enter_context(explain_errors(hint))
-    memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype)
+    memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype, world.shards)
     raise_if_cpu_memory_is_short(memory, world.device, hint)
     open_out_dir(config, resumed, world, run_dir)
     model, state = prepare_training(config, gpt, rows, micro_batch, world)

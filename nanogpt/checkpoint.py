@@ -26,6 +26,7 @@ from nanogpt.errors import InputError, RunStopped
 from nanogpt.files import atomic_directory, file_sha256, read_json, recover_directories, sync, utf8_path
 from nanogpt.run_dir import RunDir
 from nanogpt.schema import Config, Count, NonNegative, check, check_keys, matches
+from nanogpt.sharding import gather
 
 if TYPE_CHECKING:
     from nanogpt.text.tokenizer import Tokenizer
@@ -164,7 +165,7 @@ class Checkpoint:
             if is_checkpoint(Path(source)):
                 tensors = load(find(source), with_optimizer=False).model
             else:
-                tensors = read_weights(source).tensors
+                tensors = dict(read_weights(source).tensors)
         except InputError as error:
             raise InputError(f"{self.path} has adapters, and their base cannot be read: {error}") from error
         if lora.base_sha256(tensors, sizes) != run["base_sha256"]:
@@ -256,32 +257,35 @@ def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
         raise InputError(f"out_dir={out_dir} holds no run to resume (no ckpt/step-*): check the path{hint}")
     for path in paths:
         try:
-            return load(path)
+            return load(path, is_mapped=True)
         except InputError as error:
             print0(f"warning: {error}")
     raise InputError(f"no checkpoint of {out_dir} is intact: start a new run without --resume")
 
 
-def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
-    """Read a checkpoint directory and compare each file with the manifest. Raises InputError for a damaged one."""
+def load(path: Path, with_optimizer: bool = True, is_mapped: bool = False) -> Checkpoint:
+    """Read a checkpoint directory and compare each file with the manifest. Raises InputError for a damaged one.
+
+    is_mapped: leave the tensors in their files, which are read where a tensor is.
+    """
     files = [*FILES, *OPTIONAL_FILES]
     if not with_optimizer:
         files.remove("optimizer.safetensors")
     state = verify(path, files)
-    model = _load_tensors(path, "model.safetensors")
-    optimizer = _load_tensors(path, "optimizer.safetensors") if with_optimizer else {}
+    model = _load_tensors(path, "model.safetensors", is_mapped)
+    optimizer = _load_tensors(path, "optimizer.safetensors", is_mapped) if with_optimizer else {}
     return Checkpoint(path, model, optimizer, state)
 
 
-def _load_tensors(path: Path, file: str) -> dict[str, Tensor]:
+def _load_tensors(path: Path, file: str, is_mapped: bool) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         with utf8_path(path / file) as name:
             tensors = load_file(name)
-        # Clones, because the file's memory is mapped and not aligned as torch aligns its own.
-        return {_rename(key, NAMES_IN_MODEL): tensor.clone() for key, tensor in tensors.items()}
+        # Clones, because mapped memory is not aligned as torch aligns its own.
+        return {_rename(key, NAMES_IN_MODEL): t if is_mapped else t.clone() for key, t in tensors.items()}
     except SafetensorError as error:  # the manifest vouches for it, so it was written so
         raise _damaged(path, f"its tensors cannot be read ({error})") from error
 
@@ -433,7 +437,10 @@ class Writer:
         self._copies: dict[str, Tensor] = {}  # reused: writing to new memory takes longer than to touched memory
 
     def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Start a save; returns once the save before it has ended and the tensors are copied to host memory."""
+        """Start a save; returns once the save before it has ended and the tensors are copied to host memory.
+
+        Sharded tensors are gathered one at a time; the other ranks must call `gather` for each, in the same order.
+        """
         self.wait()
         self._report_failure()
         self._due_at = time.monotonic() + self._interval_s
@@ -471,9 +478,10 @@ class Writer:
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items():
+            whole = gather(tensor.detach())
             if name not in self._copies:
-                self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._copies[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+                self._copies[name] = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
+            self._copies[name].copy_(whole, non_blocking=whole.is_cuda)
         return {name: self._copies[name] for name in tensors}
 
     def _report_failure(self) -> None:

@@ -19,12 +19,20 @@ def use_cpu_kernels(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
             module.forward = MethodType(rms_norm_forward, module)  # type: ignore[method-assign]
+        if isinstance(module, nn.LayerNorm):
+            module.forward = MethodType(layer_norm_forward, module)  # type: ignore[method-assign]
     for block in model.blocks:
         block.attention.causal_attention = MethodType(causal_attention, block.attention)
 
 
 def rms_norm_forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return RMSNormFunction.apply(x, norm.weight, norm.eps)
+
+
+def layer_norm_forward(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm whose gains may be bfloat16, as sharded ones are; autocast on a CPU does not convert them."""
+    bias = None if norm.bias is None else norm.bias.to(x.dtype)
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), bias, norm.eps)
 
 
 class RMSNormFunction(torch.autograd.Function):

@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanogpt import sharding
 from nanogpt.device import PEAK_FLOPS, disable_malloc_trim, is_out_of_memory, pick_device, pick_dtype
 from nanogpt.errors import InputError, RunStopped
 from nanogpt.trials import MIN_BFLOAT16_SPEED, bfloat16_speed
@@ -27,10 +29,16 @@ class World:
     device: torch.device
     dtype: torch.dtype
     bfloat16_speed: float | None = None  # over float32's, where the dtype was chosen by it
+    mesh: Any = None  # copies × shards, where several ranks share a copy of the model (nanogpt/sharding.py)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """The number of ranks that share one copy of the model."""
+        return self.mesh.size(1) if self.mesh else 1
 
     @property
     def dtype_name(self) -> str:
@@ -63,11 +71,19 @@ class World:
         return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
 
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
-        """`model`, or with several ranks DistributedDataParallel, which averages its gradients."""
-        if self.size == 1:
+        """`model` if alone or sharded, else DistributedDataParallel, which averages its gradients."""
+        if self.size == 1 or self.mesh:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def average_gradients(self, model: Any, is_last: bool) -> None:
+        """Make the next backward pass average the gradients over the copies of the model only if it is the last one."""
+        if self.mesh:
+            model.set_requires_all_reduce(is_last)
+            model.set_is_last_backward(is_last)
+        elif self.size > 1:
+            model.require_backward_grad_sync = is_last
 
     def synchronize(self) -> None:
         """Wait until the device has finished its queue."""
@@ -95,11 +111,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> World:
+def start(device: str = "auto", dtype: str = "auto", backend: str = "auto", shards: int = 1) -> World:
     """Join the processes that torchrun started, or run alone; pick device and dtype.
 
     device: auto, cpu, cuda, cuda:N or mps. dtype: auto (see `try_dtypes`) or a key of `DTYPES`. backend: auto, nccl or
-    gloo. Raises InputError for a device, dtype or backend that this machine lacks.
+    gloo. shards: ranks that share a copy of the model, 0 for all. Raises InputError for a device, dtype or backend that
+    this machine lacks.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -121,15 +138,16 @@ def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> W
             )
         device_id = torch_device if backend == "nccl" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), device_id=device_id)
-    return World(rank, size, torch_device, torch_dtype)
+    mesh = sharding.make_mesh(torch_device.type, size, shards or size) if size > 1 and shards != 1 else None
+    return World(rank, size, torch_device, torch_dtype, mesh=mesh)
 
 
 def try_dtypes(world: World, dtype: str, rows: int, n_embd: int, n_inner: int) -> World:
     """`world` with the dtype of the key `dtype`; auto on a CPU: the faster one, by a trial with products of this shape.
 
-    rows: tokens of a forward pass. All ranks take the main one's outcome.
+    rows: tokens of a forward pass. All ranks take the main one's outcome. A sharded model has its dtype already.
     """
-    if dtype != "auto" or world.device.type != "cpu":
+    if dtype != "auto" or world.device.type != "cpu" or world.mesh:
         return replace(world, dtype=pick_dtype(dtype, world.device))
     outcome = bfloat16_speed(rows, n_embd, n_inner) if world.is_main else 0.0
     speed = world.all_reduce_sum(torch.tensor(outcome, dtype=torch.float64)).item()

@@ -28,7 +28,7 @@ def rows_to_evaluate(windows: EvalWindows, micro_batch: int, world: World) -> in
     return max(micro_batch, min(rows, len(windows) // world.size))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # under inference_mode FSDP2 would keep tensors that no backward pass can use
 def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: World) -> float:
     """Return the mean loss in nats over the valid targets of `windows`, whose batches the ranks share.
 
@@ -37,7 +37,9 @@ def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: Wor
     model.eval()
     loss_sum = torch.zeros(1, device=world.device)
     num_targets = 0
-    for first in range(world.rank * batch_size, len(windows), world.size * batch_size):
+    # As many passes on each rank, because sharded weights are gathered in them: the last may have no windows.
+    for first in range(0, len(windows), world.size * batch_size):
+        first += world.rank * batch_size
         x, y = windows[first : first + batch_size]
         batch_targets = int((y >= 0).sum())
         # Pad the last batch with rows without targets: a compiled model wants one shape.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.optim import gradient_norm
+from nanogpt.sharding import local, norm_over_ranks
 
 MAX_OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
 # Layers whose names in metrics.jsonl are older than their names in model.py.
@@ -86,7 +87,7 @@ class LayerStats:
         self.is_clipped = ((grad_norm > self.grad_clip) & grad_norm.isfinite()).float()
         if self.is_due:
             self.grad_norms = [gradient_norm(layer) for layer in self.layers.values()]
-            self.old_weights = [torch._foreach_mul(layer, 1.0) for layer in self.layers.values()]
+            self.old_weights = [[local(p).clone() for p in layer] for layer in self.layers.values()]
 
     @torch.no_grad()
     def after_update(self) -> list[Tensor]:
@@ -95,6 +96,7 @@ class LayerStats:
             return [self.is_clipped]
         update_norms = []
         for layer, old in zip(self.layers.values(), self.old_weights, strict=True):
-            update_norms.append(nn.utils.get_total_norm(torch._foreach_sub(layer, old)))
+            own_norm = nn.utils.get_total_norm(torch._foreach_sub([local(p) for p in layer], old))
+            update_norms.append(norm_over_ranks(own_norm, layer[0]))
         self.old_weights = []
         return [self.is_clipped, *self.grad_norms, *update_norms]

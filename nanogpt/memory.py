@@ -58,11 +58,11 @@ def optimizer_step_bytes(model: Any, optimizer: str, itemsize: int) -> int:
     return peak
 
 
-def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: torch.dtype) -> float:
+def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: torch.dtype, shards: int = 1) -> float:
     """Peak memory of a training step on micro-batches of B rows of T tokens.
 
     Weights, gradients and optimizer state in float32; beside them the larger of the activations that backward reads
-    and the optimizer step's temporaries. dtype: of the matrix products.
+    and the optimizer step's temporaries. dtype: of the matrix products. shards: ranks that share a copy of the model.
     """
     c = model.config
     itemsize = dtype.itemsize
@@ -77,7 +77,20 @@ def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: 
     if model.loss_chunk:
         logits += 8 * c.vocab_size * c.n_embd  # the output layer's gradient, whole and of a chunk
     state = 4 * (model.count_parameters() + trained_numel(model) + optimizer_state_numel(model, optimizer))
-    return state + max(B * T * blocks + logits, 1.1 * optimizer_step_bytes(model, optimizer, itemsize))
+    step = 1.1 * optimizer_step_bytes(model, optimizer, itemsize)
+    if shards > 1:
+        state = state / shards + gathered_bytes(model, itemsize)
+    return state + max(B * T * blocks + logits, step / shards)
+
+
+def gathered_bytes(model: Any, itemsize: int) -> float:
+    """Memory of what FSDP2 gathers: two blocks, and all the rest from forward to backward.
+
+    Of each there are the weights, their gradients, and float32 copies of the gradients to be scattered.
+    """
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    rest = sum(p.numel() for p in model.parameters()) - len(model.blocks) * block
+    return 2 * block * (2 * itemsize + 4) + rest * (4 + 4 + 4)
 
 
 def fits_in_memory(needed: float, device: torch.device, share: float = USABLE_SHARE) -> bool:
@@ -102,7 +115,8 @@ def pick_micro_batch(model: Any, optimizer: str, sizes: Sequence[int], world: Wo
     T = model.config.block_size
     for size in sizes:
         if world.device.type == "cpu":
-            fits = fits_in_memory(estimate_training_memory(model, optimizer, size, T, world.dtype), world.device)
+            needed = estimate_training_memory(model, optimizer, size, T, world.dtype, world.shards)
+            fits = fits_in_memory(needed, world.device)
         else:
             fits = _try_step(model, world, torch.zeros(size, T, dtype=torch.int64, device=world.device))
         if world.all_reduce_sum(torch.tensor(float(fits), device=world.device)).item() == world.size:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
+from nanogpt.sharding import MapExchange, copy_rows, local, norm_over_ranks
 
 # x -> a x + b x^3 + c x^5, applied five times, brings singular values near 1 (Jordan et al. 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -52,6 +54,7 @@ class Optimizer:
         self.parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.param_groups = [{"params": list(self.parameters.values())}]  # where torch's GradScaler finds gradients
         self.row_splits: dict[str, list[int]] = model.muon_params() if kind == "muon" else {}
+        self.exchange = MapExchange(self.parameters, self.row_splits) if world.mesh and kind == "muon" else None
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, p in self.parameters.items():
             if name in self.row_splits:
@@ -67,7 +70,7 @@ class Optimizer:
         lr_scale: share of the maximum learning rates. grad_divisor: scalar; the gradients are divided by it.
         skip_update: scalar; 1.0 leaves parameters and state unchanged.
         """
-        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        grads = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         if skip_update.device.type == "mps":  # where torch 2.13's fused AdamW ignores both scalars
             if skip_update:
                 return
@@ -82,7 +85,8 @@ class Optimizer:
             group[name] = grad
         self._adamw(decayed, lr_scale * self.learning_rate, self.weight_decay, grad_divisor, skip_update)
         self._adamw(not_decayed, lr_scale * self.learning_rate, 0.0, grad_divisor, skip_update)
-        self._muon(muon_grads, lr_scale * self.muon_lr, grad_divisor, skip_update)
+        muon = self._sharded_muon if self.exchange else self._muon
+        muon(muon_grads, lr_scale * self.muon_lr, grad_divisor, skip_update)
 
     def _adamw(
         self, grads: dict[str, Tensor], lr: float, weight_decay: float, grad_divisor: Tensor, skip_update: Tensor
@@ -93,10 +97,10 @@ class Optimizer:
         # A list: of one scalar tensor torch would read the value, which waits for the device.
         torch._foreach_add_(steps, [1 - skip_update] * len(steps))
         torch._fused_adamw_(
-            [self.parameters[name] for name in grads],
+            [local(self.parameters[name]) for name in grads],
             list(grads.values()),
-            [self.state[name]["exp_avg"] for name in grads],
-            [self.state[name]["exp_avg_sq"] for name in grads],
+            [local(self.state[name]["exp_avg"]) for name in grads],
+            [local(self.state[name]["exp_avg_sq"]) for name in grads],
             [],
             steps,
             lr=lr,
@@ -133,6 +137,26 @@ class Optimizer:
             torch._foreach_mul_(weights, 1 - lr * self.weight_decay * (1 - skip_update))
             torch._foreach_add_(weights, update.unbind())
 
+    def _sharded_muon(self, grads: dict[str, Tensor], lr: float, grad_divisor: Tensor, skip_update: Tensor) -> None:
+        """`_muon` on this rank's rows; only to be orthogonalized are maps made whole."""
+        assert self.exchange
+        gradients = self.exchange.views(grads)
+        momenta = self.exchange.views({name: local(self.state[name]["momentum"]) for name in grads})
+        weights = self.exchange.views({name: local(self.parameters[name]) for name in grads})
+        sizes = [g.numel() for g in gradients]
+        grad = torch.cat([g.reshape(-1) for g in gradients])
+        momentum = torch.cat([m.reshape(-1) for m in momenta])
+        grad = torch.where(skip_update > 0, 0.0, grad / grad_divisor)
+        momentum.lerp_(grad, (1 - self.muon_momentum) * (1 - skip_update))
+        torch._foreach_copy_(momenta, [m.view_as(g) for m, g in zip(momentum.split(sizes), gradients, strict=True)])
+        grad.lerp_(momentum, self.muon_momentum)
+        update = self.exchange.apply(partial(orthogonalize_all, dtype=self.world.dtype), grad.to(self.world.dtype))
+        update = update.to(grad.dtype) * (-0.2 * lr * (1 - skip_update))
+        updates = [u.view_as(g) for u, g in zip(update.split(sizes), gradients, strict=True)]
+        torch._foreach_mul_(updates, [math.sqrt(max(one.last - one.first, one.columns)) for one in self.exchange.order])
+        torch._foreach_mul_(weights, 1 - lr * self.weight_decay * (1 - skip_update))
+        torch._foreach_add_(weights, updates)
+
     def _orthogonalize(self, matrices: Tensor) -> Tensor:
         """`orthogonalize` of (maps, rows, columns), each rank computing its share of the maps."""
         count = len(matrices)
@@ -158,7 +182,21 @@ class Optimizer:
                 raise InputError(
                     f"optimizer state {name} does not fit: resume with the --optimizer and model that made it"
                 )
-            own[name].copy_(tensors[name])
+            copy_rows(own[name], tensors[name])
+
+
+def orthogonalize_all(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """`orthogonalize` of matrices of any shapes; those of one shape, or its transpose, share the products."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    wide = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
+    for i, matrix in enumerate(wide):
+        groups.setdefault((matrix.shape[0], matrix.shape[1]), []).append(i)
+    results = list(matrices)
+    for numbers in groups.values():
+        stacked = orthogonalize(torch.stack([wide[i] for i in numbers]), dtype)
+        for i, result in zip(numbers, stacked, strict=True):
+            results[i] = result if wide[i] is matrices[i] else result.mT
+    return results
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -178,7 +216,13 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """The norm of all gradients together, a scalar."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The norm of all tensors together, a scalar; sharded ones count whole."""
+    norm = nn.utils.get_total_norm([local(tensor) for tensor in tensors])
+    return norm_over_ranks(norm, tensors[0])
 
 
 def clip_divisor(grad_clip: float, norm: Tensor) -> Tensor:

@@ -193,6 +193,8 @@ def print_model_summary(model: Any, world: World) -> None:
     if (trained := trained_numel(model)) < model.count_parameters():
         parameters += f", of which {trained:,} are LoRA adapters and train"
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
+    if world.shards > 1:
+        processes += f", {world.shards} sharing a copy of the model,"
     print0(
         f"{processes} on {describe_device(world.device)}, {dtype}",
         f"model       {parameters}",
@@ -208,7 +210,7 @@ def print_run_summary(
     if rows.rows_at(0) < rows.last:
         step += f", from {rows.rows_at(0)} rows at first"
     tokens = rows.total_rows(max_iters) * rows.block_size
-    memory = estimate_training_memory(model, optimizer, micro_batch, rows.block_size, world.dtype)
+    memory = estimate_training_memory(model, optimizer, micro_batch, rows.block_size, world.dtype, world.shards)
     free = free_memory(world.device)
     free_text = f", {format_bytes(free)} free" if free else ""
     print0(

@@ -95,6 +95,7 @@ def _read_adapters(source: str, folder: Path) -> Weights:
     if (Path(base) / peft.CONFIG).exists():  # two folders could name each other
         raise InputError(f"{source}: its base {base} has adapters itself; export that one, which merges them")
     weights = read_weights(base)
+    weights.tensors = dict(weights.tensors)  # to be changed in place
     peft.merge_peft(source, weights.tensors, weights.config, settings, _read_safetensors(folder, peft.TENSORS))
     return replace(weights, source=source, tokenizer=Tokenizer.load(folder) or weights.tokenizer)
 

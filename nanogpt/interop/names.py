@@ -9,8 +9,10 @@ To add an architecture of Hugging Face:
 
 import math
 import re
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -176,20 +178,28 @@ ARCHITECTURES = (GPT2, QWEN3, LLAMA, MISTRAL, QWEN2)
 class Weights:
     """A model read from elsewhere.
 
-    config: arguments of GPTConfig. tensors: float32 under our names, in their own memory; the token embedding has its
-    true vocab_size rows. tokenizer: None if it has none. gpt2_encoding: it has no tokenizer files and its ids are
-    GPT-2's. notes: lines for the user. train_config: nanoGPT's settings of the run (such as "dataset").
-    end_ids: the ids that end a generated text, as far as stated.
+    config: arguments of GPTConfig. tensors: float32 under our names, in their own memory, perhaps read when they are
+    looked up; the token embedding has its true vocab_size rows. tokenizer: None if it has none. gpt2_encoding: it has
+    no tokenizer files and its ids are GPT-2's. notes: lines for the user. train_config: nanoGPT's settings of the run
+    (such as "dataset"). end_ids: the ids that end a generated text, as far as stated.
     """
 
     source: str
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: "LazyTensors | dict[str, Tensor]"
     tokenizer: Tokenizer | None = None
     gpt2_encoding: bool = False
     notes: list[str] = field(default_factory=list)
     train_config: dict[str, Any] = field(default_factory=dict)
     end_ids: list[int] = field(default_factory=list)
+
+
+class LazyTensors(UserDict[str, Any]):
+    """Tensors by name; a function in place of one is called when it is looked up, each time anew."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.data[name]
+        return value() if callable(value) else value
 
 
 class Unread(NamedTuple):
@@ -279,8 +289,8 @@ def strip_wrappers(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 def translate(
     source: str, stored: Mapping[str, Tensor | Unread], model_config: dict[str, Any], transposed: bool
-) -> dict[str, Tensor]:
-    """Copy stored tensors to float32 under our names, matrices as (out, in).
+) -> LazyTensors:
+    """Stored tensors in float32 under our names, matrices as (out, in), copied when they are looked up.
 
     stored: as `strip_wrappers` returns them. transposed: as in `tensor_layout`. Raises InputError with the names of
     tensors that are missing, unexpected, or of a wrong shape or dtype.
@@ -298,13 +308,15 @@ def translate(
     parts: dict[str, list[str]] = {}
     for their_name, place in layout.items():
         parts.setdefault(place.name, []).append(their_name)
-    tensors: dict[str, Tensor] = {}
-    for name, their_names in parts.items():
+
+    def read(their_names: list[str]) -> Tensor:
         rows = [_read(stored[their_name]) for their_name in their_names]
         if layout[their_names[0]].is_transposed:
             rows = [tensor.t() for tensor in rows]
-        tensors[name] = torch.cat(rows).float()
+        return torch.cat(rows).float()
 
+    tensors = LazyTensors()
+    tensors.data |= {name: partial(read, their_names) for name, their_names in parts.items()}
     if stored_head is not None and not torch.equal(_read(stored_head).float(), tensors["token_embedding.weight"]):
         raise InputError(f"{source}: lm_head.weight is not the token embedding, although tied; use another model")
     return tensors

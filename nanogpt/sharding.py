@@ -1,0 +1,164 @@
+"""Sharded training by torch's FSDP2: each rank keeps a part of every tensor's rows.
+
+A block's weights are gathered when it runs and dropped afterwards; its gradients are summed and scattered. Embeddings,
+final norm and output layer form one unit, which stays gathered from forward to backward. Of a tensor with n rows, rank
+r of a group of S keeps rows r c to (r + 1) c, where c = ⌈n / S⌉.
+"""
+
+import itertools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SHARDS = "shards"  # the dimension of the mesh whose ranks share one copy of the model
+
+
+def make_mesh(device_type: str, size: int, shards: int) -> Any:
+    """The device mesh of `size` ranks: copies of the model × the shards of each."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_type, (size // shards, shards), mesh_dim_names=("copies", SHARDS))
+
+
+def shard_model(model: Any, mesh: Any, dtype: torch.dtype) -> None:
+    """Shard a GPT over the mesh, in place. dtype: of the blocks' gathered weights; gradients are summed in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = mesh if mesh.size(0) > 1 else mesh[SHARDS]
+    gathered = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)  # what is left, in float32: so is the residual stream
+    # Nothing changes the logits in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in the same memory; any other tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every rank, which all must call; any other tensor itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def norm_over_ranks(norm: Tensor, sharded: Tensor) -> Tensor:
+    """The norm of whole tensors by the norm of this rank's parts. sharded: one of the tensors, or a plain one."""
+    if not is_sharded(sharded):
+        return norm
+    square = norm.square()
+    dist.all_reduce(square, group=sharded.device_mesh.get_group(SHARDS))  # type: ignore[attr-defined]
+    return square.sqrt()
+
+
+def own_rows(num_rows: int, rank: int, shards: int) -> slice:
+    """The rows that a rank of the group keeps."""
+    share = -(-num_rows // shards)
+    return slice(min(rank * share, num_rows), min((rank + 1) * share, num_rows))
+
+
+@torch.no_grad()
+def copy_rows(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor, or what this rank keeps of it, into a parameter or a state.
+
+    Rows that the source lacks, the vocabulary's padding, become zero.
+    """
+    if not is_sharded(target):
+        target.copy_(source)
+        return
+    mesh: Any = target.device_mesh[SHARDS]  # type: ignore[attr-defined]
+    own = local(target)
+    rows = source[own_rows(len(target), mesh.get_local_rank(), mesh.size())] if target.dim() else source
+    own[len(rows) :].zero_()
+    own[: len(rows)].copy_(rows)
+
+
+class Map(NamedTuple):
+    """One of Muon's maps: rows first to last of the matrix `name`, which has (num_rows, columns)."""
+
+    name: str
+    first: int
+    last: int
+    num_rows: int
+    columns: int
+
+    @property
+    def cost(self) -> int:
+        """Multiplications of a product with its Gram matrix, up to a constant."""
+        rows = self.last - self.first
+        return rows * self.columns * min(rows, self.columns)
+
+
+class MapExchange:
+    """Sends the rows of each of Muon's maps to one rank of the group, its owner, and the result back.
+
+    A rank sends and receives its own rows alone, where gathering would give every rank all rows. Owners are chosen so
+    that all have about the same work. matrices: sharded. row_splits: the rows of the maps in each matrix.
+    """
+
+    def __init__(self, matrices: Mapping[str, Tensor], row_splits: Mapping[str, Sequence[int]]):
+        mesh: Any = next(iter(matrices.values())).device_mesh[SHARDS]  # type: ignore[attr-defined]
+        self.group = mesh.get_group()
+        self.rank = mesh.get_local_rank()
+        self.ranks = range(mesh.size())
+        maps = []
+        for name, splits in row_splits.items():
+            num_rows, columns = matrices[name].shape
+            ends = list(itertools.accumulate(splits))
+            maps += [Map(name, end - rows, end, num_rows, columns) for rows, end in zip(splits, ends, strict=True)]
+        self.owned: list[list[Map]] = [[] for _ in self.ranks]
+        work = [0 for _ in self.ranks]
+        for one in sorted(maps, key=lambda one: one.cost, reverse=True):
+            owner = work.index(min(work))
+            self.owned[owner].append(one)
+            work[owner] += one.cost
+        self.order = list(itertools.chain.from_iterable(self.owned))  # of the rows that a rank sends
+
+    def rows(self, one: Map, rank: int) -> slice:
+        """The rows of a map that a rank keeps, counted in that rank's part of the matrix."""
+        own = own_rows(one.num_rows, rank, len(self.ranks))
+        first = min(max(one.first, own.start), own.stop)
+        last = max(min(one.last, own.stop), first)
+        return slice(first - own.start, last - own.start)
+
+    def numel(self, one: Map, rank: int) -> int:
+        rows = self.rows(one, rank)
+        return (rows.stop - rows.start) * one.columns
+
+    def views(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
+        """This rank's rows of each map, in the order of sending. parts: local parts of the matrices."""
+        return [parts[one.name][self.rows(one, self.rank)] for one in self.order]
+
+    def apply(self, function: Callable[[list[Tensor]], list[Tensor]], rows: Tensor) -> Tensor:
+        """Apply a function to whole maps (rows, columns), each on its owner.
+
+        rows: `views`, flattened into one tensor. Returns the results in the same order and form.
+        """
+        mine = self.owned[self.rank]
+        sent = [sum(self.numel(one, self.rank) for one in self.owned[rank]) for rank in self.ranks]
+        pieces = [[self.numel(one, rank) for one in mine] for rank in self.ranks]
+        received = [sum(sizes) for sizes in pieces]
+        whole = rows.new_empty(sum(received))
+        dist.all_to_all_single(whole, rows, received, sent, group=self.group)
+
+        by_rank = [part.split(sizes) for part, sizes in zip(whole.split(received), pieces, strict=True)]
+        maps = [torch.cat(parts).view(-1, one.columns) for one, *parts in zip(mine, *by_rank, strict=True)]
+        results = function(maps)
+        splits = [
+            result.reshape(-1).split([self.numel(one, rank) for rank in self.ranks])
+            for one, result in zip(mine, results, strict=True)
+        ]
+        back = torch.cat([parts[rank] for rank in self.ranks for parts in splits]) if mine else rows[:0]
+        out = torch.empty_like(rows)
+        dist.all_to_all_single(out, back, sent, received, group=self.group)
+        return out
