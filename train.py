@@ -51,7 +51,7 @@ from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_sto
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.run_dir import RunDir
 from nanogpt.schedule import RowSchedule, StepSchedule
-from nanogpt.sharding import gather
+from nanogpt.sharding import check_shards, gather
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import Tokenizer
 from nanogpt.train_log import (
@@ -449,30 +449,13 @@ def check_config(config: TrainConfig) -> None:
             "batch_growth_tokens: the batch grows from batch_size to batch_size × gradient_accumulation_steps, which "
             "are equal here: raise gradient_accumulation_steps"
         )
-    problems += check_shards(config)
+    problems += check_shards(config.shards, world_size(), config.dtype, config.lora_rank, config.minutes)
     if config.patience and not config.eval_interval:
         problems.append("patience: eval_interval=0 evaluates only at the end, too late to stop: set --eval_interval")
     if config.decay_iters is not None and config.schedule != "trapezoid":
         problems.append(f"decay_iters: schedule={config.schedule} has no final decay: leave it out")
     if problems:
         raise InputError("\n".join(problems))
-
-
-def check_shards(config: TrainConfig) -> list[str]:
-    """Return the problems of the key `shards`, a line each."""
-    problems: list[str] = []
-    size = world_size()
-    if config.shards == 1:
-        return problems
-    if size == 1 or size % (config.shards or size):
-        problems.append(f"shards={config.shards}: does not divide {size} process(es); start others with torchrun")
-    if config.dtype == "float16":
-        problems.append("shards: float16's loss scaler sees this rank's gradients alone; set dtype=bfloat16")
-    if config.lora_rank:
-        problems.append("shards: LoRA's base is not sharded; set shards=1")
-    if config.minutes is not None:
-        problems.append("shards: --minutes chooses small models; set shards=1")
-    return problems
 
 
 def open_run(

@@ -28,7 +28,15 @@ LAYERS: dict[str, list[str]] = {
         *("lora.py", "timing.py", "generate/", "interop/", "playground/"),
     ],
     "data": ["data/", "text/", "metrics.py", "memory.py"],
-    "machine": ["import_torch.py", "distributed.py", "trials.py", "device.py", "compile.py", "cpu_kernels.py"],
+    "machine": [
+        "import_torch.py",
+        "distributed.py",
+        "sharding.py",
+        "trials.py",
+        "device.py",
+        "compile.py",
+        "cpu_kernels.py",
+    ],
     "ground": [
         *(
             "errors.py",

@@ -46,7 +46,7 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
             loss.backward()
             model.zero_grad(set_to_none=True)
             model.eval()
-            with world.autocast(), torch.inference_mode():  # evaluation, with tensors of its own kind
+            with world.autocast(), torch.no_grad():  # evaluation
                 compiled(idx.clone(), targets.clone())
             model.train()
         return compiled

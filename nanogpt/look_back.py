@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from nanogpt.sharding import copy_rows, gather
+
 DISTANCES = 4  # heads attend to the tokens 1, 2, 3 and 0 positions back, in turn
 MIN_FREQUENCY = 0.2  # radians per position; slower rotations hardly differ between neighbors
 STRENGTH = 2.0  # of the keys' and queries' common part: 50/√D times the random rest
@@ -24,7 +26,9 @@ def look_back(model: Any) -> None:
     c = model.config
     attention = model.blocks[0].attention
     common = F.normalize(torch.randn(c.n_embd), dim=0)
-    model.token_embedding.weight[: c.vocab_size] += 0.01 * math.sqrt(c.n_embd) * common  # half as long as the rest
+    embedding = gather(model.token_embedding.weight)
+    embedding[: c.vocab_size] += 0.01 * math.sqrt(c.n_embd) * common.to(embedding.device)  # half as long as the rest
+    copy_rows(model.token_embedding.weight, embedding)
 
     frequencies = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2) / c.head_dim)
     key = F.normalize((frequencies > MIN_FREQUENCY).float(), dim=0) / math.sqrt(2)  # of either half of the channels
@@ -32,5 +36,7 @@ def look_back(model: Any) -> None:
     cos, sin = angles.cos(), angles.sin()
     queries = torch.cat((key * (cos + sin), key * (cos - sin)), dim=1)  # (n_head, D): the key rotated back
     directions = torch.cat((queries.flatten(), key.repeat(2 * c.n_kv_head)))
-    attention.qkv.weight[: len(directions)] += STRENGTH * torch.outer(directions, common)
+    qkv = gather(attention.qkv.weight)
+    qkv[: len(directions)] += STRENGTH * torch.outer(directions, common).to(qkv.device)
+    copy_rows(attention.qkv.weight, qkv)
     attention.q_norm.weight.fill_(QUERY_GAIN)

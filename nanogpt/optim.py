@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ class Optimizer:
         self.parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.param_groups = [{"params": list(self.parameters.values())}]  # where torch's GradScaler finds gradients
         self.row_splits: dict[str, list[int]] = model.muon_params() if kind == "muon" else {}
-        self.exchange = MapExchange(self.parameters, self.row_splits) if world.mesh and kind == "muon" else None
+        self.maps = MapExchange(self.parameters, self.row_splits)
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, p in self.parameters.items():
             if name in self.row_splits:
@@ -85,8 +84,7 @@ class Optimizer:
             group[name] = grad
         self._adamw(decayed, lr_scale * self.learning_rate, self.weight_decay, grad_divisor, skip_update)
         self._adamw(not_decayed, lr_scale * self.learning_rate, 0.0, grad_divisor, skip_update)
-        muon = self._sharded_muon if self.exchange else self._muon
-        muon(muon_grads, lr_scale * self.muon_lr, grad_divisor, skip_update)
+        self._muon(muon_grads, lr_scale * self.muon_lr, grad_divisor, skip_update)
 
     def _adamw(
         self, grads: dict[str, Tensor], lr: float, weight_decay: float, grad_divisor: Tensor, skip_update: Tensor
@@ -115,56 +113,49 @@ class Optimizer:
         )
 
     def _muon(self, grads: dict[str, Tensor], lr: float, grad_divisor: Tensor, skip_update: Tensor) -> None:
-        """Nesterov momentum, orthogonalized. Maps of one shape are stacked and share the matrix products."""
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}  # weights, gradient, momentum
-        for name, grad in grads.items():
-            rows = self.row_splits[name]
-            tensors = (self.parameters[name], grad, self.state[name]["momentum"])
-            for views in zip(*(t.split(rows) for t in tensors), strict=True):
-                if views[0].shape[0] > views[0].shape[1]:  # tall maps join the wide ones, transposed
-                    views = tuple(t.mT for t in views)
-                by_shape.setdefault(tuple(views[0].shape), []).append(views)
-
-        for (_, columns), group in by_shape.items():
-            weights, gradients, momenta = (list(tensors) for tensors in zip(*group, strict=True))
-            grad = torch.stack(gradients)  # (maps, rows, columns)
-            momentum = torch.stack(momenta)
-            grad = torch.where(skip_update > 0, 0.0, grad / grad_divisor)
-            momentum.lerp_(grad, (1 - self.muon_momentum) * (1 - skip_update))
-            torch._foreach_copy_(momenta, momentum.unbind())
-            update = self._orthogonalize(grad.lerp_(momentum, self.muon_momentum))
-            update *= -0.2 * math.sqrt(columns) * lr * (1 - skip_update)
-            torch._foreach_mul_(weights, 1 - lr * self.weight_decay * (1 - skip_update))
-            torch._foreach_add_(weights, update.unbind())
-
-    def _sharded_muon(self, grads: dict[str, Tensor], lr: float, grad_divisor: Tensor, skip_update: Tensor) -> None:
-        """`_muon` on this rank's rows; only to be orthogonalized are maps made whole."""
-        assert self.exchange
-        gradients = self.exchange.views(grads)
-        momenta = self.exchange.views({name: local(self.state[name]["momentum"]) for name in grads})
-        weights = self.exchange.views({name: local(self.parameters[name]) for name in grads})
-        sizes = [g.numel() for g in gradients]
-        grad = torch.cat([g.reshape(-1) for g in gradients])
-        momentum = torch.cat([m.reshape(-1) for m in momenta])
-        grad = torch.where(skip_update > 0, 0.0, grad / grad_divisor)
-        momentum.lerp_(grad, (1 - self.muon_momentum) * (1 - skip_update))
-        torch._foreach_copy_(momenta, [m.view_as(g) for m, g in zip(momentum.split(sizes), gradients, strict=True)])
+        """Nesterov momentum, orthogonalized."""
+        if not grads:
+            return
+        gradients = self.maps.views(grads)
+        momenta = self.maps.views({name: local(self.state[name]["momentum"]) for name in grads})
+        weights = self.maps.views({name: local(self.parameters[name]) for name in grads})
+        grad = flatten(gradients).div_(grad_divisor).masked_fill_(skip_update > 0, 0.0)
+        momentum = flatten(momenta).lerp_(grad, (1 - self.muon_momentum) * (1 - skip_update))
+        torch._foreach_copy_(momenta, unflatten(momentum, momenta))
         grad.lerp_(momentum, self.muon_momentum)
-        update = self.exchange.apply(partial(orthogonalize_all, dtype=self.world.dtype), grad.to(self.world.dtype))
-        update = update.to(grad.dtype) * (-0.2 * lr * (1 - skip_update))
-        updates = [u.view_as(g) for u, g in zip(update.split(sizes), gradients, strict=True)]
-        torch._foreach_mul_(updates, [math.sqrt(max(one.last - one.first, one.columns)) for one in self.exchange.order])
+        del momentum
+        dtype = torch.float32 if self.world.dtype == torch.float16 else self.world.dtype  # float16 lacks the range
+        update = self.maps.apply(self._orthogonalize, grad.to(dtype)).to(grad.dtype)
+        update *= -0.2 * lr * (1 - skip_update)
+        updates = unflatten(update, weights)
+        torch._foreach_mul_(updates, [math.sqrt(max(one.rows, one.columns)) for one in self.maps.order])
         torch._foreach_mul_(weights, 1 - lr * self.weight_decay * (1 - skip_update))
         torch._foreach_add_(weights, updates)
 
-    def _orthogonalize(self, matrices: Tensor) -> Tensor:
+    def _orthogonalize(self, maps: list[Tensor]) -> list[Tensor]:
+        """`orthogonalize` of maps (rows, columns). Those of one shape, or its transpose, share the products.
+
+        Ranks with a copy of the model each compute their share of every shape.
+        """
+        wide = [one.mT if one.shape[0] > one.shape[1] else one for one in maps]
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, one in enumerate(wide):
+            by_shape.setdefault(one.shape, []).append(i)
+        results = list(maps)
+        for numbers in by_shape.values():
+            matrices = torch.stack([wide[i] for i in numbers])
+            update = orthogonalize(matrices) if self.world.mesh else self._share_orthogonalization(matrices)
+            for i, one in zip(numbers, update, strict=False):
+                results[i] = one if wide[i] is maps[i] else one.mT
+        return results
+
+    def _share_orthogonalization(self, matrices: Tensor) -> Tensor:
         """`orthogonalize` of (maps, rows, columns), each rank computing its share of the maps."""
-        count = len(matrices)
-        share = -(-count // self.world.size)
+        share = -(-len(matrices) // self.world.size)
         mine = matrices[self.world.rank * share :][:share]
         if len(mine) < share:  # all-gather needs equal shares
             mine = torch.cat((mine, mine.new_zeros(share - len(mine), *mine.shape[1:])))
-        return self.world.all_gather(orthogonalize(mine, self.world.dtype))[:count].to(matrices.dtype)
+        return self.world.all_gather(orthogonalize(mine))
 
     def zero_grad(self) -> None:
         for p in self.parameters.values():
@@ -185,28 +176,24 @@ class Optimizer:
             copy_rows(own[name], tensors[name])
 
 
-def orthogonalize_all(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """`orthogonalize` of matrices of any shapes; those of one shape, or its transpose, share the products."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    wide = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
-    for i, matrix in enumerate(wide):
-        groups.setdefault((matrix.shape[0], matrix.shape[1]), []).append(i)
-    results = list(matrices)
-    for numbers in groups.values():
-        stacked = orthogonalize(torch.stack([wide[i] for i in numbers]), dtype)
-        for i, result in zip(numbers, stacked, strict=True):
-            results[i] = result if wide[i] is matrices[i] else result.mT
-    return results
+def flatten(tensors: list[Tensor]) -> Tensor:
+    """All numbers of the tensors in one new vector."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+def unflatten(vector: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of a vector in the shapes of `like`."""
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Approximate U Vᵀ of each U S Vᵀ in (maps, rows, columns), rows ≤ columns, by Newton-Schulz iteration.
 
-    Most singular values end between 0.7 and 1.2, the smallest of a square matrix below. The products run in `dtype`.
+    Most singular values end between 0.7 and 1.2, the smallest of a square matrix below.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.to(torch.float32 if dtype == torch.float16 else dtype)  # float16 lacks the range
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
+    x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -38,6 +38,22 @@ def shard_model(model: Any, mesh: Any, dtype: torch.dtype) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
+def check_shards(shards: int, size: int, dtype: str, lora_rank: int, minutes: float | None) -> list[str]:
+    """Return the problems of the key `shards` with `size` processes and other keys, a line each."""
+    problems: list[str] = []
+    if shards == 1:
+        return problems
+    if size % (shards or size):
+        problems.append(f"shards={shards}: does not divide {size} process(es); start others with torchrun, or set 0")
+    if dtype == "float16":
+        problems.append("dtype=float16: its loss scaler sees the gradients of one rank alone; set bfloat16 or shards=1")
+    if lora_rank:
+        problems.append("lora_rank: its frozen base cannot be sharded; set shards=1")
+    if minutes is not None:
+        problems.append("minutes: chooses small models, which need no shards; set shards=1")
+    return problems
+
+
 def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
@@ -84,81 +100,90 @@ def copy_rows(target: Tensor, source: Tensor) -> None:
 
 
 class Map(NamedTuple):
-    """One of Muon's maps: rows first to last of the matrix `name`, which has (num_rows, columns)."""
+    """One of Muon's maps: `rows` rows from `first` on of the matrix `name`, which has num_rows."""
 
     name: str
     first: int
-    last: int
-    num_rows: int
+    rows: int
     columns: int
-
-    @property
-    def cost(self) -> int:
-        """Multiplications of a product with its Gram matrix, up to a constant."""
-        rows = self.last - self.first
-        return rows * self.columns * min(rows, self.columns)
+    num_rows: int
 
 
 class MapExchange:
-    """Sends the rows of each of Muon's maps to one rank of the group, its owner, and the result back.
+    """Muon's maps, which are made whole where each is orthogonalized.
 
-    A rank sends and receives its own rows alone, where gathering would give every rank all rows. Owners are chosen so
-    that all have about the same work. matrices: sharded. row_splits: the rows of the maps in each matrix.
+    Of sharded matrices the rows of a map are sent to one rank of the group, its owner, and the result is sent back: a
+    rank sends and receives its own rows alone, where gathering would give it all. Owners are chosen so that all have
+    about the same work. row_splits: the rows of the maps in each matrix.
     """
 
     def __init__(self, matrices: Mapping[str, Tensor], row_splits: Mapping[str, Sequence[int]]):
-        mesh: Any = next(iter(matrices.values())).device_mesh[SHARDS]  # type: ignore[attr-defined]
-        self.group = mesh.get_group()
-        self.rank = mesh.get_local_rank()
-        self.ranks = range(mesh.size())
+        self.rank = 0
+        self.ranks = range(1)
+        first_matrix: Any = next((matrices[name] for name in row_splits), None)
+        if first_matrix is not None and is_sharded(first_matrix):
+            mesh = first_matrix.device_mesh[SHARDS]
+            self.group = mesh.get_group()
+            self.rank = mesh.get_local_rank()
+            self.ranks = range(mesh.size())
         maps = []
         for name, splits in row_splits.items():
             num_rows, columns = matrices[name].shape
-            ends = list(itertools.accumulate(splits))
-            maps += [Map(name, end - rows, end, num_rows, columns) for rows, end in zip(splits, ends, strict=True)]
+            for first, rows in zip(itertools.accumulate(splits, initial=0), splits, strict=False):
+                maps.append(Map(name, first, rows, columns, num_rows))
         self.owned: list[list[Map]] = [[] for _ in self.ranks]
         work = [0 for _ in self.ranks]
-        for one in sorted(maps, key=lambda one: one.cost, reverse=True):
+        for one in sorted(maps, key=_work, reverse=True):
             owner = work.index(min(work))
             self.owned[owner].append(one)
-            work[owner] += one.cost
+            work[owner] += _work(one)
         self.order = list(itertools.chain.from_iterable(self.owned))  # of the rows that a rank sends
 
-    def rows(self, one: Map, rank: int) -> slice:
+    def views(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
+        """This rank's rows of each map, in `order`. parts: its parts of the matrices."""
+        return [parts[one.name][self._own_rows(one, self.rank)] for one in self.order]
+
+    def apply(self, function: Callable[[list[Tensor]], list[Tensor]], rows: Tensor) -> Tensor:
+        """The results, in the form of `rows`, of a function of whole maps (rows, columns), of each on its owner.
+
+        rows: `views`, flattened into one tensor.
+        """
+        mine = self.owned[self.rank]
+        sent = [sum(self._numel(one, self.rank) for one in owned) for owned in self.owned]
+        pieces = [[self._numel(one, rank) for one in mine] for rank in self.ranks]
+        received = [sum(sizes) for sizes in pieces]
+        by_rank = [
+            part.split(sizes)
+            for part, sizes in zip(self._all_to_all(rows, sent, received).split(received), pieces, strict=True)
+        ]
+        maps = [torch.cat(parts).view(one.rows, one.columns) for one, *parts in zip(mine, *by_rank, strict=True)]
+        results = [
+            result.reshape(-1).split([self._numel(one, rank) for rank in self.ranks])
+            for one, result in zip(mine, function(maps), strict=True)
+        ]
+        back = [parts[rank] for rank in self.ranks for parts in results]
+        return self._all_to_all(torch.cat(back) if back else rows[:0], received, sent)
+
+    def _all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send a part of `rows` to each rank; return what they sent. The lists: numbers of elements."""
+        if len(self.ranks) == 1:
+            return rows
+        result = rows.new_empty(sum(received))
+        dist.all_to_all_single(result, rows, received, sent, group=self.group)
+        return result
+
+    def _own_rows(self, one: Map, rank: int) -> slice:
         """The rows of a map that a rank keeps, counted in that rank's part of the matrix."""
         own = own_rows(one.num_rows, rank, len(self.ranks))
         first = min(max(one.first, own.start), own.stop)
-        last = max(min(one.last, own.stop), first)
+        last = max(min(one.first + one.rows, own.stop), first)
         return slice(first - own.start, last - own.start)
 
-    def numel(self, one: Map, rank: int) -> int:
-        rows = self.rows(one, rank)
+    def _numel(self, one: Map, rank: int) -> int:
+        rows = self._own_rows(one, rank)
         return (rows.stop - rows.start) * one.columns
 
-    def views(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
-        """This rank's rows of each map, in the order of sending. parts: local parts of the matrices."""
-        return [parts[one.name][self.rows(one, self.rank)] for one in self.order]
 
-    def apply(self, function: Callable[[list[Tensor]], list[Tensor]], rows: Tensor) -> Tensor:
-        """Apply a function to whole maps (rows, columns), each on its owner.
-
-        rows: `views`, flattened into one tensor. Returns the results in the same order and form.
-        """
-        mine = self.owned[self.rank]
-        sent = [sum(self.numel(one, self.rank) for one in self.owned[rank]) for rank in self.ranks]
-        pieces = [[self.numel(one, rank) for one in mine] for rank in self.ranks]
-        received = [sum(sizes) for sizes in pieces]
-        whole = rows.new_empty(sum(received))
-        dist.all_to_all_single(whole, rows, received, sent, group=self.group)
-
-        by_rank = [part.split(sizes) for part, sizes in zip(whole.split(received), pieces, strict=True)]
-        maps = [torch.cat(parts).view(-1, one.columns) for one, *parts in zip(mine, *by_rank, strict=True)]
-        results = function(maps)
-        splits = [
-            result.reshape(-1).split([self.numel(one, rank) for rank in self.ranks])
-            for one, result in zip(mine, results, strict=True)
-        ]
-        back = torch.cat([parts[rank] for rank in self.ranks for parts in splits]) if mine else rows[:0]
-        out = torch.empty_like(rows)
-        dist.all_to_all_single(out, back, sent, received, group=self.group)
-        return out
+def _work(one: Map) -> int:
+    """Multiplications of a map with its own transpose."""
+    return one.rows * one.columns * min(one.rows, one.columns)

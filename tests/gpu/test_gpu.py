@@ -222,7 +222,7 @@ def test_peak_memory_is_near_the_estimate(letters: Path):
 def test_auto_micro_batch_is_the_largest_that_fits(letters: Path):
     config = make_config(dataset=letters, batch_size=4096)
     world = distributed.start(DEVICE, "float32")
-    model = open_model(config, {}).to(DEVICE)
+    model = open_model(config, {}, World(0, 1, torch.device(DEVICE), torch.float32)).to(DEVICE)
     torch.cuda.empty_cache()
     limit = torch.cuda.memory_reserved() + 2**30  # bytes
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)

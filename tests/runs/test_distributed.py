@@ -35,6 +35,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "split": BASE | {"batch_size": 12, "gradient_accumulation_steps": 1, "row_order": "epoch"},
     "muon": BASE | MODERN | {"batch_size": 4, "gradient_accumulation_steps": 3},
     "masked": BASE | MIXTURE | {"batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 3e-3},
+    "sharded": BASE | {"shards": 2, "batch_size": 4, "gradient_accumulation_steps": 4},
+    "sharded muon": BASE
+    | MODERN
+    | {"shards": 2, "batch_size": 4, "gradient_accumulation_steps": 3, "log_layers": True, "log_interval": 1}
+    | {"activation_checkpointing": True, "loss_chunk": 7},
     "lora": BASE | {"init_from": "base", "lora_rank": 2, "batch_size": 2, "gradient_accumulation_steps": 4},
     "stopped": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1},
 }
@@ -95,11 +100,11 @@ def two(letters: Path, one_and_two: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.mark.parametrize("name", ["accumulated", "split", "muon", "masked", "lora"])
+@pytest.mark.parametrize("name", ["accumulated", "split", "muon", "masked", "sharded", "sharded muon", "lora"])
 def test_two_processes_equal_one(two: Path, run: Run, name: str):
     for folder in ("one", "two", "base"):
         Path(folder).symlink_to(two / folder)
-    run(out_dir="alone", **RUNS[name])
+    run(out_dir="alone", **RUNS[name] | {"shards": 1})
     for field in ("loss", "train_loss", "val_loss", "grad_norm"):
         ours = dict(metrics(two / name, "step", field))
         assert ours == pytest.approx(dict(metrics("alone", "step", field)), rel=1e-3 if field == "grad_norm" else 1e-5)

@@ -21,6 +21,7 @@ from load import new_model_config
 from model import GPT, GPTConfig
 from nanogpt.console import format_bytes
 from nanogpt.data.dataset import token_dtype
+from nanogpt.distributed import World
 from nanogpt.errors import run_script
 from nanogpt.timing import Worker, time_steps
 
@@ -172,7 +173,7 @@ def test_tokens_are_random_or_those_of_a_dataset(letters: Path):
     assert 65_536 < tokens.max() < 70_000
     assert np.array_equal(tokens, open_tokens(config, model_config)[:])
     config, explicit = parse(BenchConfig, flags(dataset=letters))
-    model_config = bench.open_model(config, explicit).config
+    model_config = bench.open_model(config, explicit, World(0, 1, torch.device("cpu"), torch.float32)).config
     assert model_config.vocab_size == 4
     assert np.array_equal(open_tokens(config, model_config)[:], np.fromfile(letters / "train.bin", "<u2"))
 

@@ -12,12 +12,14 @@ from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
+import torch
 from random_models import CHARACTERS, save_random_run
 from safetensors import SafetensorError
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 import export
 from load import load_weights
+from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.files import read_json, write_report
 from nanogpt.interop.gguf_tokenizer import QWEN2_SPLIT
@@ -173,7 +175,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(run_export: Export, val
     with pytest.raises(InputError, match=message):
         run_export("again", "--init_from=new")
     with pytest.raises(InputError, match=message):
-        load_weights("new", 0.0, None, {})
+        load_weights("new", 0.0, None, {}, World(0, 1, torch.device("cpu"), torch.float32))
 
 
 @pytest.mark.parametrize("to", ["again", "again.gguf"])

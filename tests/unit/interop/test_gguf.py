@@ -19,6 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from load import load_weights
 from model import GPT, GPTConfig, rotary_frequencies
+from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.interop import gguf as our_gguf
 from nanogpt.interop.gguf import read_gguf, rope_divisors, write_gguf
@@ -385,7 +386,7 @@ def test_end_tokens_and_template_come_back(tmp_path: Path):
     tokenizer = read_tokenizer(str(tmp_path / "m.gguf"))  # as data/prepare.py does
     assert tokenizer.named_tokens == words.named_tokens
     assert (tokenizer.template, tokenizer.end_of_text) == (words.template, words.end_of_text)
-    model, tuned = load_weights(str(tmp_path / "m.gguf"), 0.1, 8, {})
+    model, tuned = load_weights(str(tmp_path / "m.gguf"), 0.1, 8, {}, World(0, 1, torch.device("cpu"), torch.float32))
     assert (model.config.dropout, model.config.block_size) == (0.1, 8)
     assert tuned is not None
     assert tuned.has_same_vocab(words)
