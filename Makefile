@@ -50,7 +50,7 @@ test-gpu: $(VENV)/dev
 	$(PY) -m pytest tests/gpu
 
 chaos: $(VENV)/dev
-	$(PY) tests/chaos/chaos.py --kills=110 --pair_kills=5
+	$(PY) tests/chaos/chaos.py --kills=110 --pair_kills=5 --sharded_kills=60
 	$(PY) tests/chaos/folders.py --deeds=200
 
 lint: $(VENV)/dev

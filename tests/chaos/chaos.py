@@ -1,9 +1,10 @@
 """Kill a small run again and again, resume it with --resume=auto, and compare its end with an undisturbed run's.
 
-    python tests/chaos/chaos.py --kills=110 --pair_kills=5 --seed=1
+    python tests/chaos/chaos.py --kills=110 --pair_kills=5 --sharded_kills=60 --seed=1
 
 kills: one process, SIGKILL at random times and in random file operations, most of them of a save. pair_kills: two gloo
-processes under torchrun, of which one gets SIGKILL. Prints a line for each kill. Ends at the first difference with
+processes under torchrun, of which one gets SIGKILL. sharded_kills: the same of four that share one copy of the model,
+or two. Prints a line for each kill. Ends at the first difference with
 status 1 and the reason, and leaves its folder for inspection. Needs Linux.
 """
 
@@ -52,6 +53,8 @@ POWER_CUTS = 0.3  # share of the kills of one process after which unsynced data 
 BASE = {"n_layer": 2, "gradient_accumulation_steps": 2, "row_order": "epoch", "eval_interval": EVERY}
 GPT2 = BASE | {"dropout": 0.2, "lr_decay_iters": ..., "max_iters": STEPS}
 MODERN = GPT2 | {"arch": "modern", "bias": False, "n_kv_head": 1, "tied": False, "optimizer": "muon", "skip_spikes": 3}
+FOUR = {"gradient_accumulation_steps": 4, "batch_size": 2}
+SHARDED = {"fsdp": GPT2 | FOUR | {"shards": 4}, "hsdp": MODERN | FOUR | {"shards": 2}}
 # A GPT-2 of transformers, with which a resumed run must not start again.
 PRETRAINED = GPT2 | {"init_from": "pretrained", "optimizer": "muon", "skip_spikes": 3}
 
@@ -331,7 +334,7 @@ def draw_kill(random: Random, processes: int) -> Kill:
 
 def trial(processes: int, recipes: dict[str, dict[str, Any]], kills: int, random: Random, home: Path) -> str:
     """Runs with up to KILLS_PER_RUN kills each. Of one process, every sixth kill hits a second save of a step."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     for name, recipe in recipes.items():
         arguments = flags(**recipe, dataset=home / "letters", out_dir=home / name, keep_every=EVERY)
         command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments]
@@ -373,7 +376,7 @@ def trial(processes: int, recipes: dict[str, dict[str, Any]], kills: int, random
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("kills", 50), ("pair_kills", 5), ("seed", 1)):
+    for name, default in (("kills", 50), ("pair_kills", 5), ("sharded_kills", 5), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     home, source, start = Path(tempfile.mkdtemp(prefix="chaos-")), Source(args.seed), time.monotonic()
@@ -388,6 +391,7 @@ def main() -> None:
         for processes, recipes, kills in (
             (1, {"gpt2": GPT2, "modern": MODERN}, args.kills),
             (2, {"pair": pretrained}, args.pair_kills),
+            (4, SHARDED, args.sharded_kills),
         ):
             if kills:
                 summary = trial(processes, recipes, kills, Random(args.seed), home)

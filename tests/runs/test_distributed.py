@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from conftest import MIXTURE, Run, environment, flags, metrics, steps
+from conftest import MIXTURE, ROOT, Run, environment, flags, metrics, steps
 from random_models import build_gpt2
 
 import train
@@ -135,6 +135,24 @@ def test_one_process_resumes_the_run_of_two(two: Path, run: Run):
     ours = dict(metrics("resumed", "step", "loss"))
     theirs = {step: loss for step, loss in metrics("alone", "step", "loss") if step > 15}
     assert len(ours) == 15
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sharded", "sharded muon"])
+def test_a_sharded_run_resumes_on_any_number_of_processes(run: Run, letters: Path, name: str):
+    keys = RUNS[name] | {"batch_size": 12, "gradient_accumulation_steps": 1, "dataset": letters, "eval_interval": 5}
+    keys["batch_growth_tokens"] = 0
+    run(out_dir="alone", **keys | {"shards": 1})
+    for n, processes in enumerate((4, 2, 1, 3, 4), 1):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        leg = keys | {"shards": 0, "out_dir": "legs", "resume": "auto", "max_iters": 6 * n, "micro_batch_size": 1}
+        done = subprocess.run(
+            [*launcher, ROOT / "train.py", *flags(**leg)], env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = (dict(metrics(out_dir, "step", "loss")) for out_dir in ("legs", "alone"))
+    assert len(ours) == 30
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
