@@ -33,13 +33,16 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
     TORCHINDUCTOR_CACHE_DIR is set: torch's default is /tmp, which a reboot empties.
     """
     idx, targets, _ = inputs
+    blocks = model.blocks if world.mesh else []  # of a sharded model each alone, between what FSDP2 gathers and drops
     flops = model.flops_per_token() * idx.numel()
-    use_graphs = world.device.type == "cuda" and is_whole_step and flops < CUDA_GRAPH_FLOPS
+    use_graphs = world.device.type == "cuda" and is_whole_step and flops < CUDA_GRAPH_FLOPS and not blocks
     with contextlib.suppress(OSError, RuntimeError):  # no home, or a read-only one
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     try:
         torch._dynamo.reset()  # an earlier model's versions count against a limit, and make other shapes variable
-        compiled: Any = torch.compile(model, mode="reduce-overhead" if use_graphs else None)
+        for block in blocks:
+            block.compile()
+        compiled: Any = model if blocks else torch.compile(model, mode="reduce-overhead" if use_graphs else None)
         for _ in range(3 if use_graphs else 1):  # a graph is recorded in the second pass and replayed in the third
             with world.autocast():
                 loss = compiled(*inputs)[1]
@@ -49,12 +52,16 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
             with world.autocast(), torch.no_grad():  # evaluation
                 compiled(idx.clone(), targets.clone())
             model.train()
+        if blocks:
+            model.reshard()  # or the optimizer would see the gathered tensors that the evaluation left
         return compiled
     except Exception as error:  # the compiler and its backends raise anything
         if is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         print0(f"warning: torch.compile failed, continuing without it ({type(error).__name__}: {reason})")
+        for block in blocks:
+            block._compiled_call_impl = None
         model.train()
         model.zero_grad(set_to_none=True)
         return model
