@@ -262,12 +262,15 @@ def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
     raise InputError(f"no checkpoint of {out_dir} is intact: start a new run without --resume")
 
 
-def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
-    """Read a checkpoint directory and compare each file with the manifest. Raises InputError for a damaged one."""
+def load(path: Path, with_optimizer: bool = True, is_verified: bool = False) -> Checkpoint:
+    """Read a checkpoint directory and compare each file with the manifest. Raises InputError for a damaged one.
+
+    is_verified: another rank has compared the files.
+    """
     files = [*FILES, *OPTIONAL_FILES]
     if not with_optimizer:
         files.remove("optimizer.safetensors")
-    state = verify(path, files)
+    state = verify(path, [] if is_verified else files)
     model = _load_tensors(path, "model.safetensors")
     optimizer = _load_tensors(path, "optimizer.safetensors") if with_optimizer else {}
     return Checkpoint(path, model, optimizer, state)
