@@ -86,6 +86,7 @@ class World:
         return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
     def close(self) -> None:
+        self.ranks.leave()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

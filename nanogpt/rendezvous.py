@@ -63,11 +63,13 @@ class Ranks:
                 value = function()
             except BaseException as error:
                 self.store.set(key, json.dumps({"error": self._describe(error)}))
+                self.leave()
                 raise
             self.store.set(key, json.dumps({"value": value}))
             return value
         answer = json.loads(self._wait_for(key, 0))
         if "error" in answer:
+            self.leave()
             if os.environ.get("GROUP_RANK", "0") == "0":  # on the node of the main process
                 time.sleep(PRINT_S)
             is_stopped, text = answer["error"]
@@ -100,6 +102,16 @@ class Ranks:
         self.ask_main(collect)
         return value
 
+    def leave(self, size: int | None = None) -> None:
+        """Read no more from the store. The main process, with which it may end, waits for `size` ranks to do so."""
+        if self.store is None:
+            return
+        with contextlib.suppress(dist.DistError):
+            self.store.add("left", 1)
+            deadline = time.monotonic() + ANSWER_S
+            while self.is_main and self.store.add("left", 0) < (size or self.size) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
     def describe_lost(self) -> str:
         """The ranks that do not answer, in words. Each rank that lost another calls this."""
         if self.store is None:
@@ -115,11 +127,7 @@ class Ranks:
                 while self.store.add("alive", 0) < self.size and time.monotonic() < deadline:
                     time.sleep(0.1)
                 names = [rank for rank in range(self.size) if not self.store.check([f"alive/{rank}"])]
-                self.store.add("done", 1)
-                while self.is_main and self.store.add("done", 0) < self.size - len(names):
-                    if time.monotonic() > deadline + ANSWER_S:
-                        break
-                    time.sleep(0.1)  # the store may end with the main process, and others still need it
+                self.leave(self.size - len(names))
                 silent = names
 
         thread = threading.Thread(target=look, daemon=True)  # a store that hangs never returns

@@ -3,17 +3,15 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from nanogpt import pace as pace_module
-from nanogpt import rendezvous
+from nanogpt import pace, rendezvous
 from nanogpt.errors import InputError, RunStopped
-from nanogpt.metrics import Stopwatch
-from nanogpt.pace import Pace
 from nanogpt.rendezvous import Ranks
 from nanogpt.run_dir import RunDir
 
@@ -102,6 +100,7 @@ def test_a_directory_is_shared_if_it_shows_the_mark(tmp_path: Any, monkeypatch: 
     monkeypatch.setattr("nanogpt.run_dir.SHARED_S", 0.1)
     with RunDir(tmp_path / "out") as main, RunDir(tmp_path / "another") as other:
         mark = main.mark()
+        other.mark()
         RunDir(tmp_path / "out").raise_unless_shared(mark, "host0")
         for folder in (other.path, tmp_path / "none"):
             with pytest.raises(InputError, match="is not the directory that host0 writes into"):
@@ -110,22 +109,22 @@ def test_a_directory_is_shared_if_it_shows_the_mark(tmp_path: Any, monkeypatch: 
 
 
 def test_a_slow_rank_is_named(three: list[Ranks], monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    monkeypatch.setattr(pace_module, "PERIOD_S", 0.0)
-    clock = Stopwatch()
-    clock.start()
+    clock: Any = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
     models = [torch.nn.Identity() for _ in three]
-    paces = [Pace(model, ranks, clock) for model, ranks in zip(models, three, strict=True)]
-    for _ in range(2):
-        for pace, model, seconds in zip(
-            paces[::-1], models[::-1], (0.02, 0.01, 0.01), strict=True
-        ):  # the main rank is last
-            for _ in range(5):
-                pace.start()
-                time.sleep(seconds)
-                model(torch.zeros(1))
-                time.sleep(0.001)
-                model(torch.zeros(1))  # the second forward pass does not count
-            pace.report(5)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert all(line.startswith("step 5: rank 2 on host2 is slow: 2") for line in lines)
+    paces = [pace.Pace(model, ranks, clock) for model, ranks in zip(models, three, strict=True)]
+    for share in (0.2, 0.02):  # of a step, by which rank 2 is slower
+        start = clock.seconds
+        for step in range(1, 61):
+            for rank in (2, 1, 0):
+                clock.seconds = start + step - 1.0
+                paces[rank].start()
+                clock.seconds += 0.05 + (share if rank == 2 else 0.0)
+                models[rank](torch.zeros(1))
+                clock.seconds += 0.3
+                models[rank](torch.zeros(1))  # the second forward pass does not count
+                clock.seconds = start + step
+                paces[rank].report(step)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step 60: rank 2 on host2 is slow: 250 ms to the end of a first forward pass, median 50 ms;")
+    assert line.endswith("the difference is 20% of a step")
