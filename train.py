@@ -43,21 +43,20 @@ from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
 from nanogpt.distributed import World, world_size
-from nanogpt.errors import InputError, RunStopped, run_script
+from nanogpt.errors import InputError, run_script
 from nanogpt.evaluation import evaluate, rows_to_evaluate, sample_text
 from nanogpt.guard import LayerStats, UpdateGuard
 from nanogpt.lora import check_lora
 from nanogpt.memory import estimate_training_memory, memory_hint, raise_if_cpu_memory_is_short
-from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
+from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.pace import Pace
-from nanogpt.rendezvous import Ranks, explain_errors, join
+from nanogpt.rendezvous import explain_errors, join
 from nanogpt.run_dir import RunDir
 from nanogpt.schedule import RowSchedule, StepSchedule
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import Tokenizer
 from nanogpt.train_log import (
-    AFTER_A_STOP,
     StepLogger,
     format_losses,
     print_model_summary,
@@ -395,7 +394,8 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
     ranks = join(config.timeout_s)
     run_dir = RunDir(Path(config.out_dir))
     writes = not (config.eval_only or config.dry_run)
-    resumed = find_run(config, run_dir, writes, ranks, stack)
+    resume = config.init_from == "resume" or config.resume
+    resumed = checkpoint.claim_and_load(run_dir, resume, writes, ranks, stack)
     if resumed:
         resumed.state["config"] = asdict(resumed.build_config(TrainConfig, "config"))
         explicit = budget.check_resume(explicit, resumed.state)
@@ -419,33 +419,6 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
         status = open_run(config, explicit, resumed, schedule, world, run_dir, stack)
     world.close()
     return status
-
-
-def find_run(
-    config: TrainConfig, run_dir: RunDir, writes: bool, ranks: Ranks, stack: contextlib.ExitStack
-) -> Checkpoint | None:
-    """Claim out_dir, and load the checkpoint to resume: the main process finds it, and all ranks load the same one."""
-    resumed: Checkpoint | None = None
-
-    def claim_and_load() -> list[str]:
-        nonlocal resumed
-        if writes:
-            stack.enter_context(run_dir)
-        if config.resume == "auto" and (reason := read_stop_reason(run_dir.path)):
-            raise RunStopped(f"{reason}: --resume=auto does not repeat it; {AFTER_A_STOP}")
-        resumed = checkpoint.load_latest(run_dir.path, config.init_from == "resume" or config.resume)
-        return [run_dir.mark() if ranks.size > 1 and writes else "", resumed.path.name if resumed else ""]
-
-    def load_same() -> None:
-        nonlocal resumed
-        if mark:
-            run_dir.raise_unless_shared(mark, ranks.hosts[0])
-        if name and not resumed:
-            resumed = checkpoint.load(run_dir.path / "ckpt" / name, is_verified=True)
-
-    mark, name = ranks.ask_main(claim_and_load)
-    ranks.ask_all(load_same)
-    return resumed
 
 
 def check_config(config: TrainConfig) -> None:

@@ -24,8 +24,11 @@ from nanogpt import lora
 from nanogpt.console import format_bytes, print0
 from nanogpt.errors import InputError, RunStopped
 from nanogpt.files import atomic_directory, file_sha256, read_json, recover_directories, sync, utf8_path
+from nanogpt.metrics import read_stop_reason
+from nanogpt.rendezvous import Ranks
 from nanogpt.run_dir import RunDir
 from nanogpt.schema import Config, Count, NonNegative, check, check_keys, matches
+from nanogpt.train_log import AFTER_A_STOP
 
 if TYPE_CHECKING:
     from nanogpt.text.tokenizer import Tokenizer
@@ -234,6 +237,37 @@ def best(paths: list[Path]) -> Path | None:
             if state["val_loss"] is not None and data in (None, newest_data):
                 losses[path] = state["val_loss"]
     return min(losses, key=lambda path: losses[path], default=None)
+
+
+def claim_and_load(
+    run_dir: RunDir, resume: bool | str, writes: bool, ranks: Ranks, stack: contextlib.ExitStack
+) -> Checkpoint | None:
+    """Claim a run's directory, if it writes, and load the checkpoint to resume; None for a new run.
+
+    The main process does so, and all ranks load the same checkpoint. Raises InputError where another rank does not find
+    it or the claimed directory, and RunStopped for a run that `resume="auto"` would repeat.
+    """
+    resumed: Checkpoint | None = None
+
+    def claim() -> list[str]:
+        nonlocal resumed
+        if writes:
+            stack.enter_context(run_dir)
+        if resume == "auto" and (reason := read_stop_reason(run_dir.path)):
+            raise RunStopped(f"{reason}: --resume=auto does not repeat it; {AFTER_A_STOP}")
+        resumed = load_latest(run_dir.path, resume)
+        return [run_dir.mark() if ranks.size > 1 and writes else "", resumed.path.name if resumed else ""]
+
+    def load_same() -> None:
+        nonlocal resumed
+        if mark:
+            run_dir.raise_unless_shared(mark, ranks.hosts[0])
+        if name and not resumed:
+            resumed = load(run_dir.path / "ckpt" / name, is_verified=True)
+
+    mark, name = ranks.ask_main(claim)
+    ranks.ask_all(load_same)
+    return resumed
 
 
 def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
