@@ -42,6 +42,7 @@ from nanogpt.errors import InputError, run_script
 from nanogpt.files import write_report
 from nanogpt.generate.sampling import check_finite
 from nanogpt.memory import MAX_TOKENS_PER_PASS, rows_to_score
+from nanogpt.rendezvous import explain_errors
 from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -78,7 +79,7 @@ class EvaluateConfig(ModelKeys):
 def main() -> None:
     config, explicit = parse(EvaluateConfig, description="Evaluate a trained GPT.")
     validate(config, explicit)
-    with distributed.explain_errors(MEMORY_HINT):
+    with explain_errors(MEMORY_HINT):
         world = distributed.start(config.device, config.dtype)
         loaded = load_model(config, "evaluating")
         c = loaded.model.config

@@ -38,7 +38,7 @@ OTHER_SIZES = ("dropout", "vocab_size", "gelu", "qkv_bias", "rope_scaling")
 MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in OTHER_SIZES]
 FIXED_KEYS = ("look_back", "lora_rank", "lora_alpha", "lora_targets")  # that also cannot change on resume
 # Keys that are about one start of a run and are not taken from its checkpoint.
-START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data", "new_data")
+START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data", "new_data", "timeout_s")
 
 
 # --- A trained model

@@ -12,6 +12,7 @@ import gc
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,28 +35,29 @@ from load import (
 from model import GPT
 from nanogpt import checkpoint, distributed
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.console import is_main, print0
+from nanogpt.console import print0
 from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
 from nanogpt.data.dataset import Dataset
 from nanogpt.data.ngrams import count_ngrams
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
-from nanogpt.distributed import World, explain_errors, world_size
-from nanogpt.errors import InputError, RunStopped, run_script
+from nanogpt.distributed import World, world_size
+from nanogpt.errors import InputError, run_script
 from nanogpt.evaluation import evaluate, rows_to_evaluate, sample_text
 from nanogpt.guard import LayerStats, UpdateGuard
 from nanogpt.lora import check_lora
 from nanogpt.memory import estimate_training_memory, memory_hint, raise_if_cpu_memory_is_short
-from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers, read_stop_reason
+from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
+from nanogpt.pace import Pace
+from nanogpt.rendezvous import explain_errors, join
 from nanogpt.run_dir import RunDir
 from nanogpt.schedule import RowSchedule, StepSchedule
 from nanogpt.sharding import check_shards, gather
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import Tokenizer
 from nanogpt.train_log import (
-    AFTER_A_STOP,
     StepLogger,
     format_losses,
     print_model_summary,
@@ -162,6 +164,7 @@ class TrainConfig:
     compile: Literal["auto", True, False] = key("auto", "torch.compile; auto: on CUDA")
     backend: Literal["auto", "nccl", "gloo"] = key("auto", "torch.distributed backend")
     shards: int = key(1, "processes that share a copy of the model (FSDP2), 0: all; 1: each has its own (DDP)", ge=0)
+    timeout_s: float = key(600.0, "seconds that a process waits for the others", gt=0, le=86_400)
     deterministic: bool = key(False, "reproducible results on CUDA; slower")
     micro_batch_size: int | Literal["auto"] | None = key(
         None, "rows per forward pass, same steps; None: batch_size; auto: the most that fit", ge=1
@@ -249,6 +252,7 @@ def train(run: Run) -> int:
     total_rows = run.row_schedule.total_rows(config.max_iters)
     log = StepLogger(state, run.world, run.writer, config.log_interval, total_rows, schedule.deadline, run.layer_stats)
     signals = SignalCatcher(can_save=not config.dry_run)
+    pace = Pace(run.model, run.world.ranks, state.clock)
     requests = Requests()
     first_step = state.step
     is_saved = run.is_resumed
@@ -288,11 +292,12 @@ def train(run: Run) -> int:
 
         # One update.
         state.clock.start()
+        pace.start()
         first_row = state.samples
         num_rows = run.row_schedule.rows_at(first_row)
         if run.layer_stats:
             run.layer_stats.is_due = (state.step + 1) % config.log_interval == 0
-        with explain_errors(run.memory_hint, before_update=state.step == first_step):
+        with explain_errors(run.memory_hint, run.world.ranks, before_update=state.step == first_step):
             stats = train_step(
                 run.model,
                 run.next_batch(num_rows),
@@ -311,13 +316,14 @@ def train(run: Run) -> int:
 
         # Read, print and obey the previous update while this one runs.
         log.put(state.step, first_row, state.samples, lr, stats)
+        pace.report(state.step)
         requests.add(log.read())  # raises RunStopped for a loss or a gradient that is not finite
         if requests.decay_steps and schedule.begin_decay(state.step, requests.decay_steps):
             requests.save = True  # or a killed run would begin its decay at another step
 
     log.read(everything=True)
-    if run.checkpoints:
-        run.checkpoints.finish()
+    # All ranks wait for the last save, because torchrun kills the others when one ends with a status other than 0.
+    run.world.ranks.ask_main(run.checkpoints.finish if run.checkpoints else lambda: None)
     print_end(run, requests.exit_status, out_of_patience, has_trained=state.step > first_step)
     return requests.exit_status
 
@@ -390,25 +396,23 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
 
     stack: closes what the run opens.
     """
+    ranks = join(config.timeout_s)
     run_dir = RunDir(Path(config.out_dir))
     writes = not (config.eval_only or config.dry_run)
-    if is_main() and writes:
-        stack.enter_context(run_dir)
-    if config.resume == "auto" and (reason := read_stop_reason(run_dir.path)):
-        raise RunStopped(f"{reason}: --resume=auto does not repeat it; {AFTER_A_STOP}")
-    resumed = checkpoint.load_latest(run_dir.path, config.init_from == "resume" or config.resume)
+    resume = config.init_from == "resume" or config.resume
+    resumed = checkpoint.claim_and_load(run_dir, resume, writes, ranks, stack)
     if resumed:
         resumed.state["config"] = asdict(resumed.build_config(TrainConfig, "config"))
         explicit = budget.check_resume(explicit, resumed.state)
         config = resume_config(config, explicit, resumed)
     has_budget = config.minutes is not None and not config.eval_only
     if resumed or not has_budget:  # what a new time budget chooses is checked below
-        check_config(config)
+        ranks.ask_main(partial(check_config, config))
     if writes and (problems := missing_trackers(config.tensorboard, config.wandb_log)):
         raise InputError("\n".join(problems))
 
-    with explain_errors("not enough memory for this model: use a smaller one"):
-        world = distributed.start(config.device, config.dtype, config.backend, config.shards)
+    with explain_errors("not enough memory for this model: use a smaller one", ranks):
+        world = distributed.start(config.device, config.dtype, config.backend, ranks, config.shards)
         plan = resumed.state["dial"] if resumed and has_budget else None
         if has_budget and not resumed:
             explicit = budget.drop_budget_keys(explicit)
@@ -469,7 +473,7 @@ def open_run(
 ) -> int:
     """Load data and model, check memory, set up out_dir, restore the state; then train. Returns the exit status."""
     seed_everything(config.seed, config.deterministic)
-    dataset, gpt, tokenizer = load_data_and_model(config, explicit, resumed, world)
+    dataset, gpt, tokenizer = world.ranks.ask_all(lambda: load_data_and_model(config, explicit, resumed, world))
     config = replace(config, **{name: getattr(gpt.config, name) for name in MODEL_KEYS})
     config, world = choose_dtype(config, gpt.config, world)
     gpt.document_separator_id = document_separator_id(dataset, config.mask_documents)
@@ -498,7 +502,7 @@ def open_run(
     if not config.minutes:
         warn_if_slow_on_cpu(gpt, row_schedule.total_rows(config.max_iters) * T, world)
     hint = memory_hint(micro_batch, config.rows_per_step // world.size, T, free_memory(world.device))
-    stack.enter_context(explain_errors(hint))
+    stack.enter_context(explain_errors(hint, world.ranks))
     memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype, world.shards)
     raise_if_cpu_memory_is_short(memory, world.device, hint)
     open_out_dir(config, resumed, world, run_dir)
@@ -548,12 +552,7 @@ def open_windows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> dict[str, E
 
 
 def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, run_dir: RunDir) -> None:
-    """Make out_dir ready to write. All ranks meet here, because some may have read their weights from it."""
-    step = resumed.state["step"] if resumed else 0
-    if world.all_reduce_sum(torch.tensor(step, device=world.device)).item() != step * world.size:  # int64 is exact
-        raise InputError(
-            f"out_dir={run_dir.path} has different checkpoints on different ranks: share it between the nodes"
-        )
+    """Make out_dir ready to write. By now no rank reads weights from it."""
     if not world.is_main or config.dry_run:
         return
     if resumed:

@@ -25,16 +25,11 @@ LAYERS: dict[str, list[str]] = {
     "model": ["model.py", "configurator.py"],
     "run": [
         *("state.py", "checkpoint.py", "train_log.py", "evaluation.py", "optim.py", "guard.py", "look_back.py"),
-        *("lora.py", "timing.py", "generate/", "interop/", "playground/"),
+        *("lora.py", "timing.py", "pace.py", "generate/", "interop/", "playground/"),
     ],
     "data": ["data/", "text/", "metrics.py", "memory.py"],
     "machine": [
-        "import_torch.py",
-        "distributed.py",
-        "sharding.py",
-        "trials.py",
-        "device.py",
-        "compile.py",
+        *("import_torch.py", "distributed.py", "rendezvous.py", "sharding.py", "trials.py", "device.py", "compile.py"),
         "cpu_kernels.py",
     ],
     "ground": [

@@ -24,9 +24,12 @@ from nanogpt import lora
 from nanogpt.console import format_bytes, print0
 from nanogpt.errors import InputError, RunStopped
 from nanogpt.files import atomic_directory, file_sha256, read_json, recover_directories, sync, utf8_path
+from nanogpt.metrics import read_stop_reason
+from nanogpt.rendezvous import Ranks
 from nanogpt.run_dir import RunDir
 from nanogpt.schema import Config, Count, NonNegative, check, check_keys, matches
 from nanogpt.sharding import gather
+from nanogpt.train_log import AFTER_A_STOP
 
 if TYPE_CHECKING:
     from nanogpt.text.tokenizer import Tokenizer
@@ -237,6 +240,37 @@ def best(paths: list[Path]) -> Path | None:
     return min(losses, key=lambda path: losses[path], default=None)
 
 
+def claim_and_load(
+    run_dir: RunDir, resume: bool | str, writes: bool, ranks: Ranks, stack: contextlib.ExitStack
+) -> Checkpoint | None:
+    """Claim a run's directory, if it writes, and load the checkpoint to resume; None for a new run.
+
+    The main process does so, and all ranks load the same checkpoint. Raises InputError where another rank does not find
+    it or the claimed directory, and RunStopped for a run that `resume="auto"` would repeat.
+    """
+    resumed: Checkpoint | None = None
+
+    def claim() -> list[str]:
+        nonlocal resumed
+        if writes:
+            stack.enter_context(run_dir)
+        if resume == "auto" and (reason := read_stop_reason(run_dir.path)):
+            raise RunStopped(f"{reason}: --resume=auto does not repeat it; {AFTER_A_STOP}")
+        resumed = load_latest(run_dir.path, resume)
+        return [run_dir.mark() if ranks.size > 1 and writes else "", resumed.path.name if resumed else ""]
+
+    def load_same() -> None:
+        nonlocal resumed
+        if mark:
+            run_dir.raise_unless_shared(mark, ranks.hosts[0])
+        if name and not resumed:
+            resumed = load(run_dir.path / "ckpt" / name, is_verified=True, is_mapped=True)
+
+    mark, name = ranks.ask_main(claim)
+    ranks.ask_all(load_same)
+    return resumed
+
+
 def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
     """Load the newest intact checkpoint of the run to resume; None for a new run.
 
@@ -263,15 +297,16 @@ def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
     raise InputError(f"no checkpoint of {out_dir} is intact: start a new run without --resume")
 
 
-def load(path: Path, with_optimizer: bool = True, is_mapped: bool = False) -> Checkpoint:
+def load(path: Path, with_optimizer: bool = True, is_verified: bool = False, is_mapped: bool = False) -> Checkpoint:
     """Read a checkpoint directory and compare each file with the manifest. Raises InputError for a damaged one.
 
-    is_mapped: leave the tensors in their files, which are read where a tensor is.
+    is_verified: another rank has compared the files. is_mapped: leave the tensors in their files, which are read where
+    a tensor is.
     """
     files = [*FILES, *OPTIONAL_FILES]
     if not with_optimizer:
         files.remove("optimizer.safetensors")
-    state = verify(path, files)
+    state = verify(path, [] if is_verified else files)
     model = _load_tensors(path, "model.safetensors", is_mapped)
     optimizer = _load_tensors(path, "optimizer.safetensors", is_mapped) if with_optimizer else {}
     return Checkpoint(path, model, optimizer, state)

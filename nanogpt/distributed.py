@@ -1,10 +1,9 @@
-"""Distributed training: rank, world size, collectives, and errors of other processes."""
+"""Distributed training: rank, world size, collectives."""
 
 import contextlib
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogpt import sharding
-from nanogpt.device import PEAK_FLOPS, disable_malloc_trim, is_out_of_memory, pick_device, pick_dtype
-from nanogpt.errors import InputError, RunStopped
+from nanogpt.device import PEAK_FLOPS, disable_malloc_trim, pick_device, pick_dtype
+from nanogpt.errors import InputError
+from nanogpt.rendezvous import Ranks, join
 from nanogpt.trials import MIN_BFLOAT16_SPEED, bfloat16_speed
-
-TIMEOUT_S = 600.0  # that a collective waits for the other processes
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class World:
     dtype: torch.dtype
     bfloat16_speed: float | None = None  # over float32's, where the dtype was chosen by it
     mesh: Any = None  # copies × shards, where several ranks share a copy of the model (nanogpt/sharding.py)
+    ranks: Ranks = field(default_factory=Ranks, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -102,6 +101,7 @@ class World:
         return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
     def close(self) -> None:
+        self.ranks.leave()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -111,17 +111,22 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start(device: str = "auto", dtype: str = "auto", backend: str = "auto", shards: int = 1) -> World:
-    """Join the processes that torchrun started, or run alone; pick device and dtype.
+def start(
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    ranks: Ranks | None = None,
+    shards: int = 1,
+) -> World:
+    """Form the process group of the ranks that torchrun started, or run alone; pick device and dtype.
 
     device: auto, cpu, cuda, cuda:N or mps. dtype: auto (see `try_dtypes`) or a key of `DTYPES`. backend: auto, nccl or
     gloo. shards: ranks that share a copy of the model, 0 for all. Raises InputError for a device, dtype or backend that
     this machine lacks.
     """
-    rank = int(os.environ.get("RANK", 0))
+    ranks = ranks or join()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    size = world_size()
-    torch_device = pick_device(device, local_rank if size > 1 else None)
+    torch_device = pick_device(device, local_rank if ranks.size > 1 else None)
     torch_dtype = pick_dtype(dtype, torch_device)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
@@ -129,7 +134,7 @@ def start(device: str = "auto", dtype: str = "auto", backend: str = "auto", shar
     elif torch_device.type == "cpu":
         disable_malloc_trim()
 
-    if size > 1:
+    if ranks.size > 1:
         if backend == "auto":
             backend = "nccl" if torch_device.type == "cuda" else "gloo"
         if backend == "nccl" and torch_device.type != "cuda":
@@ -137,9 +142,11 @@ def start(device: str = "auto", dtype: str = "auto", backend: str = "auto", shar
                 f"backend=nccl: needs CUDA devices, this process has {torch_device.type}; use --backend=gloo"
             )
         device_id = torch_device if backend == "nccl" else None
-        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), device_id=device_id)
-    mesh = sharding.make_mesh(torch_device.type, size, shards or size) if size > 1 and shards != 1 else None
-    return World(rank, size, torch_device, torch_dtype, mesh=mesh)
+        place: Any = {"store": ranks.store, "rank": ranks.rank, "world_size": ranks.size}
+        dist.init_process_group(backend, timeout=timedelta(seconds=ranks.timeout_s), device_id=device_id, **place)
+    is_sharded = ranks.size > 1 and shards != 1
+    mesh = sharding.make_mesh(torch_device.type, ranks.size, shards or ranks.size) if is_sharded else None
+    return World(ranks.rank, ranks.size, torch_device, torch_dtype, mesh=mesh, ranks=ranks)
 
 
 def try_dtypes(world: World, dtype: str, rows: int, n_embd: int, n_inner: int) -> World:
@@ -153,32 +160,3 @@ def try_dtypes(world: World, dtype: str, rows: int, n_embd: int, n_inner: int) -
     speed = world.all_reduce_sum(torch.tensor(outcome, dtype=torch.float64)).item()
     faster = torch.bfloat16 if speed >= MIN_BFLOAT16_SPEED else torch.float32
     return replace(world, dtype=faster, bfloat16_speed=speed)
-
-
-@contextlib.contextmanager
-def explain_errors(hint: str, before_update: bool = True) -> Iterator[None]:
-    """Turn running out of memory into an InputError with `hint`, and a lost process into RunStopped.
-
-    After the first update (before_update=False) every InputError becomes RunStopped.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError, InputError) as error:
-        if is_lost_process(error):
-            reason = str(error).strip().splitlines()[0][:200]
-            rank = os.environ.get("RANK", "0")
-            raise RunStopped(
-                f"rank {rank}: a collective failed or timed out ({reason}): another process crashed or hangs; see its "
-                "output, then resume with --resume=auto"
-            ) from error
-        if not isinstance(error, InputError) and not is_out_of_memory(error):
-            raise
-        message = str(error) if isinstance(error, InputError) else hint
-        raise (InputError if before_update else RunStopped)(message) from error
-
-
-def is_lost_process(error: BaseException) -> bool:
-    """True if `error` means that another process did not take part in a collective."""
-    if isinstance(error, InputError) or not dist.is_available():
-        return False
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

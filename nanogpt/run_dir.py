@@ -3,14 +3,18 @@
 import contextlib
 import itertools
 import os
+import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from nanogpt.console import print0
 from nanogpt.errors import InputError
 from nanogpt.files import is_same_file, lock_file, sync
+
+SHARED_S = 20.0  # that a file of another node may take to appear
 
 
 def is_run(out_dir: Path) -> bool:
@@ -55,6 +59,30 @@ class RunDir:
                 for path in self._created:
                     path.rmdir()
         self._release()
+
+    def mark(self) -> str:
+        """Write a random text into the lock file of the claimed directory, by which other ranks know it."""
+        text = os.urandom(8).hex()
+        if self._lock:
+            self._lock.truncate(0)
+            self._lock.write(text.encode())
+            sync(self.path / ".lock")  # on NFS it is then on the server
+        return text
+
+    def raise_unless_shared(self, mark: str, main_host: str) -> None:
+        """Raise InputError where this rank's directory is not the one that the main process has marked."""
+        deadline = time.monotonic() + SHARED_S
+        while sys.platform != "win32":  # whose locks keep others from reading
+            with contextlib.suppress(OSError):
+                os.close(os.open(self.path.absolute().parent, os.O_RDONLY))  # NFS then looks for new names
+                if (self.path / ".lock").read_text() == mark:
+                    return
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"out_dir={self.path.absolute()} is not the directory that {main_host} writes into: give an "
+                    "--out_dir on a file system that all nodes share, by its absolute path"
+                )
+            time.sleep(0.2)
 
     def archive_previous_run(self) -> Path | None:
         """Move a previous run to `out_dir.1` (`.2`, …), which is returned, and claim a new directory.

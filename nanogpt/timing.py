@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanogpt.distributed import World, explain_errors
+from nanogpt.distributed import World
 from nanogpt.errors import InputError
+from nanogpt.rendezvous import explain_errors
 
 Steps = Iterator[list[float]]  # next() makes one step and returns the losses that became known during it
 SMALL = 256  # rows of a product that is fast enough to try

@@ -1,4 +1,4 @@
-"""The short form of chaos.py, in a process of its own: it forks, which a process that has computed must not."""
+"""The short forms of chaos.py, in a process of its own because it forks, and of nodes.py."""
 
 import re
 import subprocess
@@ -27,3 +27,11 @@ def test_a_killed_run_ends_like_an_undisturbed_one():
 def test_a_killed_run_of_two_processes_ends_like_an_undisturbed_one():
     (*_, summary) = run_chaos(kills=0, pair_kills=2, seed=1)
     assert re.match(r"2 kills of 2 process.*; (\d) of \1 runs ended as undisturbed", summary)
+
+
+@pytest.mark.slow
+def test_two_nodes_survive_a_kill_and_end_at_once_without_a_shared_directory():
+    command = [sys.executable, str(Path(__file__).with_name("nodes.py")), "worker", "unshared", "hang"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert [line.split(" ")[0] for line in done.stdout.splitlines()] == ["train", "worker", "unshared", "hang"]

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from conftest import MIXTURE, ROOT, Run, environment, flags, metrics, steps
 from random_models import build_gpt2
 
 import train
-from nanogpt import checkpoint, distributed
+from nanogpt import checkpoint
 from nanogpt.data.rows import Rows
 from nanogpt.schedule import StepSchedule
 
@@ -69,21 +68,15 @@ def train_all(folder: Path) -> None:
 
     Rows.__getitem__ = getitem  # type: ignore[method-assign]
     StepSchedule.lr_scale = lr_scale  # type: ignore[method-assign]
-    # The processes of one torchrun can meet only once, so they stay together for all runs.
-    dist.init_process_group("gloo")
-    dist.init_process_group = lambda *_, **__: None
-    distributed.World.close = lambda world: None  # type: ignore[method-assign]
     for name, keys in RUNS.items():
         read.clear()
         pending[:] = ["stopped"] if name == "stopped" else []
         sys.argv = ["train.py", *flags(**{"dataset": "letters"} | keys, out_dir=name)]
         status = train.main()
-        dist.barrier()
         if status:
             sys.argv.append("--resume=True")
             train.main()
         Path(f"{name}-{rank}.json").write_text(json.dumps({"status": status, "rows": read}))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -159,44 +152,46 @@ def test_a_sharded_run_resumes_on_any_number_of_processes(run: Run, letters: Pat
 # --- Processes that fail
 
 MEET_TWICE = """
-import os, sys, time, torch
-from pathlib import Path
-from nanogpt import distributed
+import os, signal, sys, torch
+from nanogpt import distributed, rendezvous
 from nanogpt.errors import run_script
 
 def main():
-    folder = Path(sys.argv[2])  # where the processes wait for each other, so that imports do not count as timeouts
-    (folder / os.environ["RANK"]).touch()
-    while len(os.listdir(folder)) < 2:
-        time.sleep(0.01)
-    distributed.TIMEOUT_S = 3.0
-    world = distributed.start("cpu", "float32")
+    rendezvous.ANSWER_S = 3.0
+    ranks = rendezvous.join(60.0)
+    ranks.timeout_s = 3.0  # from here on, so that imports do not count
+    world = distributed.start("cpu", "float32", ranks=ranks)
     world.all_reduce_sum(torch.ones(1))
     if world.rank == 1:
-        time.sleep(60) if sys.argv[1] == "hangs" else os._exit(1)
-    with distributed.explain_errors("memory"):
+        os.kill(os.getpid(), signal.SIGSTOP if sys.argv[1] == "hangs" else signal.SIGKILL)
+    with rendezvous.explain_errors("memory", ranks):
         world.all_reduce_sum(torch.ones(1))
 
 run_script(main)
 """
 
 
-@pytest.mark.parametrize("other", ["hangs", "dies"])
-def test_a_rank_that_loses_another_ends_with_status_3(other: str, tmp_path: Path):
+@pytest.mark.parametrize("deed", ["hangs", "dies"])
+def test_ranks_that_lose_another_name_it_and_end_with_status_3(deed: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    address = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", MEET_TWICE, other, str(tmp_path)]
-    second = subprocess.Popen(command, env=address | {"RANK": "1"}, stderr=subprocess.DEVNULL)
+    address = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
+    command = [sys.executable, "-c", MEET_TWICE, deed]
+    ranks = [
+        subprocess.Popen(command, env=address | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
     try:
-        first = subprocess.run(command, env=address | {"RANK": "0"}, stderr=subprocess.PIPE, text=True, timeout=120)
+        errors = [ranks[rank].communicate(timeout=120)[1] for rank in (0, 2)]
     finally:
-        second.kill()
-        second.wait()
-    assert first.returncode == 3
-    assert "error: rank 0: a collective failed or timed out" in first.stderr
-    assert "Traceback" not in first.stderr
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert [ranks[rank].returncode for rank in (0, 2)] == [3, 3]
+    assert all(f"rank 1 on {socket.gethostname()} did not answer: hangs or has died" in error for error in errors), (
+        errors
+    )
+    assert not any("Traceback" in error for error in errors)
 
 
 if __name__ == "__main__":

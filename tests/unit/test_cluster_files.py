@@ -1,0 +1,60 @@
+"""cluster/ and docs/cluster.md: valid shell, options of Slurm, SkyPilot and torchrun, keys of train.py."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+
+import yaml
+from conftest import ROOT
+from torch.distributed.run import get_args_parser
+
+import train
+
+SLURM = (ROOT / "cluster/slurm.sh").read_text(encoding="utf-8")
+SKYPILOT = yaml.safe_load((ROOT / "cluster/skypilot.yaml").read_text(encoding="utf-8"))
+PAGE = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+# Of sbatch 22.05 and skypilot 0.10, as far as they may be of use here.
+SBATCH_OPTIONS = """job-name nodes ntasks ntasks-per-node gpus-per-node gres cpus-per-task mem time signal requeue
+    open-mode output error partition account qos exclusive constraint array chdir"""
+SKYPILOT_FIELDS = "name resources num_nodes workdir envs secrets file_mounts volumes setup run config"
+
+
+def train_flags(shell: str) -> list[tuple[str, str]]:
+    """Keys and values after each `train.py` of a command, whose lines may be continued."""
+    commands = re.findall(r"train\.py (.*)", shell.replace("\\\n", " "))
+    return [pair for command in commands for pair in re.findall(r"--(\w+)=([^\s`'\"]+)", command)]
+
+
+def test_cluster_scripts_are_valid_shell():
+    for script in (SLURM, SKYPILOT["setup"], SKYPILOT["run"]):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_cluster_options_exist():
+    options = re.findall(r"^#SBATCH --([\w-]+)", SLURM, flags=re.MULTILINE)
+    assert len(options) == SLURM.count("#SBATCH") >= 8
+    assert set(options) <= set(SBATCH_OPTIONS.split())
+    assert SKYPILOT.keys() <= set(SKYPILOT_FIELDS.split())
+    assert (ROOT / SKYPILOT["envs"]["CONFIG"]).exists()
+
+
+def test_cluster_commands_have_keys_of_train():
+    keys = {field.name for field in dataclasses.fields(train.TrainConfig)}
+    for text in (SLURM, SKYPILOT["run"], PAGE):
+        found = train_flags(text)
+        assert found
+        assert {name for name, _ in found} <= keys
+    pages = re.findall(r"config/\w+\.py", SLURM + PAGE)
+    assert pages
+    assert all((ROOT / page).exists() for page in pages)
+
+
+def test_cluster_commands_have_options_of_torchrun():
+    """Parsed by torchrun's own parser."""
+    for text in (SKYPILOT["run"], *re.findall(r"^```\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)):
+        for command in re.findall(r"(?:torchrun|torch\.distributed\.run) (.*)", text.replace("\\\n", " ")):
+            plain = re.sub(r"\$\([^()]*(?:\(\(.*?\)\)[^()]*)?\)", "1", command)  # what the shell would insert
+            args = get_args_parser().parse_args(shlex.split(plain))
+            assert args.training_script == "train.py"
+            assert args.rdzv_backend == "c10d"

@@ -1,0 +1,130 @@
+"""Ranks as threads with one store: they meet, agree, fail together, and name those that are lost."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nanogpt import pace, rendezvous
+from nanogpt.errors import InputError, RunStopped
+from nanogpt.rendezvous import Ranks
+from nanogpt.run_dir import RunDir
+
+
+def meet(store: Any, size: int, delays: dict[int, float], timeout_s: float = 10.0) -> list[Ranks]:
+    """The ranks of a start, each of which comes after its delay."""
+
+    def come(rank: int) -> Ranks:
+        time.sleep(delays.get(rank, 0.0))
+        ranks = Ranks(timeout_s)
+        ranks.rank = rank
+        greetings = (rendezvous._greet if rank else rendezvous._gather)(
+            store, ranks, size, [f"{time.time_ns()}", f"host{rank}"]
+        )
+        ranks.hosts = [host for _, host in greetings]
+        return ranks
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(come, range(size)))
+
+
+def call(all_ranks: list[Ranks], function: Callable[[Ranks], Any]) -> list[Any]:
+    """What the function returns or raises on each rank."""
+
+    def attempt(ranks: Ranks) -> Any:
+        try:
+            return function(ranks)
+        except (InputError, RunStopped) as error:
+            return error
+
+    with ThreadPoolExecutor(len(all_ranks)) as pool:
+        return list(pool.map(attempt, all_ranks))
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> list[Ranks]:
+    monkeypatch.setattr(rendezvous, "PRINT_S", 0.0)
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 0.5)
+    return meet(dist.HashStore(), 3, {})
+
+
+def test_ranks_meet_though_the_store_has_the_keys_of_earlier_starts():
+    store = dist.HashStore()
+    prefixes = set()
+    for size, late in ((3, 0), (3, 0), (2, 0), (3, 2), (1, 0), (2, 1)):
+        all_ranks = meet(store, size, {late: 0.2})
+        assert all(ranks.hosts == [f"host{rank}" for rank in range(size)] for ranks in all_ranks)
+        assert call(all_ranks, lambda ranks: ranks.ask_main(lambda: ranks.size)) == [size] * size
+        prefixes.add(store.get("prefix"))
+    assert len(prefixes) == 6
+
+
+def test_meeting_ends_when_a_rank_does_not_come():
+    with pytest.raises(ValueError, match=r"no sign of rank 1, 2 for 0\.3 s"):
+        rendezvous._gather(dist.HashStore(), Ranks(0.3), 3, ["", "host0"])
+
+
+def test_an_error_of_one_rank_ends_all_and_is_printed_once_a_node(three: list[Ranks], monkeypatch: pytest.MonkeyPatch):
+    def fail(ranks: Ranks, culprit: int, error: type[Exception]) -> int:
+        if ranks.rank == culprit:
+            raise error("why")
+        return ranks.rank
+
+    assert call(three, lambda ranks: ranks.ask_all(lambda: fail(ranks, -1, InputError))) == [0, 1, 2]
+    for local_rank, printed in (("0", "rank 2 on host2: why"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        for error in (InputError, RunStopped):
+            main, *others = call(three, lambda ranks, e=error: ranks.ask_all(lambda: fail(ranks, 2, e)))  # type: ignore[misc]
+            assert (type(main), str(main)) == (error, "rank 2 on host2: why")
+            assert [(type(other), str(other)) for other in others] == [(error, printed)] * 2
+    main, *others = call(three, lambda ranks: ranks.ask_main(lambda: fail(ranks, 0, InputError)))
+    assert {type(main), *map(type, others)} == {InputError}
+    assert str(main) == "why"
+
+
+def test_the_rank_that_does_not_answer_is_named(three: list[Ranks]):
+    words = "rank 1 on host1 did not answer"
+    assert all(words in lost for lost in call([three[0], three[2]], lambda ranks: ranks.describe_lost()))
+
+
+def test_no_rank_is_named_where_all_answer(three: list[Ranks]):
+    assert all("all ranks answer" in lost for lost in call(three, lambda ranks: ranks.describe_lost()))
+
+
+def test_a_directory_is_shared_if_it_shows_the_mark(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("nanogpt.run_dir.SHARED_S", 0.1)
+    with RunDir(tmp_path / "out") as main, RunDir(tmp_path / "another") as other:
+        mark = main.mark()
+        other.mark()
+        RunDir(tmp_path / "out").raise_unless_shared(mark, "host0")
+        for folder in (other.path, tmp_path / "none"):
+            with pytest.raises(InputError, match="is not the directory that host0 writes into"):
+                RunDir(folder).raise_unless_shared(mark, "host0")
+        assert main.mark() != mark  # another start
+
+
+def test_a_slow_rank_is_named(three: list[Ranks], monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    clock: Any = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+    models = [torch.nn.Identity() for _ in three]
+    paces = [pace.Pace(model, ranks, clock) for model, ranks in zip(models, three, strict=True)]
+    for share in (0.2, 0.02):  # of a step, by which rank 2 is slower
+        start = clock.seconds
+        for step in range(1, 61):
+            for rank in (2, 1, 0):
+                clock.seconds = start + step - 1.0
+                paces[rank].start()
+                clock.seconds += 0.05 + (share if rank == 2 else 0.0)
+                models[rank](torch.zeros(1))
+                clock.seconds += 0.3
+                models[rank](torch.zeros(1))  # the second forward pass does not count
+                clock.seconds = start + step
+                paces[rank].report(step)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step 60: rank 2 on host2 is slow: 250 ms to the end of a first forward pass, median 50 ms;")
+    assert line.endswith("the difference is 20% of a step")
