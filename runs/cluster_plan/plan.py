@@ -4,7 +4,8 @@
 counted for one rank and one step, without torch. tables.py prints it; measure.py compares it with what is counted.
 
 Units of FSDP2: each block, gathered in the dtype of the matrix products, in forward and again in backward; and the root
-(embeddings, last norm, output layer), gathered once in float32 and kept. Gradients are reduced in float32. The weights
+(embeddings, last norm, output layer), gathered once in float32 and kept. Gradients are reduced in float32: over the
+shards after each micro-step, which gathers again too, and over the copies once in a step. The weights
 of the update and its moments are float32 and sharded by rows, padded to a multiple of the shards.
 """
 
@@ -139,12 +140,11 @@ def map_flops(r: int, s: int) -> int:
 
 def busiest_owner(c: Any, shards: int) -> tuple[int, int]:
     """Numbers and FLOPs of the rank with most of Muon's work: the largest maps first, each to the least busy rank."""
-    owners = [(0, 0)] * shards  # FLOPs, numbers
-    for r, s in sorted(maps(c) * c.n_layer, key=lambda rs: -map_flops(*rs)):
-        flops, numbers = owners[0]
-        heapq.heapreplace(owners, (flops + map_flops(r, s), numbers + r * s))
-    flops, numbers = max(owners)
-    return numbers, flops
+    owners = [(0, rank, 0, 0) for rank in range(shards)]  # cost, rank, numbers, FLOPs
+    for r, s in sorted(maps(c) * c.n_layer, key=lambda rs: -rs[0] * rs[0] * rs[1]):
+        cost, rank, numbers, flops = owners[0]
+        heapq.heapreplace(owners, (cost + r * r * s, rank, numbers + r * s, flops + map_flops(r, s)))
+    return max(owner[2] for owner in owners), max(owner[3] for owner in owners)
 
 
 def arithmetic_seconds(c: Any, cluster: Cluster, shards: int, step: Step) -> float:
@@ -180,7 +180,7 @@ def collectives(c: Any, gpus: int, shards: int, step: Step) -> list[Collective]:
         Collective("all-gather", "block", block * step.itemsize / FLOAT32, shards, 2 * c.n_layer * step.micro_steps),
     ]
     for what, size, count in (("root", root, 1), ("block", block, c.n_layer)):
-        gathers.append(Collective("reduce-scatter", what, size, shards, count))
+        gathers.append(Collective("reduce-scatter", what, size, shards, count * step.micro_steps))
         if replicas > 1:
             gathers.append(Collective("all-reduce", what, size / shards, replicas, count, "replicas"))
     return gathers + muon

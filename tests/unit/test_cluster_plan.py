@@ -110,6 +110,7 @@ def fake_ranks() -> Iterator[Callable[[int], None]]:
     dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # its output is not changed in place
 @pytest.mark.parametrize(("gpus", "shards"), [(2, 2), (64, 64), (64, 8)])
 @pytest.mark.parametrize(("itemsize", "checkpointing"), [(2, False), (4, True)])
 def test_collectives_are_those_of_fully_shard(
@@ -120,20 +121,22 @@ def test_collectives_are_those_of_fully_shard(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     fake_ranks(gpus)
-    mesh = init_device_mesh("cpu", (gpus,) if shards == gpus else (gpus // shards, shards))
+    mesh = init_device_mesh("cpu", (gpus // shards, shards), mesh_dim_names=("copies", "shards"))
+    mesh = mesh if shards < gpus else mesh["shards"]
     c = GPTConfig(n_layer=3, n_head=2, n_embd=34, vocab_size=100, block_size=16, bias=False)
     model = GPT(c)
     model.activation_checkpointing = checkpointing
     in_products = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32) if itemsize == 2 else None
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **({"mp_policy": in_products} if in_products else {}))
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
     x = torch.zeros(2, 16, dtype=torch.int64)
     for _ in range(2):
         traffic = Traffic()
         with traffic:
             for micro_step in range(2):
-                model.set_requires_gradient_sync(micro_step == 1)
+                model.set_requires_all_reduce(micro_step == 1)
+                model.set_is_last_backward(micro_step == 1)
                 model(x, x)[1].backward()
         model.zero_grad()
 
