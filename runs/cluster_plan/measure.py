@@ -5,7 +5,8 @@
 Each case is a run of train.py under torchrun, with gloo on this machine's CPU. Bytes are those of one update at the
 collectives of the main process: of s bytes among n processes it sends s (n - 1) / n, and twice that in an all-reduce,
 as a ring does. Memory is the growth of the anonymous resident memory (without the pages of libraries and data), from
-the end of the imports to the peak of two updates; the mean of the processes.
+the end of the imports to the peak of two updates; the mean of the processes. The allocator returns freed memory at once
+here, so that it measures what is in use.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import plan  # noqa: E402
 
 import train  # noqa: E402
 from model import GPTConfig  # noqa: E402
+from nanogpt import distributed  # noqa: E402
 
 T = 192  # torch fuses attention beyond 128 positions
 ROWS = 1  # of a micro-batch
@@ -86,6 +88,8 @@ def resident(field: str) -> int:
 
 def run_rank(out: Path) -> None:
     """As one process of torchrun, run train.py; write what it took."""
+    import torch.distributed.fsdp  # noqa: F401  # takes memory itself
+
     train_step = train.train_step
     before = resident("RssAnon")
     peaks = []
@@ -104,6 +108,7 @@ def run_rank(out: Path) -> None:
         raise SystemExit(0)
 
     train.train_step = measured_step
+    distributed.disable_malloc_trim = lambda: None
     train.main()
 
 
@@ -113,7 +118,7 @@ def measure(processes: int, keys: dict[str, Any], dataset: Path) -> dict[str, An
         flags = [f"--{key}={value}" for key, value in keys.items()]
         flags += ["--dry_run=True", f"--dataset={dataset}", f"--out_dir={folder}/out"]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MEASURE_TO": folder}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MEASURE_TO": folder, "MALLOC_MMAP_THRESHOLD_": "100000"}
         subprocess.run([*launcher, __file__, *flags], env=environment, check=True, stdout=subprocess.DEVNULL)
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(processes)]
     return {
@@ -152,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="124M", help=f"of {', '.join(SIZES)}; with commas")
     parser.add_argument("--processes", default="2,4")
+    parser.add_argument("--optimizers", default="adamw,muon")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--to", type=Path)
     args = parser.parse_args()
@@ -165,7 +171,7 @@ def main() -> None:
         for name in args.models.split(","):
             for processes in map(int, args.processes.split(",")):
                 for shards in sorted({1, processes // 2, processes} if is_sharded else {1}):
-                    for optimizer in ("adamw", "muon"):
+                    for optimizer in args.optimizers.split(","):
                         for dtype in args.dtypes.split(","):
                             case = compare(name, processes, shards, optimizer, dtype, Path(folder))
                             cases.append(case)

@@ -295,11 +295,17 @@ def cast_bytes(c: Any, shards: int, step: Step) -> float:
 
 
 def memory_bytes(c: Any, shards: int, step: Step) -> float:
-    """Peak of a step: weights and moments, beside the most that forward, backward or the update need."""
+    """Peak of a step: weights and moments, beside the most that forward, backward or the update need.
+
+    The largest matrix's gradient is whole before it reaches its bucket or unit; tied, those of its two uses are.
+    """
     state = state_bytes(c, shards, step.optimizer)
     kept = state["weights"] + state["moments"]
-    units = unit_bytes(c, shards, step.itemsize)
     activations = activation_bytes(c, step) + cast_bytes(c, shards, step)
+    matrix = FLOAT32 * c.padded_vocab_size * c.n_embd
+    uses = 2 if c.tied else 1
     if shards == 1:  # DDP's buckets hold the gradients from the start
-        return kept + state["gradients"] + max(activations, update_bytes(c, 1, step))
-    return kept + max(units + activations, state["gradients"] + max(units, update_bytes(c, shards, step)))
+        return kept + state["gradients"] + max(activations + matrix, uses * matrix, update_bytes(c, 1, step))
+    units = unit_bytes(c, shards, step.itemsize)
+    end = state["gradients"] + max(units + (uses - 1) * matrix, update_bytes(c, shards, step))
+    return kept + max(units + activations, end)
