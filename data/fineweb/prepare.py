@@ -1,8 +1,8 @@
 """FineWeb in GPT-2's encoding, by datatrove: python data/fineweb/prepare.py [--workers=16] [--slurm=PARTITION]
 
 The default is the 10 billion tokens of FineWeb-Edu's sample; docs/scaling.md has other sizes and times. After an
-interruption, run the same command again to resume. With --slurm it queues the tasks and exits; when they are done, run
-it again with --join.
+interruption, run the same command again to resume. With --slurm it queues the tasks and exits. With --machines=N it
+runs a part of them, that of --machine=0 to N-1. When all tasks are done, run it again with --join.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,16 @@ class FineWebConfig:
 
     tasks: int = key(64, "parts of the work; an interrupted one starts over", group="Machines", ge=1, le=10**6)
     workers: int = key(2, "tasks at a time", ge=1, le=1024)
+    machines: int = key(1, "machines that divide the tasks among them, without Slurm", ge=1, le=10**6)
+    machine: int = key(0, "number of this one, from 0", ge=0)
     slurm: str = key("", "Slurm partition to queue the tasks in")
     join: bool = key(False, "only join the output of the tasks")
 
 
 def main() -> None:
     config, _ = parse(FineWebConfig, description="Prepare FineWeb, or other parquet files, by datatrove.")
+    if config.machine >= config.machines:
+        raise InputError(f"--machine={config.machine}: the machines are 0 to {config.machines - 1}, by --machines")
     out = Path(config.out)
     if is_hub_id(config.tokenizer):
         from nanogpt.interop.huggingface import read_tokenizer
@@ -42,13 +46,14 @@ def main() -> None:
         tokenizer = load_tokenizer(config.tokenizer)
     if not config.join:
         run_tasks(config, Shards(out, tokenizer, config.val_share, config.shard_tokens))
-        if config.slurm:
+        if config.slurm or config.machines > 1:
+            print("when all tasks are done: the same command with --join")
             return
     print(f"{out}\n{format_summary(join(out, tokenizer))}")
 
 
 def run_tasks(config: FineWebConfig, shards: Shards) -> None:
-    """Run the tasks here, or queue them."""
+    """Run this machine's tasks here, or queue all."""
     try:
         from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
         from datatrove.pipeline.readers import ParquetReader
@@ -61,7 +66,9 @@ def run_tasks(config: FineWebConfig, shards: Shards) -> None:
         queue = {"time": "24:00:00", "partition": config.slurm, "job_name": "prepare"}
         SlurmPipelineExecutor(pipeline=steps, **settings, **queue).run()
     else:
-        LocalPipelineExecutor(pipeline=steps, **settings).run()
+        first, last = (config.tasks * machine // config.machines for machine in (config.machine, config.machine + 1))
+        part = {"local_rank_offset": first, "local_tasks": last - first}
+        LocalPipelineExecutor(pipeline=steps, **settings, **part).run()
 
 
 if __name__ == "__main__":

@@ -316,6 +316,8 @@ def _find(dataset: str | Path) -> Path:
     data_folders = _data_folders()
     paths = [Path(dataset), *(parent / dataset for parent in data_folders)]
     for path in paths:
+        if os.path.exists(path / "meta.json") and os.path.exists(path / "train-00000.bin"):
+            return path  # meta.json names the others: ten thousand shards need not be listed
         if os.path.exists(path / "preparing") and not os.path.exists(path / "meta.json"):
             raise InputError(
                 f"dataset {str(dataset)!r}: its preparation is not finished; run the same command again to resume, "
@@ -409,7 +411,7 @@ def _described(dataset: Dataset, split: str) -> Iterator[tuple[Path, Layout, dic
     for file in _files(split, dataset.meta["splits"].get(split, {})):
         path = dataset.folder / file["file"]
         raise_for_missing(path)
-        tokens = file.get("tokens", path.stat().st_size // dtype.itemsize)
+        tokens = file["tokens"] if "tokens" in file else path.stat().st_size // dtype.itemsize
         mask = path.with_suffix(".mask") if dataset.meta.get("loss_mask") else None
         yield path, Layout(dtype, tokens, source="meta.json", mask=mask), file
 

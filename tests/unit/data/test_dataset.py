@@ -1,10 +1,12 @@
 """Datasets on disk: whole or in shards, with loss masks, mixed; damaged ones are refused in a line."""
 
 import json
+import mmap
 import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,33 @@ def test_shards_read_like_one_file(folder: Path, tokens: int):
     assert (len(data.train), len(data.val)) == (2106, 234)
     assert np.array_equal(data.val[:], val)
     assert data.val.bytes_per_token == 1
+
+
+def test_opening_looks_at_each_shard_twice_and_reads_none(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once whether it is there, once for its size: a thousand processes may open ten thousand shards at once."""
+    calls: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    shard(folder, 30)
+    num_shards = len(list(folder.glob("*-*.bin")))
+    count(os, "stat")
+    for name in ("listdir", "scandir", "open"):
+        count(os, name)
+    count(mmap, "mmap")
+    data = open_dataset(folder, block_size=8)
+    assert num_shards > 70
+    assert 2 * num_shards <= calls.pop("stat") <= 2 * num_shards + 30
+    assert not calls
+    data.train[100:109]  # of a single shard
+    assert calls["mmap"] == 1
 
 
 SHARDS_BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -65,7 +65,7 @@ def test_tasks_make_one_dataset(tmp_path: Path):
 
 @pytest.mark.slow
 def test_fineweb_script_by_datatrove(tmp_path: Path):
-    """On parquet files, with two tasks at a time, one of them without documents; joined again on its own."""
+    """On parquet files, by two machines at once, two tasks at a time, one without documents; joined on its own."""
     pytest.importorskip("datatrove")
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "in").mkdir()
@@ -76,8 +76,19 @@ def test_fineweb_script_by_datatrove(tmp_path: Path):
     out = tmp_path / "out"
     flags = [f"--input={tmp_path / 'in'}", f"--out={out}", f"--tokenizer={tmp_path / 'tokenizer.json'}"]
     script = [sys.executable, ROOT / "data/fineweb/prepare.py", *flags, "--val_share=0.2", "--tasks=5", "--workers=2"]
-    process = subprocess.run(script, env=environment(), capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout + process.stderr
+
+    def start(*more: str) -> subprocess.Popen:
+        return subprocess.Popen([*script, *more], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def finish(*processes: subprocess.Popen) -> None:
+        for process in processes:
+            output = process.communicate()[0].decode()
+            assert process.returncode == 0, output
+
+    assert start("--machines=2", "--machine=2").wait() == 2
+    finish(start("--machines=2", "--machine=0"), start("--machines=2", "--machine=1"))
+    finish(start("--machines=2", "--machine=0"))  # has nothing left to do
+    finish(start("--join"))
     data = open_dataset(out, block_size=8, verify=True)
     for split, tokens in (("train", data.train), ("val", data.val)):
         documents = np.split(tokens[:], np.flatnonzero(tokens[:] == 256) + 1)
