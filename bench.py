@@ -21,7 +21,6 @@ from budget import training_steps
 from configurator import key, parse
 from load import (
     choose_dtype,
-    document_separator_id,
     load_data_and_model,
     load_weights,
     micro_batch_sizes,
@@ -31,8 +30,8 @@ from model import GPT, GPTConfig
 from nanogpt import distributed
 from nanogpt.compile import should_compile
 from nanogpt.console import format_bytes, print0
-from nanogpt.data.dataset import Tokens, open_dataset, token_dtype
-from nanogpt.device import describe_device, free_memory, seed_everything
+from nanogpt.data.dataset import Tokens, document_separator_id, open_dataset, token_dtype
+from nanogpt.device import describe_device, free_memory, peak_flops, seed_everything
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
 from nanogpt.files import write_report
@@ -125,7 +124,7 @@ def main() -> None:
     worlds = [replace(world, dtype=dtype) for dtype in dtypes]
     peaks = {world.dtype_name: measure_matmul_flops(world) for world in worlds}
     torch.cuda.empty_cache()  # leaves the memory to the workers; does nothing without a GPU
-    report |= {"product_flops": peaks, "vendor_flops": world.peak_flops(), "rows": []}
+    report |= {"product_flops": peaks, "vendor_flops": peak_flops(world.device, world.dtype), "rows": []}
     reached = " and ".join(f"{peak / 1e12:.3g} TFLOP/s in {dtype}" for dtype, peak in peaks.items())
     print0(f"{machine}; matrix products reach {reached}")
     width = max(map(len, [*recipes, "  nanoGPT"])) + 1
@@ -207,7 +206,7 @@ def measure(
         model = GPT(model_config)
     tokens = config.rows_per_step * model_config.block_size
     step = f"{config.gradient_accumulation_steps} × {config.batch_size} rows of {model_config.block_size} = {tokens:,}"
-    vendor_peak = world.peak_flops()
+    vendor_peak = peak_flops(world.device, world.dtype)
     rows: list[Row] = []
     for worker in workers:
         seconds = [timed.seconds for timed in rounds[worker.name]]

@@ -24,7 +24,6 @@ from configurator import ExplicitKeys
 from load import (
     choose_dtype,
     choose_micro_batch,
-    document_separator_id,
     make_schedule,
     micro_batch_sizes,
     new_model,
@@ -35,7 +34,7 @@ from load import (
 from model import GPT
 from nanogpt import scaling
 from nanogpt.console import START_TIME, format_duration, print0
-from nanogpt.data.dataset import Tokens, open_dataset
+from nanogpt.data.dataset import Tokens, document_separator_id, open_dataset
 from nanogpt.data.ngrams import NgramTargets
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.distributed import World

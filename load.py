@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configurator import Config, ExplicitKeys, key
 from model import GPT, GPTConfig
-from nanogpt import checkpoint, distributed
+from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.compile import compile_model, should_compile
 from nanogpt.console import is_main, print0
@@ -32,6 +32,7 @@ from nanogpt.schedule import StepSchedule
 from nanogpt.sharding import copy_rows, local, shard_model
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
+from nanogpt.trials import try_dtypes
 
 # Keys of TrainConfig that are sizes of GPTConfig; the others come from the data or from weights, and dropout may vary.
 OTHER_SIZES = ("dropout", "vocab_size", "gelu", "qkv_bias", "rope_scaling")
@@ -384,16 +385,7 @@ def choose_dtype(config: Any, model_config: GPTConfig, world: World) -> tuple[An
     So a resumed run keeps it, and nothing depends on another trial.
     """
     rows = micro_batch_sizes(config, world.size)[0] * model_config.block_size
-    world = distributed.try_dtypes(world, config.dtype, rows, model_config.n_embd, model_config.n_inner)
+    world = try_dtypes(world, config.dtype, rows, model_config.n_embd, model_config.n_inner)
     if world.bfloat16_speed:
         config = replace(config, dtype=world.dtype_name)
     return config, world
-
-
-def document_separator_id(dataset: Dataset, mask_documents: bool) -> int | None:
-    """The token that ends a document, if documents are to be masked. Raises InputError where there is none."""
-    if not mask_documents:
-        return None
-    if dataset.end_of_text is None:
-        raise InputError(f"mask_documents=True: {dataset.name} has no token that ends every document; leave it out")
-    return dataset.end_of_text

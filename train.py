@@ -9,7 +9,6 @@ import nanogpt.import_torch  # noqa: F401  # faster than `import torch`
 
 import contextlib
 import gc
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +23,6 @@ from load import (
     MODEL_KEYS,
     choose_dtype,
     choose_micro_batch,
-    document_separator_id,
     load_data_and_model,
     make_schedule,
     new_model_config,
@@ -37,7 +35,7 @@ from nanogpt import checkpoint, distributed
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.console import print0
 from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
-from nanogpt.data.dataset import Dataset
+from nanogpt.data.dataset import Dataset, document_separator_id
 from nanogpt.data.ngrams import count_ngrams
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.data.token_shards import TokenDtype
@@ -45,7 +43,8 @@ from nanogpt.device import free_memory, seed_everything
 from nanogpt.distributed import World, world_size
 from nanogpt.errors import InputError, run_script
 from nanogpt.evaluation import evaluate, rows_to_evaluate, sample_text
-from nanogpt.guard import LayerStats, UpdateGuard
+from nanogpt.guard import UpdateGuard
+from nanogpt.layer_stats import LayerStats
 from nanogpt.lora import check_lora
 from nanogpt.memory import estimate_training_memory, memory_hint, raise_if_cpu_memory_is_short
 from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers
@@ -60,6 +59,7 @@ from nanogpt.text.tokenizer import Tokenizer
 from nanogpt.train_log import (
     StepLogger,
     format_losses,
+    print_end,
     print_model_summary,
     print_run_summary,
     warn_if_slow_on_cpu,
@@ -324,7 +324,11 @@ def train(run: Run) -> int:
     log.read(everything=True)
     # All ranks wait for the last save, because torchrun kills the others when one ends with a status other than 0.
     run.world.ranks.ask_main(run.checkpoints.finish if run.checkpoints else lambda: None)
-    print_end(run, requests.exit_status, out_of_patience, has_trained=state.step > first_step)
+    if not config.dry_run:
+        print_end(state, run.run_dir.path, requests.exit_status, out_of_patience)
+    summary = schedule.summary(state.best_val_loss)
+    if summary and state.val_loss is not None and state.step > first_step:
+        print0(summary)
     return requests.exit_status
 
 
@@ -359,26 +363,6 @@ def print_sample(run: Run) -> None:
         with run.world.autocast():
             text = sample_text(run.state.model, run.tokenizer, run.config.sample_chars, run.config.seed)
         print0("    " + text.replace("\n", "\n    ").strip())
-
-
-def print_end(run: Run, exit_status: int, out_of_patience: bool, has_trained: bool) -> None:
-    """Say how the run ended, and what to do next."""
-    state = run.state
-    out_dir = shlex.quote(str(run.run_dir.path))
-    if run.config.dry_run:
-        return
-    if exit_status:
-        print0(f"stopped at step {state.step} by a signal; saved: resume with --out_dir={out_dir} --resume=True")
-        return
-    if out_of_patience:
-        print0(f"step {state.step}: no new best in {state.evals_since_best} evaluations (patience); the best is kept")
-    print0(
-        f"done: step {state.step}, best validation loss {state.best_val_loss:.4f}; "
-        f"checkpoints are in {run.run_dir.path}/ckpt: python sample.py --out_dir={out_dir}"
-    )
-    summary = run.schedule.summary(state.best_val_loss)
-    if summary and has_trained and state.val_loss is not None:
-        print0(summary)
 
 
 # --- Before the loop

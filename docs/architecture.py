@@ -25,7 +25,7 @@ LAYERS: dict[str, list[str]] = {
     "model": ["model.py", "configurator.py"],
     "run": [
         *("state.py", "checkpoint.py", "train_log.py", "evaluation.py", "optim.py", "guard.py", "look_back.py"),
-        *("lora.py", "timing.py", "pace.py", "generate/", "interop/", "playground/"),
+        *("layer_stats.py", "lora.py", "timing.py", "pace.py", "generate/", "interop/", "playground/"),
     ],
     "data": ["data/", "text/", "metrics.py", "memory.py"],
     "machine": [

@@ -76,13 +76,31 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products.
 
     auto: on CUDA bfloat16 from compute capability 8.0, else float16; elsewhere float32. On a CPU bfloat16 may be
-    faster: `distributed.try_dtypes` measures that, once the model is known.
+    faster: `trials.try_dtypes` measures that, once the model is known.
     """
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return torch.float32
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's dense bfloat16/float16 peak in FLOP/s; None where unknown or the dtype is float32."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    if "Laptop" in name:
+        return None
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def free_memory(device: torch.device) -> int | None:

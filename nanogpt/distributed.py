@@ -2,8 +2,7 @@
 
 import contextlib
 import os
-import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -12,10 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogpt import sharding
-from nanogpt.device import PEAK_FLOPS, disable_malloc_trim, pick_device, pick_dtype
+from nanogpt.device import disable_malloc_trim, pick_device, pick_dtype
 from nanogpt.errors import InputError
 from nanogpt.rendezvous import Ranks, join
-from nanogpt.trials import MIN_BFLOAT16_SPEED, bfloat16_speed
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,8 @@ class World:
         if self.size == 1:
             return values
         gathered = values.new_empty(self.size * len(values), *values.shape[1:])
-        dist.all_gather_into_tensor(gathered, values.contiguous())
+        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name
+        all_gather(gathered, values.contiguous())
         return gathered
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
@@ -84,22 +83,6 @@ class World:
         elif self.size > 1:
             model.require_backward_grad_sync = is_last
 
-    def synchronize(self) -> None:
-        """Wait until the device has finished its queue."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-
-    def peak_flops(self) -> float | None:
-        """The device's dense bfloat16/float16 peak in FLOP/s; None where unknown or the dtype is float32."""
-        if self.device.type != "cuda" or self.dtype == torch.float32:
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        if "Laptop" in name:
-            return None
-        return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
-
     def close(self) -> None:
         self.ranks.leave()
         if self.size > 1 and dist.is_initialized():
@@ -120,9 +103,9 @@ def start(
 ) -> World:
     """Form the process group of the ranks that torchrun started, or run alone; pick device and dtype.
 
-    device: auto, cpu, cuda, cuda:N or mps. dtype: auto (see `try_dtypes`) or a key of `DTYPES`. backend: auto, nccl or
-    gloo. shards: ranks that share a copy of the model, 0 for all. Raises InputError for a device, dtype or backend that
-    this machine lacks.
+    device: auto, cpu, cuda, cuda:N or mps. dtype: auto (see `trials.try_dtypes`) or a key of `DTYPES`. backend: auto,
+    nccl or gloo. shards: ranks that share a copy of the model, 0 for all. Raises InputError for a device, dtype or
+    backend that this machine lacks.
     """
     ranks = ranks or join()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -147,16 +130,3 @@ def start(
     is_sharded = ranks.size > 1 and shards != 1
     mesh = sharding.make_mesh(torch_device.type, ranks.size, shards or ranks.size) if is_sharded else None
     return World(ranks.rank, ranks.size, torch_device, torch_dtype, mesh=mesh, ranks=ranks)
-
-
-def try_dtypes(world: World, dtype: str, rows: int, n_embd: int, n_inner: int) -> World:
-    """`world` with the dtype of the key `dtype`; auto on a CPU: the faster one, by a trial with products of this shape.
-
-    rows: tokens of a forward pass. All ranks take the main one's outcome. A sharded model has its dtype already.
-    """
-    if dtype != "auto" or world.device.type != "cpu" or world.mesh:
-        return replace(world, dtype=pick_dtype(dtype, world.device))
-    outcome = bfloat16_speed(rows, n_embd, n_inner) if world.is_main else 0.0
-    speed = world.all_reduce_sum(torch.tensor(outcome, dtype=torch.float64)).item()
-    faster = torch.bfloat16 if speed >= MIN_BFLOAT16_SPEED else torch.float32
-    return replace(world, dtype=faster, bfloat16_speed=speed)

@@ -1,18 +1,12 @@
-"""Guard the weights: skip non-finite updates and spikes on the device, and measure gradients and updates by layer."""
+"""Guard the weights: skip non-finite updates and spikes on the device."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from nanogpt.optim import gradient_norm
-from nanogpt.sharding import local, norm_over_ranks
+from torch import Tensor
 
 MAX_OVERFLOWS = 20  # float16 updates in a row that may overflow before the run counts as broken
-# Layers whose names in metrics.jsonl are older than their names in model.py.
-LOGGED_NAMES = {"token_embedding": "tokens", "position_embedding": "positions"}
 
 
 class UpdateGuard:
@@ -65,38 +59,3 @@ class UpdateGuard:
         self.norms[: len(norms)] = torch.tensor(norms, device=self.norms.device)
         self.skipped.fill_(state.get("skipped", 0.0))
         self.num_checked = state.get("checked", 0)
-
-
-class LayerStats:
-    """Norms of each layer's gradient and update, and whether the update was clipped; kept on the device.
-
-    `layers`: the parameters of each layer by its name in metrics.jsonl, "tokens", "blocks.0" and so on, "norm".
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor], grad_clip: float):
-        self.layers: dict[str, list[Tensor]] = {}
-        for name, parameter in parameters.items():
-            depth = 2 if name.startswith("blocks.") else 1
-            layer = ".".join(name.split(".")[:depth])
-            self.layers.setdefault(LOGGED_NAMES.get(layer, layer), []).append(parameter)
-        self.grad_clip = grad_clip or math.inf
-        self.is_due = False  # measure the next update's layers, which takes a copy of the weights
-
-    @torch.no_grad()
-    def before_update(self, grad_norm: Tensor) -> None:
-        self.is_clipped = ((grad_norm > self.grad_clip) & grad_norm.isfinite()).float()
-        if self.is_due:
-            self.grad_norms = [gradient_norm(layer) for layer in self.layers.values()]
-            self.old_weights = [[local(p).clone() for p in layer] for layer in self.layers.values()]
-
-    @torch.no_grad()
-    def after_update(self) -> list[Tensor]:
-        """Scalars: whether the update was clipped; then, if due, each layer's gradient norm and each update's norm."""
-        if not self.is_due:
-            return [self.is_clipped]
-        update_norms = []
-        for layer, old in zip(self.layers.values(), self.old_weights, strict=True):
-            own_norm = nn.utils.get_total_norm(torch._foreach_sub([local(p) for p in layer], old))
-            update_norms.append(norm_over_ranks(own_norm, layer[0]))
-        self.old_weights = []
-        return [self.is_clipped, *self.grad_norms, *update_norms]

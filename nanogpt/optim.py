@@ -133,10 +133,7 @@ class Optimizer:
         torch._foreach_add_(weights, updates)
 
     def _orthogonalize(self, maps: list[Tensor]) -> list[Tensor]:
-        """`orthogonalize` of maps (rows, columns). Those of one shape, or its transpose, share the products.
-
-        Ranks with a copy of the model each compute their share of every shape.
-        """
+        """`orthogonalize` of maps (rows, columns), those of one shape or its transpose together."""
         wide = [one.mT if one.shape[0] > one.shape[1] else one for one in maps]
         by_shape: dict[torch.Size, list[int]] = {}
         for i, one in enumerate(wide):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nanogpt.device import synchronize
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
 from nanogpt.rendezvous import explain_errors
@@ -102,12 +103,12 @@ def _serve(pipe: Connection, hint: str, open_steps: OpenSteps, *args: Any) -> No
 def time_steps(steps: Steps, count: int, world: World) -> tuple[list[float], list[float]]:
     """Make `count` steps; return the seconds of each and the losses that became known."""
     losses = []
-    world.synchronize()
+    synchronize(world.device)
     marks = [_mark_time(world)]
     for _ in range(count):
         losses += next(steps)
         marks.append(_mark_time(world))
-    world.synchronize()
+    synchronize(world.device)
     pairs = itertools.pairwise(marks)
     if world.device.type == "cuda":
         return [start.elapsed_time(end) / 1000 for start, end in pairs], losses

@@ -1,8 +1,10 @@
 """The log of a training run: the summary before it, step lines with an ETA, evaluations."""
 
 import math
+import shlex
 import time
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +12,10 @@ import torch
 from nanogpt.console import START_TIME, format_bytes, format_duration, print0
 from nanogpt.control import Control
 from nanogpt.data.dataset import Dataset
-from nanogpt.device import describe_device, free_memory
+from nanogpt.device import describe_device, free_memory, peak_flops
 from nanogpt.distributed import World
 from nanogpt.errors import RunStopped
-from nanogpt.guard import LayerStats
+from nanogpt.layer_stats import LayerStats
 from nanogpt.memory import estimate_training_memory, optimizer_state_numel, trained_numel
 from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats
 from nanogpt.schedule import RowSchedule
@@ -157,7 +159,7 @@ class StepLogger:
 
     def _mfu(self, tokens_per_s: float) -> float | None:
         """Model FLOPs utilization; None where the device's peak is unknown."""
-        peak = self.world.peak_flops()
+        peak = peak_flops(self.world.device, self.world.dtype)
         model: Any = self.state.model
         return model.flops_per_token() * tokens_per_s / (peak * self.world.size) if peak else None
 
@@ -230,3 +232,17 @@ def warn_if_slow_on_cpu(model: Any, tokens: int, world: World) -> None:
             f"warning: this may take {format_duration(seconds)} on this CPU; "
             "config/train_shakespeare_char_cpu.py takes a few minutes"
         )
+
+
+def print_end(state: TrainState, out_dir: Path, exit_status: int, out_of_patience: bool) -> None:
+    """Say how the run ended, and what to do next."""
+    quoted = shlex.quote(str(out_dir))
+    if exit_status:
+        print0(f"stopped at step {state.step} by a signal; saved: resume with --out_dir={quoted} --resume=True")
+        return
+    if out_of_patience:
+        print0(f"step {state.step}: no new best in {state.evals_since_best} evaluations (patience); the best is kept")
+    print0(
+        f"done: step {state.step}, best validation loss {state.best_val_loss:.4f}; "
+        f"checkpoints are in {out_dir}/ckpt: python sample.py --out_dir={quoted}"
+    )

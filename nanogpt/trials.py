@@ -7,12 +7,15 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from nanogpt.device import pick_dtype
+from nanogpt.distributed import World
 from nanogpt.files import atomic_write, cache_folder, read_json
 
 MIN_BFLOAT16_SPEED = 1.4  # of products, from which on whole steps are faster too (runs/cpu_step)
@@ -22,6 +25,19 @@ SMALL_SIZE = 256  # emulated, a larger product may take seconds
 HOPELESS = 0.7  # a speed of small products in bfloat16, over float32's, that larger ones will not make up for
 TRIAL_S = 0.1  # of computing
 MIN_ROUNDS = 3
+
+
+def try_dtypes(world: World, dtype: str, rows: int, n_embd: int, n_inner: int) -> World:
+    """`world` with the dtype of the key `dtype`; auto on a CPU: the faster one, by a trial with products of this shape.
+
+    rows: tokens of a forward pass. All ranks take the main one's outcome. A sharded model has its dtype already.
+    """
+    if dtype != "auto" or world.device.type != "cpu" or world.mesh:
+        return replace(world, dtype=pick_dtype(dtype, world.device))
+    outcome = bfloat16_speed(rows, n_embd, n_inner) if world.is_main else 0.0
+    speed = world.all_reduce_sum(torch.tensor(outcome, dtype=torch.float64)).item()
+    faster = torch.bfloat16 if speed >= MIN_BFLOAT16_SPEED else torch.float32
+    return replace(world, dtype=faster, bfloat16_speed=speed)
 
 
 def bfloat16_speed(rows: int, n_embd: int, n_inner: int) -> float:

@@ -16,7 +16,7 @@ from small_data import LETTERS, Source, shard
 
 import train
 from model import GPT
-from nanogpt import checkpoint, distributed
+from nanogpt import checkpoint, trials
 from nanogpt.data.write import write_dataset
 from nanogpt.generate.sampling import window_start
 from nanogpt.schedule import StepSchedule
@@ -122,7 +122,7 @@ def run(letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 @pytest.fixture(autouse=True)
 def no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing depends on this machine's speed, nor writes to the home directory."""
-    monkeypatch.setattr(distributed, "bfloat16_speed", lambda *_: 1.0)
+    monkeypatch.setattr(trials, "bfloat16_speed", lambda *_: 1.0)
 
 
 @pytest.fixture

@@ -539,3 +539,12 @@ def _inconsistencies(meta: dict[str, Any]) -> list[str]:
             if "sha256" not in file or (meta.get("loss_mask") and "mask_sha256" not in file):
                 problems.append(f"{name} has no sha256 or mask_sha256")
     return problems
+
+
+def document_separator_id(dataset: Dataset, mask_documents: bool) -> int | None:
+    """The token that ends a document, if documents are to be masked. Raises InputError where there is none."""
+    if not mask_documents:
+        return None
+    if dataset.end_of_text is None:
+        raise InputError(f"mask_documents=True: {dataset.name} has no token that ends every document; leave it out")
+    return dataset.end_of_text

@@ -47,7 +47,7 @@ from model import GPT, GPTConfig  # noqa: E402
 from nanogpt import checkpoint, distributed  # noqa: E402
 from nanogpt.data.dataset import open_dataset  # noqa: E402
 from nanogpt.data.rows import EvalWindows  # noqa: E402
-from nanogpt.device import describe_device  # noqa: E402
+from nanogpt.device import describe_device, synchronize  # noqa: E402
 from nanogpt.evaluation import evaluate  # noqa: E402
 from nanogpt.generate.decoder import Decoder  # noqa: E402
 from nanogpt.generate.low_precision import can_pack, replace_linears, rounded_linear, to_inference_precision  # noqa: E402
@@ -128,11 +128,11 @@ def seconds(step: Step, count: int, world: Any) -> float:
     clock = time.process_time if world.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     for _ in range(1 if world.device.type == "cpu" else 5):  # warm-up
         step()
-    world.synchronize()
+    synchronize(world.device)
     start_time = clock()
     for _ in range(count):
         step()
-    world.synchronize()
+    synchronize(world.device)
     return (clock() - start_time) / count
 
 
@@ -242,10 +242,10 @@ def whole_runs(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
             elapsed = {}
             for name, program in selected_programs(args, size, rows, world)[0].items():
                 program.write(3)
-                world.synchronize()
+                synchronize(world.device)
                 start_time = time.perf_counter()
                 program.write(args.whole)
-                world.synchronize()
+                synchronize(world.device)
                 elapsed[name] = round(time.perf_counter() - start_time, 2)
                 print(f"{size}, batch {rows}, {args.whole} tokens: {name} {elapsed[name]} s", flush=True)
             results.append({"size": size, "batch": rows, "tokens": args.whole, "seconds": elapsed})

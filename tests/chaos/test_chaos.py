@@ -18,14 +18,14 @@ def run_chaos(**counts: int) -> list[str]:
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one():
-    *kills, summary = run_chaos(kills=6, pair_kills=0, seed=1)
+    *kills, summary = run_chaos(kills=6, pair_kills=0, sharded_kills=0, seed=1)
     assert len(kills) == 6
     assert re.match(r"6 kills of 1 process.*; (\d) of \1 runs ended as undisturbed", summary)
 
 
 @pytest.mark.slow
 def test_a_killed_run_of_two_processes_ends_like_an_undisturbed_one():
-    (*_, summary) = run_chaos(kills=0, pair_kills=2, seed=1)
+    (*_, summary) = run_chaos(kills=0, pair_kills=2, sharded_kills=0, seed=1)
     assert re.match(r"2 kills of 2 process.*; (\d) of \1 runs ended as undisturbed", summary)
 
 

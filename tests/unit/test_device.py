@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 
-from nanogpt.device import free_memory, pick_device, pick_dtype
-from nanogpt.distributed import World
+from nanogpt.device import free_memory, peak_flops, pick_device, pick_dtype
 from nanogpt.errors import InputError
 
 CUDA = torch.device("cuda:0")
@@ -61,9 +60,9 @@ NO_PEAKS = {"NVIDIA GeForce RTX 4090 Laptop GPU": None, "Tesla of tomorrow": Non
 @pytest.mark.parametrize(("name", "peak"), [*PEAKS.items(), *NO_PEAKS.items()])
 def test_peak_flops_by_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert World(0, 1, CUDA, torch.bfloat16).peak_flops() == peak
-    assert World(0, 1, CUDA, torch.float32).peak_flops() is None
-    assert World(0, 1, torch.device("cpu"), torch.bfloat16).peak_flops() is None
+    assert peak_flops(CUDA, torch.bfloat16) == peak
+    assert peak_flops(CUDA, torch.float32) is None
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory as Linux counts it")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from nanogpt.guard import LayerStats, UpdateGuard
+from nanogpt.guard import UpdateGuard
+from nanogpt.layer_stats import LayerStats
 
 CPU = torch.device("cpu")
 NAN = math.nan

@@ -11,7 +11,8 @@ from nanogpt.data.dataset import Shard, Tokens
 from nanogpt.data.ngrams import NgramTargets
 from nanogpt.data.rows import Rows, StepBatch
 from nanogpt.distributed import World
-from nanogpt.guard import LayerStats, UpdateGuard
+from nanogpt.guard import UpdateGuard
+from nanogpt.layer_stats import LayerStats
 from nanogpt.optim import Optimizer
 from train import train_step
 

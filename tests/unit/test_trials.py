@@ -8,12 +8,13 @@ import torch
 from conftest import Run, assert_same_checkpoint
 
 import budget
-from nanogpt import checkpoint, distributed, trials
-from nanogpt.distributed import World, try_dtypes
+from nanogpt import checkpoint, trials
+from nanogpt.distributed import World
 from nanogpt.files import read_json
 from train import TrainConfig, train_step
 
 CPU = torch.device("cpu")
+BFLOAT16_SPEED = trials.bfloat16_speed  # which conftest.py replaces
 
 
 @pytest.fixture
@@ -31,6 +32,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         shapes.append(tuple(shape))
         return len(shapes) + 0.5
 
+    monkeypatch.setattr(trials, "bfloat16_speed", BFLOAT16_SPEED)
     monkeypatch.setattr(trials, "measure_bfloat16_speed", measure)
     return shapes
 
@@ -113,16 +115,16 @@ def test_try_dtypes_takes_the_faster_one_on_all_ranks(monkeypatch: pytest.Monkey
             return values + main
 
     for main, dtype in ((3.0, torch.bfloat16), (1.1, torch.float32), (0.02, torch.float32)):
-        monkeypatch.setattr(distributed, "bfloat16_speed", lambda *_, main=main: main)
-        assert try_dtypes(World(0, 1, CPU, torch.float32), "auto", 8, 8, 8).dtype == dtype
-        assert try_dtypes(World(0, 1, CPU, torch.float32), "float16", 8, 8, 8).dtype == torch.float16
-        monkeypatch.setattr(distributed, "bfloat16_speed", lambda *_: 1 / 0)  # the main rank's alone counts
-        second = try_dtypes(SecondOfTwo(1, 2, CPU, torch.float32), "auto", 8, 8, 8)
+        monkeypatch.setattr(trials, "bfloat16_speed", lambda *_, main=main: main)
+        assert trials.try_dtypes(World(0, 1, CPU, torch.float32), "auto", 8, 8, 8).dtype == dtype
+        assert trials.try_dtypes(World(0, 1, CPU, torch.float32), "float16", 8, 8, 8).dtype == torch.float16
+        monkeypatch.setattr(trials, "bfloat16_speed", lambda *_: 1 / 0)  # the main rank's alone counts
+        second = trials.try_dtypes(SecondOfTwo(1, 2, CPU, torch.float32), "auto", 8, 8, 8)
         assert (second.dtype, second.bfloat16_speed) == (dtype, main)
 
 
 def test_time_budget_keeps_one_dtype(letters: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(distributed, "bfloat16_speed", lambda *shape: float(shape == (2048, 128, 384)) + 1)
+    monkeypatch.setattr(trials, "bfloat16_speed", lambda *shape: float(shape == (2048, 128, 384)) + 1)
     config = TrainConfig(dataset=str(letters), minutes=1.0, block_size=16, device="cpu")
     trial = budget.SpeedTrial(config, World(0, 1, CPU, torch.float32), train_step)
     assert trial.config.dtype == "bfloat16"
@@ -131,11 +133,11 @@ def test_time_budget_keeps_one_dtype(letters: Path, monkeypatch: pytest.MonkeyPa
 
 def test_resumed_run_keeps_its_dtype(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Whatever a trial would say by now; a flag given again wins."""
-    monkeypatch.setattr(distributed, "bfloat16_speed", lambda *_: 2.0)
+    monkeypatch.setattr(trials, "bfloat16_speed", lambda *_: 2.0)
     assert run(out_dir="whole", dtype="auto") == 0
     assert run(out_dir="parts", dtype="auto", max_iters=8) == 0
     assert "bfloat16 (bfloat16: 2 × float32 here)" in capsys.readouterr().out
-    monkeypatch.setattr(distributed, "bfloat16_speed", lambda *_: 0.5)
+    monkeypatch.setattr(trials, "bfloat16_speed", lambda *_: 0.5)
     assert run(out_dir="parts", dtype=..., resume=True) == 0
     assert_same_checkpoint("whole", "parts", 20)
 
