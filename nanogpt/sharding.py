@@ -126,6 +126,10 @@ class MapExchange:
             self.group = mesh.get_group()
             self.rank = mesh.get_local_rank()
             self.ranks = range(mesh.size())
+        self.plan(matrices, row_splits)
+
+    def plan(self, matrices: Mapping[str, Tensor], row_splits: Mapping[str, Sequence[int]]) -> None:
+        """Choose the owner of each map: the largest first, to the rank with the least work so far."""
         maps = []
         for name, splits in row_splits.items():
             num_rows, columns = matrices[name].shape

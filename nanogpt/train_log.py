@@ -196,7 +196,7 @@ def print_model_summary(model: Any, world: World) -> None:
         parameters += f", of which {trained:,} are LoRA adapters and train"
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
     if world.shards > 1:
-        processes += f", {world.shards} sharing a copy of the model,"
+        processes += f", {world.shards} sharing a copy of the model (so no samples are printed),"
     print0(
         f"{processes} on {describe_device(world.device)}, {dtype}",
         f"model       {parameters}",
@@ -215,12 +215,15 @@ def print_run_summary(
     memory = estimate_training_memory(model, optimizer, micro_batch, rows.block_size, world.dtype, world.shards)
     free = free_memory(world.device)
     free_text = f", {format_bytes(free)} free" if free else ""
+    checkpoint = f"{format_bytes(4 * (trained_numel(model) + optimizer_state_numel(model, optimizer)))} each"
+    if world.shards > 1:
+        checkpoint += ", gathered in the host memory of the main process"
     print0(
         f"step        {step}",
         f"run         {max_iters:,} steps = {tokens:,} tokens = {tokens / len(dataset.train):.3g} epochs of "
         f"{dataset.name} = {tokens / model.count_parameters():.3g} tokens per parameter",
         f"memory      about {format_bytes(memory)} per process{free_text}",
-        f"checkpoint  {format_bytes(4 * (trained_numel(model) + optimizer_state_numel(model, optimizer)))} each",
+        f"checkpoint  {checkpoint}",
     )
 
 

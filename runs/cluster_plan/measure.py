@@ -157,20 +157,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="124M", help=f"of {', '.join(SIZES)}; with commas")
     parser.add_argument("--processes", default="2,4")
+    parser.add_argument("--shards", help="with commas; 1, half of the processes and all of them by default")
     parser.add_argument("--optimizers", default="adamw,muon")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--to", type=Path)
     args = parser.parse_args()
     from compare_with_nanogpt import machine
 
-    is_sharded = "shards" in train.TrainConfig.__dataclass_fields__
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "val"):
             np.random.default_rng(0).integers(0, 50_257, 100_000, dtype=np.uint16).tofile(f"{folder}/{split}.bin")
         for name in args.models.split(","):
             for processes in map(int, args.processes.split(",")):
-                for shards in sorted({1, processes // 2, processes} if is_sharded else {1}):
+                chosen = map(int, args.shards.split(",")) if args.shards else {1, processes // 2, processes}
+                for shards in sorted(chosen):
                     for optimizer in args.optimizers.split(","):
                         for dtype in args.dtypes.split(","):
                             case = compare(name, processes, shards, optimizer, dtype, Path(folder))

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, assert_same_checkpoint, environment, flags, metrics
 
 import nanogpt.compile
 from bench import BenchConfig, open_model, open_our_steps
 from configurator import parse
+from load import build_model
 from model import GPT, GPTConfig
 from nanogpt import distributed
 from nanogpt.compile import compile_model
@@ -24,6 +26,7 @@ from nanogpt.evaluation import evaluate
 from nanogpt.generate.decoder import Decoder
 from nanogpt.memory import estimate_training_memory, pick_micro_batch
 from nanogpt.optim import Optimizer
+from nanogpt.sharding import make_mesh
 from nanogpt.timing import time_steps
 
 DEVICE = "cuda"
@@ -262,11 +265,45 @@ def test_bench_measures_a_gpu(tmp_path: Path):
 
 
 @two_gpus
-@pytest.mark.parametrize("keys", [GPT2, SOFT], ids=["gpt2", "soft targets"])
+@pytest.mark.parametrize("keys", [GPT2, SOFT, MODERN | {"shards": 2}], ids=["gpt2", "soft targets", "sharded"])
 def test_two_nccl_ranks_match_one_process(letters: Path, tmp_path: Path, keys: dict[str, Any]):
     keys = keys | {"dataset": letters, "gradient_accumulation_steps": 4}
-    run_train(tmp_path, out_dir="one", **keys)
+    run_train(tmp_path, out_dir="one", **keys | {"shards": 1})
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     run_train(tmp_path, *launcher, out_dir="two", **keys | {"backend": "nccl"})
     one, two = (dict(metrics(tmp_path / name, "step", "loss")) for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """Of this process alone, whose one part is the whole."""
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield make_mesh(DEVICE, 1, 1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("keys", [GPT2, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_sharded_gpu_matches_a_plain_one(mesh: Any, keys: dict[str, Any], compiled: bool, dtype: torch.dtype):
+    plain = make_model(keys["arch"]).to(DEVICE)
+    tensors = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    ids = torch.randint(plain.config.vocab_size, (4, plain.config.block_size), device=DEVICE)
+    runs = []
+    for world in (World(0, 1, torch.device(DEVICE), dtype, mesh=mesh), World(0, 1, torch.device(DEVICE), dtype)):
+        model = build_model(plain.config, tensors, world) if world.mesh else plain
+        trained = compile_model(model, world, [ids, ids, None], is_whole_step=False) if compiled else model
+        optimizer = Optimizer(model, world, kind=keys["optimizer"], learning_rate=1e-2)
+        runs.append([])
+        for _ in range(8):
+            with world.autocast():
+                loss = trained(ids, ids)[1]
+            loss.backward()
+            one = torch.ones((), device=DEVICE)
+            optimizer.step(1.0, one, 0 * one)
+            optimizer.zero_grad()
+            runs[-1].append(loss.item())
+    assert runs[1][-1] < runs[1][0]  # it learns
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4 if dtype == torch.float32 else 2e-2)

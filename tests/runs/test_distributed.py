@@ -39,11 +39,13 @@ RUNS: dict[str, dict[str, Any]] = {
     | MODERN
     | {"shards": 2, "batch_size": 4, "gradient_accumulation_steps": 3, "log_layers": True, "log_interval": 1}
     | {"activation_checkpointing": True, "loss_chunk": 7},
+    "sharded base": BASE | {"init_from": "base", "shards": 2, "batch_size": 2, "gradient_accumulation_steps": 4},
     "lora": BASE | {"init_from": "base", "lora_rank": 2, "batch_size": 2, "gradient_accumulation_steps": 4},
     "stopped": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1},
 }
 for size in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
-    RUNS["lora"][size] = ...  # of the base
+    RUNS["lora"][size] = RUNS["sharded base"][size] = ...  # of the base
+RUNS["sharded base"]["block_size"] = 8  # cropped
 STOP_AT = 10  # the second rank gets SIGTERM in the update after this step of "stopped"
 
 
@@ -93,7 +95,9 @@ def two(letters: Path, one_and_two: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.mark.parametrize("name", ["accumulated", "split", "muon", "masked", "sharded", "sharded muon", "lora"])
+@pytest.mark.parametrize(
+    "name", ["accumulated", "split", "muon", "masked", "sharded", "sharded muon", "sharded base", "lora"]
+)
 def test_two_processes_equal_one(two: Path, run: Run, name: str):
     for folder in ("one", "two", "base"):
         Path(folder).symlink_to(two / folder)

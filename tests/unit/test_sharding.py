@@ -1,0 +1,82 @@
+"""Sharding: which rows a rank keeps, who owns a map; runs/test_distributed.py has whole runs against one process."""
+
+import pytest
+import torch
+
+from nanogpt.sharding import MapExchange, check_shards, copy_rows, own_rows
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 9, 50])
+@pytest.mark.parametrize("shards", [1, 2, 4, 7])
+def test_own_rows_are_those_of_chunk(num_rows: int, shards: int):
+    rows = torch.arange(num_rows)
+    expected = [*rows.chunk(shards), *[rows[:0]] * shards][:shards]  # as fully_shard divides; some get none
+    assert all(torch.equal(rows[own_rows(num_rows, rank, shards)], expected[rank]) for rank in range(shards))
+
+
+def test_copy_rows_fills_padding_of_a_plain_tensor_by_copying():
+    target = torch.ones(3, 2)
+    copy_rows(target, torch.zeros(3, 2))
+    assert not target.any()
+
+
+class Exchange(MapExchange):
+    """The exchange of one rank among several, without a process group."""
+
+    def __init__(self, matrices: dict[str, torch.Tensor], splits: dict[str, list[int]], rank: int, ranks: int):
+        self.rank, self.ranks = rank, range(ranks)
+        self.plan(matrices, splits)
+
+
+MATRICES = {"qkv": torch.arange(60.0).view(10, 6), "up": torch.arange(42.0).view(7, 6)}
+SPLITS = {"qkv": [6, 2, 2], "up": [7]}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_exchange_sends_each_row_to_one_owner_and_back(ranks: int, monkeypatch: pytest.MonkeyPatch):
+    exchanges = [Exchange(MATRICES, SPLITS, rank, ranks) for rank in range(ranks)]
+    parts = [{name: m[own_rows(len(m), rank, ranks)] for name, m in MATRICES.items()} for rank in range(ranks)]
+    flat = [torch.cat([v.reshape(-1) for v in e.views(p)]) for e, p in zip(exchanges, parts, strict=True)]
+    owned = [one for exchange in exchanges for one in exchange.owned[exchange.rank]]
+    assert sorted((one.name, one.first, one.rows) for one in owned) == [
+        *(("qkv", 0, 6), ("qkv", 6, 2), ("qkv", 8, 2), ("up", 0, 7))
+    ]
+
+    # Play the ranks one after the other, in three passes, each until its next exchange.
+    sent: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for turn in (1, 2, 3):
+        for rank, exchange in enumerate(exchanges):
+            calls = 0
+
+            def all_to_all(
+                rows: torch.Tensor, to: list[int], from_: list[int], rank: int = rank, turn: int = turn
+            ) -> torch.Tensor:
+                nonlocal calls
+                calls += 1
+                sent[calls, rank] = list(rows.split(to))
+                if calls == turn:
+                    raise StopIteration
+                received = torch.cat([sent[calls, source][rank] for source in range(ranks)])
+                assert len(received) == sum(from_)
+                return received
+
+            monkeypatch.setattr(exchange, "_all_to_all", all_to_all)
+            maps: list[torch.Tensor] = []
+            try:
+                result = exchange.apply(
+                    lambda whole, maps=maps: maps.extend(whole) or [2 * m for m in whole], flat[rank]
+                )
+            except StopIteration:
+                continue
+            assert torch.equal(result, 2 * flat[rank])
+            for one, whole in zip(exchange.owned[rank], maps, strict=True):
+                assert torch.equal(whole, MATRICES[one.name][one.first : one.first + one.rows])
+
+
+def test_shards_that_cannot_work_are_named():
+    assert check_shards(1, 3, "float16", 8, 5.0) == []
+    assert check_shards(0, 3, "bfloat16", 0, None) == []
+    assert check_shards(2, 3, "auto", 0, None) == [
+        "shards=2: does not divide 3 process(es); start others with torchrun, or set 0"
+    ]
+    assert len(check_shards(2, 4, "float16", 8, 5.0)) == 3
