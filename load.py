@@ -114,14 +114,12 @@ def check_vocabulary(model: GPT, tokenizer: Tokenizer) -> None:
         print(f"no row of the model is for {', '.join(without_row)}: text with it is refused", file=sys.stderr)
 
 
-def check_finite(model: GPT, source: str, world: World | None = None) -> None:
-    """Raises InputError for weights that are NaN or infinite, on all ranks if one has such."""
-    parts = {name: local(tensor) for name, tensor in model.state_dict().items()}
-    bad = [name for name, part in parts.items() if part.numel() and not all(map(torch.isfinite, part.aminmax()))]
-    count = torch.tensor(float(len(bad)), device=world.device if world else None)
-    if (world.all_reduce_sum(count) if world else count).item():
-        where = bad[0] if bad else "a part on another rank"
-        raise InputError(f"{source}: {where} holds NaN or infinite weights; use another checkpoint")
+def check_finite(model: GPT, source: str) -> None:
+    """Raises InputError for weights, of this rank's part, that are NaN or infinite."""
+    for name, tensor in model.state_dict().items():
+        part = local(tensor)
+        if part.numel() and not all(map(torch.isfinite, part.aminmax())):
+            raise InputError(f"{source}: {name} holds NaN or infinite weights; use another checkpoint")
 
 
 # --- A training run
@@ -263,12 +261,10 @@ def build_model(
     """
     if tensors is not None and not world.mesh:
         return GPT.from_tensors(config, dict(tensors), block_size=block_size)
-    if block_size is not None:
-        if block_size > config.block_size:
-            raise ValueError(f"block_size={block_size}: this model's context ends at {config.block_size}")
-        config = replace(config, block_size=block_size)
     with torch.device("meta"):
         model = GPT(config)
+    if block_size is not None:
+        model.crop_block_size(block_size)
     if world.mesh:
         shard_model(model, world.mesh, world.dtype)
     model.to_empty(device=world.device if world.mesh else "cpu")
@@ -302,7 +298,7 @@ def load_weights(
     except ValueError as error:
         raise InputError(f"init_from={init_from}: {error}; leave --block_size out or give less") from error
     raise_for_sizes(explicit, asdict(model.config), init_from)
-    check_finite(model, init_from, world)
+    check_finite(model, init_from)
     if tokenizer:
         check_vocabulary(model, tokenizer)
     return model, tokenizer
@@ -386,6 +382,6 @@ def choose_dtype(config: Any, model_config: GPTConfig, world: World) -> tuple[An
     """
     rows = micro_batch_sizes(config, world.size)[0] * model_config.block_size
     world = try_dtypes(world, config.dtype, rows, model_config.n_embd, model_config.n_inner)
-    if world.bfloat16_speed:
+    if world.bfloat16_speed or (world.mesh and world.device.type == "cpu"):
         config = replace(config, dtype=world.dtype_name)
     return config, world

@@ -273,6 +273,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         grad_matrix = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
+        if torch.is_autocast_enabled(x.device.type):
+            matrix = matrix.to(torch.get_autocast_dtype(x.device.type))  # once, not for every chunk
         for first in range(0, len(x), chunk):
             part = slice(first, first + chunk)
             ids, probs = soft_ids[part], soft_probs[part]
@@ -455,10 +457,11 @@ class GPT(nn.Module):
             config = replace(config, dropout=dropout)
         with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
             model = cls(config)
+        tensors = dict(tensors)  # read once, where they are read when looked up
         padding = config.padded_vocab_size - config.vocab_size
         for name in ("token_embedding.weight", "head.weight"):
             if padding and name in tensors and len(tensors[name]) == config.vocab_size:
-                tensors = {**tensors, name: F.pad(tensors[name], (0, 0, 0, padding))}
+                tensors[name] = F.pad(tensors[name], (0, 0, 0, padding))
         model.load_state_dict(tensors, assign=True)
         if block_size is not None:
             model.crop_block_size(block_size)

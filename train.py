@@ -252,7 +252,7 @@ def train(run: Run) -> int:
     total_rows = run.row_schedule.total_rows(config.max_iters)
     log = StepLogger(state, run.world, run.writer, config.log_interval, total_rows, schedule.deadline, run.layer_stats)
     signals = SignalCatcher(can_save=not config.dry_run)
-    pace = Pace(run.model, run.world.ranks, state.clock)
+    pace = Pace(run.model, run.world.ranks, state.clock, is_sharded=run.world.shards > 1)
     requests = Requests()
     first_step = state.step
     is_saved = run.is_resumed
@@ -389,6 +389,7 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
         resumed.state["config"] = asdict(resumed.build_config(TrainConfig, "config"))
         explicit = budget.check_resume(explicit, resumed.state)
         config = resume_config(config, explicit, resumed)
+    ranks.ask_main(partial(check_shards, config.shards, ranks.size, config.dtype, config.lora_rank, config.minutes))
     has_budget = config.minutes is not None and not config.eval_only
     if resumed or not has_budget:  # what a new time budget chooses is checked below
         ranks.ask_main(partial(check_config, config))
@@ -437,7 +438,6 @@ def check_config(config: TrainConfig) -> None:
             "batch_growth_tokens: the batch grows from batch_size to batch_size × gradient_accumulation_steps, which "
             "are equal here: raise gradient_accumulation_steps"
         )
-    problems += check_shards(config.shards, world_size(), config.dtype, config.lora_rank, config.minutes)
     if config.patience and not config.eval_interval:
         problems.append("patience: eval_interval=0 evaluates only at the end, too late to stop: set --eval_interval")
     if config.decay_iters is not None and config.schedule != "trapezoid":

@@ -24,12 +24,11 @@ from nanogpt import lora
 from nanogpt.console import format_bytes, print0
 from nanogpt.errors import InputError, RunStopped
 from nanogpt.files import atomic_directory, file_sha256, read_json, recover_directories, sync, utf8_path
-from nanogpt.metrics import read_stop_reason
+from nanogpt.metrics import AFTER_A_STOP, read_stop_reason
 from nanogpt.rendezvous import Ranks
 from nanogpt.run_dir import RunDir
 from nanogpt.schema import Config, Count, NonNegative, check, check_keys, matches
 from nanogpt.sharding import gather
-from nanogpt.train_log import AFTER_A_STOP
 
 if TYPE_CHECKING:
     from nanogpt.text.tokenizer import Tokenizer

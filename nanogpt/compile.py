@@ -11,6 +11,7 @@ from torch import nn
 from nanogpt.console import print0
 from nanogpt.device import is_out_of_memory
 from nanogpt.distributed import World
+from nanogpt.errors import InputError
 from nanogpt.files import cache_folder
 
 # FLOPs of a micro-batch below which a GPU's step runs as a CUDA graph: 10 ms at half of an H100's peak, about what the
@@ -59,9 +60,9 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
         if is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or [""])[0][:200]
+        if blocks:  # which FSDP2 may have left half gathered
+            raise InputError(f"compile: failed on sharded blocks ({reason}); set --compile=False") from error
         print0(f"warning: torch.compile failed, continuing without it ({type(error).__name__}: {reason})")
-        for block in blocks:
-            block._compiled_call_impl = None
         model.train()
         model.zero_grad(set_to_none=True)
         return model

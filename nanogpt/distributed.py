@@ -117,6 +117,7 @@ def start(
     elif torch_device.type == "cpu":
         disable_malloc_trim()
 
+    mesh = None
     if ranks.size > 1:
         if backend == "auto":
             backend = "nccl" if torch_device.type == "cuda" else "gloo"
@@ -124,9 +125,12 @@ def start(
             raise InputError(
                 f"backend=nccl: needs CUDA devices, this process has {torch_device.type}; use --backend=gloo"
             )
+        if shards != 1 and torch_dtype == torch.float16:
+            raise InputError("shards: this GPU would use float16, which shards do not support; set --dtype=float32")
         device_id = torch_device if backend == "nccl" else None
         place: Any = {"store": ranks.store, "rank": ranks.rank, "world_size": ranks.size}
-        dist.init_process_group(backend, timeout=timedelta(seconds=ranks.timeout_s), device_id=device_id, **place)
-    is_sharded = ranks.size > 1 and shards != 1
-    mesh = sharding.make_mesh(torch_device.type, ranks.size, shards or ranks.size) if is_sharded else None
+        timeout = timedelta(seconds=ranks.timeout_s)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id, **place)
+        if shards != 1:
+            mesh = sharding.make_mesh(torch_device.type, ranks.size, shards or ranks.size, timeout)
     return World(ranks.rank, ranks.size, torch_device, torch_dtype, mesh=mesh, ranks=ranks)

@@ -109,12 +109,12 @@ def raise_if_cpu_memory_is_short(needed: float, device: torch.device, hint: str)
 def pick_micro_batch(model: Any, optimizer: str, sizes: Sequence[int], world: World) -> int:
     """The largest of `sizes` (rows, descending) that fits into memory on every rank; the last one if none does.
 
-    A GPU tries forward and backward beside an optimizer state; a CPU, whose system kills a process that takes too
-    much, relies on the estimate.
+    A GPU tries forward and backward beside an optimizer state. A CPU, whose system kills a process that takes too
+    much, and sharded models rely on the estimate.
     """
     T = model.config.block_size
     for size in sizes:
-        if world.device.type == "cpu":
+        if world.device.type == "cpu" or world.mesh:  # a trial that fails on one rank would leave the others waiting
             needed = estimate_training_memory(model, optimizer, size, T, world.dtype, world.shards)
             fits = fits_in_memory(needed, world.device)
         else:

@@ -21,6 +21,11 @@ from nanogpt.errors import InputError
 from nanogpt.files import atomic_write, is_same_file, regular_file_size
 from nanogpt.run_dir import RunDir
 
+AFTER_A_STOP = (
+    "lower --learning_rate, and resume from the last checkpoint with --resume=True (delete it to resume from the one "
+    "before) or, if there is none, start again with --resume=False"
+)
+
 # --- From the device
 
 

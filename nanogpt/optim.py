@@ -125,7 +125,9 @@ class Optimizer:
         grad.lerp_(momentum, self.muon_momentum)
         del momentum
         dtype = torch.float32 if self.world.dtype == torch.float16 else self.world.dtype  # float16 lacks the range
-        update = self.maps.apply(self._orthogonalize, grad.to(dtype)).to(grad.dtype)
+        grad = grad.to(dtype)
+        update = self.maps.apply(self._orthogonalize, grad).float()
+        del grad
         update *= -0.2 * lr * (1 - skip_update)
         updates = unflatten(update, weights)
         torch._foreach_mul_(updates, [math.sqrt(max(one.rows, one.columns)) for one in self.maps.order])
@@ -206,7 +208,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """The norm of all tensors together, a scalar; sharded ones count whole."""
     norm = nn.utils.get_total_norm([local(tensor) for tensor in tensors])
-    return norm_over_ranks(norm, tensors[0])
+    return norm_over_ranks(norm, tensors[0]) if tensors else norm
 
 
 def clip_divisor(grad_clip: float, norm: Tensor) -> Tensor:

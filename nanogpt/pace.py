@@ -19,17 +19,20 @@ class Pace:
     """The mean time from the start of a step to the end of its first forward pass, on each rank.
 
     In that time a rank reads its rows and computes alone; later the ranks wait for each other, and a step takes equally
-    long on all. On a GPU it is the time of the host, which sees slow data and a slow CPU, not a slow GPU.
+    long on all. On a GPU it is the time of the host, which sees slow data and a slow CPU, not a slow GPU. With sharded
+    weights ranks wait in the forward pass already, so the time ends where it begins, and sees slow data alone.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks, clock: Stopwatch):
+    def __init__(self, model: nn.Module, ranks: Ranks, clock: Stopwatch, is_sharded: bool):
         self.ranks = ranks
         self.clock = clock
         self.start_of_step: float | None = None
         self.seconds = 0.0
         self.steps = 0
         self.last_report = clock.seconds
-        if ranks.store is not None:
+        if is_sharded:
+            model.register_forward_pre_hook(self._end_forward, prepend=True)  # before FSDP2's, which gathers
+        elif ranks.store is not None:
             model.register_forward_hook(self._end_forward)
 
     def start(self) -> None:

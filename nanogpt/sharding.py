@@ -8,20 +8,28 @@ r of a group of S keeps rows r c to (r + 1) c, where c = ⌈n / S⌉.
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanogpt.errors import InputError
+
 SHARDS = "shards"  # the dimension of the mesh whose ranks share one copy of the model
 
 
-def make_mesh(device_type: str, size: int, shards: int) -> Any:
-    """The device mesh of `size` ranks: copies of the model × the shards of each."""
-    from torch.distributed.device_mesh import init_device_mesh
+def make_mesh(device_type: str, size: int, shards: int, timeout: timedelta | None = None) -> Any:
+    """The device mesh of `size` ranks: copies × shards. timeout: of collectives among some of them."""
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-    return init_device_mesh(device_type, (size // shards, shards), mesh_dim_names=("copies", SHARDS))
+    names = ("copies", SHARDS)
+    if shards == size:  # the group of all ranks, which exists
+        return init_device_mesh(device_type, (1, size), mesh_dim_names=names)
+    ranks = torch.arange(size).view(-1, shards)
+    groups = [dist.new_subgroups_by_enumeration(part.tolist(), timeout)[0] for part in (ranks.mT, ranks)]
+    return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
 
 
 def shard_model(model: Any, mesh: Any, dtype: torch.dtype) -> None:
@@ -38,20 +46,21 @@ def shard_model(model: Any, mesh: Any, dtype: torch.dtype) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def check_shards(shards: int, size: int, dtype: str, lora_rank: int, minutes: float | None) -> list[str]:
-    """Return the problems of the key `shards` with `size` processes and other keys, a line each."""
+def check_shards(shards: int, size: int, dtype: str, lora_rank: int, minutes: float | None) -> None:
+    """Raise InputError, a line each, where other keys or `size` processes do not allow `shards`."""
     problems: list[str] = []
     if shards == 1:
-        return problems
+        return
     if size % (shards or size):
-        problems.append(f"shards={shards}: does not divide {size} process(es); start others with torchrun, or set 0")
+        problems.append(f"shards={shards}: does not divide {size} process(es); set 0 for all, 1 for none, or a divisor")
     if dtype == "float16":
         problems.append("dtype=float16: its loss scaler sees the gradients of one rank alone; set bfloat16 or shards=1")
     if lora_rank:
         problems.append("lora_rank: its frozen base cannot be sharded; set shards=1")
     if minutes is not None:
         problems.append("minutes: chooses small models, which need no shards; set shards=1")
-    return problems
+    if problems:
+        raise InputError("\n".join(problems))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -64,17 +73,21 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every rank, which all must call; any other tensor itself."""
+    """The whole of a sharded tensor, any other itself. All ranks must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def norm_over_ranks(norm: Tensor, sharded: Tensor) -> Tensor:
-    """The norm of whole tensors by the norm of this rank's parts. sharded: one of the tensors, or a plain one."""
+    """The norm of whole tensors by the norm of this rank's parts. sharded: one of the tensors, or a plain one.
+
+    All ranks take part, so that all copies of the model get the same bits.
+    """
     if not is_sharded(sharded):
         return norm
     square = norm.square()
-    dist.all_reduce(square, group=sharded.device_mesh.get_group(SHARDS))  # type: ignore[attr-defined]
-    return square.sqrt()
+    dist.all_reduce(square)
+    copies = dist.get_world_size() // sharded.device_mesh[SHARDS].size()  # type: ignore[attr-defined]
+    return (square / copies).sqrt()
 
 
 def own_rows(num_rows: int, rank: int, shards: int) -> slice:
@@ -87,14 +100,16 @@ def own_rows(num_rows: int, rank: int, shards: int) -> slice:
 def copy_rows(target: Tensor, source: Tensor) -> None:
     """Copy a whole tensor, or what this rank keeps of it, into a parameter or a state.
 
-    Rows that the source lacks, the vocabulary's padding, become zero.
+    Sharded, rows that the source lacks become zero: the padding of the vocabulary.
     """
     if not is_sharded(target):
         target.copy_(source)
         return
+    if source.shape[1:] != target.shape[1:]:
+        raise RuntimeError(f"{tuple(source.shape)} does not fit into {tuple(target.shape)}")
     mesh: Any = target.device_mesh[SHARDS]  # type: ignore[attr-defined]
     own = local(target)
-    rows = source[own_rows(len(target), mesh.get_local_rank(), mesh.size())] if target.dim() else source
+    rows = source[own_rows(len(target), mesh.get_local_rank(), mesh.size())]
     own[len(rows) :].zero_()
     own[: len(rows)].copy_(rows)
 
@@ -112,9 +127,9 @@ class Map(NamedTuple):
 class MapExchange:
     """Muon's maps, which are made whole where each is orthogonalized.
 
-    Of sharded matrices the rows of a map are sent to one rank of the group, its owner, and the result is sent back: a
-    rank sends and receives its own rows alone, where gathering would give it all. Owners are chosen so that all have
-    about the same work. row_splits: the rows of the maps in each matrix.
+    Of sharded matrices the rows of a map are sent to one rank of the group, its owner, and the result is sent back;
+    gathering would send every row to every rank. Owners are chosen so that all have about the same work. row_splits:
+    the rows of the maps in each matrix.
     """
 
     def __init__(self, matrices: Mapping[str, Tensor], row_splits: Mapping[str, Sequence[int]]):
@@ -160,7 +175,10 @@ class MapExchange:
             part.split(sizes)
             for part, sizes in zip(self._all_to_all(rows, sent, received).split(received), pieces, strict=True)
         ]
-        maps = [torch.cat(parts).view(one.rows, one.columns) for one, *parts in zip(mine, *by_rank, strict=True)]
+        maps = [
+            (torch.cat(parts) if len(parts) > 1 else parts[0]).view(one.rows, one.columns)
+            for one, *parts in zip(mine, *by_rank, strict=True)
+        ]
         results = [
             result.reshape(-1).split([self._numel(one, rank) for rank in self.ranks])
             for one, result in zip(mine, function(maps), strict=True)

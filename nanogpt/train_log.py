@@ -17,14 +17,10 @@ from nanogpt.distributed import World
 from nanogpt.errors import RunStopped
 from nanogpt.layer_stats import LayerStats
 from nanogpt.memory import estimate_training_memory, optimizer_state_numel, trained_numel
-from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats
+from nanogpt.metrics import AFTER_A_STOP, DeferredRead, MetricsWriter, StepStats
 from nanogpt.schedule import RowSchedule
 from nanogpt.state import TrainState
 
-AFTER_A_STOP = (
-    "lower --learning_rate, and resume from the last checkpoint with --resume=True (delete it to resume from the one "
-    "before) or, if there is none, start again with --resume=False"
-)
 CPU_FLOPS = 3e10  # FLOP/s that a small model's step reaches on one core; only for a guess before the first step
 LONG_ON_CPU_S = 30 * 60
 MAX_SECONDS = 1e11  # of an ETA: more is no date

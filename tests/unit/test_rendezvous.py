@@ -112,7 +112,7 @@ def test_a_slow_rank_is_named(three: list[Ranks], monkeypatch: pytest.MonkeyPatc
     clock: Any = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
     models = [torch.nn.Identity() for _ in three]
-    paces = [pace.Pace(model, ranks, clock) for model, ranks in zip(models, three, strict=True)]
+    paces = [pace.Pace(model, ranks, clock, is_sharded=False) for model, ranks in zip(models, three, strict=True)]
     for share in (0.2, 0.02):  # of a step, by which rank 2 is slower
         start = clock.seconds
         for step in range(1, 61):

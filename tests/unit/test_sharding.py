@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanogpt.errors import InputError
 from nanogpt.sharding import MapExchange, check_shards, copy_rows, own_rows
 
 
@@ -74,9 +75,9 @@ def test_exchange_sends_each_row_to_one_owner_and_back(ranks: int, monkeypatch: 
 
 
 def test_shards_that_cannot_work_are_named():
-    assert check_shards(1, 3, "float16", 8, 5.0) == []
-    assert check_shards(0, 3, "bfloat16", 0, None) == []
-    assert check_shards(2, 3, "auto", 0, None) == [
-        "shards=2: does not divide 3 process(es); start others with torchrun, or set 0"
-    ]
-    assert len(check_shards(2, 4, "float16", 8, 5.0)) == 3
+    check_shards(1, 3, "float16", 8, 5.0)
+    check_shards(0, 3, "bfloat16", 0, None)
+    with pytest.raises(InputError, match=r"^shards=2: does not divide 3 process\(es\); [^\n]*$"):
+        check_shards(2, 3, "auto", 0, None)
+    with pytest.raises(InputError, match=r"dtype=float16.*\nlora_rank.*\nminutes"):
+        check_shards(2, 4, "float16", 8, 5.0)
