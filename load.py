@@ -256,8 +256,7 @@ def build_model(
 ) -> GPT:
     """A GPT with these tensors, or without any with random weights; sharded if the world is.
 
-    Sharded, a rank reads a tensor at a time and keeps its own rows. Random weights are the same either way. block_size:
-    a shorter context. Raises ValueError for one beyond the model's.
+    Sharded, a rank reads a tensor at a time and keeps its rows. block_size: a shorter context, else ValueError.
     """
     if tensors is not None and not world.mesh:
         return GPT.from_tensors(config, dict(tensors), block_size=block_size)

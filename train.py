@@ -513,9 +513,7 @@ def open_run(
         row_schedule=row_schedule,
         rows=rows,
         windows=windows,
-        eval_batch=rows_to_evaluate(windows["val"], micro_batch, world)
-        if model is gpt and not world.mesh
-        else micro_batch,
+        eval_batch=rows_to_evaluate(windows["val"], micro_batch, world) if model is gpt else micro_batch,
         dataset=dataset,
         tokenizer=tokenizer,
         layer_stats=LayerStats(state.optimizer.parameters, config.grad_clip) if config.log_layers else None,
