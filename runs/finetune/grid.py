@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "grid.json")
     arguments = parser.parse_args()
 
-    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "only")}
+    settings = {name: Path(str(value)).name for name, value in vars(arguments).items() if name not in ("out", "only")}
     report: dict[str, Any] = {"machine": machine(), "settings": settings, "runs": {}}
     if arguments.out.exists():
         report = json.loads(arguments.out.read_text())
