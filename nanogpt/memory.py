@@ -37,9 +37,9 @@ def optimizer_state_numel(model: Any, optimizer: str) -> int:
 def optimizer_step_bytes(model: Any, optimizer: str, itemsize: int) -> int:
     """Peak of the temporary memory of Muon's step; itemsize: bytes of a number in its matrix products.
 
-    Matrices of one shape are processed together: their gradients and momenta, and beside them first two copies of the
-    gradients (clipped, guarded), then Newton-Schulz's two iterates with their Gram matrices. The update of the shape
-    before is still in memory meanwhile.
+    First gradients and momenta are copied in float32. Then there are, in the dtype of the products, all gradients, the
+    updates of the shapes that are done, and of each map of the present shape three iterates and two Gram matrices; at
+    the end gradients, updates, and a copy of these.
     """
     if optimizer != "muon":
         return 0
@@ -48,13 +48,12 @@ def optimizer_step_bytes(model: Any, optimizer: str, itemsize: int) -> int:
         columns = model.get_parameter(name).shape[1]
         for num_rows in rows:
             shapes[min(num_rows, columns), max(num_rows, columns)] += 1
-    peak = previous_update = 0
-    for (r, s), count in shapes.items():
-        gradients_and_momenta = 8 * r * s
-        copies = 8 * r * s
-        newton_schulz = 2 * itemsize * (r * s + r * r)
-        peak = max(peak, previous_update + count * (gradients_and_momenta + max(copies, newton_schulz)))
-        previous_update = 4 * count * r * s
+    total = sum(count * r * s for (r, s), count in shapes.items())
+    peak = max(8 * total, 3 * itemsize * total)
+    done = 0
+    for (r, s), count in sorted(shapes.items(), key=lambda item: item[0][0] ** 2 * item[0][1], reverse=True):
+        peak = max(peak, itemsize * (total + done + count * (3 * r * s + 2 * r * r)))
+        done += count * r * s
     return peak
 
 

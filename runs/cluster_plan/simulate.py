@@ -20,7 +20,7 @@ def simulate_step(blocks: int, forward: float, backward: float, gather: float, r
     blocks before it are unfinished. In backward its gradients are reduced behind it in `reduce` seconds.
     """
     link = 0.0  # when the link is free
-    ends = [0.0] * (ahead + 1)  # of each block's arithmetic, after so many that never were
+    ends = [0.0] * (ahead + 1)  # of each block's arithmetic; the first ones stand for blocks before the first
     for i in range(2 * blocks):
         done = ends[-ahead - 1]  # of block i - ahead - 1
         reduces = reduce if i - ahead - 1 >= blocks else 0.0
@@ -38,10 +38,10 @@ def slowest_rank(ranks: int, spread: float, steps: int = 20, seed: int = 0) -> f
 
 
 def simulate_run(interval: float, save: float, restart: float, between: float, failures: int, seed: int = 0) -> float:
-    """Goodput of a run until so many failures, `between` seconds apart on average, at any time.
+    """Goodput of a run that ends at the given number of failures.
 
-    It saves after each `interval` seconds of steps, for `save` seconds. A failure loses the steps since the last save;
-    the restart takes `restart` seconds, and may fail too.
+    between: mean seconds from one failure to the next. The run saves after each `interval` seconds of steps, for `save`
+    seconds. A failure loses the steps since the last save; the restart takes `restart` seconds, and may fail too.
     """
     draws = random.Random(seed)
     time = useful = 0.0

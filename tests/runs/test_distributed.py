@@ -136,14 +136,19 @@ def test_one_process_resumes_the_run_of_two(two: Path, run: Run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sharded", "sharded muon"])
-def test_a_sharded_run_resumes_on_any_number_of_processes(run: Run, letters: Path, name: str):
+@pytest.mark.parametrize(
+    ("name", "shards", "sizes"),
+    [("sharded", 0, (4, 2, 1, 3, 4)), ("sharded muon", 0, (4, 2, 1, 3, 4)), ("sharded muon", 2, (4, 2, 4, 6, 2))],
+)
+def test_a_sharded_run_resumes_on_any_number_of_processes(
+    run: Run, letters: Path, name: str, shards: int, sizes: tuple[int, ...]
+):
     keys = RUNS[name] | {"batch_size": 12, "gradient_accumulation_steps": 1, "dataset": letters, "eval_interval": 5}
     keys["batch_growth_tokens"] = 0
     run(out_dir="alone", **keys | {"shards": 1})
-    for n, processes in enumerate((4, 2, 1, 3, 4), 1):
+    for n, processes in enumerate(sizes, 1):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        leg = keys | {"shards": 0, "out_dir": "legs", "resume": "auto", "max_iters": 6 * n, "micro_batch_size": 1}
+        leg = keys | {"shards": shards, "out_dir": "legs", "resume": "auto", "max_iters": 6 * n, "micro_batch_size": 1}
         done = subprocess.run(
             [*launcher, ROOT / "train.py", *flags(**leg)], env=environment(), capture_output=True, text=True
         )

@@ -1,9 +1,11 @@
 """Memory estimates and the micro-batches that they choose."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from model import GPT, GPTConfig
 from nanogpt import memory
@@ -34,13 +36,25 @@ def test_optimizer_state_numel_counts_its_tensors(sizes: dict[str, Any], kind: s
 
 
 def test_optimizer_step_bytes_by_hand():
-    """An MLP of two shapes; the update of the wide one is alive while the square one is computed."""
+    """A block of two shapes: 2 maps of 8 × 16, then 4 of 8 × 8."""
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=64, block_size=4, n_inner=16))
-    wide = 2 * (8 * 8 * 16 + max(8 * 8 * 16, 8 * (8 * 16 + 8 * 8)))  # up and down, 8 × 16
-    square = 4 * (8 * 8 * 8 + max(8 * 8 * 8, 8 * (8 * 8 + 8 * 8)))  # q, k, v and out, 8 × 8
-    assert optimizer_step_bytes(model, "muon", 4) == max(square, 4 * 4 * 64 + wide)
+    assert optimizer_step_bytes(model, "muon", 4) == 4 * (512 + 256 + 4 * (3 * 64 + 2 * 64))  # amid the second shape
+    assert optimizer_step_bytes(model, "muon", 2) == 8 * 512  # copies of gradients and momenta
     assert optimizer_step_bytes(model, "adamw", 4) == 0
+
+
+@pytest.mark.parametrize("sizes", [SIZES, MODERN | {"n_kv_head": 1}])
+def test_optimizer_step_bytes_are_those_of_a_step(sizes: dict[str, Any]):
+    model = GPT(GPTConfig(**sizes | {"n_embd": 128}))
+    optimizer = Optimizer(model, WORLD, kind="muon", learning_rate=1.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        optimizer.step(1.0, torch.ones(()), torch.zeros(()))
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes_in_time = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    assert max(itertools.accumulate(sizes_in_time)) == pytest.approx(optimizer_step_bytes(model, "muon", 4), rel=0.01)
 
 
 def test_estimate_grows_with_what_a_step_keeps():

@@ -1,10 +1,18 @@
 """Sharding: which rows a rank keeps, who owns a map; runs/test_distributed.py has whole runs against one process."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 
+from load import build_model
+from model import GPTConfig
+from nanogpt.cpu_kernels import use_cpu_kernels
+from nanogpt.distributed import World
 from nanogpt.errors import InputError
-from nanogpt.sharding import MapExchange, check_shards, copy_rows, own_rows
+from nanogpt.sharding import MapExchange, check_shards, copy_rows, gather, is_sharded, local, make_mesh, own_rows
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 8, 9, 50])
@@ -15,10 +23,47 @@ def test_own_rows_are_those_of_chunk(num_rows: int, shards: int):
     assert all(torch.equal(rows[own_rows(num_rows, rank, shards)], expected[rank]) for rank in range(shards))
 
 
-def test_copy_rows_fills_padding_of_a_plain_tensor_by_copying():
-    target = torch.ones(3, 2)
-    copy_rows(target, torch.zeros(3, 2))
-    assert not target.any()
+@pytest.fixture
+def world() -> Iterator[World]:
+    """Of one rank, whose part of a sharded tensor is the whole."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(0, 1, torch.device("cpu"), torch.bfloat16, mesh=make_mesh("cpu", 1, 1))
+    dist.destroy_process_group()
+
+
+def test_copy_rows_fills_with_zeros_what_the_source_lacks(world: World):
+    model = build_model(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=70, block_size=4), None, world)
+    weight = model.token_embedding.weight
+    assert is_sharded(weight)
+    copy_rows(weight, torch.ones(70, 8))
+    whole = gather(weight)
+    assert whole.shape == (128, 8)
+    assert (whole[:70] == 1).all()
+    assert not whole[70:].any()
+    with pytest.raises(RuntimeError, match="does not fit"):
+        copy_rows(weight, torch.ones(70, 1))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"bias": False, "arch": "modern", "n_kv_head": 1, "tied": False}])
+def test_sharded_model_computes_what_a_plain_one_does(world: World, sizes: dict[str, Any]):
+    """In bfloat16, where gains are rounded too; the blocks' gradients differ by that alone."""
+    plain_world = World(0, 1, torch.device("cpu"), torch.bfloat16)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=70, block_size=16, **sizes)
+    gradients = []
+    for one in (plain_world, world):
+        torch.manual_seed(0)
+        model = build_model(config, None, one)
+        use_cpu_kernels(model)
+        idx = torch.arange(32).view(2, 16)
+        with one.autocast():
+            loss = model(idx, idx)[1]
+        assert loss is not None
+        loss.backward()
+        gradients.append({name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == dict(model.named_parameters()).keys()
+    for name, gradient in gradients[0].items():
+        difference = (gradients[1][name] - gradient).norm()
+        assert difference < 0.02 * gradient.norm(), name
 
 
 class Exchange(MapExchange):
