@@ -46,16 +46,8 @@ CASES = list(itertools.product(("adamw", "muon"), ("modern", "gpt2"), ("bfloat16
 
 def train_all(folder: Path, dataset: str, ways: list[str]) -> None:
     """Train each case in each of the ways, as one of the processes of torchrun or alone."""
-    import torch.distributed as dist
-
     import train
-    from nanogpt import distributed
 
-    if distributed.world_size() > 1:
-        # The processes of one torchrun can meet only once, so they stay together for all runs.
-        dist.init_process_group("gloo")
-        dist.init_process_group = lambda *_, **__: None
-        distributed.World.close = lambda world: None  # type: ignore[method-assign]
     for way, (optimizer, arch, dtype) in itertools.product(ways, CASES):
         keys = KEYS | {"optimizer": optimizer, "arch": arch, "dtype": dtype, "shards": SHARDS[way]}
         keys |= {"dataset": dataset, "out_dir": str(folder / f"{way} {optimizer} {arch} {dtype}")}

@@ -35,6 +35,7 @@ def test_copy_rows_fills_with_zeros_what_the_source_lacks(world: World):
     model = build_model(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=70, block_size=4), None, world)
     weight = model.token_embedding.weight
     assert is_sharded(weight)
+    local(weight).data.fill_(7.0)
     copy_rows(weight, torch.ones(70, 8))
     whole = gather(weight)
     assert whole.shape == (128, 8)
