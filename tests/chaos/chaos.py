@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import safetensors.torch
 import torch
-import transformers
 from conftest import ROOT, environment, flags, metrics
 from small_data import LETTERS, Source
 
@@ -382,9 +381,12 @@ def main() -> None:
     home, source, start = Path(tempfile.mkdtemp(prefix="chaos-")), Source(args.seed), time.monotonic()
     splits = {"train": [source.draw(2_000)], "val": [source.draw(500)]}  # an epoch ends after 15 steps
     write_dataset(home / "letters", splits, Tokenizer.characters(LETTERS))
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": len(LETTERS)}
-    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
-    transformers.GPT2LMHeadModel(config).save_pretrained(home / "pretrained")
+    if args.pair_kills:
+        import transformers  # here, for it takes five seconds
+
+        sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": len(LETTERS)}
+        config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+        transformers.GPT2LMHeadModel(config).save_pretrained(home / "pretrained")
     pretrained = PRETRAINED | {"init_from": home / "pretrained"}
     torch.set_num_threads(1)
     try:

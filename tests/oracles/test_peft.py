@@ -17,7 +17,6 @@ from nanogpt.interop.huggingface import read_weights
 from nanogpt.interop.peft import CONFIG, TENSORS, tensor_names, write_peft
 from nanogpt.lora import add_lora
 
-peft = pytest.importorskip("peft")
 TOLERANCE = 1e-5  # float32 in another order of operations
 IDX = torch.arange(32).view(2, 16) * 7 % 100
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -31,6 +30,11 @@ BUILD: dict[str, Any] = {
     "Qwen2": (lambda: build_llama("Qwen2"), "qkv"),
 }
 NUM_ADAPTERS = dict(zip(BUILD, (8, 4, 8, 14, 6, 6), strict=True))  # in two layers
+
+
+@pytest.fixture(scope="module")
+def peft() -> Any:
+    return pytest.importorskip("peft")  # here, for its import takes three seconds
 
 
 def build(kind: str, folder: Path) -> tuple[Any, GPT, dict[str, torch.Tensor]]:
@@ -53,7 +57,7 @@ def build(kind: str, folder: Path) -> tuple[Any, GPT, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("kind", BUILD)
-def test_lora_equals_peft(kind: str, tmp_path: Path):
+def test_lora_equals_peft(kind: str, tmp_path: Path, peft: Any):
     oracle, model, adapters = build(kind, tmp_path)
     assert len(adapters) == 2 * NUM_ADAPTERS[kind]
     theirs = peft.PeftModel.from_pretrained(oracle, tmp_path / "adapters", is_trainable=True)
@@ -79,7 +83,7 @@ def test_lora_equals_peft(kind: str, tmp_path: Path):
 @pytest.mark.parametrize("changes", [{}, {"use_rslora": True}])
 @pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
 @torch.no_grad()
-def test_folders_of_peft_are_read_merged(kind: str, changes: dict[str, Any], tmp_path: Path):
+def test_folders_of_peft_are_read_merged(kind: str, changes: dict[str, Any], tmp_path: Path, peft: Any):
     """Ours, as PEFT writes it again."""
     oracle, model, _ = build(kind, tmp_path)
     theirs = peft.PeftModel.from_pretrained(oracle, tmp_path / "adapters", **changes)

@@ -187,7 +187,7 @@ def test_killed_and_resumed_is_as_if_undisturbed(workers: int, tmp_path: Path):
     folder = tmp_path / "in"
     folder.mkdir()
     words = " ".join(DOCS).split()
-    long = "\n".join(" ".join(rng.choices(words, k=9)) for _ in range(8_000))
+    long = "\n".join(" ".join(rng.choices(words, k=9)) for _ in range(4_000))
     (folder / "a.txt").write_text(long * 2, encoding="utf-8")  # in pieces
     (folder / "b.jsonl").write_bytes(json_lines(["\n".join(rng.choices(DOCS, k=60)) for _ in range(100)]))
     pack_tar(tmp_path / "in/c.tar.gz", "gz", {"d.jsonl": json_lines(DOCS), "e.txt": long.encode()})
