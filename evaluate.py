@@ -45,7 +45,7 @@ from nanogpt.memory import MAX_TOKENS_PER_PASS, rows_to_score
 from nanogpt.rendezvous import explain_errors
 from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import Tokenizer
-from nanogpt.trials import try_dtypes
+from nanogpt.trials import describe_dtype, try_dtypes
 
 LOSS_KEYS = ("dataset", "token_dtype", "split", "text", "stride")
 TASK_KEYS = ("limit", "num_fewshot", "chat", "include_path", "unsafe_code")
@@ -85,6 +85,7 @@ def main() -> None:
         loaded = load_model(config, "evaluating")
         c = loaded.model.config
         world = try_dtypes(world, config.dtype, MAX_TOKENS_PER_PASS, c.n_embd, c.n_inner)
+        print(f"computing in {describe_dtype(world)}", file=sys.stderr)
         if config.tasks:
             from nanogpt.interop.lm_eval_tasks import run_tasks
 

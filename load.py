@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,10 +136,8 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
     saved = {**resumed.state["config"], **{name: getattr(config, name) for name in START_KEYS}}
     changed = {name: value for name, value in explicit.items() if saved.get(name) != value and name != "init_from"}
     conflicts = conflicting_sizes(changed, actual)
-    run_dir = resumed.path.parent.parent
-    raise_for_sizes(
-        {name: changed[name] for name in conflicts if name in explicit.flags}, actual, f"the run in {run_dir}"
-    )
+    flags = {name: changed[name] for name in conflicts if name in explicit.flags}
+    raise_for_sizes(flags, actual, f"the run in {resumed.path.parent.parent}")
 
     print0(f"resuming {resumed.path}")
     for name in conflicts:
@@ -192,11 +190,7 @@ def load_data_and_model(
 
     T, vocab_size = model.config.block_size, model.config.vocab_size
     dataset = open_dataset(
-        config.dataset,
-        block_size=T,
-        vocab_size=vocab_size,
-        verify=config.verify_data,
-        token_dtype=config.token_dtype,
+        config.dataset, block_size=T, vocab_size=vocab_size, verify=config.verify_data, token_dtype=config.token_dtype
     )
     if resumed and not config.eval_only:
         compare_data(config, resumed, dataset)
@@ -244,19 +238,22 @@ def new_model_config(config: Any, vocab_size: int) -> GPTConfig:
 
 def new_model(config: Any, vocab_size: int, world: World) -> GPT:
     """A new model by the keys of TrainConfig, with random weights."""
-    model = build_model(new_model_config(config, vocab_size), None, world)
-    if config.look_back:
-        look_back(model)
-    return model
+    adjust = look_back if config.look_back else None
+    return build_model(new_model_config(config, vocab_size), None, world, adjust=adjust)
 
 
 @torch.no_grad()
 def build_model(
-    config: GPTConfig, tensors: Mapping[str, Tensor] | None, world: World, block_size: int | None = None
+    config: GPTConfig,
+    tensors: Mapping[str, Tensor] | None,
+    world: World,
+    block_size: int | None = None,
+    adjust: Callable[[GPTConfig, str, Tensor], None] | None = None,
 ) -> GPT:
     """A GPT with these tensors, or without any with random weights; sharded if the world is.
 
     Sharded, a rank reads a tensor at a time and keeps its rows. block_size: a shorter context, else ValueError.
+    adjust: changes each random weight.
     """
     if tensors is not None and not world.mesh:
         return GPT.from_tensors(config, dict(tensors), block_size=block_size)
@@ -269,6 +266,8 @@ def build_model(
     model.to_empty(device=world.device if world.mesh else "cpu")
     for name, parameter in model.named_parameters():
         whole = model.initial_value(name, parameter.shape) if tensors is None else tensors[name]
+        if adjust:
+            adjust(config, name, whole)
         copy_rows(parameter, whole)
     return model
 

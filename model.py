@@ -271,7 +271,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             soft_probs = torch.ones_like(soft_ids, dtype=torch.float32)
         soft_probs = soft_probs.masked_fill(targets[:, None] < 0, 0.0)
         loss = torch.zeros((), device=x.device)
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        grad_x = torch.zeros_like(x) if any(ctx.needs_input_grad) else None
         grad_matrix = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
         matrix = matrix.to(F.linear(x[:1], matrix[:1]).dtype)  # as autocast would, but once
         for first in range(0, len(x), chunk):
@@ -283,7 +283,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad = log_probs.exp_().mul_(probs.sum(-1, keepdim=True)).scatter_add_(-1, ids, -probs).to(x.dtype)
                 grad_x[part] = grad @ matrix
                 if grad_matrix is not None:
-                    grad_matrix += grad.mT @ x[part]
+                    if matrix.dtype == grad_matrix.dtype:
+                        grad_matrix.addmm_(grad.mT, x[part])
+                    else:  # by autocast
+                        grad_matrix += grad.mT @ x[part]
         ctx.save_for_backward(grad_x, grad_matrix)
         return loss
 
@@ -378,6 +381,8 @@ class GPT(nn.Module):
         num_targets = (targets >= 0).sum().clamp(min=1)
         soft = [t.flatten(0, 1) for t in soft_targets or ()]
         if self.loss_chunk:
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU's host would wait
+                x, targets, *soft = (t[targets >= 0] for t in (x, targets, *soft))
             matrix = self.lm_head_weight[: self.config.vocab_size]
             return None, ChunkedCrossEntropy.apply(x, matrix, self.loss_chunk, targets, *soft) / num_targets
         logits = self.logits(x)

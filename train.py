@@ -471,10 +471,9 @@ def open_run(
         print0(f"step {step}: " + format_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
 
-    T = config.block_size
-    vocab_size = gpt.config.vocab_size
-    ngrams = count_ngrams(dataset, config.ngram_targets, T, vocab_size)
-    rows = Rows(dataset.train, T, vocab_size, config.seed, config.row_order, ngrams)
+    T, V = config.block_size, gpt.config.vocab_size
+    ngrams = count_ngrams(dataset, config.ngram_targets, T, V)
+    rows = Rows(dataset.train, T, V, config.seed, config.row_order, ngrams)
     micro_batch = choose_micro_batch(config, gpt, world)
     if config.micro_batch_size == "auto":
         config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, whatever is free by then

@@ -132,16 +132,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def disable_malloc_trim() -> None:
-    """Make the C library keep the memory that a step frees, in blocks of less than 16 MB.
+    """Make the C library keep the memory that a step frees.
 
     It would return it to the system and fetch it again at the next step, page fault by page fault, which takes longer
-    than some of the arithmetic (runs/cpu_step). Larger blocks, such as logits, would leave gaps that no other block
-    fills: with a vocabulary of 49,152 a step took twice the memory (runs/finetune).
+    than some of the arithmetic (runs/cpu_step).
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         library = ctypes.CDLL(None)
         library.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        library.mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
+        library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def describe_device(device: torch.device) -> str:

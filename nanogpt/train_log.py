@@ -20,6 +20,7 @@ from nanogpt.memory import estimate_training_memory, optimizer_state_numel, trai
 from nanogpt.metrics import AFTER_A_STOP, DeferredRead, MetricsWriter, StepStats
 from nanogpt.schedule import RowSchedule
 from nanogpt.state import TrainState
+from nanogpt.trials import describe_dtype
 
 CPU_FLOPS = 3e10  # FLOP/s that a small model's step reaches on one core; only for a guess before the first step
 LONG_ON_CPU_S = 30 * 60
@@ -184,9 +185,6 @@ def format_losses(losses: dict[str, float], val_bpb: float | None) -> str:
 
 
 def print_model_summary(model: Any, world: World) -> None:
-    dtype = world.dtype_name
-    if world.bfloat16_speed:
-        dtype += f" (bfloat16: {world.bfloat16_speed:.2g} × float32 here)"
     parameters = f"{model.count_parameters():,} parameters"
     if (trained := trained_numel(model)) < model.count_parameters():
         parameters += f", of which {trained:,} are LoRA adapters and train"
@@ -194,7 +192,7 @@ def print_model_summary(model: Any, world: World) -> None:
     if world.shards > 1:
         processes += f", {world.shards} sharing a copy of the model (so no samples are printed),"
     print0(
-        f"{processes} on {describe_device(world.device)}, {dtype}",
+        f"{processes} on {describe_device(world.device)}, {describe_dtype(world)}",
         f"model       {parameters}",
     )
 

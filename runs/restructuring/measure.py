@@ -28,7 +28,9 @@ from nanogpt.errors import run_script  # noqa: E402
 
 STEPS = {
     "small CPU run": "config/train_shakespeare_char_cpu.py --dataset= --vocab_size=65 --steps=100",
-    "fast recipe": "config/train_shakespeare_fast_cpu.py --dataset= --vocab_size=65 --steps=60",
+    "fast recipe of 0.1": "--vocab_size=65 --arch=modern --bias=False --n_layer=4 --n_head=3 --n_kv_head=1 --n_embd=96 "
+    "--n_inner=192 --batch_size=24 --block_size=64 --gradient_accumulation_steps=1 --optimizer=muon "
+    "--muon_momentum=0.85 --grad_clip=0 --compile=False --steps=60",
     "GPT-2 (124M)": "config/train_gpt2.py --dataset= --wandb_log=False --compile=False --block_size=256 --batch_size=4 "
     "--gradient_accumulation_steps=1 --steps=6",
 }

@@ -160,8 +160,10 @@ def test_a_sharded_run_resumes_on_any_number_of_processes(
 
 # --- Processes that fail
 
-MEET_TWICE = """
+LOSE_A_RANK = """
 import os, signal, sys, torch
+from load import build_model
+from model import GPTConfig
 from nanogpt import distributed, rendezvous
 from nanogpt.errors import run_script
 
@@ -169,34 +171,42 @@ def main():
     rendezvous.ANSWER_S = 3.0
     ranks = rendezvous.join(60.0)
     ranks.timeout_s = 3.0  # from here on, so that imports do not count
-    world = distributed.start("cpu", "float32", ranks=ranks)
-    world.all_reduce_sum(torch.ones(1))
-    if world.rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP if sys.argv[1] == "hangs" else signal.SIGKILL)
-    with rendezvous.explain_errors("memory", ranks):
-        world.all_reduce_sum(torch.ones(1))
+    world = distributed.start("cpu", "float32", ranks=ranks, shards=int(sys.argv[2]))
+    model = build_model(GPTConfig(1, 1, 8, vocab_size=8, block_size=8), None, world)
+    model = world.wrap_ddp(model)
+    idx = torch.zeros(1, 8, dtype=torch.long)
+    for step in range(2):
+        if step and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP if sys.argv[1] == "hangs" else signal.SIGKILL)
+        with rendezvous.explain_errors("memory", ranks):
+            model(idx, idx)[1].backward()
 
 processes = []
-for rank in range(3):  # copies of this process, which has imported torch
+for rank in range(int(os.environ["WORLD_SIZE"])):  # copies of this process, which has imported torch
     processes.append(os.fork())
     if not processes[rank]:
         os.environ["RANK"] = str(rank)
         sys.exit(run_script(main))
-print(*(os.waitstatus_to_exitcode(os.waitpid(processes[rank], 0)[1]) for rank in (0, 2)))
-os.kill(processes[1], signal.SIGKILL)
+lost = processes.pop(1)
+print(*(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes))
+os.kill(lost, signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("deed", ["hangs", "dies"])
-def test_ranks_that_lose_another_name_it_and_end_with_status_3(deed: str):
+@pytest.mark.parametrize(
+    ("deed", "size", "shards"),
+    [("hangs", 3, 1), ("dies", 3, 1), *(pytest.param("hangs", 4, n, marks=pytest.mark.slow) for n in (2, 4))],
+)
+def test_ranks_that_lose_another_name_it_and_end_with_status_3(deed: str, size: int, shards: int):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
-    command = [sys.executable, "-c", MEET_TWICE, deed]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+    command = [sys.executable, "-c", LOSE_A_RANK, deed, str(shards)]
     done = subprocess.run(command, env=environment() | address, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "3 3\n", done.stderr
-    assert done.stderr.count(f"rank 1 on {socket.gethostname()} did not answer: hangs or has died") == 2, done.stderr
+    assert done.stdout.split() == ["3"] * (size - 1), done.stderr
+    lost = f"rank 1 on {socket.gethostname()} did not answer: hangs or has died"
+    assert done.stderr.count(lost) == size - 1, done.stderr
     assert "Traceback" not in done.stderr
 
 

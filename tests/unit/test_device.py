@@ -1,8 +1,5 @@
 """The device: its choice, its dtype, its peak."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -63,23 +60,3 @@ def test_peak_flops_by_name(name: str, peak: float | None, monkeypatch: pytest.M
     assert peak_flops(CUDA, torch.bfloat16) == peak
     assert peak_flops(CUDA, torch.float32) is None
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory as Linux counts it")
-def test_disable_malloc_trim_leaves_no_gaps_between_logits():
-    """Three steps with chunks of 512 tokens need three blocks of 100 MB at a time, whatever was freed before."""
-    code = """
-import resource, torch
-from model import GPT, GPTConfig
-from nanogpt.device import disable_malloc_trim
-disable_malloc_trim()
-model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=50000, block_size=256))
-model.loss_chunk = 512
-idx = torch.zeros(4, 256, dtype=torch.long)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for _ in range(3):
-    model(idx, idx)[1].backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 450

@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from load import build_model
+from model import GPTConfig
+from nanogpt.distributed import World
 from nanogpt.look_back import look_back
 
 
 def test_look_back_begins_heads_on_the_tokens_before():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, n_head=8, n_kv_head=2, n_embd=128, vocab_size=65, bias=False, arch="modern"))
-    look_back(model)
+    sizes = GPTConfig(n_layer=1, n_head=8, n_kv_head=2, n_embd=128, vocab_size=65, bias=False, arch="modern")
+    model = build_model(sizes, None, World(0, 1, torch.device("cpu"), torch.float32), adjust=look_back)
     farthest = []  # (rows, heads, positions): the position with the highest score
 
     def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
