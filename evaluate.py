@@ -1,9 +1,10 @@
 """Evaluate a model: python evaluate.py --out_dir=out-shakespeare-char --split=val
 
 Prints the loss, perplexity and bits per byte of a split or, with --text=FILE, of a text, for a run of train.py or, with
---init_from, for GPT-2, a Hugging Face folder or nanoGPT's ckpt.pt. Every token but the first is a target once. Windows
-of block_size tokens follow each other; with --stride=N they overlap, advancing by N tokens, and only the last N of each
-are targets, so that each token beyond the first window sees at least block_size - N before it.
+--init_from, for GPT-2, a Hugging Face folder or nanoGPT's ckpt.pt. Every token is a target once, except the first where
+nothing precedes it. Windows of block_size tokens follow each other; with --stride=N they overlap, advancing by N
+tokens, and only the last N of each are targets, so that each token beyond the first window sees at least
+block_size - N before it.
 
 Standard errors come from blocks: a split is cut into at most 64 blocks of whole windows, taken as independent (single
 windows are not: on tiny Shakespeare they would halve the standard error). The loss is a ratio of sums over the blocks;

@@ -57,7 +57,7 @@ class ModelKeys:
 
 
 class LoadedModel(NamedTuple):
-    """A model, its tokenizer and source; as far as known its run's settings, and the ids that end a text."""
+    """A model, its tokenizer and source; the run's settings and the ids that end a text, where known."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -100,7 +100,7 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
         )
     tokenizer = tokenizer or Tokenizer.gpt2()
     check_vocabulary(model, tokenizer)
-    check_finite(model, str(source))
+    check_weights(model, str(source))
     return LoadedModel(model, tokenizer, str(source), train_config, end_ids)
 
 
@@ -114,8 +114,8 @@ def check_vocabulary(model: GPT, tokenizer: Tokenizer) -> None:
         print(f"no row of the model is for {', '.join(without_row)}: text with it is refused", file=sys.stderr)
 
 
-def check_finite(model: GPT, source: str) -> None:
-    """Raises InputError for weights, of this rank's part, that are NaN or infinite."""
+def check_weights(model: GPT, source: str) -> None:
+    """Raise InputError for NaN or infinite weights in this rank's part."""
     for name, tensor in model.state_dict().items():
         part = local(tensor)
         if part.numel() and not all(map(torch.isfinite, part.aminmax())):
@@ -134,7 +134,8 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
     resumed.state["model"] = asdict(resumed.build_model(GPT, GPTConfig).config)
     actual = resumed.state["model"] | {name: resumed.state["config"][name] for name in FIXED_KEYS}
     saved = {**resumed.state["config"], **{name: getattr(config, name) for name in START_KEYS}}
-    changed = {name: value for name, value in explicit.items() if saved.get(name) != value and name != "init_from"}
+    given = {name: value for name, value in explicit.items() if name != "init_from" and not is_open(name, value)}
+    changed = {name: value for name, value in given.items() if saved.get(name) != value}
     conflicts = conflicting_sizes(changed, actual)
     flags = {name: changed[name] for name in conflicts if name in explicit.flags}
     raise_for_sizes(flags, actual, f"the run in {resumed.path.parent.parent}")
@@ -147,11 +148,15 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
     return type(config)(**{**saved, **changed})
 
 
+def is_open(name: str, value: Any) -> bool:
+    """True for a size of 0, which leaves it to the weights."""
+    return name in MODEL_KEYS and value == 0 and value is not False
+
+
 def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """Names of explicit model keys that differ from those in `actual`. A 0 leaves a size open."""
-    names = [name for name in (*MODEL_KEYS, *FIXED_KEYS) if name in explicit]
-    is_open = {name: name not in FIXED_KEYS and explicit[name] == 0 and explicit[name] is not False for name in names}
-    return [name for name in names if not is_open[name] and explicit[name] != actual.get(name, explicit[name])]
+    names = [name for name in (*MODEL_KEYS, *FIXED_KEYS) if name in explicit and not is_open(name, explicit[name])]
+    return [name for name in names if explicit[name] != actual.get(name, explicit[name])]
 
 
 def raise_for_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any], where: str) -> None:
@@ -250,7 +255,7 @@ def build_model(
     block_size: int | None = None,
     adjust: Callable[[GPTConfig, str, Tensor], None] | None = None,
 ) -> GPT:
-    """A GPT with these tensors, or without any with random weights; sharded if the world is.
+    """A GPT with these tensors, or with random weights for None; sharded if the world is.
 
     Sharded, a rank reads a tensor at a time and keeps its rows. block_size: a shorter context, else ValueError.
     adjust: changes each random weight.
@@ -277,7 +282,7 @@ def load_weights(
 ) -> tuple[GPT, Tokenizer | None]:
     """The model that init_from names, its context cropped to block_size, and its tokenizer if it has one.
 
-    Raises InputError where it cannot be had, and for explicit keys that contradict its sizes.
+    Raises InputError if it cannot be loaded, and for explicit keys that contradict its sizes.
     """
     try:
         if checkpoint.is_checkpoint(Path(init_from)):
@@ -296,7 +301,7 @@ def load_weights(
     except ValueError as error:
         raise InputError(f"init_from={init_from}: {error}; leave --block_size out or give less") from error
     raise_for_sizes(explicit, asdict(model.config), init_from)
-    check_finite(model, init_from)
+    check_weights(model, init_from)
     if tokenizer:
         check_vocabulary(model, tokenizer)
     return model, tokenizer

@@ -223,7 +223,7 @@ def check_ids(ids: list[int], model: GPT) -> list[int]:
     if max(ids) >= vocab_size:
         raise InputError(f"the tokenizer has ids beyond the model's {vocab_size}; it belongs to another model")
     if len(ids) > block_size:
-        raise InputError(f"--start: has {len(ids):,} tokens, more than the context of {block_size:,}; shorten it")
+        raise InputError(f"the prompt has {len(ids):,} tokens, more than the context of {block_size:,}; shorten it")
     return ids
 
 

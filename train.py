@@ -47,7 +47,7 @@ from nanogpt.guard import UpdateGuard
 from nanogpt.layer_stats import LayerStats
 from nanogpt.lora import check_lora
 from nanogpt.memory import estimate_training_memory, memory_hint, raise_if_cpu_memory_is_short
-from nanogpt.metrics import MetricsWriter, StepStats, missing_trackers
+from nanogpt.metrics import MetricsWriter, StepStats, check_trackers
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.pace import Pace
 from nanogpt.rendezvous import explain_errors, join
@@ -178,7 +178,7 @@ class TrainConfig:
 
 
 def train_step(
-    model: torch.nn.Module,  # compiled and wrapped as it may be
+    model: torch.nn.Module,  # the GPT, perhaps compiled and wrapped in DDP
     batch: StepBatch,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
@@ -236,7 +236,6 @@ class Run:
     writer: MetricsWriter | None  # None: writes nothing, or not the main process
     checkpoints: checkpoint.Writer | None
     is_resumed: bool
-    memory_hint: str  # what to try if memory runs out
 
     def next_batch(self, num_rows: int) -> StepBatch:
         state = self.state
@@ -249,7 +248,7 @@ def train(run: Run) -> int:
     config = run.config
     schedule = run.schedule
     state = run.state
-    total_rows = run.row_schedule.total_rows(config.max_iters)
+    total_rows = run.row_schedule.total_rows(config.max_iters - state.step, state.samples)
     log = StepLogger(state, run.world, run.writer, config.log_interval, total_rows, schedule.deadline, run.layer_stats)
     signals = SignalCatcher(can_save=not config.dry_run)
     pace = Pace(run.model, run.world.ranks, state.clock, is_sharded=run.world.shards > 1)
@@ -297,19 +296,18 @@ def train(run: Run) -> int:
         num_rows = run.row_schedule.rows_at(first_row)
         if run.layer_stats:
             run.layer_stats.is_due = (state.step + 1) % config.log_interval == 0
-        with explain_errors(run.memory_hint, run.world.ranks, before_update=state.step == first_step):
-            stats = train_step(
-                run.model,
-                run.next_batch(num_rows),
-                state.optimizer,
-                state.scaler,
-                state.guard,
-                run.world,
-                lr_scale=schedule.lr_scale(state.step),
-                grad_clip=config.grad_clip,
-                read_control=read_control,
-                layer_stats=run.layer_stats,
-            )
+        stats = train_step(
+            run.model,
+            run.next_batch(num_rows),
+            state.optimizer,
+            state.scaler,
+            state.guard,
+            run.world,
+            lr_scale=schedule.lr_scale(state.step),
+            grad_clip=config.grad_clip,
+            read_control=read_control,
+            layer_stats=run.layer_stats,
+        )
         lr = schedule.lr(state.step)
         state.record_update(num_rows)
         is_saved = False
@@ -393,8 +391,8 @@ def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.Exi
     has_budget = config.minutes is not None and not config.eval_only
     if resumed or not has_budget:  # what a new time budget chooses is checked below
         ranks.ask_main(partial(check_config, config))
-    if writes and (problems := missing_trackers(config.tensorboard, config.wandb_log)):
-        raise InputError("\n".join(problems))
+    if writes:
+        ranks.ask_main(partial(check_trackers, config.tensorboard, config.wandb_log))
 
     with explain_errors("not enough memory for this model: use a smaller one", ranks):
         world = distributed.start(config.device, config.dtype, config.backend, ranks, config.shards)
@@ -485,7 +483,6 @@ def open_run(
     if not config.minutes:
         warn_if_slow_on_cpu(gpt, row_schedule.total_rows(config.max_iters) * T, world)
     hint = memory_hint(micro_batch, config.rows_per_step // world.size, T, free_memory(world.device))
-    stack.enter_context(explain_errors(hint, world.ranks))
     memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype, world.shards)
     raise_if_cpu_memory_is_short(memory, world.device, hint)
     open_out_dir(config, resumed, world, run_dir)
@@ -520,9 +517,10 @@ def open_run(
         writer=writer,
         checkpoints=checkpoints,
         is_resumed=resumed is not None,
-        memory_hint=hint,
     )
-    return train(run)
+    first_step = state.step
+    with explain_errors(hint, world.ranks, before_update=lambda: state.step == first_step):
+        return train(run)
 
 
 def open_windows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> dict[str, EvalWindows]:
@@ -543,7 +541,7 @@ def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, 
 
 
 def restore(state: TrainState, resumed: Checkpoint, schedule: StepSchedule, config: TrainConfig, world: World) -> None:
-    """Continue from a checkpoint: weights, optimizer, and in state.samples the position in the data."""
+    """Restore optimizer, guard, counters and the position in the data; the model has its weights already."""
     state.load_state_dict(resumed.state, resumed.optimizer)
     resumed.model.clear()
     resumed.optimizer.clear()

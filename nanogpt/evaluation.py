@@ -22,7 +22,7 @@ CPU_LOGITS = 2**23
 
 def rows_to_evaluate(windows: EvalWindows, micro_batch: int, world: World) -> int:
     """Rows of a forward pass of a model that is not compiled: on a CPU more than a small micro-batch of training."""
-    if world.device.type != "cpu" or world.mesh:  # whose blocks may be compiled
+    if world.device.type != "cpu" or world.mesh:  # a sharded model's blocks may be compiled
         return micro_batch
     rows = min(CPU_TOKENS, CPU_LOGITS // windows.vocab_size) // windows.block_size
     return max(micro_batch, min(rows, len(windows) // world.size))

@@ -241,13 +241,14 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-def missing_trackers(tensorboard: bool, wandb_log: bool) -> list[str]:
-    """A line for each tracker that is switched on and not installed."""
+def check_trackers(tensorboard: bool, wandb_log: bool) -> None:
+    """Raise InputError, with a line for each, where trackers are switched on and not installed."""
     problems = []
     for key, module, is_on in (("tensorboard", "tensorboard", tensorboard), ("wandb_log", "wandb", wandb_log)):
         if is_on and find_spec(module) is None:
             problems.append(f"{key}=True: {module} is not installed; run `pip install -e .[tracking]`")
-    return problems
+    if problems:
+        raise InputError("\n".join(problems))
 
 
 def read_stop_reason(out_dir: Path) -> str | None:

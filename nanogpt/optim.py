@@ -201,14 +201,10 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The norm of all gradients together, a scalar."""
-    return total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-def total_norm(tensors: list[Tensor]) -> Tensor:
-    """The norm of all tensors together, a scalar; sharded ones count whole."""
-    norm = nn.utils.get_total_norm([local(tensor) for tensor in tensors])
-    return norm_over_ranks(norm, tensors[0]) if tensors else norm
+    """The norm of all gradients together, a scalar; sharded ones count whole."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([local(grad) for grad in grads])
+    return norm_over_ranks(norm, grads[0]) if grads else norm
 
 
 def clip_divisor(grad_clip: float, norm: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Pace:
 
     def __init__(self, model: nn.Module, ranks: Ranks, clock: Stopwatch, is_sharded: bool):
         self.ranks = ranks
+        self.until = "start" if is_sharded else "end"
         self.clock = clock
         self.start_of_step: float | None = None
         self.seconds = 0.0
@@ -58,8 +59,9 @@ class Pace:
             share = (times[slowest] - median) * self.steps / period
             if times[slowest] > SLOW * median and share > MIN_SHARE:
                 print0(
-                    f"step {step}: {self.ranks.name(slowest)} is slow: {1e3 * times[slowest]:.3g} ms to the end of a "
-                    f"first forward pass, median {1e3 * median:.3g} ms; the difference is {share:.0%} of a step"
+                    f"step {step}: {self.ranks.name(slowest)} is slow: {1e3 * times[slowest]:.3g} ms to the "
+                    f"{self.until} of a first forward pass, median {1e3 * median:.3g} ms; the difference is "
+                    f"{share:.0%} of a step"
                 )
         self.seconds = 0.0
         self.steps = 0

@@ -19,10 +19,10 @@ from nanogpt.device import is_out_of_memory
 from nanogpt.errors import InputError, RunStopped
 
 T = TypeVar("T")
-TIMEOUT_S = 600.0  # that a rank waits for the others
-STORE_S = 60.0  # the same for a store that runs already
-ANSWER_S = 10.0  # for which the ranks that lost another wait for each other
-PRINT_S = 1.0  # in which the main process reports an error, before torchrun sees another rank end and kills it
+TIMEOUT_S = 600.0  # how long a rank waits for the others
+STORE_S = 60.0  # how long it waits to connect to torchrun's store, which already runs
+ANSWER_S = 10.0  # after a failure: how long the ranks wait for each other's answers
+PRINT_S = 1.0  # time for the main process to print an error before torchrun kills it
 
 
 class Ranks:
@@ -77,7 +77,7 @@ class Ranks:
         return answer["value"]
 
     def ask_all(self, function: Callable[[], T]) -> T:
-        """The result of `function` on this rank, once all have theirs; where it raises on one, all ranks end so."""
+        """Call `function` on every rank and return this rank's result; an error on one rank ends all of them."""
         if self.store is None:
             return function()
         failure: Exception | None = None
@@ -103,7 +103,7 @@ class Ranks:
         return value
 
     def leave(self, size: int | None = None) -> None:
-        """Read no more from the store. The main process, with which it may end, waits for `size` ranks to do so."""
+        """Stop using the store. The main process may host it, so it waits until `size` ranks have left."""
         if self.store is None:
             return
         with contextlib.suppress(dist.DistError):
@@ -223,10 +223,12 @@ def _greet(store: Any, ranks: Ranks, size: int, greeting: list[str]) -> list[lis
 
 
 @contextlib.contextmanager
-def explain_errors(hint: str, ranks: Ranks | None = None, before_update: bool = True) -> Iterator[None]:
+def explain_errors(
+    hint: str, ranks: Ranks | None = None, before_update: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
     """Turn running out of memory into an InputError with `hint`, and a lost process into RunStopped.
 
-    After the first update (before_update=False) every InputError becomes RunStopped.
+    Once before_update() is false, every InputError becomes RunStopped.
     """
     try:
         yield
@@ -242,7 +244,7 @@ def explain_errors(hint: str, ranks: Ranks | None = None, before_update: bool = 
         if not isinstance(error, InputError) and not is_out_of_memory(error):
             raise
         message = str(error) if isinstance(error, InputError) else hint
-        raise (InputError if before_update else RunStopped)(message) from error
+        raise (InputError if before_update() else RunStopped)(message) from error
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -67,7 +67,7 @@ class StepSchedule:
         return 0
 
     def begin_decay(self, step: int, steps: int) -> bool:
-        """End the run with a linear decay of `steps` updates from `step` on."""
+        """End the run with a linear decay of `steps` updates from `step` on. True if this changed the schedule."""
         self.name = "trapezoid"
         self.max_iters = self.end_step = step + steps
         self.decay_steps = steps
@@ -88,7 +88,7 @@ class StepSchedule:
 
 @dataclass
 class RowSchedule:
-    """Rows of each update: constant, or growing linearly from `first` to `last` over the first growth_tokens tokens."""
+    """Rows of each update: `last`; in the first growth_tokens tokens the reached share of `last`, at least `first`."""
 
     first: int
     last: int
@@ -103,10 +103,9 @@ class RowSchedule:
         grown = self.last * tokens // self.growth_tokens
         return max(grown // self.first, 1) * self.first
 
-    def total_rows(self, steps: int) -> int:
-        """Rows of the first `steps` updates together."""
-        samples = 0
-        while steps and samples * self.block_size < self.growth_tokens:
+    def total_rows(self, steps: int, samples: int = 0) -> int:
+        """Rows read when `steps` more updates follow `samples` rows."""
+        while steps > 0 and samples * self.block_size < self.growth_tokens:
             samples += self.rows_at(samples)
             steps -= 1
         return samples + steps * self.last

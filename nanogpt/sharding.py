@@ -115,7 +115,7 @@ def copy_rows(target: Tensor, source: Tensor) -> None:
 
 
 class Map(NamedTuple):
-    """One of Muon's maps: `rows` rows from `first` on of the matrix `name`, which has num_rows."""
+    """A linear map that Muon orthogonalizes alone: `rows` rows from `first` on of the matrix `name`, of num_rows."""
 
     name: str
     first: int
@@ -125,7 +125,7 @@ class Map(NamedTuple):
 
 
 class MapExchange:
-    """Muon's maps, which are made whole where each is orthogonalized.
+    """Collects each of Muon's maps on one rank, its owner, and returns the results.
 
     Of sharded matrices the rows of a map are sent to one rank of the group, its owner, and the result is sent back;
     gathering would send every row to every rank. Owners are chosen so that all have about the same work. row_splits:
@@ -163,7 +163,7 @@ class MapExchange:
         return [parts[one.name][self._own_rows(one, self.rank)] for one in self.order]
 
     def apply(self, function: Callable[[list[Tensor]], list[Tensor]], rows: Tensor) -> Tensor:
-        """The results, in the form of `rows`, of a function of whole maps (rows, columns), of each on its owner.
+        """Apply a function of whole maps (rows, columns), each on its owner; return the results laid out as `rows`.
 
         rows: `views`, flattened into one tensor.
         """

@@ -110,7 +110,7 @@ def measure_bfloat16_speed(shape: Sequence[int]) -> float:
 
 
 def compare_dtypes(shape: Sequence[int]) -> float:
-    """The speed of bfloat16 over that of float32, in turn, by the time that one thread computes.
+    """bfloat16's speed over float32's, measured alternately, in one thread's computing time.
 
     Threads would wait for each other where other programs run, and a wrong outcome would be kept.
     """

@@ -60,8 +60,7 @@ class Windows:
 def _rows_per_part(rows: np.ndarray, weights: Sequence[int]) -> np.ndarray:
     """Of the first `rows` rows, the number that comes from each part: int64, (parts, len(rows)).
 
-    Each part takes its share of what the parts before it leave, rounded down. So after any number of rows no part is
-    more than one row per part away from its share.
+    Each part takes its share of what the parts before it leave, rounded down. The error never exceeds one row per part.
     """
     left = rows.astype(np.int64)
     counts = []
@@ -179,8 +178,8 @@ class StepBatch:
 class EvalWindows:
     """Fixed windows for evaluation, evenly spaced over the split and never overlapping: `x, y = windows[first:last]`.
 
-    `batches` × `batch_size` of them, at most all that the split holds; `batches` = 0 takes all. In a mixture the parts
-    have their shares of the windows, and there are no more once a part has no more. A slice is cut off at the end.
+    `batches` × `batch_size` of them, at most all that the split holds; `batches` = 0 takes all. In a mixture each
+    part gets its share of the windows, and the first part to run out limits them all. A slice past the end is shorter.
     """
 
     def __init__(self, tokens: np.ndarray | Tokens, block_size: int, batches: int, batch_size: int, vocab_size: int):

@@ -34,7 +34,7 @@ class Sampling:
 def filtered_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """Return the probabilities (B, K) that the filters leave of logits (B, V), and their ids (B, K).
 
-    Filtered rows sum to less than 1. The ids ascend in each row; None stands for all of them, K = V.
+    A row need not sum to 1. The ids ascend in each row; None stands for all of them, K = V.
     The temperature must be above 0.
     """
     logits = logits.float() / sampling.temperature

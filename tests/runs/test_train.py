@@ -308,6 +308,23 @@ def test_a_broken_loss_changes_nothing_and_stops_the_run(
     assert nulls == ([] if dtype == "float32" else [*range(6, 25)])
 
 
+@pytest.mark.parametrize(("nth", "stop"), [(1, InputError), (3, RunStopped)])  # before the first update; after some
+def test_an_evaluation_out_of_memory_says_what_to_try(
+    run: Run, monkeypatch: pytest.MonkeyPatch, nth: int, stop: type[Exception]
+):
+    evaluations = iter(range(1, 9))
+    original = train.evaluate
+
+    def evaluate(*args: Any) -> float:
+        if next(evaluations) == nth:
+            raise MemoryError
+        return original(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    with pytest.raises(stop, match="try --micro_batch_size=2"):
+        run()
+
+
 def test_a_broken_step_is_not_saved_at_a_stop(run: Run, monkeypatch: pytest.MonkeyPatch, signal_at: SignalAt):
     signal_at(9, signal.SIGTERM)
     assert run(out_dir="whole", eval_interval=100) == 143

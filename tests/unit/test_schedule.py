@@ -69,4 +69,5 @@ def test_row_schedule_grows_in_a_line():
     assert ends[:12] == [2, 4, 6, 8, 10, 12, 14, 18, 22, 28, 36, 46]
     assert ends[-1] == 46 + 8 * 12
     assert [schedule.total_rows(steps) for steps in (0, 1, 12, 20)] == [0, 2, 46, ends[-1]]
+    assert schedule.total_rows(8, samples=46) == ends[-1]  # after a resume
     assert RowSchedule(2, 12, 0, 16).rows_at(0) == 12
