@@ -513,6 +513,7 @@ class Writer:
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items():
             whole = gather(tensor.detach())
+            assert whole is not None  # the main process
             if name not in self._copies:
                 self._copies[name] = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
             self._copies[name].copy_(whole, non_blocking=whole.is_cuda)

@@ -72,9 +72,24 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, any other itself. All ranks must call it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+@torch.no_grad()
+def gather(tensor: Tensor) -> Tensor | None:
+    """The whole of a sharded tensor on the main process and None on others; any other tensor itself.
+
+    All ranks must call it. Unlike `full_tensor` it sends each row once, to the main process.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    mesh: Any = tensor.device_mesh[SHARDS]  # type: ignore[attr-defined]
+    group = mesh.get_group()
+    if dist.get_global_rank(group, 0) != 0:  # a rank of another copy
+        return None
+    own = local(tensor)
+    part = own.new_zeros(-(-len(tensor) // mesh.size()), *own.shape[1:])  # the last rank may have fewer rows
+    part[: len(own)] = own
+    parts = [torch.empty_like(part) for _ in range(mesh.size())] if mesh.get_local_rank() == 0 else None
+    dist.gather(part, parts, dst=0, group=group)
+    return torch.cat(parts)[: len(tensor)] if parts else None
 
 
 def norm_over_ranks(norm: Tensor, sharded: Tensor) -> Tensor:

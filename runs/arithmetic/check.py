@@ -88,7 +88,7 @@ def loss_peak(dtype: torch.dtype) -> float:
 
 
 def loss() -> dict[str, Any]:
-    """The output layer of 124M: bytes of logits, and the cost of computing them twice."""
+    """The output layer of 124M: bytes of logits, and its share of the arithmetic."""
     c, tokens = GPT2, 64 * 1024
     small = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=256, bias=False))
     x, y = torch.zeros(2, 256, dtype=torch.long), torch.zeros(2, 256, dtype=torch.long)
@@ -102,7 +102,6 @@ def loss() -> dict[str, Any]:
         "logits_alone_bfloat16": 2 * c.vocab_size * tokens,
         "kept_512_tokens": kept,
         "output_layer_share_of_flops": 6 * c.vocab_size * c.n_embd / flops,
-        "chunks_add": 2 * c.vocab_size * c.n_embd / flops,
         "loss_of_equal_odds": {n: math.log(n) for n in (50257, 50304)},
     }
 

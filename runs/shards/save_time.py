@@ -8,7 +8,9 @@ and how long until the files are complete. Ours gathers each tensor to rank 0, w
 writes in the background; DCP lets each rank write its own part.
 Prediction, before the first run: steps stop half as long as with dcp.save, whose ranks share this one disk, and four
 times as long as with dcp.async_save, which copies and does not gather; complete later than both, since
-one process writes and hashes everything. Writes save_time.json beside itself.
+one process writes and hashes everything. Outcome: 4.2 s beside 1.6 and 0.3 s, as each rank received all rows. Since
+`gather` sends them to rank 0 alone, 2.0 s beside 2.2 and 0.3 s (two AVX2 cores for all four processes); complete after
+6.0, 2.2 and 4.8 s. Writes save_time.json beside itself.
 """
 
 import argparse
@@ -52,7 +54,7 @@ def work(folder: Path, layers: int, rounds: int) -> None:
         p.grad = torch.zeros_like(p)
         local(p.grad).normal_()
     optimizer.step(1.0, torch.ones(()), torch.zeros(()))
-    weights, states = dict(model.named_parameters()), optimizer.state_dict()
+    weights, states = optimizer.parameters, optimizer.state_tensors()
     writer = checkpoint.Writer(RunDir(folder / "ours"), 0, 0.0, None) if world.is_main else None
     step = 0
 
