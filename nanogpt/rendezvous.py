@@ -22,6 +22,7 @@ T = TypeVar("T")
 TIMEOUT_S = 600.0  # how long a rank waits for the others
 STORE_S = 60.0  # how long it waits to connect to torchrun's store, which already runs
 ANSWER_S = 10.0  # after a failure: how long the ranks wait for each other's answers
+POLL_S = 0.2  # between two looks for an answer
 PRINT_S = 1.0  # time for the main process to print an error before torchrun kills it
 
 
@@ -213,12 +214,11 @@ def _greet(store: Any, ranks: Ranks, size: int, greeting: list[str]) -> list[lis
             prefix = present
             ranks.store = dist.PrefixStore(prefix, store)
             ranks.store.set(f"greeting/{ranks.rank}", json.dumps(greeting))
-        with contextlib.suppress(dist.DistError):
-            ranks.store.wait(["greetings"], timedelta(seconds=1))
+        if ranks.store.check(["greetings"]):  # a wait that times out prints warnings
             greetings = json.loads(ranks.store.get("greetings"))
             if len(greetings) == size and greetings[ranks.rank] == greeting:
                 return greetings
-            time.sleep(0.1)
+        time.sleep(POLL_S)
     raise ValueError(f"no answer of rank 0 for {ranks.timeout_s:g} s")
 
 
