@@ -47,6 +47,7 @@ from nanogpt.text.tokenizer import Tokenizer  # noqa: E402
 
 NEW = 64
 TEXTS = 200
+TIMEOUT_S = 1800  # for all models of an engine
 DOCS = ROOT / "docs/interop.md"
 RESULTS = HERE / "results.json"
 TORCH, TRANSFORMERS = "torch==2.13.0", "transformers==5.23.0"
@@ -150,7 +151,7 @@ def make_job(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def ask(name: str, python: Path, jobs: dict[str, dict[str, Any]], work: Path) -> dict[str, dict[str, Any]]:
-    """The engine's answers to each job, from a process; where one dies, from another for the jobs after that."""
+    """The engine's answers to each job, from a process; where it dies or hangs, from another for the rest."""
     folders = {model: work / "jobs" / file_name(name) / file_name(model) for model in jobs}
     for model, folder in folders.items():
         shutil.rmtree(folder, ignore_errors=True)
@@ -164,11 +165,15 @@ def ask(name: str, python: Path, jobs: dict[str, dict[str, Any]], work: Path) ->
         log = work / "jobs" / file_name(name) / "log.txt"
         command = [str(python), ENGINES[name].script, *(str(folders[model]) for model in rest)]
         with log.open("w") as file:
-            done = subprocess.run(command, cwd=HERE, env=environment, stdout=file, stderr=file)
+            try:
+                done = subprocess.run(command, cwd=HERE, env=environment, stdout=file, stderr=file, timeout=TIMEOUT_S)
+                end = f"exit status {done.returncode}"
+            except subprocess.TimeoutExpired:
+                end = f"no answer in {TIMEOUT_S} s"
         for model in rest:
             if not (folders[model] / "answers.json").exists():
                 last = " ".join(log.read_text(errors="replace").strip().splitlines()[-1:])[:200]
-                answers[model] = {"versions": {}, "errors": {"loads": f"exit status {done.returncode}: {last}"}}
+                answers[model] = {"versions": {}, "errors": {"loads": f"{end}: {last}"}}
                 break
             answers[model] = json.loads((folders[model] / "answers.json").read_text(encoding="utf-8"))
             shutil.rmtree(folders[model])
