@@ -382,7 +382,8 @@ class GPT(nn.Module):
         soft = [t.flatten(0, 1) for t in soft_targets or ()]
         if self.loss_chunk:
             if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU's host would wait
-                x, targets, *soft = (t[targets >= 0] for t in (x, targets, *soft))
+                is_target = targets >= 0
+                x, targets, *soft = (t[is_target] for t in (x, targets, *soft))
             matrix = self.lm_head_weight[: self.config.vocab_size]
             return None, ChunkedCrossEntropy.apply(x, matrix, self.loss_chunk, targets, *soft) / num_targets
         logits = self.logits(x)

@@ -480,15 +480,17 @@ def open_run(
     end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
     if config.decay_lr and config.warmup_iters > end_step:
         print0(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end_step} updates")
-    if not config.minutes:
-        warn_if_slow_on_cpu(gpt, row_schedule.total_rows(config.max_iters) * T, world)
     hint = memory_hint(micro_batch, config.rows_per_step // world.size, T, free_memory(world.device))
     memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype, world.shards)
     raise_if_cpu_memory_is_short(memory, world.device, hint)
     open_out_dir(config, resumed, world, run_dir)
-    model, state = prepare_training(config, gpt, rows, micro_batch, world)
+    with explain_errors(hint, world.ranks):  # compiling runs a micro-batch
+        model, state = prepare_training(config, gpt, rows, micro_batch, world)
     if resumed:
         restore(state, resumed, schedule, config, world)
+    if not config.minutes:
+        rows_left = row_schedule.total_rows(config.max_iters - state.step, state.samples) - state.samples
+        warn_if_slow_on_cpu(gpt, rows_left * T, world)
     writer = checkpoints = None
     if world.is_main and not config.dry_run:
         writer = MetricsWriter(run_dir, state.step, is_evaluated=state.val_loss is not None or not resumed)

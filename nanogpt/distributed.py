@@ -95,11 +95,7 @@ def world_size() -> int:
 
 
 def start(
-    device: str = "auto",
-    dtype: str = "auto",
-    backend: str = "auto",
-    ranks: Ranks | None = None,
-    shards: int = 1,
+    device: str = "auto", dtype: str = "auto", backend: str = "auto", ranks: Ranks | None = None, shards: int = 1
 ) -> World:
     """Form the process group of the ranks that torchrun started, or run alone; pick device and dtype.
 

@@ -88,7 +88,7 @@ class StepSchedule:
 
 @dataclass
 class RowSchedule:
-    """Rows of each update: `last`; in the first growth_tokens tokens the reached share of `last`, at least `first`."""
+    """Rows of each update: in proportion to the tokens read, from `first` to `last`, over the first growth_tokens."""
 
     first: int
     last: int

@@ -87,9 +87,9 @@ def gather(tensor: Tensor) -> Tensor | None:
     own = local(tensor)
     part = own.new_zeros(-(-len(tensor) // mesh.size()), *own.shape[1:])  # the last rank may have fewer rows
     part[: len(own)] = own
-    parts = [torch.empty_like(part) for _ in range(mesh.size())] if mesh.get_local_rank() == 0 else None
-    dist.gather(part, parts, dst=0, group=group)
-    return torch.cat(parts)[: len(tensor)] if parts else None
+    whole = own.new_empty(mesh.size() * len(part), *own.shape[1:]) if dist.get_rank() == 0 else None
+    dist.gather(part, None if whole is None else list(whole.split(len(part))), dst=0, group=group)
+    return None if whole is None else whole[: len(tensor)]
 
 
 def norm_over_ranks(norm: Tensor, sharded: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def copy_rows(target: Tensor, source: Tensor) -> None:
 
 
 class Map(NamedTuple):
-    """A linear map that Muon orthogonalizes alone: `rows` rows from `first` on of the matrix `name`, of num_rows."""
+    """One linear map, which Muon orthogonalizes separately: `rows` rows from `first` on of the matrix `name`."""
 
     name: str
     first: int

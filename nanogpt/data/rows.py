@@ -60,7 +60,8 @@ class Windows:
 def _rows_per_part(rows: np.ndarray, weights: Sequence[int]) -> np.ndarray:
     """Of the first `rows` rows, the number that comes from each part: int64, (parts, len(rows)).
 
-    Each part takes its share of what the parts before it leave, rounded down. The error never exceeds one row per part.
+    Each part takes its share of what the parts before it leave, rounded down. A part is off its share by fewer
+    rows than there are parts.
     """
     left = rows.astype(np.int64)
     counts = []

@@ -47,7 +47,7 @@ from nanogpt.text.tokenizer import Tokenizer  # noqa: E402
 
 NEW = 64
 TEXTS = 200
-TIMEOUT_S = 1800  # for all models of an engine
+TIMEOUT_S = 1800  # for the models that one process answers
 DOCS = ROOT / "docs/interop.md"
 RESULTS = HERE / "results.json"
 TORCH, TRANSFORMERS = "torch==2.13.0", "transformers==5.23.0"

@@ -8,8 +8,8 @@ Both fine-tune the same weights with AdamW, the same rates and clipping, as whol
 defaults, and all rows of a step in one pass. The losses of the steps must agree. In conversations only the answers
 count, and both attend to whole rows.
 Prediction, before the first run: 1.15 times the speed, since both spend their time in the same matrix products; 0.75 of
-the memory, for the logits of all tokens. Conversations: 1.15 times again, since ours computes logits where a target
-counts alone: a fifth of the arithmetic is in them.
+the memory, for the logits of all tokens. Conversations: 1.15 times, since ours computes logits only where a target
+counts, and they are a fifth of the arithmetic.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def run_trainer(model: str, rows: str, rate: float, rows_per_step: int) -> None:
     import transformers
 
     x, y = torch.load(rows)
-    y[y < 0] = -100  # its mark of a target that does not count
+    y[y < 0] = -100  # ignored by the Trainer's loss
     times = [time.perf_counter()]
     losses: list[float] = []
     peaks: list[float] = []

@@ -1,5 +1,6 @@
 """Two processes against one. torchrun starts this file too: each rank then trains all of RUNS."""
 
+import contextlib
 import json
 import os
 import signal
@@ -162,6 +163,7 @@ def test_a_sharded_run_resumes_on_any_number_of_processes(
 
 LOSE_A_RANK = """
 import os, signal, sys, torch
+import torch._dynamo, torch.distributed.device_mesh, torch.distributed.fsdp  # here, so that no rank waits for them
 from load import build_model
 from model import GPTConfig
 from nanogpt import distributed, rendezvous
@@ -203,11 +205,17 @@ def test_ranks_that_lose_another_name_it_and_end_with_status_3(deed: str, size: 
         port = str(free.getsockname()[1])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
     command = [sys.executable, "-c", LOSE_A_RANK, deed, str(shards)]
-    done = subprocess.run(command, env=environment() | address, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["3"] * (size - 1), done.stderr
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment() | address, start_new_session=True, **pipes)
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert output.split() == ["3"] * (size - 1), errors
     lost = f"rank 1 on {socket.gethostname()} did not answer: hangs or has died"
-    assert done.stderr.count(lost) == size - 1, done.stderr
-    assert "Traceback" not in done.stderr
+    assert errors.count(lost) == size - 1, errors
+    assert "Traceback" not in errors
 
 
 if __name__ == "__main__":
