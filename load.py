@@ -134,8 +134,8 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
     resumed.state["model"] = asdict(resumed.build_model(GPT, GPTConfig).config)
     actual = resumed.state["model"] | {name: resumed.state["config"][name] for name in FIXED_KEYS}
     saved = {**resumed.state["config"], **{name: getattr(config, name) for name in START_KEYS}}
-    given = {name: value for name, value in explicit.items() if name != "init_from" and not is_open(name, value)}
-    changed = {name: value for name, value in given.items() if saved.get(name) != value}
+    relevant = {name: value for name, value in explicit.items() if name != "init_from" and not is_open(name, value)}
+    changed = {name: value for name, value in relevant.items() if saved.get(name) != value}
     conflicts = conflicting_sizes(changed, actual)
     flags = {name: changed[name] for name in conflicts if name in explicit.flags}
     raise_for_sizes(flags, actual, f"the run in {resumed.path.parent.parent}")

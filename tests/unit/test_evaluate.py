@@ -151,7 +151,7 @@ def test_evaluate_a_run_on_its_dataset(
     model = save_random_run("out", LETTERS, {"dataset": str(letters)}, block_size=16)
     results = run_evaluate("--out_dir=out")
     printed = capsys.readouterr()
-    assert printed.err.splitlines() == ["evaluating out/ckpt/step-001234"]
+    assert printed.err.splitlines() == ["evaluating out/ckpt/step-001234", "computing in float32"]
     assert printed.out.splitlines()[:3] == [
         "val of letters: 1,999 tokens",
         f"loss           {results['loss']:.4f} ± {results['loss_stderr']:.4f} nats per token",

@@ -236,7 +236,7 @@ def test_interactive_session(write: Write, monkeypatch: pytest.MonkeyPatch, caps
     sample.main()
     output = capsys.readouterr()
     assert output.out.splitlines() == [expected[:11], expected[11:19], greedy_run("c", 8)]
-    for error in ("there is no text to continue yet", "the character tokenizer has no id for 'Z'", "--start: has 17"):
+    for error in ("there is no text to continue yet", "the character tokenizer has no id for 'Z'", "the prompt has 17"):
         assert f"error: {error}" in output.err
 
     lines, interrupt_at = iter(["c", "c", EOFError()]), [0, 0, 0, 1, 0, 0, 0]
