@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 import budget
-from configurator import ExplicitKeys, key, parse
+from configurator import key, parse
 from load import (
     MODEL_KEYS,
     choose_dtype,
@@ -30,7 +30,6 @@ from load import (
     prepare_training,
     resume_config,
 )
-from model import GPT
 from nanogpt import checkpoint, distributed
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.console import print0
@@ -53,7 +52,7 @@ from nanogpt.pace import Pace
 from nanogpt.rendezvous import explain_errors, join
 from nanogpt.run_dir import RunDir
 from nanogpt.schedule import RowSchedule, StepSchedule
-from nanogpt.sharding import check_shards, gather
+from nanogpt.sharding import check_shards
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import Tokenizer
 from nanogpt.train_log import (
@@ -235,12 +234,6 @@ class Run:
     run_dir: RunDir
     writer: MetricsWriter | None  # None: writes nothing, or not the main process
     checkpoints: checkpoint.Writer | None
-    is_resumed: bool
-
-    def next_batch(self, num_rows: int) -> StepBatch:
-        state = self.state
-        noise = (self.config.seed, state.step, self.config.dropout)
-        return StepBatch(self.rows, state.samples, num_rows, self.micro_batch, self.world, *noise)
 
 
 def train(run: Run) -> int:
@@ -254,7 +247,7 @@ def train(run: Run) -> int:
     pace = Pace(run.model, run.world.ranks, state.clock, is_sharded=run.world.shards > 1)
     requests = Requests()
     first_step = state.step
-    is_saved = run.is_resumed
+    is_saved = state.step > 0  # by the run that this one resumes
 
     def read_control() -> Control:
         save_due = run.checkpoints is not None and run.checkpoints.overdue()
@@ -294,11 +287,13 @@ def train(run: Run) -> int:
         pace.start()
         first_row = state.samples
         num_rows = run.row_schedule.rows_at(first_row)
+        noise = (config.seed, state.step, config.dropout)
+        batch = StepBatch(run.rows, first_row, num_rows, run.micro_batch, run.world, *noise)
         if run.layer_stats:
             run.layer_stats.is_due = (state.step + 1) % config.log_interval == 0
         stats = train_step(
             run.model,
-            run.next_batch(num_rows),
+            batch,
             state.optimizer,
             state.scaler,
             state.guard,
@@ -321,6 +316,8 @@ def train(run: Run) -> int:
 
     log.read(everything=True)
     # All ranks wait for the last save, because torchrun kills the others when one ends with a status other than 0.
+    if run.checkpoints:
+        run.checkpoints.wait()
     run.world.ranks.ask_main(run.checkpoints.finish if run.checkpoints else lambda: None)
     if not config.dry_run:
         print_end(state, run.run_dir.path, requests.exit_status, out_of_patience)
@@ -331,28 +328,22 @@ def train(run: Run) -> int:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint in the background (the main process alone); returns when the state is copied."""
-    weights, optimizer = run.state.tensors()
-    if run.writer is None or run.checkpoints is None:
-        for tensor in (*weights.values(), *optimizer.values()):
-            gather(tensor)  # which all ranks do together
+    """Write a checkpoint in the background; returns when the state is copied."""
+    if run.checkpoints is None:
         return
-    run.writer.sync()
-    model: Any = run.state.model
-    run.checkpoints.save(
-        weights,
-        optimizer,
-        {
-            **run.state.state_dict(),
-            "processes": run.world.size,
-            "wandb_id": run.writer.wandb_id,
-            "dial": run.schedule.state_dict(),  # the name that version 0.1 gave the time budget
-            "model": asdict(model.config),
-            "data": run.dataset.fingerprints,
-            "lora": model.lora,
-            "config": {**asdict(run.config), **run.schedule.changed_keys()},
-        },
-    )
+    if run.writer:
+        run.writer.sync()
+    state = {
+        **run.state.state_dict(),
+        "processes": run.world.size,
+        "wandb_id": run.writer and run.writer.wandb_id,
+        "dial": run.schedule.state_dict(),  # the name that version 0.1 gave the time budget
+        "model": asdict(run.state.model.config),
+        "data": run.dataset.fingerprints,
+        "lora": run.state.model.lora,
+        "config": {**asdict(run.config), **run.schedule.changed_keys()},
+    }
+    run.checkpoints.save(*run.state.tensors(), state)
 
 
 def print_sample(run: Run) -> None:
@@ -367,46 +358,39 @@ def print_sample(run: Run) -> None:
 
 
 def main() -> int:
+    """Resume or start a run, and train or evaluate it. Returns the exit status."""
     config, explicit = parse(TrainConfig, description="Train a GPT.")
     ignore_save_signal()  # until there is something to save
-    with contextlib.ExitStack() as stack:
-        return start_run(config, explicit, stack)
+    with contextlib.ExitStack() as stack:  # closes what the run opens
+        ranks = join(config.timeout_s)
+        run_dir = RunDir(Path(config.out_dir))
+        writes = not (config.eval_only or config.dry_run)
+        resume = config.init_from == "resume" or config.resume
+        resumed = checkpoint.claim_and_load(run_dir, resume, writes, ranks, stack)
+        if resumed:
+            resumed.state["config"] = asdict(resumed.build_config(TrainConfig, "config"))
+            explicit = budget.check_resume(explicit, resumed.state)
+            config = resume_config(config, explicit, resumed)
+        ranks.ask_main(partial(check_shards, config.shards, ranks.size, config.dtype, config.lora_rank, config.minutes))
+        has_budget = config.minutes is not None and not config.eval_only
+        if resumed or not has_budget:  # what a new time budget chooses is checked below
+            ranks.ask_main(partial(check_config, config))
+        if writes:
+            ranks.ask_main(partial(check_trackers, config.tensorboard, config.wandb_log))
 
-
-def start_run(config: TrainConfig, explicit: ExplicitKeys, stack: contextlib.ExitStack) -> int:
-    """Resume or start the run of a config, and train or evaluate it. Returns the exit status.
-
-    stack: closes what the run opens.
-    """
-    ranks = join(config.timeout_s)
-    run_dir = RunDir(Path(config.out_dir))
-    writes = not (config.eval_only or config.dry_run)
-    resume = config.init_from == "resume" or config.resume
-    resumed = checkpoint.claim_and_load(run_dir, resume, writes, ranks, stack)
-    if resumed:
-        resumed.state["config"] = asdict(resumed.build_config(TrainConfig, "config"))
-        explicit = budget.check_resume(explicit, resumed.state)
-        config = resume_config(config, explicit, resumed)
-    ranks.ask_main(partial(check_shards, config.shards, ranks.size, config.dtype, config.lora_rank, config.minutes))
-    has_budget = config.minutes is not None and not config.eval_only
-    if resumed or not has_budget:  # what a new time budget chooses is checked below
-        ranks.ask_main(partial(check_config, config))
-    if writes:
-        ranks.ask_main(partial(check_trackers, config.tensorboard, config.wandb_log))
-
-    with explain_errors("not enough memory for this model: use a smaller one", ranks):
-        world = distributed.start(config.device, config.dtype, config.backend, ranks, config.shards)
-        plan = resumed.state["dial"] if resumed and has_budget else None
-        if has_budget and not resumed:
-            explicit = budget.drop_budget_keys(explicit)
-            config, world, plan = budget.choose(config, world, train_step)
-            check_config(config)
-        schedule = make_schedule(config)
-        if plan and config.minutes:
-            schedule = budget.ClockSchedule(schedule, plan, config.minutes, config.eval_interval)
-        status = open_run(config, explicit, resumed, schedule, world, run_dir, stack)
-    world.close()
-    return status
+        with explain_errors("not enough memory for this model: use a smaller one", ranks):
+            world = distributed.start(config.device, config.dtype, config.backend, ranks, config.shards)
+            plan = resumed.state["dial"] if resumed and has_budget else None
+            if has_budget and not resumed:
+                explicit = budget.drop_budget_keys(explicit)
+                config, world, plan = budget.choose(config, world, train_step)
+                check_config(config)
+            schedule = make_schedule(config)
+            if plan and config.minutes:
+                schedule = budget.ClockSchedule(schedule, plan, config.minutes, config.eval_interval)
+            status = open_run(config, explicit, resumed, schedule, world, run_dir, stack)
+        world.close()
+        return status
 
 
 def check_config(config: TrainConfig) -> None:
@@ -460,7 +444,9 @@ def open_run(
     config, world = choose_dtype(config, gpt.config, world)
     gpt.document_separator_id = document_separator_id(dataset, config.mask_documents)
     prepare_model(config, gpt, world)
-    windows = open_windows(config, gpt, dataset)
+    T, V = config.block_size, gpt.config.vocab_size
+    splits = {"train": dataset.train, "val": dataset.val} if config.eval_train else {"val": dataset.val}
+    windows = {name: EvalWindows(split, T, config.eval_iters, config.batch_size, V) for name, split in splits.items()}
     print_model_summary(gpt, world)
     if config.eval_only:
         rows_per_pass = rows_to_evaluate(windows["val"], config.batch_size, world)
@@ -469,7 +455,6 @@ def open_run(
         print0(f"step {step}: " + format_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
 
-    T, V = config.block_size, gpt.config.vocab_size
     ngrams = count_ngrams(dataset, config.ngram_targets, T, V)
     rows = Rows(dataset.train, T, V, config.seed, config.row_order, ngrams)
     micro_batch = choose_micro_batch(config, gpt, world)
@@ -483,7 +468,6 @@ def open_run(
     hint = memory_hint(micro_batch, config.rows_per_step // world.size, T, free_memory(world.device))
     memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype, world.shards)
     raise_if_cpu_memory_is_short(memory, world.device, hint)
-    open_out_dir(config, resumed, world, run_dir)
     with explain_errors(hint, world.ranks):  # compiling runs a micro-batch
         model, state = prepare_training(config, gpt, rows, micro_batch, world)
     if resumed:
@@ -492,12 +476,19 @@ def open_run(
         rows_left = row_schedule.total_rows(config.max_iters - state.step, state.samples) - state.samples
         warn_if_slow_on_cpu(gpt, rows_left * T, world)
     writer = checkpoints = None
-    if world.is_main and not config.dry_run:
+    if world.is_main and not config.dry_run:  # by now no rank reads weights from out_dir
+        if resumed:
+            checkpoint.quarantine_damaged(resumed.path)
+        elif archived := run_dir.archive_previous_run():
+            print0(f"{run_dir.path} held a run already: moved to {archived}")
         writer = MetricsWriter(run_dir, state.step, is_evaluated=state.val_loss is not None or not resumed)
         stack.callback(writer.close)
         wandb_id = resumed.state["wandb_id"] if resumed else None
         writer.open_trackers(asdict(config) if config.wandb_log else None, wandb_id, config.tensorboard)
-        checkpoints = checkpoint.Writer(run_dir, config.keep_every, config.checkpoint_minutes, tokenizer)
+    if world.rank < world.shards and not config.dry_run:  # the main process, and those that share its copy of the model
+        checkpoints = checkpoint.Writer(
+            run_dir, config.keep_every, config.checkpoint_minutes, tokenizer, world.save_group
+        )
         stack.enter_context(checkpoints)
     gc.freeze()  # what exists now stays: the garbage collector need not scan it while a GPU waits
     stack.callback(gc.unfreeze)
@@ -518,28 +509,10 @@ def open_run(
         run_dir=run_dir,
         writer=writer,
         checkpoints=checkpoints,
-        is_resumed=resumed is not None,
     )
     first_step = state.step
     with explain_errors(hint, world.ranks, before_update=lambda: state.step == first_step):
         return train(run)
-
-
-def open_windows(config: TrainConfig, gpt: GPT, dataset: Dataset) -> dict[str, EvalWindows]:
-    """The windows of each split to evaluate on."""
-    splits = {"train": dataset.train, "val": dataset.val} if config.eval_train else {"val": dataset.val}
-    sizes = (gpt.config.block_size, config.eval_iters, config.batch_size, gpt.config.vocab_size)
-    return {name: EvalWindows(split, *sizes) for name, split in splits.items()}
-
-
-def open_out_dir(config: TrainConfig, resumed: Checkpoint | None, world: World, run_dir: RunDir) -> None:
-    """Make out_dir ready to write. By now no rank reads weights from it."""
-    if not world.is_main or config.dry_run:
-        return
-    if resumed:
-        checkpoint.quarantine_damaged(resumed.path)
-    elif archived := run_dir.archive_previous_run():
-        print0(f"{run_dir.path} held a run already: moved to {archived}")
 
 
 def restore(state: TrainState, resumed: Checkpoint, schedule: StepSchedule, config: TrainConfig, world: World) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, NotRequired, TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nanogpt import lora
@@ -28,7 +29,7 @@ from nanogpt.metrics import AFTER_A_STOP, read_stop_reason
 from nanogpt.rendezvous import Ranks
 from nanogpt.run_dir import RunDir
 from nanogpt.schema import Config, Count, NonNegative, check, check_keys, matches
-from nanogpt.sharding import gather
+from nanogpt.sharding import gather_rows, is_sharded, local
 
 if TYPE_CHECKING:
     from nanogpt.text.tokenizer import Tokenizer
@@ -337,9 +338,8 @@ def verify(path: Path, files: list[str]) -> dict[str, Any]:
     """
     try:
         hashes: Any = read_json(path / MANIFEST).get("sha256")
-        if not matches(hashes, dict[str, str]) or not {*FILES} <= {*hashes} <= {*FILES, *OPTIONAL_FILES}:
-            raise ValueError
-        if (path / MANIFEST).read_text(encoding="utf-8") != _format_manifest(hashes):
+        is_complete = matches(hashes, dict[str, str]) and {*FILES} <= {*hashes} <= {*FILES, *OPTIONAL_FILES}
+        if not is_complete or (path / MANIFEST).read_text(encoding="utf-8") != _format_manifest(hashes):
             raise ValueError
     except (OSError, ValueError) as error:
         raise _damaged(path, f"its {MANIFEST} is missing or unreadable") from error
@@ -457,25 +457,31 @@ def quarantine_damaged(resumed: Path) -> None:
 class Writer:
     """Saves a run's checkpoints in a background thread, one at a time, and prunes them.
 
-    minutes: a save is overdue when the last began longer ago; 0: never.
+    minutes: a save is overdue when the last began longer ago; 0: never. group: with shards, of the ranks of one copy of
+    the model (`gather_rows`). Each of them has a Writer; the main process's writes, and the others send it their rows.
     """
 
-    def __init__(self, run_dir: RunDir, keep_every: int, minutes: float, tokenizer: "Tokenizer | None"):
+    def __init__(
+        self, run_dir: RunDir, keep_every: int, minutes: float, tokenizer: "Tokenizer | None", group: Any = None
+    ):
         self.run_dir = run_dir
+        self.group = group
+        self.is_main = group is None or dist.get_rank() == 0
         self.keep_every = keep_every
         self.tokenizer = tokenizer
         self._interval_s = 60 * minutes or float("inf")
         self._due_at = time.monotonic() + self._interval_s
         self._failure: str | None = None
+        self._loss: RunStopped | None = None  # of a rank, which no later save can reach either
         self._thread = threading.Thread()
         self._copies: dict[str, Tensor] = {}  # reused: writing to new memory takes longer than to touched memory
+        self._sharded: set[str] = set()  # names of tensors of which each rank has a part
 
     def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Start a save; returns once the save before it has ended and the tensors are copied to host memory.
-
-        Sharded tensors are gathered one at a time; the other ranks must call `gather` for each, in the same order.
-        """
+        """Start a save; returns once the save before it has ended and the tensors are copied to host memory."""
         self.wait()
+        if self._loss:
+            raise self._loss
         self._report_failure()
         self._due_at = time.monotonic() + self._interval_s
         copies = self._copy(model), self._copy(optimizer)
@@ -489,7 +495,7 @@ class Writer:
         """True if a save is due by the clock. Reports a failed save, and makes it due again soon."""
         if not self._thread.is_alive():
             self._report_failure()
-        return time.monotonic() > self._due_at
+        return self._loss is not None or time.monotonic() > self._due_at
 
     def wait(self) -> None:
         """Wait for the save in progress."""
@@ -499,11 +505,14 @@ class Writer:
     def finish(self) -> None:
         """Wait for the last save. Raises RunStopped where it failed."""
         self.wait()
+        if self._loss:
+            raise self._loss
         if self._failure:
             raise RunStopped(f"{self._failure}; then resume with --resume=True")
 
     def __enter__(self) -> "Writer":
-        prune(self.run_dir.path, self.keep_every)  # a kill may have come before the end of it
+        if self.is_main:
+            prune(self.run_dir.path, self.keep_every)  # a kill may have come before the end of it
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -511,12 +520,17 @@ class Writer:
             self.wait()
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy what this rank has of each tensor to host memory."""
         for name, tensor in tensors.items():
-            whole = gather(tensor.detach())
-            assert whole is not None  # the main process
+            own = local(tensor.detach())
             if name not in self._copies:
-                self._copies[name] = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
-            self._copies[name].copy_(whole, non_blocking=whole.is_cuda)
+                shape = tensor.shape if self.is_main else own.shape  # the rest is for the other ranks' rows
+                self._copies[name] = torch.empty(shape, dtype=own.dtype, pin_memory=own.is_cuda)
+            copy = self._copies[name]
+            if is_sharded(tensor):
+                self._sharded.add(name)
+                copy = copy[: len(own)]
+            copy.copy_(own, non_blocking=own.is_cuda)
         return {name: self._copies[name] for name in tensors}
 
     def _report_failure(self) -> None:
@@ -526,6 +540,14 @@ class Writer:
             self._due_at = time.monotonic() + RETRY_S
 
     def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+        try:
+            for name, copy in (model | optimizer).items():
+                if name in self._sharded:
+                    gather_rows(copy, self.group)
+        except RunStopped as error:
+            self._loss = error
+        if self._loss or not self.is_main:
+            return
         try:
             path = self.run_dir.follow()
             try:

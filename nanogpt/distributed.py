@@ -26,6 +26,7 @@ class World:
     dtype: torch.dtype
     bfloat16_speed: float | None = None  # over float32's, where the dtype was chosen by it
     mesh: Any = None  # copies × shards, where several ranks share a copy of the model (nanogpt/sharding.py)
+    save_group: Any = None  # of the ranks that share the first copy, for their host memory
     ranks: Ranks = field(default_factory=Ranks, compare=False)
 
     @property
@@ -99,7 +100,7 @@ def start(
 ) -> World:
     """Form the process group of the ranks that torchrun started, or run alone; pick device and dtype.
 
-    device: auto, cpu, cuda, cuda:N or mps. dtype: auto (see `trials.try_dtypes`) or a key of `DTYPES`. backend: auto,
+    device: auto, cpu, cuda, cuda:N or mps. dtype: auto (see `trials.try_dtypes`), or one of torch. backend: auto,
     nccl or gloo. shards: ranks that share a copy of the model, 0 for all. Raises InputError for a device, dtype or
     backend that this machine lacks.
     """
@@ -113,7 +114,7 @@ def start(
     elif torch_device.type == "cpu":
         disable_malloc_trim()
 
-    mesh = None
+    mesh = save_group = None
     if ranks.size > 1:
         if backend == "auto":
             backend = "nccl" if torch_device.type == "cuda" else "gloo"
@@ -128,5 +129,8 @@ def start(
         timeout = timedelta(seconds=ranks.timeout_s)
         dist.init_process_group(backend, timeout=timeout, device_id=device_id, **place)
         if shards != 1:
-            mesh = sharding.make_mesh(torch_device.type, ranks.size, shards or ranks.size, timeout)
-    return World(ranks.rank, ranks.size, torch_device, torch_dtype, mesh=mesh, ranks=ranks)
+            shards = shards or ranks.size
+            if ranks.rank < shards:  # with NCCL the others would wait for a split of its group that these do not make
+                save_group = dist.new_group([*range(shards)], timeout, backend="gloo", use_local_synchronization=True)
+            mesh = sharding.make_mesh(torch_device.type, ranks.size, shards, timeout)
+    return World(ranks.rank, ranks.size, torch_device, torch_dtype, mesh=mesh, save_group=save_group, ranks=ranks)

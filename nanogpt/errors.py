@@ -1,10 +1,11 @@
 """The two errors that users see, and how a script ends."""
 
+import difflib
 import faulthandler
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from nanogpt.console import prepare_streams
 
@@ -15,6 +16,17 @@ class InputError(Exception):
 
 class RunStopped(Exception):
     """A run stopped to protect what it has. The message says why and how to continue; scripts end with status 3."""
+
+
+def suggest(word: str, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
+    """The end of an error message: the known name that `word` resembles, or what else helps."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {prefix}{close[0]}?" if close else otherwise
+
+
+def first_line(error: Exception) -> str:
+    """The first line of its message, shortened; without one its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def run_script(main: Callable[[], int | None], is_output_expendable: bool = False) -> None:
@@ -49,7 +61,7 @@ def run_script(main: Callable[[], int | None], is_output_expendable: bool = Fals
     for line in lines:
         print(line, file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
-    if status in (2, 3) and distributed and distributed.is_available() and distributed.is_initialized():
-        os._exit(status)  # at a normal exit the destructor of a broken process group may abort the process
+    if status in (2, 3, 130) and distributed and distributed.is_available() and distributed.is_initialized():
+        os._exit(status)  # at a normal exit a broken process group, or a thread that waits in it, may abort the process
     gc.freeze()  # at its end the interpreter would search all of torch's modules for garbage, for a quarter of a second
     sys.exit(status)

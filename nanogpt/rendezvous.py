@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from nanogpt.device import is_out_of_memory
-from nanogpt.errors import InputError, RunStopped
+from nanogpt.errors import InputError, RunStopped, first_line
 
 T = TypeVar("T")
 TIMEOUT_S = 600.0  # how long a rank waits for the others
@@ -68,7 +68,8 @@ class Ranks:
                 raise
             self.store.set(key, json.dumps({"value": value}))
             return value
-        answer = json.loads(self._wait_for(key, 0))
+        # The main process may itself wait for a lost rank.
+        answer = json.loads(self._wait_for(key, 0, self.timeout_s + ANSWER_S))
         if "error" in answer:
             self.leave()
             if os.environ.get("GROUP_RANK", "0") == "0":  # on the node of the main process
@@ -95,7 +96,7 @@ class Ranks:
             if failure:
                 raise failure
             for rank in range(1, self.size):
-                problem = json.loads(self._wait_for(f"{key}/{rank}", rank))
+                problem = json.loads(self._wait_for(f"{key}/{rank}", rank, self.timeout_s))
                 if problem:
                     is_stopped, text = problem
                     raise (RunStopped if is_stopped else InputError)(f"{self.name(rank)}: {text}")
@@ -148,14 +149,14 @@ class Ranks:
             return [isinstance(error, RunStopped), str(error)]
         return [True, f"{self.name(self.rank)} failed: {error!r}"]
 
-    def _wait_for(self, key: str, rank: int) -> str:
+    def _wait_for(self, key: str, rank: int, timeout_s: float) -> str:
         """The value of a key that another rank sets. Raises RunStopped where it does not."""
         try:
-            self.store.wait([key], timedelta(seconds=self.timeout_s))
+            self.store.wait([key], timedelta(seconds=timeout_s))
             return self.store.get(key).decode()
         except dist.DistError as error:
             raise RunStopped(
-                f"{self.name(self.rank)}: {self.name(rank)} did not answer for {self.timeout_s:g} s or has ended; see "
+                f"{self.name(self.rank)}: {self.name(rank)} did not answer for {timeout_s:g} s or has ended; see "
                 "its output, then resume with --resume=auto"
             ) from error
 
@@ -182,7 +183,7 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(
             f"rank {ranks.rank} on {greeting[1]}: {size} processes did not meet at {address} "
-            f"({str(error).splitlines()[0][:200]}): start torchrun on each node, and give it an address of its node "
+            f"({first_line(error)}): start torchrun on each node, and give it an address of its node "
             "that the others reach by --local_addr"
         ) from error
     ranks.hosts = [host for _, host in greetings]
@@ -233,22 +234,16 @@ def explain_errors(
     try:
         yield
     except (RuntimeError, MemoryError, InputError) as error:
-        if is_lost_process(error):
-            reason = str(error).strip().splitlines()[0][:200]
+        # A collective in which another process takes no part: DistError, or gloo's plain RuntimeError.
+        is_lost = dist.is_available() and isinstance(error, dist.DistError)
+        if is_lost or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
             rank = os.environ.get("RANK", "0")
             lost = (ranks or Ranks()).describe_lost()
             raise RunStopped(
-                f"rank {rank}: a collective failed or timed out ({reason}): {lost}; see the output there, then resume "
-                "with --resume=auto"
+                f"rank {rank}: a collective failed or timed out ({first_line(error)}): {lost}; see the output there, "
+                "then resume with --resume=auto"
             ) from error
         if not isinstance(error, InputError) and not is_out_of_memory(error):
             raise
         message = str(error) if isinstance(error, InputError) else hint
         raise (InputError if before_update() else RunStopped)(message) from error
-
-
-def is_lost_process(error: BaseException) -> bool:
-    """True if `error` means that another process did not take part in a collective."""
-    if isinstance(error, InputError) or not dist.is_available():
-        return False
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, RunStopped, first_line
 
 SHARDS = "shards"  # the dimension of the mesh whose ranks share one copy of the model
 
@@ -72,24 +72,30 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
-def gather(tensor: Tensor) -> Tensor | None:
-    """The whole of a sharded tensor on the main process and None on others; any other tensor itself.
+def gather_rows(copy: Tensor, group: Any) -> None:
+    """Send a rank's rows of a tensor to the main process, which receives them behind its own.
 
-    All ranks must call it. Unlike `full_tensor` it sends each row once, to the main process.
+    copy: in host memory; the whole tensor on the main process, whose rows are the first, and the own rows on the
+    others. group: gloo, of the ranks that share the main process's copy of the model; each calls this. Raises
+    RunStopped for a lost rank, after which the group is of no use.
     """
-    if not is_sharded(tensor):
-        return tensor
-    mesh: Any = tensor.device_mesh[SHARDS]  # type: ignore[attr-defined]
-    group = mesh.get_group()
-    if dist.get_global_rank(group, 0) != 0:  # a rank of another copy
-        return None
-    own = local(tensor)
-    part = own.new_zeros(-(-len(tensor) // mesh.size()), *own.shape[1:])  # the last rank may have fewer rows
-    part[: len(own)] = own
-    whole = own.new_empty(mesh.size() * len(part), *own.shape[1:]) if dist.get_rank() == 0 else None
-    dist.gather(part, None if whole is None else list(whole.split(len(part))), dst=0, group=group)
-    return None if whole is None else whole[: len(tensor)]
+    peer = 0  # the rank that this one waits for
+    try:
+        if dist.get_rank() != 0:
+            if len(copy):
+                dist.send(copy, peer, group)
+            return
+        shards = dist.get_world_size(group)
+        parts = {rank: copy[own_rows(len(copy), rank, shards)] for rank in range(1, shards)}
+        receives: dict[int, Any] = {rank: dist.irecv(rows, rank, group) for rank, rows in parts.items() if len(rows)}
+        for rank, receive in receives.items():
+            peer = rank
+            receive.wait()
+    except RuntimeError as error:
+        deed = "send its part of a checkpoint" if peer else "receive a part of a checkpoint"
+        raise RunStopped(
+            f"rank {peer} did not {deed} ({first_line(error)}): see its output, then resume with --resume=auto"
+        ) from error
 
 
 def norm_over_ranks(norm: Tensor, sharded: Tensor) -> Tensor:

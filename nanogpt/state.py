@@ -19,7 +19,7 @@ class TrainState:
     model: the plain GPT, neither compiled nor wrapped.
     """
 
-    model: torch.nn.Module
+    model: Any
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     guard: UpdateGuard

@@ -41,13 +41,10 @@ def work(folder: Path, layers: int, rounds: int) -> None:
     from nanogpt import checkpoint, distributed
     from nanogpt.optim import Optimizer
     from nanogpt.run_dir import RunDir
-    from nanogpt.sharding import gather, local, make_mesh
+    from nanogpt.sharding import local
 
     torch.set_num_threads(1)
-    world = distributed.start("cpu", "float32")
-    world = distributed.World(
-        world.rank, world.size, world.device, world.dtype, mesh=make_mesh("cpu", world.size, world.size)
-    )
+    world = distributed.start("cpu", "float32", shards=0)
     model = build_model(GPTConfig(bias=False, block_size=64, n_layer=layers), None, world)
     optimizer = Optimizer(model, world, kind="adamw", learning_rate=1e-3)
     for p in optimizer.parameters.values():
@@ -55,19 +52,15 @@ def work(folder: Path, layers: int, rounds: int) -> None:
         local(p.grad).normal_()
     optimizer.step(1.0, torch.ones(()), torch.zeros(()))
     weights, states = optimizer.parameters, optimizer.state_tensors()
-    writer = checkpoint.Writer(RunDir(folder / "ours"), 0, 0.0, None) if world.is_main else None
+    writer = checkpoint.Writer(RunDir(folder / "ours"), 0, 0.0, None, world.save_group)
     step = 0
 
     def barrier() -> None:
         world.all_reduce_sum(torch.ones(1))
 
     def ours() -> Callable[[], Any]:
-        if writer:
-            writer.save(weights, states, {"step": step})
-            return writer.wait
-        for tensor in (*weights.values(), *states.values()):
-            gather(tensor.detach())
-        return lambda: None
+        writer.save(weights, states, {"step": step})
+        return writer.finish
 
     def dcp_save() -> Callable[[], Any]:
         dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder / f"dcp-{step}")

@@ -153,13 +153,25 @@ def instrument(journal: Path, kill: Kill | None) -> None:
 
         setattr(owner, name, operation)
 
-    save_and_prune, lr_scale = checkpoint.Writer._write, StepSchedule.lr_scale
+    save_and_prune, lr_scale, gather_rows = checkpoint.Writer._write, StepSchedule.lr_scale, checkpoint.gather_rows
 
     def watched_save(*args: Any) -> None:
+        if rank:
+            save_and_prune(*args)  # sends its shards
+            return
         local.saving = True
         report("phase", "in a save")
         save_and_prune(*args)
         report("phase", "between saves")
+
+    def watched_gather(*args: Any) -> None:
+        nonlocal left
+        left -= bool(kill and kill.name == "gather")
+        is_last = bool(kill and kill.name == "gather" and left == 0)
+        if not is_last or kill.share > 0.5:  # type: ignore[union-attr]
+            gather_rows(*args)
+        if is_last:
+            die("amid", "the gathering", Path("a checkpoint"))
 
     def watched_lr_scale(schedule: StepSchedule, step: int) -> float:
         if rank == 0:
@@ -171,6 +183,7 @@ def instrument(journal: Path, kill: Kill | None) -> None:
     for name, (owner, place, _) in OPERATIONS.items():
         instrument_operation(owner, name, place)
     checkpoint.Writer._write = watched_save  # type: ignore[method-assign]
+    checkpoint.gather_rows = watched_gather
     StepSchedule.lr_scale = watched_lr_scale  # type: ignore[method-assign]
     report("born", rank, os.getpid())
 
@@ -323,9 +336,14 @@ def compare(ours: Checkpoint, theirs: Checkpoint, *keys: str) -> None:
 
 
 def draw_kill(random: Random, processes: int) -> Kill:
-    """Half of them in an operation of a save, which only rank 0 makes; a quarter at any time; the others in a log."""
+    """Half of them in an operation of a save, which only rank 0 makes; a quarter at any time; the others in a log.
+
+    Of four processes a fifth while one sends its shards, or receives them.
+    """
     amid = random.random()
     name = random.choice(["line", "log", *random.sample([name for name in OPERATIONS if name != "log"], 2)])
+    if processes > 2 and random.random() < 0.2:
+        return Kill("gather", random.randint(1, 150), random.random(), random.randrange(2))
     if name == "line":
         return Kill("line", random.randint(1, 60), random.random(), random.randrange(processes))
     return Kill(name, random.randint(1, OPERATIONS[name][2]), random.choice([0, amid, amid, 1]))

@@ -70,10 +70,24 @@ def train_all(folder: Path) -> None:
             signal.raise_signal(signal.SIGTERM)
         return original_lr_scale(schedule, step)
 
+    def save(
+        writer: checkpoint.Writer, model: dict[str, Any], optimizer: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """As the original; at the last step the main process keeps the whole tensors, gathered by torch."""
+        if writer.group and state["step"] == BASE["max_iters"]:
+            whole = [{k: v.full_tensor().clone() for k, v in part.items() if v.dim()} for part in (model, optimizer)]
+            if rank == 0:
+                torch.save(whole, f"{out_dirs[-1]}-whole.pt")
+        original_save(writer, model, optimizer, state)
+
+    out_dirs: list[str] = []
+    original_save = checkpoint.Writer.save
+    checkpoint.Writer.save = save  # type: ignore[method-assign]
     Rows.__getitem__ = getitem  # type: ignore[method-assign]
     StepSchedule.lr_scale = lr_scale  # type: ignore[method-assign]
     for name, keys in RUNS.items():
         read.clear()
+        out_dirs.append(name)
         pending[:] = ["stopped"] if name == "stopped" else []
         sys.argv = ["train.py", *flags(**{"dataset": "letters"} | keys, out_dir=name)]
         status = train.main()
@@ -115,6 +129,15 @@ def test_two_processes_equal_one(two: Path, run: Run, name: str):
             torch.testing.assert_close(ours.model[weight], tensor, rtol=1e-3, atol=1e-3)
     assert ours.optimizer.keys() == theirs.optimizer.keys()
     assert ours.state["samples"] == theirs.state["samples"]
+
+
+@pytest.mark.parametrize("name", ["sharded", "sharded muon"])
+def test_saved_shards_are_the_whole_tensors(two: Path, name: str):
+    saved = checkpoint.load(two / name / "ckpt/step-000020")
+    for ours, theirs in zip((saved.model, saved.optimizer), torch.load(two / f"{name}-whole.pt"), strict=True):
+        assert theirs
+        assert {key for key, tensor in ours.items() if tensor.dim()} == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(two: Path):
@@ -166,12 +189,26 @@ def test_a_sharded_run_resumes_on_any_number_of_processes(
 # --- Processes that fail
 
 LOSE_A_RANK = """
-import os, signal, sys, torch
+import os, signal, sys, tempfile, torch
+from pathlib import Path
 import torch._dynamo, torch.distributed.device_mesh, torch.distributed.fsdp  # here, so that no rank waits for them
 from load import build_model
 from model import GPTConfig
-from nanogpt import distributed, rendezvous
+from nanogpt import checkpoint, distributed, rendezvous, sharding
 from nanogpt.errors import run_script
+from nanogpt.run_dir import RunDir
+
+def lose(*_):
+    os.kill(os.getpid(), signal.SIGSTOP if sys.argv[1] == "hangs" else signal.SIGKILL)
+
+def save(model, world):
+    if world.rank == 1:
+        sharding.dist.send = lose
+    with tempfile.TemporaryDirectory() as folder:
+        with checkpoint.Writer(RunDir(Path(folder)), 0, 0.0, None, world.save_group) as writer:
+            writer.save(dict(model.named_parameters()), {}, {"step": 1})
+            writer.wait()
+            world.ranks.ask_main(writer.finish)
 
 def main():
     rendezvous.ANSWER_S = 3.0
@@ -182,8 +219,10 @@ def main():
     model = world.wrap_ddp(model)
     idx = torch.zeros(1, 8, dtype=torch.long)
     for step in range(2):
+        if step and sys.argv[3] == "save":
+            save(model, world)
         if step and world.rank == 1:
-            os.kill(os.getpid(), signal.SIGSTOP if sys.argv[1] == "hangs" else signal.SIGKILL)
+            lose()
         with rendezvous.explain_errors("memory", ranks):
             model(idx, idx)[1].backward()
 
@@ -199,16 +238,27 @@ os.kill(lost, signal.SIGKILL)
 """
 
 
+def sharded(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("deed", "size", "shards"),
-    [("hangs", 3, 1), ("dies", 3, 1), *(pytest.param("hangs", 4, n, marks=pytest.mark.slow) for n in (2, 4))],
+    ("deed", "place", "size", "shards"),
+    [
+        ("hangs", "step", 3, 1),
+        ("dies", "step", 3, 1),
+        sharded("hangs", "step", 4, 2),
+        sharded("hangs", "step", 4, 4),
+        sharded("hangs", "save", 4, 4),
+        sharded("dies", "save", 4, 4),
+    ],
 )
-def test_ranks_that_lose_another_name_it_and_end_with_status_3(deed: str, size: int, shards: int):
+def test_ranks_that_lose_another_name_it_and_end_with_status_3(deed: str, place: str, size: int, shards: int):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
-    command = [sys.executable, "-c", LOSE_A_RANK, deed, str(shards)]
+    command = [sys.executable, "-c", LOSE_A_RANK, deed, str(shards), place]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=environment() | address, start_new_session=True, **pipes)
     try:
@@ -218,6 +268,8 @@ def test_ranks_that_lose_another_name_it_and_end_with_status_3(deed: str, size: 
             os.killpg(process.pid, signal.SIGKILL)
     assert output.split() == ["3"] * (size - 1), errors
     lost = f"rank 1 on {socket.gethostname()} did not answer: hangs or has died"
+    if place == "save":
+        lost = "rank 1 did not send its part of a checkpoint"
     assert errors.count(lost) == size - 1, errors
     assert "Traceback" not in errors
 

@@ -444,3 +444,57 @@ def test_losses_on_other_data_are_not_compared(out_dir: Path):
     assert checkpoint.best(paths) == paths[0]
     assert checkpoint.best(paths[1:]) == paths[1]
     assert checkpoint.best(paths[2:]) == paths[2]
+
+
+class Shards:
+    """Stands for nanogpt.sharding on a rank: tensors of at least one dimension are sharded in two."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rank: int, lost: str = ""):
+        self.gathered = 0
+        self.lost = lost
+        monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(checkpoint, "is_sharded", lambda tensor: tensor.dim() > 0)
+        monkeypatch.setattr(checkpoint, "local", lambda tensor: tensor[: len(tensor) // 2] if tensor.dim() else tensor)
+        monkeypatch.setattr(checkpoint, "gather_rows", self.gather_rows)
+
+    def gather_rows(self, copy: torch.Tensor, group: Any) -> None:
+        if self.lost:
+            raise RunStopped(self.lost)
+        self.gathered += 1
+        copy[2:] = 7.0
+
+
+def test_writer_on_the_main_process_writes_what_it_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shards = Shards(monkeypatch, rank=0)
+    with checkpoint.Writer(RunDir(tmp_path), 0, 0.0, None, group="two") as writer:
+        write(writer, 3, size=4)
+    assert shards.gathered == 1  # not the number of steps
+    loaded = checkpoint.load(tmp_path / "ckpt/step-000003")
+    assert loaded.model["w4"].tolist() == [3, 3, 7, 7]
+    assert loaded.optimizer["w/step"] == 1
+
+
+def test_writer_of_another_rank_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shards = Shards(monkeypatch, rank=1)
+    (tmp_path / "ckpt/.step-000001.partial").mkdir(parents=True)  # the main process's
+    with checkpoint.Writer(RunDir(tmp_path), 0, 0.0, None, group="two") as writer:
+        write(writer, 3, size=4)
+        writer.finish()
+    assert shards.gathered == 1
+    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == [".step-000001.partial"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_lost_rank_ends_all_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int):
+    """Its group cannot be used again: what a rank sent last time may still be under way."""
+    shards = Shards(monkeypatch, rank, lost="rank 1 did not send its part")
+    writer = checkpoint.Writer(RunDir(tmp_path), 0, 15.0, None, group="two")
+    write(writer, 1)
+    writer.wait()
+    assert writer.overdue()
+    shards.lost = ""
+    for deed in (lambda: write(writer, 2), writer.finish):
+        with pytest.raises(RunStopped, match="rank 1 did not send"):
+            deed()
+    assert not shards.gathered
+    assert steps(tmp_path) == []

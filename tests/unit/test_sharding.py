@@ -1,6 +1,7 @@
 """Sharding: which rows a rank keeps, who owns a map; runs/test_distributed.py has whole runs against one process."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch.distributed as dist
 
 from load import build_model
 from model import GPTConfig
+from nanogpt import sharding
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.distributed import World
-from nanogpt.errors import InputError
-from nanogpt.sharding import MapExchange, check_shards, copy_rows, gather, is_sharded, local, make_mesh, own_rows
+from nanogpt.errors import InputError, RunStopped
+from nanogpt.sharding import MapExchange, check_shards, copy_rows, gather_rows, is_sharded, local, make_mesh, own_rows
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 8, 9, 50])
@@ -21,6 +23,53 @@ def test_own_rows_are_those_of_chunk(num_rows: int, shards: int):
     rows = torch.arange(num_rows)
     expected = [*rows.chunk(shards), *[rows[:0]] * shards][:shards]  # as fully_shard divides; some get none
     assert all(torch.equal(rows[own_rows(num_rows, rank, shards)], expected[rank]) for rank in range(shards))
+
+
+class Mailbox:
+    """Stands for torch.distributed: a rank of four, whose messages lie in `sent`; the main process finds them there."""
+
+    sent: dict[int, list[torch.Tensor]]
+
+    def __init__(self, sent: dict[int, list[torch.Tensor]], rank: int):
+        self.sent, self.rank = sent, rank
+
+    def get_rank(self) -> int:
+        return self.rank
+
+    def get_world_size(self, group: object) -> int:
+        return 4
+
+    def send(self, tensor: torch.Tensor, to: int, group: object) -> None:
+        assert to == 0
+        self.sent.setdefault(self.rank, []).append(tensor)
+
+    def irecv(self, target: torch.Tensor, rank: int, group: object) -> Any:
+        def wait() -> None:
+            if rank not in self.sent:
+                raise RuntimeError("[pair.cc:534] Connection closed by peer\nmore")
+            target.copy_(self.sent[rank].pop(0))
+
+        return SimpleNamespace(wait=wait)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (8, 2), (9, 2), (50, 3)])
+def test_gather_rows_makes_the_whole_tensor(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]):
+    whole = torch.randn(shape, dtype=torch.bfloat16)
+    copy = torch.zeros_like(whole)
+    sent: dict[int, list[torch.Tensor]] = {}
+    for rank in (3, 2, 1, 0):
+        rows = own_rows(len(whole), rank, 4)
+        copy[rows] = whole[rows] if rank == 0 else 0
+        monkeypatch.setattr(sharding, "dist", Mailbox(sent, rank))
+        gather_rows(copy if rank == 0 else whole[rows], None)
+    assert torch.equal(copy, whole)
+    assert not any(sent.values())  # ranks without rows sent nothing
+
+
+def test_gather_rows_names_the_rank_that_it_lost(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sharding, "dist", Mailbox({1: [torch.ones(2)], 3: [torch.ones(2)]}, 0))
+    with pytest.raises(RunStopped, match=r"^rank 2 did not send its part .*closed by peer\): see its output, .*=auto$"):
+        gather_rows(torch.ones(8), None)
 
 
 @pytest.fixture
@@ -37,7 +86,7 @@ def test_copy_rows_fills_with_zeros_what_the_source_lacks(world: World):
     assert is_sharded(weight)
     local(weight).data.fill_(7.0)
     copy_rows(weight, torch.ones(70, 8))
-    whole = gather(weight)
+    whole = local(weight)
     assert whole.shape == (128, 8)
     assert (whole[:70] == 1).all()
     assert not whole[70:].any()
