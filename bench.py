@@ -114,14 +114,13 @@ def main() -> None:
         nanogpt_steps.load_model_file(config.reference)  # report its problems before measuring
     # On a CPU each recipe may have a dtype of its own.
     is_open = config.dtype == "auto" and world.device.type == "cpu"
-    dtypes = [torch.float32, torch.bfloat16] if is_open else [world.dtype]
+    worlds = [replace(world, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)] if is_open else [world]
     mode = "compiled" if should_compile(config.compile, world.device) else "eager"
     machine = f"{describe_device(world.device)}, {mode}, torch {torch.__version__}"
     report: dict[str, Any] = {"command": shlex.join(sys.argv), "torch": torch.__version__, "machine": machine}
     if config.to:
         write_report("to", config.to, report)
 
-    worlds = [replace(world, dtype=dtype) for dtype in dtypes]
     peaks = {world.dtype_name: measure_matmul_flops(world) for world in worlds}
     torch.cuda.empty_cache()  # leaves the memory to the workers; does nothing without a GPU
     report |= {"product_flops": peaks, "vendor_flops": peak_flops(world.device, world.dtype), "rows": []}
@@ -287,8 +286,6 @@ def open_model(config: BenchConfig, explicit: dict[str, Any], world: World) -> G
         if config.lora_rank:
             add_lora(model, config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets)
         return model
-    if config.lora_rank:
-        raise InputError("lora_rank: init_from=scratch has no weights to adapt; give --init_from")
     return new_model(config, config.vocab_size, world)
 
 

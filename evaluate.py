@@ -51,7 +51,6 @@ from nanogpt.trials import describe_dtype, try_dtypes
 LOSS_KEYS = ("dataset", "token_dtype", "split", "text", "stride")
 TASK_KEYS = ("limit", "num_fewshot", "chat", "include_path", "unsafe_code")
 MAX_BLOCKS = 64  # enough to know the standard error to 9%, and each as long as possible
-MEMORY_HINT = "too little memory: try --dtype=bfloat16, or a machine with more"
 
 
 @dataclass
@@ -81,7 +80,7 @@ class EvaluateConfig(ModelKeys):
 def main() -> None:
     config, explicit = parse(EvaluateConfig, description="Evaluate a trained GPT.")
     validate(config, explicit)
-    with explain_errors(MEMORY_HINT):
+    with explain_errors("too little memory: try --dtype=bfloat16, or a machine with more"):
         world = distributed.start(config.device, config.dtype)
         loaded = load_model(config, "evaluating")
         c = loaded.model.config
@@ -106,11 +105,10 @@ def main() -> None:
 
 def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
     """Raise InputError for keys that would have no effect, and for files and packages that are missing."""
-    unused: dict[str, str] = {}
     if config.tasks:
-        unused |= dict.fromkeys(LOSS_KEYS, "tasks bring their own texts")
+        unused = dict.fromkeys(LOSS_KEYS, "tasks bring their own texts")
     else:
-        unused |= dict.fromkeys(TASK_KEYS, "has no effect without --tasks")
+        unused = dict.fromkeys(TASK_KEYS, "has no effect without --tasks")
     if config.text:
         unused |= dict.fromkeys(("dataset", "token_dtype", "split"), f"--text={config.text} takes its place")
     if config.init_from != "resume":
@@ -146,7 +144,7 @@ def open_split(config: EvaluateConfig, loaded: LoadedModel) -> tuple[str, Tokens
     vocab_size = loaded.model.config.vocab_size
     dtype = config.token_dtype or (None if config.dataset else loaded.train_config.get("token_dtype"))
     dataset = open_dataset(name, block_size=1, vocab_size=vocab_size, splits=[config.split], token_dtype=dtype)
-    if dataset.tokenizer and not dataset.tokenizer.has_same_vocab(loaded.tokenizer):
+    if dataset.tokenizer and dataset.tokenizer.vocab != loaded.tokenizer.vocab:
         raise InputError(
             f"--dataset={name}: its tokenizer is not the model's; prepare its text with the model's tokenizer, or "
             "evaluate on the text by --text=FILE"

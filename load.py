@@ -86,7 +86,7 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
         weights = read_weights(source if from_run else keys.init_from)
         for note in weights.notes:
             print(note, file=sys.stderr)
-        model = GPT.from_pretrained(weights, dropout=0.0)
+        model = GPT.from_tensors(GPTConfig(**weights.config), weights.tensors, dropout=0.0)
         train_config = weights.train_config
         end_ids = weights.end_ids
         tokenizer = weights.tokenizer
@@ -200,7 +200,7 @@ def load_data_and_model(
     if resumed and not config.eval_only:
         compare_data(config, resumed, dataset)
     tokenizer = dataset.tokenizer
-    if model_tokenizer and tokenizer and not tokenizer.has_same_vocab(model_tokenizer):
+    if model_tokenizer and tokenizer and tokenizer.vocab != model_tokenizer.vocab:
         if resumed:
             raise InputError(
                 f"dataset={config.dataset}: its tokenizer is not that of {resumed.path}; use the run's own data"

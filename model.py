@@ -13,16 +13,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-if TYPE_CHECKING:
-    from nanogpt.interop.names import Weights
 
 # Takes the place of plain causal attention. A KV cache is one (nanogpt/generate/decoder.py), a document mask another.
 # q (B, n_head, T, D), k and v (B, n_kv_head, T, D) -> (B, n_head, T, D).
@@ -324,21 +321,17 @@ class GPT(nn.Module):
         self.loss_chunk = 0
         self.document_separator_id: int | None = None
         self.lora: dict[str, Any] | None = None
-        self.initialize()
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if not parameter.is_meta:
+                    parameter.copy_(self.initial_value(name, parameter.shape))
 
-    @torch.no_grad()
-    def initialize(self) -> None:
-        """GPT-2's initialization: normal weights of standard deviation 0.02, zero biases.
+    def initial_value(self, name: str, shape: Sequence[int]) -> Tensor:
+        """GPT-2's initial value of a parameter, a new tensor: normal with standard deviation 0.02, zero for biases.
 
         The two layers of each block that write to the residual stream are scaled by 1/√(2 n_layer), so that the
         variance of the stream does not grow with depth.
         """
-        for name, parameter in self.named_parameters():
-            if not parameter.is_meta:
-                parameter.copy_(self.initial_value(name, parameter.shape))
-
-    def initial_value(self, name: str, shape: Sequence[int]) -> Tensor:
-        """The initialization of the parameter `name`, a new tensor."""
         if len(shape) == 1:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         writes_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
@@ -473,16 +466,15 @@ class GPT(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, source: "str | Path | Weights", **changes: Any) -> "GPT":
+    def from_pretrained(cls, source: "str | Path", **changes: Any) -> "GPT":
         """Load GPT-2, Llama or Qwen as published or fine-tuned, or nanoGPT's ckpt.pt.
 
-        source: "gpt2-xl", a Hugging Face id or folder, a GGUF file, a ckpt.pt, or `Weights` read before. changes:
-        dropout and block_size of `from_tensors`. Raises InputError for weights that cannot be read or used.
+        source: "gpt2-xl", a Hugging Face id or folder, a GGUF file, or a ckpt.pt. changes: dropout and block_size of
+        `from_tensors`. Raises InputError for weights that cannot be read or used.
         """
         from nanogpt.interop.huggingface import read_weights
-        from nanogpt.interop.names import Weights
 
-        weights = source if isinstance(source, Weights) else read_weights(source)
+        weights = read_weights(source)
         return cls.from_tensors(GPTConfig(**weights.config), weights.tensors, **changes)
 
     @classmethod

@@ -59,7 +59,9 @@ class SampleConfig(ModelKeys):
 def main() -> None:
     config, explicit = parse(SampleConfig, description="Write text with a trained GPT.")
     check_flags(config, explicit)
-    prompt = read_prompt(config.start)
+    prompt = config.start
+    if prompt.startswith("FILE:"):
+        prompt = read_text(prompt.removeprefix("FILE:"), f"--start={prompt}")
     world = distributed.start(config.device, config.dtype)
     compiled = should_compile(config.compile, world.device)
 
@@ -82,13 +84,6 @@ def check_flags(config: SampleConfig, explicit: dict[str, Any]) -> None:
             raise InputError(f"--{name}: an interactive session takes its prompts from the keyboard; leave it out")
     if config.chat and not config.interactive and not config.start.strip():
         raise InputError("--chat=True: there is no question; give one by --start=TEXT, or use --interactive=True")
-
-
-def read_prompt(start: str) -> str:
-    """Return the prompt, read from a file if `start` is FILE:path."""
-    if not start.startswith("FILE:"):
-        return start
-    return read_text(start.removeprefix("FILE:"), f"--start={start}")
 
 
 def write_samples(
@@ -221,7 +216,7 @@ def check_ids(ids: list[int], model: GPT) -> list[int]:
     """Return `ids`. Raises InputError if they do not fit the model's vocabulary or context."""
     vocab_size, block_size = model.config.vocab_size, model.config.block_size
     if max(ids) >= vocab_size:
-        raise InputError(f"the tokenizer has ids beyond the model's {vocab_size}; it belongs to another model")
+        raise InputError("the text has a special token that the model has no row for; leave it out")
     if len(ids) > block_size:
         raise InputError(f"the prompt has {len(ids):,} tokens, more than the context of {block_size:,}; shorten it")
     return ids

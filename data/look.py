@@ -18,12 +18,13 @@ from nanogpt.data.dataset import Dataset, Tokens, open_dataset
 from nanogpt.data.rows import Rows
 from nanogpt.data.token_shards import TokenDtype
 from nanogpt.errors import InputError, run_script
-from nanogpt.files import read_json
+from nanogpt.schedule import RowSchedule
 from nanogpt.text.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 2**22  # counted at once
 BAR_WIDTH = 40  # characters of the longest bar
-ROW_KEYS = ("seed", "batch_size", "gradient_accumulation_steps", "block_size", "row_order")  # decide the rows of a step
+BATCH_KEYS = ("batch_size", "gradient_accumulation_steps", "batch_growth_tokens", "block_size")
+ROW_KEYS = ("seed", "row_order", *BATCH_KEYS)  # decide the rows of a step
 
 
 @dataclass
@@ -42,17 +43,26 @@ class LookConfig:
     run: str = key("", "out_dir of a run, whose settings are the defaults of the keys below and of the seed")
     batch_size: int = key(12, "as of train.py", ge=1, le=2**20)
     gradient_accumulation_steps: int = key(40, "as of train.py", ge=1, le=2**20)
+    batch_growth_tokens: int = key(0, "as of train.py", ge=0)
     block_size: int = key(1024, "as of train.py", ge=1)
     row_order: Literal["random", "epoch"] = key("random", "as of train.py")
+
+    @property
+    def row_schedule(self) -> RowSchedule:
+        rows_per_step = self.batch_size * self.gradient_accumulation_steps
+        return RowSchedule(self.batch_size, rows_per_step, self.batch_growth_tokens, self.block_size)
 
 
 def main() -> None:
     config, explicit = parse(LookConfig, description="Show the contents of a dataset.", positional="dataset")
     if config.run:
-        settings = read_json(checkpoint.find(Path(config.run), "latest") / "state.json")["config"]
+        state = checkpoint.verify(checkpoint.find(Path(config.run), "latest"), [])
         for name in ("dataset", "token_dtype", *ROW_KEYS):
-            if name not in explicit:
-                setattr(config, name, settings.get(name))
+            if name not in explicit and name in state["config"]:
+                setattr(config, name, state["config"][name])
+        rows_read = config.row_schedule.total_rows(state["step"])
+        if config.step is not None and rows_read != state["samples"] and explicit.keys().isdisjoint(BATCH_KEYS):
+            raise InputError(f"--run={config.run}: its batch changed in a resume, so the rows of a step are not known")
     if not config.dataset:
         raise InputError("no dataset: give a folder, or a run with --run=OUT_DIR")
 
@@ -95,7 +105,6 @@ def show_counts(dataset: Dataset, tokens: Tokens, tokenizer: Tokenizer, limit: i
     lengths = []
     targets = 0
     document_end: int | None = -1  # last token of the document before; None: in a gap between blocks
-    block_end = 0
     for start in range(0, len(tokens), stride):
         ids = tokens[start : start + BLOCK_TOKENS]
         tokens.check_ids(start, start + len(ids), max(dataset.vocab_size or 0, tokenizer.vocab_size))
@@ -108,7 +117,7 @@ def show_counts(dataset: Dataset, tokens: Tokens, tokenizer: Tokenizer, limit: i
         ends = np.zeros(0, dtype=np.int64)
         if dataset.end_of_text is not None:
             ends = start + np.flatnonzero(ids == dataset.end_of_text)
-        if start > block_end:
+        if start and stride > BLOCK_TOKENS:
             document_end = None
         if document_end is None and len(ends):
             document_end = int(ends[0])
@@ -116,7 +125,6 @@ def show_counts(dataset: Dataset, tokens: Tokens, tokenizer: Tokenizer, limit: i
         if len(ends):
             lengths.append(np.diff(ends, prepend=document_end))
             document_end = int(ends[-1])
-        block_end = start + len(ids)
 
     total = int(counts.sum())
     if total < len(tokens):
@@ -145,16 +153,16 @@ def show_histogram(lengths: np.ndarray) -> None:
 
 
 def show_step(tokens: Tokens, tokenizer: Tokenizer, config: LookConfig) -> None:
-    """Print the rows of the update after `step`, for runs whose batch size never changed."""
+    """Print the rows of the update after `step`."""
     assert config.step is not None
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps
     seed = 1337 if config.seed is None else config.seed
     rows = Rows(tokens, config.block_size, 2**32, seed, config.row_order)  # 2**32: any id will do here
-    first = config.step * rows_per_step
-    if first + rows_per_step >= 2**63:
+    first = config.row_schedule.total_rows(config.step)
+    num_rows = config.row_schedule.rows_at(first)
+    if first + num_rows >= 2**63:
         raise InputError(f"--step={config.step}: has rows of more than 63 bits; give less")
-    print(f"update {config.step:,} to {config.step + 1:,}: {rows_per_step:,} rows of {config.block_size:,} tokens")
-    for number in range(first, first + rows_per_step):
+    print(f"update {config.step:,} to {config.step + 1:,}: {num_rows:,} rows of {config.block_size:,} tokens")
+    for number in range(first, first + num_rows):
         start = int(rows.starts(slice(number, number + 1))[0])
         title = f"row {number:,}: {format_place(tokens, start)}"
         if tokens.has_mask:

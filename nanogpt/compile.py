@@ -11,7 +11,7 @@ from torch import nn
 from nanogpt.console import print0
 from nanogpt.device import is_out_of_memory
 from nanogpt.distributed import World
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, first_line
 from nanogpt.files import cache_folder
 
 # FLOPs of a micro-batch below which a GPU's step runs as a CUDA graph: 10 ms at half of an H100's peak, about what the
@@ -59,7 +59,7 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
     except Exception as error:  # the compiler and its backends raise anything
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = first_line(error)
         if blocks:  # which FSDP2 may have left half gathered
             raise InputError(f"compile: failed on sharded blocks ({reason}); set --compile=False") from error
         print0(f"warning: torch.compile failed, continuing without it ({type(error).__name__}: {reason})")

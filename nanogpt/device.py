@@ -10,7 +10,6 @@ import torch
 
 from nanogpt.errors import InputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Dense bfloat16 peak of one GPU in FLOP/s, by a part of the device's name; the first match wins.
 # Source: NVIDIA's data sheets, the figures without sparsity.
 PEAK_FLOPS = {
@@ -79,7 +78,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     faster: `trials.try_dtypes` measures that, once the model is known.
     """
     if name != "auto":
-        return DTYPES[name]
+        return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return torch.float32

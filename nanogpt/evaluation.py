@@ -35,24 +35,21 @@ def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: Wor
     Raises InputError if there are no valid targets.
     """
     model.eval()
-    loss_sum = torch.zeros(1, device=world.device)
-    num_targets = 0
+    sums = torch.zeros(2, device=world.device)  # of the losses and of the targets
     # As many passes on each rank, because sharded weights are gathered in them: the last may have no windows.
     for first in range(0, len(windows), world.size * batch_size):
         first += world.rank * batch_size
         x, y = windows[first : first + batch_size]
-        batch_targets = int((y >= 0).sum())
         # Pad the last batch with rows without targets: a compiled model wants one shape.
         padding = (0, 0, 0, batch_size - len(x))
         x, y = world.to_device(F.pad(x, padding), F.pad(y, padding, value=-1))
         with world.autocast():
             loss = model(x, y)[1]
-        loss_sum += loss.float() * batch_targets
-        num_targets += batch_targets
+        num_targets = (y >= 0).sum().float()
+        sums += torch.stack((loss.float() * num_targets, num_targets))
     model.train()
 
-    (count,) = world.to_device(torch.tensor([float(num_targets)]))
-    total_loss, total_targets = world.all_reduce_sum(torch.cat([loss_sum, count])).tolist()
+    total_loss, total_targets = world.all_reduce_sum(sums).tolist()
     if not total_targets:
         raise InputError("the loss mask leaves no token to evaluate on; give a larger --eval_iters or more data")
     return total_loss / total_targets

@@ -5,7 +5,6 @@ zero, so a run starts at its base. PEFT adapts the layers of Hugging Face's mode
 Qwen and Mistral, one below the other, and each has an A and a B of its own.
 """
 
-import difflib
 import hashlib
 import math
 import os
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, suggest
 from nanogpt.interop.names import ARCHITECTURES, Architecture, find_architecture, tensor_layout
 
 # Tensors of a base that a run may have with fewer rows: without padding, or for a shorter context.
@@ -100,8 +99,7 @@ def read_targets(text: str, architectures: Sequence[Architecture] = ARCHITECTURE
                 known |= path_words(theirs, spec.name)
     targets = {word.strip() for word in text.split(",")}
     for word in sorted(targets - known):
-        close = difflib.get_close_matches(word, sorted(known), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(sorted(known))}"
+        hint = suggest(word, sorted(known), f"choose from {', '.join(sorted(known))}")
         raise InputError(f"lora_targets={text}: no layer is called {word!r}; {hint}")
     return targets
 

@@ -94,15 +94,14 @@ class DeferredRead:
 
     def take(self, everything: bool = False) -> list[tuple[Any, list[float], float]]:
         """(label, values, training seconds) of all but the last put; with `everything` of that too, which waits."""
-        count = len(self.pending) if everything else len(self.pending) - 1
-        ready = self.pending[: max(count, 0)]
-        self.pending = self.pending[max(count, 0) :]
+        ready = self.pending if everything else self.pending[:-1]
+        self.pending = [] if everything else self.pending[-1:]
         results = []
         for label, values, copied, seconds in ready:
             if copied is not None:
                 copied.synchronize()
-            numbers = values.tolist()
-            results.append((label, numbers, self.clock.seconds if seconds is None else seconds))
+            # The clock is read after the wait for the values.
+            results.append((label, values.tolist(), self.clock.seconds if seconds is None else seconds))
         return results
 
 
@@ -166,8 +165,6 @@ class MetricsWriter:
         self._unwritten += (json.dumps(finite) + "\n").encode()
         with self._warn_of_disk_errors():
             self._write()
-        if self._tensorboard is None and self._wandb is None:
-            return
         scalars: dict[str, float] = {}
         for key, value in finite.items():
             parts = value if isinstance(value, dict) else {None: value}

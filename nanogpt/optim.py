@@ -119,8 +119,8 @@ class Optimizer:
         gradients = self.maps.views(grads)
         momenta = self.maps.views({name: local(self.state[name]["momentum"]) for name in grads})
         weights = self.maps.views({name: local(self.parameters[name]) for name in grads})
-        grad = flatten(gradients).div_(grad_divisor).masked_fill_(skip_update > 0, 0.0)
-        momentum = flatten(momenta).lerp_(grad, (1 - self.muon_momentum) * (1 - skip_update))
+        grad = torch.cat([g.flatten() for g in gradients]).div_(grad_divisor).masked_fill_(skip_update > 0, 0.0)
+        momentum = torch.cat([m.flatten() for m in momenta]).lerp_(grad, (1 - self.muon_momentum) * (1 - skip_update))
         torch._foreach_copy_(momenta, unflatten(momentum, momenta))
         grad.lerp_(momentum, self.muon_momentum)
         del momentum
@@ -173,11 +173,6 @@ class Optimizer:
                     f"optimizer state {name} does not fit: resume with the --optimizer and model that made it"
                 )
             copy_rows(own[name], tensors[name])
-
-
-def flatten(tensors: list[Tensor]) -> Tensor:
-    """All numbers of the tensors in one new vector."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def unflatten(vector: Tensor, like: list[Tensor]) -> list[Tensor]:

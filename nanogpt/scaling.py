@@ -10,18 +10,6 @@ from typing import Any
 import numpy as np
 
 ADAMW_LR_RATIO = 3.3  # learning rate of embeddings and gains over Muon's
-RECIPE = {
-    "arch": "modern",
-    "look_back": True,
-    "optimizer": "muon",
-    "muon_momentum": 0.9,
-    "beta1": 0.9,
-    "beta2": 0.98,
-    "weight_decay": 0.1,
-    "grad_clip": 1.0,
-    "schedule": "trapezoid",
-    "min_lr": 0.0,
-}
 
 
 def pick_sizes(n_embd: int) -> dict[str, int]:
@@ -44,7 +32,16 @@ def make_recipe(n_embd: int, tokens: float, block_size: int) -> dict[str, Any]:
     steps = max(round(tokens / rows / block_size), 1)
     muon_lr = 0.0103 * (64 / n_embd) ** 0.8
     return {
-        **RECIPE,
+        "arch": "modern",
+        "look_back": True,
+        "optimizer": "muon",
+        "muon_momentum": 0.9,
+        "beta1": 0.9,
+        "beta2": 0.98,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+        "schedule": "trapezoid",
+        "min_lr": 0.0,
         **pick_sizes(n_embd),
         "batch_size": rows,
         "gradient_accumulation_steps": 1,

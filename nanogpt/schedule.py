@@ -1,40 +1,16 @@
 """Schedules: the learning rate, the last update, and the rows of each update."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-
-
-def cosine(remaining: float, decay_share: float) -> float:
-    """Half a cosine wave from 1 to 0 (Loshchilov and Hutter 2017)."""
-    return (1 - math.cos(math.pi * remaining)) / 2
-
-
-def trapezoid(remaining: float, decay_share: float) -> float:
-    """Constant 1, then linear decay to 0 over the last `decay_share` (WSD: Hu et al. 2024, Hägele et al. 2024)."""
-    if not decay_share:
-        return float(remaining > 0)
-    return min(1.0, remaining / decay_share)
-
-
-def constant(remaining: float, decay_share: float) -> float:
-    return 1.0
-
-
-# From 1 at the maximum learning rate to 0 at the minimum, by the share of the schedule that remains after warmup.
-SCHEDULES: dict[str, Callable[[float, float], float]] = {
-    "cosine": cosine,
-    "trapezoid": trapezoid,
-    "constant": constant,
-}
 
 
 @dataclass
 class StepSchedule:
     """A run of a fixed number of updates. budget.py has the one that follows the clock.
 
-    Linear warmup, then `SCHEDULES[name]` from max_lr to min_lr, which all but "constant" reach at end_step and keep.
-    decay_steps: length of trapezoid's decay; None: half of the updates after warmup.
+    Linear warmup, then from max_lr to min_lr, which all but "constant" reach at end_step and keep. name: cosine, half
+    a wave (Loshchilov and Hutter 2017); trapezoid, constant and then linear decay over decay_steps (WSD: Hu et al.
+    2024, Hägele et al. 2024); or constant. decay_steps: None: half of the updates after warmup.
     """
 
     name: str
@@ -53,7 +29,12 @@ class StepSchedule:
         length = self.end_step - self.warmup_steps
         remaining = 0.0 if step >= self.end_step else (self.end_step - step) / length
         decay_share = 0.5 if self.decay_steps is None else self.decay_steps / max(length, 1)
-        return self.min_lr + (self.max_lr - self.min_lr) * SCHEDULES[self.name](remaining, decay_share)
+        shares = {  # of the way from min_lr to max_lr
+            "cosine": (1 - math.cos(math.pi * remaining)) / 2,
+            "trapezoid": min(1.0, remaining / decay_share) if decay_share else float(remaining > 0),
+            "constant": 1.0,
+        }
+        return self.min_lr + (self.max_lr - self.min_lr) * shares[self.name]
 
     def lr_scale(self, step: int) -> float:
         """The same as a share of the maximum."""

@@ -13,7 +13,6 @@ else is converted. Unknown keys are allowed in a TypedDict, but not in a datacla
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import math
 import operator
@@ -35,7 +34,7 @@ from typing import (
     is_typeddict,
 )
 
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, suggest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -181,8 +180,8 @@ def check_keys(
             if not value_problems:
                 values[name] = converted
         else:
-            close = difflib.get_close_matches(name.replace("-", "_").lower(), annotations, n=1)
-            problems.append(f"{place}: no such key; {f'did you mean {prefix}{close[0]}?' if close else hint}")
+            suggestion = suggest(name.replace("-", "_").lower(), annotations, hint, prefix)
+            problems.append(f"{place}: no such key; {suggestion}")
     return values, problems
 
 

@@ -49,12 +49,11 @@ class StepLogger:
         deadline: float | None,  # time.perf_counter() at the end of the run; None: it ends by steps
         layer_stats: LayerStats | None,
     ):
-        model: Any = state.model
         self.state = state
         self.world = world
         self.writer = writer
         self.log_interval = log_interval
-        self.block_size = model.config.block_size
+        self.block_size = state.model.config.block_size
         self.total_tokens = total_rows * self.block_size
         self.deadline = deadline
         self.layer_names = list(layer_stats.layers) if layer_stats else []
@@ -127,7 +126,8 @@ class StepLogger:
         tokens = label.samples * self.block_size
         tokens_per_s = tokens_per_second(self.last_line, (tokens, seconds))
         self.last_line = (tokens, seconds)
-        mfu = self._mfu(tokens_per_s)
+        peak = peak_flops(self.world.device, self.world.dtype)  # None: unknown
+        mfu = self.state.model.flops_per_token() * tokens_per_s / (peak * self.world.size) if peak else None
         line = {
             "step": label.step,
             "tokens": tokens,
@@ -153,12 +153,6 @@ class StepLogger:
         if mfu:
             text += f" | mfu {mfu:.1%}"
         print0(f"{text} | {format_duration(self._seconds_left(tokens, tokens_per_s))} left")
-
-    def _mfu(self, tokens_per_s: float) -> float | None:
-        """Model FLOPs utilization; None where the device's peak is unknown."""
-        peak = peak_flops(self.world.device, self.world.dtype)
-        model: Any = self.state.model
-        return model.flops_per_token() * tokens_per_s / (peak * self.world.size) if peak else None
 
     def _seconds_left(self, tokens: int, tokens_per_s: float) -> float:
         if self.deadline is not None:

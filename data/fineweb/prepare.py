@@ -12,7 +12,8 @@ from configurator import key, parse
 from nanogpt.data.write import format_summary
 from nanogpt.errors import InputError, run_script
 from nanogpt.text.pipeline import Shards, join
-from nanogpt.text.prepare import is_hub_id, load_tokenizer
+from nanogpt.text.prepare import is_hub_id
+from nanogpt.text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -43,7 +44,7 @@ def main() -> None:
 
         tokenizer = read_tokenizer(config.tokenizer)
     else:
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = Tokenizer.from_name_or_path(config.tokenizer)
     if not config.join:
         run_tasks(config, Shards(out, tokenizer, config.val_share, config.shard_tokens))
         if config.slurm or config.machines > 1:

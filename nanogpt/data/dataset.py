@@ -7,7 +7,6 @@ a loss mask, `train.mask`: a byte per token, 0 where the token is no target of t
 """
 
 import bisect
-import difflib
 import hashlib
 import itertools
 import math
@@ -15,7 +14,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
@@ -25,15 +24,15 @@ from nanogpt.data.token_shards import (
     AGAIN,
     Layout,
     find_separator,
-    has_token_files,
     is_token_file,
+    list_folder,
     open_file,
     raise_for_missing,
     read_layout,
     split_of,
     token_files,
 )
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, suggest
 from nanogpt.files import read_json
 from nanogpt.schema import Count, Limits, check
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
@@ -284,18 +283,11 @@ def open_dataset(
     meta.json; ids too large for the model; a split shorter than a block and the token after it; different tokenizers
     in a mixture.
     """
-    open_one = partial(
-        _open_one,
-        block_size=block_size,
-        vocab_size=vocab_size,
-        splits=splits,
-        verify=verify,
-        token_dtype=token_dtype,
-    )
+    options = (block_size, vocab_size, splits, verify, token_dtype)
     shares = _parse_mixture(str(dataset))
     if shares:
-        return _open_mixture(str(dataset), shares, splits, open_one)
-    return open_one(dataset)
+        return _open_mixture(str(dataset), shares, splits, lambda part: _open_one(part, *options))
+    return _open_one(dataset, *options)
 
 
 def _data_folders() -> list[Path]:
@@ -329,7 +321,7 @@ def _find(dataset: str | Path) -> Path:
             if is_token_file(file) and (file == path or os.path.exists(file.with_suffix(".idx"))):
                 return file
     for path in paths:
-        if has_token_files(path):
+        if any(map(is_token_file, list_folder(path))):
             raise InputError(
                 f"dataset={path}: the names of its token files do not say which are train and which are val; rename "
                 "them (my_train_0.bin, my_val.bin), or move or link them into folders train and val; or give one of "
@@ -338,8 +330,7 @@ def _find(dataset: str | Path) -> Path:
         if os.path.exists(path / "prepare.py"):
             raise InputError(f"dataset {str(dataset)!r} is not prepared yet: run `python {path / 'prepare.py'}`")
     names = sorted({path.name for parent in data_folders for path in parent.glob("*/")})
-    close = difflib.get_close_matches(str(dataset), names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"give a folder, or one of data/: {', '.join(names)}"
+    hint = suggest(str(dataset), names, f"give a folder, or one of data/: {', '.join(names)}")
     if os.path.exists(dataset):
         hint = f"make one of texts: `python data/prepare.py --input {shlex.quote(str(dataset))} --out=data/mine`"
     raise InputError(f"there is no dataset {str(dataset)!r} (a folder with train.bin and val.bin): {hint}")
@@ -347,7 +338,6 @@ def _find(dataset: str | Path) -> Path:
 
 def _open_one(
     name: str | Path,
-    *,
     block_size: int,
     vocab_size: int | None,
     splits: Sequence[str],
@@ -480,7 +470,7 @@ def _open_mixture(
     first = datasets[0]
     tokenizers = [dataset.tokenizer for dataset in datasets if dataset.tokenizer]
     for other in datasets[1:]:
-        has_same = not (first.tokenizer and other.tokenizer) or first.tokenizer.has_same_vocab(other.tokenizer)
+        has_same = not (first.tokenizer and other.tokenizer) or first.tokenizer.vocab == other.tokenizer.vocab
         if not has_same or first.vocab_size != other.vocab_size:
             raise InputError(
                 f"dataset={name}: {first.folder} and {other.folder} have different tokenizers; "

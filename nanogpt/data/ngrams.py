@@ -25,8 +25,9 @@ def count_ngrams(dataset: Dataset, order: int, block_size: int, vocab_size: int)
         return None
     ngrams = NgramTargets(dataset.train, order, vocab_size)
     windows = EvalWindows(dataset.val, block_size, 1, max(VAL_TOKENS // block_size, 1), vocab_size)
+    nbytes = sum(array.nbytes for array in (ngrams.ids, ngrams.probs, *ngrams.contexts))
     print0(
-        f"targets     of {order}-grams: {len(ngrams.ids):,} contexts, {format_bytes(ngrams.nbytes)}; these counts "
+        f"targets     of {order}-grams: {len(ngrams.ids):,} contexts, {format_bytes(nbytes)}; these counts "
         f"alone have a validation loss of about {ngrams.loss(*windows[0 : len(windows)]):.3f}"
     )
     return ngrams
@@ -101,10 +102,6 @@ class NgramTargets:
             row[is_known] = first_row + row_of_length[is_known]
             first_row += len(known)
         return torch.from_numpy(self.ids[row]).long(), torch.from_numpy(self.probs[row])
-
-    @property
-    def nbytes(self) -> int:
-        return self.ids.nbytes + self.probs.nbytes + sum(contexts.nbytes for contexts in self.contexts)
 
     def loss(self, x: "torch.Tensor", y: "torch.Tensor") -> float:
         """The mean loss in nats of these distributions themselves, a little smoothed, on targets y (B, T)."""

@@ -52,9 +52,9 @@ def token_files(folder: Path, split: str) -> list[Path]:
     if os.path.exists(folder / f"{split}.bin"):
         return [folder / f"{split}.bin"]
     files: list[Path] = []
-    for path in _list(folder):
+    for path in list_folder(folder):
         if split_of(path) == split:
-            files += [file for file in (_list(path) or [path]) if is_token_file(file)]
+            files += [file for file in (list_folder(path) or [path]) if is_token_file(file)]
     return files
 
 
@@ -72,11 +72,7 @@ def is_token_file(path: str | Path) -> bool:
     return os.path.splitext(path)[1] in SUFFIXES and os.path.isfile(path)
 
 
-def has_token_files(folder: Path) -> bool:
-    return any(map(is_token_file, _list(folder)))
-
-
-def _list(folder: Path) -> list[Path]:
+def list_folder(folder: Path) -> list[Path]:
     """The sorted content of a folder, without hidden files such as macOS's `._train.bin`; [] for anything else."""
     try:
         content = folder.iterdir() if os.path.isdir(folder) else ()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, first_line
 from nanogpt.files import regular_file_size
 from nanogpt.interop.gguf_tokenizer import has_added_end, to_settings, to_tokenizer
 from nanogpt.interop.names import (
@@ -24,7 +24,6 @@ from nanogpt.interop.names import (
     Unread,
     Weights,
     find_architecture,
-    first_line,
     split_tensors,
     tensor_layout,
     translate,
@@ -144,6 +143,7 @@ def read_gguf(path: Path) -> Weights:
 
     theirs = {gguf_name: hf_name for hf_name, gguf_name in _names(architecture, config).items()}
     if config["tied"]:
+        _keep_better_embedding(source, stored)
         theirs["output.weight"] = "lm_head.weight"  # some files repeat the token embedding
     unread: dict[str, Unread] = {}
     for gguf_name, tensor in stored.items():
@@ -247,6 +247,18 @@ def _dequantize(source: str, tensor: Any) -> Tensor:
         ) from error
 
 
+def _keep_better_embedding(source: str, stored: dict[str, Any]) -> None:
+    """Of a tied matrix that a quantizer stored twice, in two types, keep the larger copy for both uses."""
+    embedding, output = stored.get("token_embd.weight"), stored.get("output.weight")
+    if embedding is None or output is None or embedding.tensor_type == output.tensor_type:
+        return
+    values = _dequantize(source, embedding)
+    if output.shape.tolist() == embedding.shape.tolist():
+        difference = _dequantize(source, output) - values
+        if difference.norm() < 0.5 * values.norm():  # of two unrelated matrices about 1.4
+            stored["token_embd.weight"] = max(embedding, stored.pop("output.weight"), key=lambda tensor: tensor.n_bytes)
+
+
 def _restore_rows(read: Callable[[], Tensor], heads: int) -> Tensor:
     """Undo `_permute_rows`."""
     tensor = read()
@@ -333,7 +345,8 @@ def write_gguf(
     writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{DTYPES[dtype]}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in settings.items():
-        _add_setting(writer, f"tokenizer.ggml.{key}", value)
+        value_type = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(f"tokenizer.ggml.{key}", value, value_type)
     if tokenizer.template is not None:
         writer.add_chat_template(tokenizer.template)
 
@@ -374,15 +387,3 @@ def _to_their_tensors(
         if adds_row and names[their_name] in ("token_embd.weight", "output.weight"):
             tensor = torch.cat((tensor, tensor.mean(0, keepdim=True)))
         yield names[their_name], tensor
-
-
-def _add_setting(writer: Any, key: str, value: Any) -> None:
-    """Add a setting of the type that llama.cpp expects."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)

@@ -15,10 +15,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nanogpt.errors import InputError
-from nanogpt.interop.names import first_line
+from nanogpt.errors import InputError, first_line
 from nanogpt.schema import Count, matches
-from nanogpt.text.fast_bpe import LLAMA_3_PATTERN, PATTERNS, TIKTOKEN_CL100K_PATTERN, TIKTOKEN_GPT2_PATTERN
+from nanogpt.text.fast_bpe import LLAMA_3_PATTERN, PATTERNS, SAME_WORDS, make_byte_level_bpe
 from nanogpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,8 +37,6 @@ GPT4O_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Patterns that find the same words as one in `SPLITS`.
-SAME_WORDS = {TIKTOKEN_GPT2_PATTERN: GPT2_SPLIT, TIKTOKEN_CL100K_PATTERN: LLAMA_3_PATTERN}
 
 
 class Split(NamedTuple):
@@ -113,17 +110,13 @@ def to_tokenizer(source: str, settings: dict[str, Any]) -> Tokenizer:
 
 
 def _byte_level(vocab: dict[str, int], merges: list[str], split: Split) -> "tokenizers.Tokenizer":
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import normalizers
 
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges) if left + right in vocab]
-    inner = Tokenizer(models.BPE(vocab, pairs, ignore_merges=split.ignore_merges))
+    inner = make_byte_level_bpe(vocab, pairs, split.patterns if pairs else [], [])  # else single bytes, however split
+    inner.model.ignore_merges = split.ignore_merges
     if split.nfc:
         inner.normalizer = normalizers.NFC()
-    patterns = split.patterns if pairs else []  # single bytes, however text is split
-    steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level]) if steps else byte_level
-    inner.decoder = decoders.ByteLevel()
     return inner
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, first_line
 from nanogpt.files import read_json, utf8_path
 from nanogpt.interop import peft
 from nanogpt.interop.gguf import read_gguf, read_gguf_tokenizer
@@ -24,7 +24,6 @@ from nanogpt.interop.names import (
     ROPE_SCALING,
     Weights,
     find_architecture,
-    first_line,
     split_tensors,
     strip_wrappers,
     translate,

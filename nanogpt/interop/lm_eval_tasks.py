@@ -1,6 +1,5 @@
 """Run tasks of lm-evaluation-harness (Gao et al. 2024) by its own Hugging Face backend (the extra `eval`)."""
 
-import difflib
 import os
 import tempfile
 import traceback
@@ -12,7 +11,7 @@ import torch
 
 from nanogpt.device import is_out_of_memory
 from nanogpt.distributed import World
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, suggest
 from nanogpt.generate.sampling import check_finite
 from nanogpt.interop.huggingface import write_huggingface
 from nanogpt.memory import rows_to_score
@@ -81,8 +80,7 @@ def _find_tasks(names: list[str], folder: str | None) -> tuple[Any, list[str]]:
         manager = TaskManager(include_path=folder)
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=1)
-        hint = f"did you mean {close[0]}?" if close else "`lm_eval ls tasks` lists them"
+        hint = suggest(unknown[0], manager.all_tasks, "`lm_eval ls tasks` lists them")
         raise InputError(f"--tasks={','.join(unknown)}: unknown; {hint}")
     return manager, manager.match_tasks(names)
 

@@ -217,10 +217,6 @@ class Placement(NamedTuple):
     shape: tuple[int, ...]  # as we store it: matrices as (out, in)
     is_transposed: bool
 
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        return self.shape[::-1] if self.is_transposed else self.shape
-
 
 def find_architecture(model_config: dict[str, Any]) -> Architecture:
     """The first architecture that has these fields of GPTConfig; a missing one has GPTConfig's default."""
@@ -347,9 +343,9 @@ def _check_tensors(source: str, stored: Mapping[str, Tensor | Unread], layout: d
     misshapen = []
     for name, place in layout.items():
         tensor = stored.get(name)
-        if tensor is not None and (tensor.shape != place.stored_shape or tensor.dtype not in FLOATS):
-            actual = f"{tensor.dtype} {tuple(tensor.shape)}"
-            misshapen.append(f"{name} ({actual} instead of float {place.stored_shape})")
+        expected = place.shape[::-1] if place.is_transposed else place.shape
+        if tensor is not None and (tensor.shape != expected or tensor.dtype not in FLOATS):
+            misshapen.append(f"{name} ({tensor.dtype} {tuple(tensor.shape)} instead of float {expected})")
 
     problems = {
         "missing": [name for name in layout if name not in stored],
@@ -366,7 +362,3 @@ def _check_tensors(source: str, stored: Mapping[str, Tensor | Unread], layout: d
 def shorten(names: list[str]) -> str:
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

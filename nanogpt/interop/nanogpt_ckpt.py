@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, first_line
 from nanogpt.files import regular_file_size, utf8_path
-from nanogpt.interop.names import Weights, first_line, strip_wrappers, translate, validate_sizes
+from nanogpt.interop.names import Weights, strip_wrappers, translate, validate_sizes
 from nanogpt.interop.safe_pickle import refuse_code
 from nanogpt.schema import matches
 from nanogpt.text.tokenizer import GPT2_VOCAB

@@ -306,12 +306,16 @@ def create_app(playground: Playground, heading: dict[str, Any], metrics: Path) -
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     page_headers = {"content-security-policy": content_security_policy(page)}
     settings = dataclasses.fields(RequestSettings)
+    chat = None  # else the tokens that end an answer, by id
+    if playground.chat:
+        ids = sorted(id for id in playground.chat.stop_ids if id < playground.vocab_size)
+        chat = {"stop_tokens": {id: playground.tokenizer.label(id) for id in ids}}
     model_info = {
         **heading,
         "context": playground.model.config.block_size,
         "vocab_size": playground.vocab_size,
         "tokenizer": playground.tokenizer.name,
-        "chat": describe_chat(playground),
+        "chat": chat,
         "settings": {key.name: {"default": key.default, "help": key.metadata["help"]} for key in settings},
     }
 
@@ -358,14 +362,6 @@ def create_app(playground: Playground, heading: dict[str, Any], metrics: Path) -
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
         exception_handlers={InputError: error_response, HTTPException: error_response},
     )
-
-
-def describe_chat(playground: Playground) -> dict[str, Any] | None:
-    """The tokens that end an answer, by id; None if the model has no chat template."""
-    if playground.chat is None:
-        return None
-    ids = sorted(id for id in playground.chat.stop_ids if id < playground.vocab_size)
-    return {"stop_tokens": {id: playground.tokenizer.label(id) for id in ids}}
 
 
 def content_security_policy(page: str) -> str:

@@ -354,14 +354,9 @@ class Chat:
 
 def _shared_length(one: str, other: str) -> int:
     """The number of characters with which both texts begin."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:  # by bisection, which compares long texts faster than a loop over characters
-        middle = (low + high + 1) // 2
-        if one[:middle] == other[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    # By bisection, which compares long texts faster than a loop over characters.
+    lengths = range(1, min(len(one), len(other)) + 1)
+    return bisect_left(lengths, True, key=lambda length: one[:length] != other[:length])
 
 
 def _make_environment() -> "jinja2.Environment":

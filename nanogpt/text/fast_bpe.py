@@ -35,6 +35,7 @@ LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+SAME_WORDS = {TIKTOKEN_GPT2_PATTERN: PATTERNS["gpt2"], TIKTOKEN_CL100K_PATTERN: LLAMA_3_PATTERN}
 CACHED_CHARACTERS = 2**26  # gigatoken remembers all words that it has seen, at five to nine bytes a byte
 # Pre-tokenizers that can leave out text between the words, as white space.
 REMOVING_SPLIT = re.compile(r'"(Removed|Whitespace|WhitespaceSplit|BertPreTokenizer|CharDelimiterSplit)"')
@@ -68,25 +69,17 @@ BYTE_DECODER = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + n): byte 
 BYTE_ENCODER = {byte: character for character, byte in BYTE_DECODER.items()}
 
 
-def make_pre_tokenizer(pattern: str | None) -> "tokenizers.pre_tokenizers.PreTokenizer":
-    """Split text by `pattern` (None: not at all) and write its bytes as characters."""
-    from tokenizers import Regex, pre_tokenizers
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    if pattern is None:
-        return byte_level
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), byte_level])
-
-
 def make_byte_level_bpe(
-    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], pattern: str | None, special_tokens: Sequence[str]
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], patterns: Sequence[str], special_tokens: Sequence[str]
 ) -> "tokenizers.Tokenizer":
-    """A byte-level tokenizer with these ids and merges."""
-    import tokenizers
+    """A byte-level tokenizer with these ids and merges, which splits text by each pattern in turn."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({**vocab}, [*merges]))
-    inner.pre_tokenizer = make_pre_tokenizer(pattern)
-    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner = Tokenizer(models.BPE({**vocab}, [*merges]))
+    steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level]) if steps else byte_level
+    inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([*special_tokens])
     return inner
 

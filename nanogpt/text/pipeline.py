@@ -89,6 +89,8 @@ def join(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
                 _append(state, SplitState(**done["splits"][split]), split, task_folder(out, rank), staging)
         tokenizer.save(staging)
         write_meta(staging, tokenizer, splits, omissions)
+    for folder in staging.glob("task-*"):  # or after an interruption below, one would join their lost shards again
+        shutil.rmtree(folder)
     meta = move_into_place(staging, out)
     shutil.rmtree(staging)
     Omissions(meta["omitted"]).print_lines()

@@ -26,7 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -333,13 +333,13 @@ def prepare(
     tokenizer_spec: str | Tokenizer,
     *,
     options: ReadOptions,
+    omissions: Omissions,
     val_share: float | None = None,
     shard_tokens: int = 100_000_000,
     workers: int | None = None,
     limit: int | None = None,
     train_mb: float = 100,
     pattern: str = "gpt2",
-    omissions: Omissions | None = None,
 ) -> dict[str, Any]:
     """Make a dataset of `sources` in the folder `out`, or resume the same call; return its meta.json.
 
@@ -355,7 +355,7 @@ def prepare(
     staging = out / "preparing"
     known = tokenizer_spec if isinstance(tokenizer_spec, Tokenizer) else None
     if isinstance(tokenizer_spec, str) and not is_learned(tokenizer_spec):
-        known = load_tokenizer(tokenizer_spec)
+        known = Tokenizer.from_name_or_path(tokenizer_spec)
     settings = {
         "options": asdict(options),
         "val_share": val_share,
@@ -369,7 +369,8 @@ def prepare(
     if (out / "meta.json").exists():
         with contextlib.suppress(InputError):
             meta = open_dataset(out, block_size=1).meta
-            if meta.get("made_from") == made_from and not staging.exists():
+            if meta.get("made_from") == made_from and (not staging.exists() or read_progress(staging) is None):
+                shutil.rmtree(staging, ignore_errors=True)  # left by a kill after all was in place
                 print("made before, of the same input with the same settings")
                 return meta
         print(f"{out} holds a dataset of other input or settings, which this one replaces when it is complete")
@@ -377,7 +378,10 @@ def prepare(
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(worker_pool(workers))
         stack.enter_context(output_directory(staging))
-        stack.enter_context(_lock(staging, out))
+        lock = lock_file(staging / "lock")
+        if lock is None:
+            raise InputError(f"another process is preparing {out}: wait until it ends, or give another --out")
+        stack.enter_context(lock)
         progress = read_progress(staging)
         if progress and progress.can_resume(settings, sources):
             print(f"resuming after {progress.position.source} of {len(sources)} inputs")
@@ -401,10 +405,8 @@ def prepare(
             tokenizer.save(staging)
             check_disk(job, tokenizer, out)
             encode_all(job, tokenizer, shard_tokens, progress)
-            all_omissions = Omissions()
-            for part in (omissions or Omissions(), progress.omissions):
-                all_omissions.merge(part)
-            write_meta(staging, tokenizer, progress.splits, all_omissions, made_from)
+            omissions.merge(progress.omissions)
+            write_meta(staging, tokenizer, progress.splits, omissions, made_from)
         meta = move_into_place(staging, out)
 
     shutil.rmtree(staging)
@@ -497,18 +499,11 @@ def is_hub_id(tokenizer: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", tokenizer)) and not os.path.exists(tokenizer)
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """Load a tokenizer by its name or path. Raises InputError."""
-    return Tokenizer.bytes() if name == "byte" else Tokenizer.from_name_or_path(name)
-
-
 def learn_tokenizer(name: str, job: Job, train_mb: float, pattern: str) -> Tokenizer:
     """Make a tokenizer from the text: its characters, or byte pairs by their frequency. Raises InputError."""
     if name == "char":
         characters = job.map(partial(find_characters, job.options), Position())
         text = "".join(set().union(*(batch for batch, _ in characters)))
-        if not text:
-            raise InputError(NO_TEXT)
         return Tokenizer.characters(text)
 
     size = name.removeprefix("bpe:")
@@ -549,14 +544,6 @@ def _fingerprint(tokenizer: Tokenizer) -> str:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _lock(staging: Path, out: Path) -> IO[bytes]:
-    """A context that keeps other processes from preparing the same folder. Raises InputError if one does."""
-    lock = lock_file(staging / "lock")
-    if lock is None:
-        raise InputError(f"another process is preparing {out}: wait until it ends, or give another --out")
-    return lock
 
 
 def _clear(staging: Path) -> None:

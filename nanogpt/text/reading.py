@@ -62,10 +62,6 @@ class ReadOptions:
     chat: bool = False  # rows are conversations
     document_separator: str = ""  # splits texts into documents
 
-    @property
-    def is_utf8(self) -> bool:
-        return codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig", "ascii")
-
 
 @dataclass(frozen=True)
 class ValSplit:
@@ -372,8 +368,8 @@ class _Reader:
         yield Chunk("text", name, offset, text, offset == 0, True, in_val)
 
     def _read_utf8(self, stream: _Stream, omissions: Omissions) -> Iterator[bytes]:
-        encoding = "utf-8" if self.options.is_utf8 else self.options.encoding
-        return read_utf8(stream.file, omissions, stream.name, encoding)
+        is_utf8 = codecs.lookup(self.options.encoding).name in ("utf-8", "utf-8-sig", "ascii")
+        return read_utf8(stream.file, omissions, stream.name, "utf-8" if is_utf8 else self.options.encoding)
 
 
 def _is_row(line: bytes) -> bool:
@@ -411,17 +407,16 @@ def _cut_records(
         yield Chunk(kind, name, first, [rest])
 
 
-def find_boundary(text: bytes, size: int | None = None) -> int:
-    """Find where to cut a longer text, after at most `size` bytes (by default PIECE_BYTES).
+def find_boundary(text: bytes) -> int:
+    """Find where to cut a longer text, after at most PIECE_BYTES.
 
     Both sides have the ids of the whole, unless there is no such place.
     """
-    size = size or PIECE_BYTES
-    for start in (max(0, size - 2**14), 0):  # most texts have a boundary in the last 16 KB
-        ends = [match.end() for match in _BOUNDARY.finditer(text, start, size)]
+    for start in (max(0, PIECE_BYTES - 2**14), 0):  # most texts have a boundary in the last 16 KB
+        ends = [match.end() for match in _BOUNDARY.finditer(text, start, PIECE_BYTES)]
         if ends:
             return ends[-1]
-    return _character_start(text, size)
+    return _character_start(text, PIECE_BYTES)
 
 
 def split_pieces(text: bytes) -> Iterator[bytes]:

@@ -29,7 +29,6 @@ from nanogpt.text.fast_bpe import (
     is_lossless,
     load_gigatoken,
     make_byte_level_bpe,
-    make_pre_tokenizer,
     recover_merges,
     to_oniguruma,
 )
@@ -138,8 +137,7 @@ class Tokenizer:
         if first is None:
             raise InputError("the texts are empty, so there are no byte pairs to learn: give other texts")
 
-        trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-        trained.pre_tokenizer = make_pre_tokenizer(PATTERNS[pattern])
+        trained = make_byte_level_bpe({}, [], [PATTERNS[pattern]], [])
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size - len(special_tokens),
             min_frequency=2,
@@ -147,9 +145,8 @@ class Tokenizer:
             show_progress=False,
         )
         trained.train_from_iterator(map(replace_surrogates, itertools.chain([first], nonempty)), trainer)
-        model = json.loads(trained.to_str())["model"]
-        merges = [(left, right) for left, right in model["merges"]]
-        return cls(make_byte_level_bpe(model["vocab"], merges, PATTERNS[pattern], special_tokens))
+        trained.add_special_tokens(special_tokens)
+        return cls(trained)
 
     @classmethod
     def from_tiktoken(cls, encoding: "tiktoken.Encoding") -> "Tokenizer":
@@ -158,7 +155,7 @@ class Tokenizer:
         spellings = {token: "".join(BYTE_ENCODER[byte] for byte in token) for token in ranks}
         vocab = {spellings[token]: rank for token, rank in ranks.items()} | special_tokens
         merges = [(spellings[left], spellings[right]) for left, right in recover_merges(ranks)]
-        tokenizer = cls(make_byte_level_bpe(vocab, merges, to_oniguruma(encoding._pat_str), [*special_tokens]))
+        tokenizer = cls(make_byte_level_bpe(vocab, merges, [to_oniguruma(encoding._pat_str)], [*special_tokens]))
         tokenizer.name = encoding.name
         return tokenizer
 
@@ -169,10 +166,12 @@ class Tokenizer:
 
     @classmethod
     def from_name_or_path(cls, name: str) -> "Tokenizer":
-        """A tiktoken encoding by its name (gpt2, cl100k_base …), or a tokenizer.json, or a folder with one.
+        """A tiktoken encoding by its name (gpt2, cl100k_base …), byte, or a tokenizer.json, or a folder with one.
 
         Raises InputError if it is none of them, is damaged, or cannot be downloaded.
         """
+        if name == "byte":
+            return cls.bytes()
         import tiktoken
 
         encodings = tiktoken.list_encoding_names()
@@ -280,7 +279,7 @@ class Tokenizer:
 
     def to_json(self) -> dict[str, Any]:
         """The content of its tokenizer.json."""
-        return _to_content(self._inner)
+        return json.loads(self._inner.to_str())
 
     def named_id(self, name: str) -> int | None:
         """The id of one of `named_tokens`, such as "eos_token"."""
@@ -290,13 +289,9 @@ class Tokenizer:
         """The state for another process, without gigatoken's encoder, which cannot be pickled."""
         return {name: value for name, value in self.__dict__.items() if name != "_gigatoken"}
 
-    def has_same_vocab(self, other: "Tokenizer") -> bool:
-        """True if both have the same id for every token."""
-        return self._inner.get_vocab() == other._inner.get_vocab()
-
     @cached_property
     def _gigatoken(self) -> Any:
-        return load_gigatoken(_to_content(self._inner))
+        return load_gigatoken(self.to_json())
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with <|endoftext|> and the like as special tokens. Raises InputError as `encode_ordinary`."""
@@ -327,7 +322,7 @@ class Tokenizer:
     @cached_property
     def _byte_level(self) -> tuple[re.Pattern[str], np.ndarray] | None:
         """The added tokens as a pattern, and the number of bytes in each token; None if they may be found otherwise."""
-        content = _to_content(self._inner)
+        content = self.to_json()
         added = {token["content"]: token for token in content["added_tokens"]}
         options = ["lstrip", "rstrip", "single_word"] + ["normalized"] * (content["normalizer"] is not None)
         takes_more = any(token[option] for token in added.values() for option in options)
@@ -343,7 +338,7 @@ class Tokenizer:
 
     @cached_property
     def _adds_space(self) -> bool:
-        content = _to_content(self._inner)
+        content = self.to_json()
         steps = json.dumps([content["normalizer"], content["pre_tokenizer"]])
         return re.search(r'"Prepend"|"Metaspace"|"add_prefix_space": true', steps) is not None
 
@@ -401,7 +396,7 @@ class Tokenizer:
     @property
     def changes(self) -> list[str]:
         """The normalizers that change text for good, such as Lowercase or NFC."""
-        kinds = re.findall(r'"type": "(\w+)"', json.dumps(_to_content(self._inner)["normalizer"]))
+        kinds = re.findall(r'"type": "(\w+)"', json.dumps(self.to_json()["normalizer"]))
         return [kind for kind in kinds if kind not in ("Sequence", "Prepend", "Replace")]
 
     def count_lost_characters(self, text: str) -> int:
@@ -429,7 +424,7 @@ class Tokenizer:
         """This tokenizer without normalizer, the id for unknown text, the bytes without ids; None if lossless."""
         import tokenizers
 
-        content = _to_content(self._inner)
+        content = self.to_json()
         if self._id_table is not None or is_lossless(content):
             return None
         plain = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content | {"normalizer": None})))
@@ -474,20 +469,15 @@ def _characters(vocab: dict[str, int]) -> "tokenizers.Tokenizer":
 
 
 def _bytes() -> "tokenizers.Tokenizer":
-    return make_byte_level_bpe(BYTE_DECODER, [], None, [END_OF_TEXT])
+    return make_byte_level_bpe(BYTE_DECODER, [], [], [END_OF_TEXT])
 
 
 def _has_same_pipeline(one: "tokenizers.Tokenizer", other: "tokenizers.Tokenizer") -> bool:
     """True if both differ in their vocabulary at most."""
-    contents = [_to_content(one), _to_content(other)]
+    contents = [json.loads(tokenizer.to_str()) for tokenizer in (one, other)]
     for content in contents:
         del content["model"]["vocab"]
     return contents[0] == contents[1]
-
-
-def _to_content(tokenizer: "tokenizers.Tokenizer") -> dict[str, Any]:
-    """The content of its tokenizer.json."""
-    return json.loads(tokenizer.to_str())
 
 
 def replace_surrogates(text: str) -> str:

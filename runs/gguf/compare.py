@@ -161,7 +161,7 @@ def compare_real(path: Path, folder: Path, python: str, count: int) -> dict[str,
     weights = read_gguf(path)
     tokenizer = weights.tokenizer
     assert tokenizer is not None
-    model = GPT.from_pretrained(weights).eval()
+    model = GPT.from_tensors(GPTConfig(**weights.config), weights.tensors).eval()
     kwargs = {"gguf_file": path.name, "dtype": torch.float32}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **kwargs).eval()
     their_words = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -219,7 +219,7 @@ def compare_ours(tokenizer: Tokenizer, sizes: dict[str, Any], path: Path, python
         return {"refused": str(error)}
     weights = read_gguf(path)
     assert weights.tokenizer is not None
-    back = GPT.from_pretrained(weights).state_dict()
+    back = GPT.from_tensors(GPTConfig(**weights.config), weights.tensors).state_dict()
     result: dict[str, Any] = {
         "equal_tensors": all(torch.equal(t, back[name]) for name, t in model.state_dict().items())
     }

@@ -86,7 +86,7 @@ def test_a_kill_between_two_renames_leaves_nothing_mixed(folder: Path, moment: i
 
 
 def test_write_text_counts_what_the_tokenizer_loses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    tokenizer = Tokenizer(make_byte_level_bpe({"a": 0, "b": 1}, [], None, []))
+    tokenizer = Tokenizer(make_byte_level_bpe({"a": 0, "b": 1}, [], [], []))
     meta = write_text(tmp_path, "abc" * 10, tokenizer)
     assert meta["omitted"]["unencodable"][0] == 10
     assert "does not have them: 10;" in capsys.readouterr().out

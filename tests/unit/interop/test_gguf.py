@@ -267,7 +267,7 @@ def test_published_pipelines_are_written_by_name_and_read_with_equal_ids(pre: st
     assert (settings["model"], settings["pre"]) == ("gpt2", pre)
     assert settings["tokens"][300:] == ["[PAD300]", "[PAD301]"]
     read = to_tokenizer("m", settings)
-    assert read.has_same_vocab(original)
+    assert read.vocab == original.vocab
     assert read.special_tokens == original.special_tokens
     rng = random.Random(0)
     for text in HARD_TEXTS + HARD_PIECES + [fuzz_text(rng, HARD_TEXTS[3], ["<|im_start|>"]) for _ in range(300)]:
@@ -357,6 +357,28 @@ def write_model(path: Path, tokenizer: Tokenizer, dtype: str = "float32", **size
     return model
 
 
+def test_of_a_tied_embedding_in_two_types_the_better_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Quantizers keep GPT-2's output layer, a copy of the embedding, with more bits."""
+    outputs = iter([lambda embedding: embedding, torch.randn_like])
+    write_header = gguf.GGUFWriter.write_header_to_file
+
+    def add_output(writer: Any, *args: Any) -> None:
+        torch.manual_seed(0)
+        embedding = randomize(GPT(config), 0.3).token_embedding.weight.detach()[: WORDS.vocab_size]
+        writer.add_tensor("output.weight", next(outputs)(embedding).numpy())
+        write_header(writer, *args)
+
+    config = GPTConfig(**SMALL | {"n_embd": 32}, vocab_size=WORDS.vocab_size)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", add_output)
+    model = write_model(tmp_path / "m.gguf", WORDS, dtype="q8_0", n_embd=32)
+    read = read_gguf(tmp_path / "m.gguf").tensors
+    rows = model.token_embedding.weight[: WORDS.vocab_size]
+    assert torch.equal(read["token_embedding.weight"], rows)
+    assert not torch.equal(read["blocks.0.mlp.up.weight"], model.blocks[0].mlp.up.weight)  # which is quantized
+    write_model(tmp_path / "m.gguf", WORDS, dtype="q8_0", n_embd=32)
+    assert_refused(tmp_path / "m.gguf", r"lm_head\.weight is not the token embedding, although tied")
+
+
 def test_characters_get_an_end_token_that_is_never_the_most_likely(tmp_path: Path):
     """llama.cpp takes id 11 for the end of text if no token is stated."""
     model = write_model(tmp_path / "m.gguf", CHARACTERS)
@@ -373,7 +395,7 @@ def test_characters_get_an_end_token_that_is_never_the_most_likely(tmp_path: Pat
     weights = read_gguf(tmp_path / "m.gguf")
     assert weights.tokenizer is not None
     assert (weights.tokenizer.name, weights.tokenizer.vocab, weights.end_ids) == ("char", CHARACTERS.vocab, [])
-    back = GPT.from_pretrained(weights).state_dict()
+    back = GPT.from_tensors(GPTConfig(**weights.config), weights.tensors).state_dict()
     assert all(torch.equal(tensor, back[name]) for name, tensor in model.state_dict().items())
 
 
@@ -389,7 +411,7 @@ def test_end_tokens_and_template_come_back(tmp_path: Path):
     model, tuned = load_weights(str(tmp_path / "m.gguf"), 0.1, 8, {}, World(0, 1, torch.device("cpu"), torch.float32))
     assert (model.config.dropout, model.config.block_size) == (0.1, 8)
     assert tuned is not None
-    assert tuned.has_same_vocab(words)
+    assert tuned.vocab == words.vocab
 
 
 ROUNDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -51,7 +51,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 
 ALPHABET = [character for character, byte in BYTE_DECODER.items() if byte not in "é".encode()]
 WITHOUT_E_ACUTE = Tokenizer(
-    make_byte_level_bpe({character: i for i, character in enumerate(ALPHABET)}, [], None, [SEPARATOR])
+    make_byte_level_bpe({character: i for i, character in enumerate(ALPHABET)}, [], [], [SEPARATOR])
 )
 
 

@@ -11,10 +11,12 @@ import pytest
 from conftest import ROOT, Run
 from small_data import shard
 
+from nanogpt import checkpoint
 from nanogpt.data.dataset import open_dataset
 from nanogpt.data.rows import Rows
 from nanogpt.data.write import write_dataset
 from nanogpt.errors import InputError
+from nanogpt.files import read_json
 from nanogpt.text.tokenizer import Tokenizer
 
 Look = Callable[..., str]
@@ -88,6 +90,19 @@ def test_rows_of_a_step_are_those_of_the_run(look: Look, run: Run, letters: Path
         assert re.findall(r"\n([abcd]{16})(?=\n|$)", output) == rows
     assert [int(n) for n in re.findall(r"--- row (\d+):", by_run)] == [*range(24, 30)]
     assert look("--run=out", "--step=4", "--seed=6") != by_run
+
+
+def test_rows_of_a_step_while_the_batch_grows(look: Look, run: Run, letters: Path):
+    keys = {"batch_size": 2, "gradient_accumulation_steps": 3, "batch_growth_tokens": 16 * 20, "max_iters": 8}
+    run(out_dir="out", **keys)
+    # Two rows a step until two thirds of the growth have passed, at row 14; then four.
+    samples = [read_json(path / "state.json")["samples"] for path in checkpoint.list_checkpoints(Path("out"))]
+    numbers = [int(n) for n in re.findall(r"--- row (\d+):", look("--run=out", "--step=7"))]
+    assert numbers == [*range(14, 18)]
+    assert samples[0] == 18
+    run(out_dir="out", resume=True, **keys | {"batch_size": 6, "batch_growth_tokens": 0, "max_iters": 9})
+    with pytest.raises(InputError, match="its batch changed in a resume"):
+        look("--run=out", "--step=7")
 
 
 def test_targets_of_the_loss_are_marked(look: Look, tmp_path: Path):

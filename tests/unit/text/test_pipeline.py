@@ -63,6 +63,27 @@ def test_tasks_make_one_dataset(tmp_path: Path):
         assert not (folder / "preparing").exists()
 
 
+def test_a_kill_after_the_files_are_in_place_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer = Tokenizer.bytes()
+    for rank in (0, 1):
+        assert not [*Shards(tmp_path, tokenizer, val_share=0.2)(records(DOCS[rank::2]), rank, 2)]
+    remove = shutil.rmtree
+
+    def removal(path: Path) -> None:
+        if path == tmp_path / "preparing":
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", removal)
+    with pytest.raises(KeyboardInterrupt):
+        join(tmp_path, tokenizer)
+    with pytest.raises(InputError, match="task 0 is not done"):  # there is nothing left to join
+        join(tmp_path, tokenizer)
+    data = open_dataset(tmp_path, block_size=8, verify=True)
+    texts = [len(text.encode()) + 1 for text in DOCS]
+    assert len(data.train) + len(data.val) == sum(texts)
+
+
 @pytest.mark.slow
 def test_fineweb_script_by_datatrove(tmp_path: Path):
     """On parquet files, by two machines at once, two tasks at a time, one without documents; joined on its own."""
