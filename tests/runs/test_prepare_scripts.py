@@ -93,6 +93,7 @@ def test_a_text_that_is_not_utf8_is_an_error(tmp_path: Path):
     assert "byte 0xe9 in line 1" in output
 
 
+@pytest.mark.slow
 def test_pydocs(tmp_path: Path):
     assert "1,115,394 characters of Python" in run("pydocs_char/prepare.py", f"--out={tmp_path}")
     data = open_dataset(tmp_path, block_size=256, verify=True)
@@ -181,7 +182,8 @@ def test_problems_of_flags_and_inputs_are_reported_before_anything_is_written(tm
 
 
 @needs_gpt2
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow  # unit/text/test_prepare.py has a kill at any instant
+@pytest.mark.parametrize("workers", [1, 2])
 def test_killed_and_resumed_is_as_if_undisturbed(workers: int, tmp_path: Path):
     rng = random.Random(workers)
     folder = tmp_path / "in"
