@@ -37,12 +37,13 @@ from nanogpt.console import START_TIME, format_duration, print0
 from nanogpt.data.dataset import Tokens, document_separator_id, open_dataset
 from nanogpt.data.ngrams import NgramTargets
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
-from nanogpt.distributed import World
+from nanogpt.distributed import World, world_size
 from nanogpt.errors import InputError
 from nanogpt.evaluation import evaluate
 from nanogpt.memory import estimate_training_memory, fits_in_memory
 from nanogpt.metrics import DeferredRead, StepStats, Stopwatch
 from nanogpt.schedule import StepSchedule
+from nanogpt.sharding import check_shards
 from nanogpt.text.tokenizer import GPT2_VOCAB
 from nanogpt.timing import time_steps
 from nanogpt.train_log import format_losses
@@ -199,16 +200,26 @@ def check_resume(explicit: ExplicitKeys, state: dict[str, Any]) -> ExplicitKeys:
 # --- Before the run
 
 
+def check_new_run(config: Any) -> None:
+    """Raise InputError, a line each, for keys that a new time budget excludes."""
+    problems = []
+    if config.init_from != "scratch":
+        problems.append(f"minutes: sizes a new model; leave out --init_from={config.init_from}, or give --max_iters")
+    if config.lora_rank:
+        problems.append("lora_rank: needs trained weights, and minutes sizes a new model; leave one of the two out")
+    if config.patience:
+        problems.append(NO_PATIENCE)
+    problems += check_shards(config.shards, world_size(), config.dtype, config.lora_rank, config.minutes)
+    if problems:
+        raise InputError("\n".join(problems))
+
+
 def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, World, Plan]:
     """The settings of the best run of config.minutes, the world with its dtype, and its plan for `ClockSchedule`.
 
     config: a TrainConfig; data, context, precision and logging stay. Raises InputError for a budget that cannot be
-    kept: weights that exist already, too little time or memory.
+    kept: too little time or memory.
     """
-    if config.init_from != "scratch":
-        raise InputError(f"minutes: sizes a new model; leave out --init_from={config.init_from}, or give --max_iters")
-    if config.patience:
-        raise InputError(NO_PATIENCE)
     total_s = 60 * config.minutes
     trial = SpeedTrial(config, world, train_step)
     trial.measure_speed(PILOT_WIDTH, trial.make_config(PILOT_WIDTH, 1e6, world.size))

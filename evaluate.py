@@ -58,7 +58,7 @@ class EvaluateConfig(ModelKeys):
     """The model to evaluate, and the data or the tasks."""
 
     dataset: str | None = key(None, "a folder, a name under data/, a mixture; None: the run's own", group="Loss")
-    token_dtype: TokenDtype | None = key(None, "type of ids in files that do not say it; None: as nanoGPT, uint16")
+    token_dtype: TokenDtype | None = key(None, "dtype of ids in files that do not state it; None: uint16, as nanoGPT")
     split: Literal["val", "train"] = key("val", "the split of it to read, whole")
     text: str | None = key(None, "a UTF-8 file to evaluate on instead")
     stride: int = key(0, "tokens by which windows advance, and targets of each; 0: block_size", ge=0)

@@ -111,7 +111,10 @@ def check_vocabulary(model: GPT, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size - len(without_row) > rows:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {rows}: it belongs to another model")
     if without_row and is_main():
-        print(f"no row of the model is for {', '.join(without_row)}: text with it is refused", file=sys.stderr)
+        print(
+            f"the model has no embedding for {', '.join(without_row)}: text that contains it is refused",
+            file=sys.stderr,
+        )
 
 
 def check_weights(model: GPT, source: str) -> None:
@@ -134,7 +137,9 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
     resumed.state["model"] = asdict(resumed.build_model(GPT, GPTConfig).config)
     actual = resumed.state["model"] | {name: resumed.state["config"][name] for name in FIXED_KEYS}
     saved = {**resumed.state["config"], **{name: getattr(config, name) for name in START_KEYS}}
-    relevant = {name: value for name, value in explicit.items() if name != "init_from" and not is_open(name, value)}
+    relevant = {
+        name: value for name, value in explicit.items() if name != "init_from" and not is_unset_size(name, value)
+    }
     changed = {name: value for name, value in relevant.items() if saved.get(name) != value}
     conflicts = conflicting_sizes(changed, actual)
     flags = {name: changed[name] for name in conflicts if name in explicit.flags}
@@ -148,14 +153,16 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
     return type(config)(**{**saved, **changed})
 
 
-def is_open(name: str, value: Any) -> bool:
-    """True for a size of 0, which leaves it to the weights."""
+def is_unset_size(name: str, value: Any) -> bool:
+    """True for a model size of 0, which stands for the size that the weights have."""
     return name in MODEL_KEYS and value == 0 and value is not False
 
 
 def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """Names of explicit model keys that differ from those in `actual`. A 0 leaves a size open."""
-    names = [name for name in (*MODEL_KEYS, *FIXED_KEYS) if name in explicit and not is_open(name, explicit[name])]
+    names = [
+        name for name in (*MODEL_KEYS, *FIXED_KEYS) if name in explicit and not is_unset_size(name, explicit[name])
+    ]
     return [name for name in names if explicit[name] != actual.get(name, explicit[name])]
 
 

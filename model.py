@@ -2,8 +2,8 @@
 
 Two architectures share all the code they can. `gpt2` is the network of Radford et al. 2019, "Language Models are
 Unsupervised Multitask Learners", as OpenAI released it. `modern` is Qwen3's (Yang et al. 2025): RMSNorm, rotary
-positions, QK norm, a gated MLP, grouped-query attention, no biases. Without QK norm it is Llama's (Touvron et al.
-2023), and with biases on queries, keys and values Qwen2's.
+position embeddings (RoPE), QK norm, a gated MLP, grouped-query attention, no biases. Without QK norm it is Llama's
+(Touvron et al. 2023), and with biases on queries, keys and values Qwen2's.
 Needs torch alone: copy this file into another project and it runs.
 
 Letters in shapes: B rows, T positions, C = n_embd channels, D = head_dim, V = vocab_size.
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 # q (B, n_head, T, D), k and v (B, n_kv_head, T, D) -> (B, n_head, T, D).
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-FLEX_ATTENTION_ON = "cuda"  # where compiled FlexAttention (Dong et al. 2024) runs for document masks
+FLEX_ATTENTION_DEVICE = "cuda"  # where compiled FlexAttention (Dong et al. 2024) runs for document masks
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class GPTConfig:
     n_inner: int = 0  # width of the MLP; 0: 4 n_embd, modern: 8/3 n_embd rounded up to a multiple of 64
     qk_norm: bool = True  # modern: normalize queries and keys, as Qwen3 does and Llama does not
     qkv_bias: bool = False  # modern without QK norm: biases on queries, keys and values, as in Qwen2
-    rope_theta: float = 10000.0  # base of the rotary positions
+    rope_theta: float = 10000.0  # base (theta) of RoPE
     rope_scaling: list[float] = field(default_factory=list)  # Llama 3's four numbers; see `rotary_frequencies`
     norm_eps: float = 0.0  # 0: 1e-5 in gpt2, 1e-6 in modern
     tied: bool = True  # the token embedding is the output layer too
@@ -81,15 +81,16 @@ class GPTConfig:
                 raise ValueError(f"{name}={value}: arch=gpt2 has {default}; leave it out or set arch=modern")
             object.__setattr__(self, name, value or default)  # the dataclass is frozen
 
-        for name in ("tied", "qk_norm"):
-            if not modern and not getattr(self, name):
-                raise ValueError(f"{name}=False: arch=gpt2 has True; leave it out or set arch=modern")
+        if not modern and not self.tied:
+            raise ValueError("tied=False: arch=gpt2 ties its output layer; leave it out or set arch=modern")
+        if not modern and not self.qk_norm:
+            raise ValueError("qk_norm=False: arch=gpt2 has no QK norm; leave it out or set arch=modern")
         if modern and self.bias:
             raise ValueError("bias=True: arch=modern has no biases; set bias=False")
         if self.qkv_bias and (not modern or self.qk_norm):
             raise ValueError("qkv_bias=True: needs arch=modern and qk_norm=False")
         if modern and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim}: rotary positions rotate pairs of channels; make it even")
+            raise ValueError(f"head_dim={self.head_dim}: RoPE rotates pairs of channels; make it even")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: change one of them")
 
@@ -165,7 +166,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention: AttentionFn | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). cos_sin: of the rotary positions (arch=modern). attention: None for causal."""
+        """x (B, T, C) -> (B, T, C). cos_sin: of RoPE (arch=modern). attention: None for causal."""
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, D)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
@@ -188,16 +189,22 @@ def document_causal_attention(idx: Tensor, separator_id: int, dropout: float) ->
     Returns the tokens' positions (B, T) in their own documents, and the attention function.
     """
     B, T = idx.shape
-    at = torch.arange(T, device=idx.device)
-    is_first = F.pad(idx[:, :-1] == separator_id, (1, 0), value=True)
-    first = torch.where(is_first, at, 0).cummax(1).values  # (B, T): where each token's document begins
-    if idx.device.type == FLEX_ATTENTION_ON and torch.compiler.is_compiling() and not dropout:
-        from torch.nn.attention import flex_attention as flex
+    position = torch.arange(T, device=idx.device)
+    is_start = F.pad(idx[:, :-1] == separator_id, (1, 0), value=True)
+    start = torch.where(is_start, position, 0).cummax(1).values  # (B, T): where each token's document begins
+    if idx.device.type == FLEX_ATTENTION_DEVICE and torch.compiler.is_compiling() and not dropout:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        blocks = flex.create_block_mask(lambda b, h, q, k: (k >= first[b, q]) & (k <= q), B, None, T, T, idx.device)
-        return at - first, lambda q, k, v: flex.flex_attention(q.type_as(v), k.type_as(v), v, None, blocks, None, True)
-    visible = ((at >= first[..., None]) & (at <= at[:, None]))[:, None]  # (B, 1, T, T): query, key
-    return at - first, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, visible, dropout, enable_gqa=True)
+        def is_visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key >= start[b, query]) & (key <= query)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # under autocast, QK norm leaves q and k in float32
+            return flex_attention(q.type_as(v), k.type_as(v), v, block_mask=blocks, enable_gqa=True)
+
+        blocks = create_block_mask(is_visible, B, None, T, T, idx.device)
+        return position - start, attend
+    mask = ((position >= start[..., None]) & (position <= position[:, None]))[:, None]  # (B, 1, T, T): query, key
+    return position - start, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=True)
 
 
 class MLP(nn.Module):
@@ -245,9 +252,10 @@ class Block(nn.Module):
 def summed_cross_entropy(
     logits: Tensor, targets: Tensor, soft_ids: Tensor | None = None, soft_probs: Tensor | None = None
 ) -> Tensor:
-    """Sum of the cross-entropies of logits (N, V) with targets (N,), ignoring −1, or with ids of given probabilities.
+    """Sum of the cross-entropies of logits (N, V) with hard or soft targets.
 
-    soft_ids, soft_probs: (N, K). Equal ids add up.
+    targets: (N,) ids; −1 is ignored. soft_ids, soft_probs: (N, K), ids and their probabilities, to use instead; the
+    probabilities of equal ids add up.
     """
     if soft_ids is None or soft_probs is None:
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
@@ -342,9 +350,9 @@ class GPT(nn.Module):
         return value
 
     def muon_params(self) -> dict[str, list[int]]:
-        """Names of the blocks' matrices, which Muon can train, each with the rows of the maps it is made of.
+        """The blocks' matrices by name, each with the rows of its linear maps.
 
-        The qkv matrix holds three maps, one below the other; every other matrix is one map.
+        Muon orthogonalizes each map separately. qkv stacks three (queries, keys, values); every other matrix is one.
         """
         c = self.config
         qkv_rows = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim]
@@ -371,11 +379,12 @@ class GPT(nn.Module):
             return self.logits(self.norm(x[:, -1:])), None
         x = self.norm(x).flatten(0, 1)
         targets = targets.flatten()
-        num_targets = (targets >= 0).sum().clamp(min=1)
+        is_target = targets >= 0
+        num_targets = is_target.sum().clamp(min=1)
         soft = [t.flatten(0, 1) for t in soft_targets or ()]
         if self.loss_chunk:
-            if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU's host would wait
-                is_target = targets >= 0
+            # Drop ignored positions. On a GPU the boolean index would make the host wait.
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
                 x, targets, *soft = (t[is_target] for t in (x, targets, *soft))
             matrix = self.lm_head_weight[: self.config.vocab_size]
             return None, ChunkedCrossEntropy.apply(x, matrix, self.loss_chunk, targets, *soft) / num_targets
@@ -455,7 +464,7 @@ class GPT(nn.Module):
             config = replace(config, dropout=dropout)
         with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
             model = cls(config)
-        tensors = dict(tensors)  # read once, where they are read when looked up
+        tensors = dict(tensors)  # LazyTensors reads a tensor from disk at every lookup: do it once
         padding = config.padded_vocab_size - config.vocab_size
         for name in ("token_embedding.weight", "head.weight"):
             if padding and name in tensors and len(tensors[name]) == config.vocab_size:

@@ -41,7 +41,7 @@ from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
 from nanogpt.distributed import World, world_size
 from nanogpt.errors import InputError, run_script
-from nanogpt.evaluation import evaluate, rows_to_evaluate, sample_text
+from nanogpt.evaluation import eval_batch_size, evaluate, sample_text
 from nanogpt.guard import UpdateGuard
 from nanogpt.layer_stats import LayerStats
 from nanogpt.lora import check_lora
@@ -64,7 +64,7 @@ from nanogpt.train_log import (
     warn_if_slow_on_cpu,
 )
 
-MAX_SIZE = 2**30  # of each size of a model: products of two have 64 bits
+MAX_SIZE = 2**30  # of a model: the product of two fits into 64 bits
 
 
 @dataclass
@@ -81,7 +81,7 @@ class TrainConfig:
     dry_run: bool = key(False, "print sizes, time ten steps, exit; writes nothing")
 
     dataset: str = key("openwebtext", "a directory, its name under data/, or a mixture: one:0.7,two:0.3", group="Data")
-    token_dtype: TokenDtype | None = key(None, "type of ids in files that do not say it; None: as nanoGPT, uint16")
+    token_dtype: TokenDtype | None = key(None, "dtype of ids in files that do not state it; None: uint16, as nanoGPT")
     verify_data: bool = key(False, "first check the data against the SHA-256 in its meta.json")
     new_data: bool = key(False, "resume on data that changed since the run began")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
@@ -104,14 +104,14 @@ class TrainConfig:
     n_embd: int = key(768, "channels (embedding size)", ge=1, le=MAX_SIZE)
     n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd rounded up to 64", ge=0, le=MAX_SIZE)
     qk_norm: bool = key(True, "modern: normalize queries and keys, as Qwen3; False: as Llama")
-    rope_theta: float = key(1e4, "modern: base of the rotary positions", gt=0)
+    rope_theta: float = key(1e4, "modern: base (theta) of RoPE", gt=0)
     norm_eps: float = key(0.0, "epsilon of the norms; 0: 1e-5, modern 1e-6", ge=0)
     tied: bool = key(True, "tie token embedding and output layer; modern may untie them")
     look_back: bool = key(False, "modern: initialize the first layer's heads to attend to the preceding tokens")
     dropout: float = key(0.0, "dropout probability", ge=0, lt=1)
     bias: bool = key(False, "gpt2: biases in linear layers and norms")
     lora_rank: int = key(0, "LoRA: freeze the weights and train adapters of this rank; 0: train all", ge=0, le=MAX_SIZE)
-    lora_alpha: float = key(32.0, "LoRA: scale of the adapters, times 1 / lora_rank", gt=0)
+    lora_alpha: float = key(32.0, "LoRA alpha: adapters are scaled by lora_alpha / lora_rank", gt=0)
     lora_targets: str = key("attention,mlp", "LoRA: the layers with adapters; also by name, as in q_proj,v_proj")
 
     optimizer: Literal["adamw", "muon"] = key(
@@ -191,17 +191,18 @@ def train_step(
 ) -> StepStats:
     """One update: forward and backward over the micro-batches, then the optimizer. Nothing waits for the device."""
     loss = torch.zeros((), device=world.device)
-    for i, (x, y, soft_targets, weight) in enumerate(batch.micro_batches()):  # weight: share of the step's targets
+    # weight: this micro-batch's share of the step's targets, times the ranks, over which gradients are averaged
+    for i, (x, y, soft_targets, weight) in enumerate(batch.micro_batches()):
         batch.seed_dropout(i)
-        world.average_gradients(model, is_last=i == batch.last)
+        world.set_gradient_sync(model, is_last=i == batch.last)
         with world.autocast():
             micro_loss = model(x, y, soft_targets)[1] * weight
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
 
-    # The ranks agree on the loss and on their requests in one all-reduce.
-    flags = world.to_device(torch.tensor(read_control(), dtype=torch.float32))[0]
-    loss, *control = world.all_reduce_sum(torch.cat((loss[None] / world.size, flags)))
+    # One all-reduce for the loss, whose weights have the factor world.size, and for the ranks' requests.
+    (requests,) = world.to_device(torch.tensor(read_control(), dtype=torch.float32))
+    loss, *control = world.all_reduce_sum(torch.cat((loss[None] / world.size, requests)))
     scaler.unscale_(optimizer)  # type: ignore[arg-type]
     grad_norm = gradient_norm(optimizer.parameters.values())
     skip_update = guard.check(loss, grad_norm)  # a NaN makes this update a no-op; the log stops the run a step later
@@ -227,7 +228,7 @@ class Run:
     row_schedule: RowSchedule
     rows: Rows
     windows: dict[str, EvalWindows]  # for evaluation, by split
-    eval_batch: int  # rows of a forward pass of evaluation
+    eval_batch_size: int  # rows of a forward pass of evaluation
     dataset: Dataset
     tokenizer: Tokenizer | None
     layer_stats: LayerStats | None
@@ -260,9 +261,9 @@ def train(run: Run) -> int:
         if is_due and state.val_loss is None and not config.dry_run and not requests.exit_status:
             requests.add(log.read(everything=True))  # waits for the device, so the clock stops when training does
             state.clock.stop()
-            losses = {
-                split: evaluate(run.model, windows, run.eval_batch, run.world) for split, windows in run.windows.items()
-            }
+            losses = {}
+            for split, windows in run.windows.items():
+                losses[split] = evaluate(run.model, windows, run.eval_batch_size, run.world)
             log.evaluation(losses, run.dataset.val.bits_per_byte(losses["val"]))
             is_best = state.record_evaluation(losses["val"])
             print_sample(run)
@@ -287,8 +288,9 @@ def train(run: Run) -> int:
         pace.start()
         first_row = state.samples
         num_rows = run.row_schedule.rows_at(first_row)
-        noise = (config.seed, state.step, config.dropout)
-        batch = StepBatch(run.rows, first_row, num_rows, run.micro_batch, run.world, *noise)
+        batch = StepBatch(
+            run.rows, first_row, num_rows, run.micro_batch, run.world, config.seed, state.step, config.dropout
+        )
         if run.layer_stats:
             run.layer_stats.is_due = (state.step + 1) % config.log_interval == 0
         stats = train_step(
@@ -318,7 +320,7 @@ def train(run: Run) -> int:
     # All ranks wait for the last save, because torchrun kills the others when one ends with a status other than 0.
     if run.checkpoints:
         run.checkpoints.wait()
-    run.world.ranks.ask_main(run.checkpoints.finish if run.checkpoints else lambda: None)
+    run.world.ranks.run_on_main(run.checkpoints.finish if run.checkpoints else lambda: None)
     if not config.dry_run:
         print_end(state, run.run_dir.path, requests.exit_status, out_of_patience)
     summary = schedule.summary(state.best_val_loss)
@@ -368,15 +370,16 @@ def main() -> int:
         resume = config.init_from == "resume" or config.resume
         resumed = checkpoint.claim_and_load(run_dir, resume, writes, ranks, stack)
         if resumed:
+            # Checked, and with defaults for keys that are newer than the checkpoint.
             resumed.state["config"] = asdict(resumed.build_config(TrainConfig, "config"))
             explicit = budget.check_resume(explicit, resumed.state)
             config = resume_config(config, explicit, resumed)
-        ranks.ask_main(partial(check_shards, config.shards, ranks.size, config.dtype, config.lora_rank, config.minutes))
         has_budget = config.minutes is not None and not config.eval_only
-        if resumed or not has_budget:  # what a new time budget chooses is checked below
-            ranks.ask_main(partial(check_config, config))
+        # What a new time budget chooses is checked below.
+        check = budget.check_new_run if has_budget and not resumed else check_config
+        ranks.run_on_main(partial(check, config))
         if writes:
-            ranks.ask_main(partial(check_trackers, config.tensorboard, config.wandb_log))
+            ranks.run_on_main(partial(check_trackers, config.tensorboard, config.wandb_log))
 
         with explain_errors("not enough memory for this model: use a smaller one", ranks):
             world = distributed.start(config.device, config.dtype, config.backend, ranks, config.shards)
@@ -388,7 +391,7 @@ def main() -> int:
             schedule = make_schedule(config)
             if plan and config.minutes:
                 schedule = budget.ClockSchedule(schedule, plan, config.minutes, config.eval_interval)
-            status = open_run(config, explicit, resumed, schedule, world, run_dir, stack)
+            status = prepare_and_train(config, explicit, resumed, schedule, world, run_dir, stack)
         world.close()
         return status
 
@@ -396,13 +399,14 @@ def main() -> int:
 def check_config(config: TrainConfig) -> None:
     """Raise InputError, a line each, for values that are valid one by one but not together."""
     problems = check_lora(config.lora_rank, config.init_from, config.out_dir, config.optimizer, config.lora_targets)
+    problems += check_shards(config.shards, world_size(), config.dtype, config.lora_rank, config.minutes)
     if config.init_from == "scratch":
         try:
             new_model_config(config, vocab_size=1)
         except ValueError as error:
             problems.append(str(error))
         if config.look_back and config.arch != "modern":
-            problems.append(f"look_back=True: arch={config.arch} has no rotary positions; leave it out")
+            problems.append(f"look_back=True: arch={config.arch} has no RoPE; leave it out")
     elif config.look_back:
         problems.append(f"look_back=True: init_from={config.init_from} has a first layer already; set look_back=False")
     if config.rows_per_step % world_size():
@@ -428,7 +432,7 @@ def check_config(config: TrainConfig) -> None:
         raise InputError("\n".join(problems))
 
 
-def open_run(
+def prepare_and_train(
     config: TrainConfig,
     explicit: Mapping[str, Any],
     resumed: Checkpoint | None,
@@ -439,7 +443,7 @@ def open_run(
 ) -> int:
     """Load data and model, check memory, set up out_dir, restore the state; then train. Returns the exit status."""
     seed_everything(config.seed, config.deterministic)
-    dataset, gpt, tokenizer = world.ranks.ask_all(lambda: load_data_and_model(config, explicit, resumed, world))
+    dataset, gpt, tokenizer = world.ranks.run_on_all(lambda: load_data_and_model(config, explicit, resumed, world))
     config = replace(config, **{name: getattr(gpt.config, name) for name in MODEL_KEYS})
     config, world = choose_dtype(config, gpt.config, world)
     gpt.document_separator_id = document_separator_id(dataset, config.mask_documents)
@@ -449,8 +453,8 @@ def open_run(
     windows = {name: EvalWindows(split, T, config.eval_iters, config.batch_size, V) for name, split in splits.items()}
     print_model_summary(gpt, world)
     if config.eval_only:
-        rows_per_pass = rows_to_evaluate(windows["val"], config.batch_size, world)
-        losses = {split: evaluate(gpt, windows[split], rows_per_pass, world) for split in windows}
+        batch_size = eval_batch_size(windows["val"], config.batch_size, world)
+        losses = {split: evaluate(gpt, windows[split], batch_size, world) for split in windows}
         step = resumed.state["step"] if resumed else 0
         print0(f"step {step}: " + format_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
@@ -502,7 +506,7 @@ def open_run(
         row_schedule=row_schedule,
         rows=rows,
         windows=windows,
-        eval_batch=rows_to_evaluate(windows["val"], micro_batch, world) if model is gpt else micro_batch,
+        eval_batch_size=eval_batch_size(windows["val"], micro_batch, world) if model is gpt else micro_batch,
         dataset=dataset,
         tokenizer=tokenizer,
         layer_stats=LayerStats(state.optimizer.parameters, config.grad_clip) if config.log_layers else None,

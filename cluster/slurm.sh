@@ -26,6 +26,7 @@ trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 srun --kill-on-bad-exit=1 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  export LOCAL_WORLD_SIZE=${SLURM_STEP_TASKS_PER_NODE%%[(,]*} # "8(x2)" or "8,4": 8
   exec "$PYTHON" train.py "$@" --resume=auto' train "$@" &
 step=$!
 wait "$step"

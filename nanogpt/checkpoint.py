@@ -114,8 +114,8 @@ ADDED_LATER: dict[str, Any] = {"guard": {}, "processes": 1, "wandb_id": None}  #
 class Checkpoint:
     """A loaded checkpoint: tensors by name on the CPU, and the content of `state.json`.
 
-    In a run with LoRA the tensors are its adapters. `build_model` moves them to `adapters` and puts their base into
-    `model`, for resuming as it is, and without the optimizer's state merged with the adapters.
+    With LoRA, `model` holds the adapters. `build_model` moves them to `adapters` and reads their base into `model`. To
+    resume, with the optimizer's state, the two stay apart; otherwise it merges them.
     """
 
     path: Path
@@ -254,6 +254,7 @@ def claim_and_load(
         nonlocal resumed
         if writes:
             stack.enter_context(run_dir)
+            recover_directories(run_dir.path / "ckpt")  # under the lock: a live run renames there too
         if resume == "auto" and (reason := read_stop_reason(run_dir.path)):
             raise RunStopped(f"{reason}: --resume=auto does not repeat it; {AFTER_A_STOP}")
         resumed = load_latest(run_dir.path, resume)
@@ -266,8 +267,8 @@ def claim_and_load(
         if name and not resumed:
             resumed = load(run_dir.path / "ckpt" / name, is_verified=True, is_mapped=True)
 
-    mark, name = ranks.ask_main(claim)
-    ranks.ask_all(load_same)
+    mark, name = ranks.run_on_main(claim)
+    ranks.run_on_all(load_same)
     return resumed
 
 
@@ -279,8 +280,6 @@ def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
     """
     if resume is False:
         return None
-    if os.path.isdir(out_dir / "ckpt"):
-        recover_directories(out_dir / "ckpt")
     paths = list_checkpoints(out_dir)
     if resume == "auto" and not paths:
         return None
@@ -300,8 +299,8 @@ def load_latest(out_dir: Path, resume: bool | str) -> Checkpoint | None:
 def load(path: Path, with_optimizer: bool = True, is_verified: bool = False, is_mapped: bool = False) -> Checkpoint:
     """Read a checkpoint directory and compare each file with the manifest. Raises InputError for a damaged one.
 
-    is_verified: another rank has compared the files. is_mapped: leave the tensors in their files, which are read where
-    a tensor is.
+    is_verified: another rank has compared the hashes. is_mapped: memory-map the tensors, which are then read from disk
+    when used.
     """
     files = [*FILES, *OPTIONAL_FILES]
     if not with_optimizer:
@@ -321,7 +320,7 @@ def _load_tensors(path: Path, file: str, is_mapped: bool) -> dict[str, Tensor]:
             tensors = load_file(name)
         # Clones, because mapped memory is not aligned as torch aligns its own.
         return {_rename(key, NAMES_IN_MODEL): t if is_mapped else t.clone() for key, t in tensors.items()}
-    except SafetensorError as error:  # the manifest vouches for it, so it was written so
+    except SafetensorError as error:  # its hash is right, so it was written this way
         raise _damaged(path, f"its tensors cannot be read ({error})") from error
 
 
@@ -472,7 +471,7 @@ class Writer:
         self._interval_s = 60 * minutes or float("inf")
         self._due_at = time.monotonic() + self._interval_s
         self._failure: str | None = None
-        self._loss: RunStopped | None = None  # of a rank, which no later save can reach either
+        self._lost_rank: RunStopped | None = None  # names a rank that was lost: no later save can reach it either
         self._thread = threading.Thread()
         self._copies: dict[str, Tensor] = {}  # reused: writing to new memory takes longer than to touched memory
         self._sharded: set[str] = set()  # names of tensors of which each rank has a part
@@ -480,8 +479,8 @@ class Writer:
     def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Start a save; returns once the save before it has ended and the tensors are copied to host memory."""
         self.wait()
-        if self._loss:
-            raise self._loss
+        if self._lost_rank:
+            raise self._lost_rank
         self._report_failure()
         self._due_at = time.monotonic() + self._interval_s
         copies = self._copy(model), self._copy(optimizer)
@@ -495,7 +494,7 @@ class Writer:
         """True if a save is due by the clock. Reports a failed save, and makes it due again soon."""
         if not self._thread.is_alive():
             self._report_failure()
-        return self._loss is not None or time.monotonic() > self._due_at
+        return self._lost_rank is not None or time.monotonic() > self._due_at
 
     def wait(self) -> None:
         """Wait for the save in progress."""
@@ -505,8 +504,8 @@ class Writer:
     def finish(self) -> None:
         """Wait for the last save. Raises RunStopped where it failed."""
         self.wait()
-        if self._loss:
-            raise self._loss
+        if self._lost_rank:
+            raise self._lost_rank
         if self._failure:
             raise RunStopped(f"{self._failure}; then resume with --resume=True")
 
@@ -545,8 +544,8 @@ class Writer:
                 if name in self._sharded:
                     gather_rows(copy, self.group)
         except RunStopped as error:
-            self._loss = error
-        if self._loss or not self.is_main:
+            self._lost_rank = error
+        if self._lost_rank or not self.is_main:
             return
         try:
             path = self.run_dir.follow()

@@ -1,5 +1,6 @@
 """Requests to a running training: stop, save, begin the final decay. All ranks act on the same ones."""
 
+import contextlib
 import signal
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -54,13 +55,15 @@ class SignalCatcher:
         if name == "SIGINT" and name in self.received:
             raise KeyboardInterrupt
         if name not in self.received:
-            print0("saving after this step" if name == "SIGUSR1" else "stopping after this step")
-        self.received.add(name)
+            self.received.add(name)  # first: the line below may fail
+            with contextlib.suppress(RuntimeError):  # the signal interrupted another print
+                print0("saving after this step" if name == "SIGUSR1" else "stopping after this step")
 
     def control(self, save_due: bool, decay_steps: int) -> Control:
         """This rank's requests for the coming step. SIGUSR1 asks for one checkpoint and is forgotten then."""
         save_requested = "SIGUSR1" in self.received
-        self.received.discard("SIGUSR1")
+        if save_requested:  # forget only a signal that was seen: another may arrive between these lines
+            self.received.discard("SIGUSR1")
         return Control(
             interrupt=float("SIGINT" in self.received),
             terminate=float("SIGTERM" in self.received),

@@ -1,4 +1,4 @@
-"""Faster attention and RMSNorm for training on a CPU, swapped into a GPT from outside.
+"""Faster attention and RMSNorm for training on a CPU, and a LayerNorm for sharded gains, swapped into a GPT.
 
 They compute the functions of model.py; runs/cpu_step has their gain.
 """
@@ -15,7 +15,7 @@ MAX_PLAIN_ATTENTION = 128  # positions; for longer rows torch's fused kernel is 
 
 
 def use_cpu_kernels(model: Any) -> None:
-    """Replace the attention and the RMS norms of a GPT, in place. Everything else of model.py stays in use."""
+    """Replace the attention and the norms of a GPT, in place."""
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
             module.forward = MethodType(rms_norm_forward, module)  # type: ignore[method-assign]

@@ -76,8 +76,8 @@ class World:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
-    def average_gradients(self, model: Any, is_last: bool) -> None:
-        """Make the next backward pass average the gradients over the copies of the model only if it is the last one."""
+    def set_gradient_sync(self, model: Any, is_last: bool) -> None:
+        """Average gradients over the copies of the model in the step's last backward pass alone."""
         if self.mesh:
             model.set_requires_all_reduce(is_last)
             model.set_is_last_backward(is_last)
@@ -130,7 +130,8 @@ def start(
         dist.init_process_group(backend, timeout=timeout, device_id=device_id, **place)
         if shards != 1:
             shards = shards or ranks.size
-            if ranks.rank < shards:  # with NCCL the others would wait for a split of its group that these do not make
+            # Only its members form it: on all ranks, new_group would split NCCL's communicator, which all must join.
+            if ranks.rank < shards:
                 save_group = dist.new_group([*range(shards)], timeout, backend="gloo", use_local_synchronization=True)
             mesh = sharding.make_mesh(torch_device.type, ranks.size, shards, timeout)
     return World(ranks.rank, ranks.size, torch_device, torch_dtype, mesh=mesh, save_group=save_group, ranks=ranks)

@@ -14,13 +14,12 @@ from nanogpt.generate.sampling import Sampling
 from nanogpt.generate.stream import TextStream
 from nanogpt.text.tokenizer import Tokenizer
 
-# Of a forward pass on a CPU: tokens, because many small operations take longer than a few large ones (runs/start), and
-# logits, which bound its memory.
+# Limits of a forward pass on a CPU. A few large operations are faster than many small ones (runs/start).
 CPU_TOKENS = 2**12
-CPU_LOGITS = 2**23
+CPU_LOGITS = 2**23  # tokens × vocabulary: bounds the memory
 
 
-def rows_to_evaluate(windows: EvalWindows, micro_batch: int, world: World) -> int:
+def eval_batch_size(windows: EvalWindows, micro_batch: int, world: World) -> int:
     """Rows of a forward pass of a model that is not compiled: on a CPU more than a small micro-batch of training."""
     if world.device.type != "cpu" or world.mesh:  # a sharded model's blocks may be compiled
         return micro_batch
@@ -36,11 +35,11 @@ def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: Wor
     """
     model.eval()
     sums = torch.zeros(2, device=world.device)  # of the losses and of the targets
-    # As many passes on each rank, because sharded weights are gathered in them: the last may have no windows.
-    for first in range(0, len(windows), world.size * batch_size):
-        first += world.rank * batch_size
+    # All ranks make the same number of passes, because each gathers sharded weights: the last batch may be empty.
+    for start in range(0, len(windows), world.size * batch_size):
+        first = start + world.rank * batch_size
         x, y = windows[first : first + batch_size]
-        # Pad the last batch with rows without targets: a compiled model wants one shape.
+        # Pad a short batch with rows without targets: a compiled model wants one shape.
         padding = (0, 0, 0, batch_size - len(x))
         x, y = world.to_device(F.pad(x, padding), F.pad(y, padding, value=-1))
         with world.autocast():

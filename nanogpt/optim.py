@@ -18,10 +18,10 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019) for all parameters; with kind="muon", Muon for the blocks' matrices.
 
-    Background. AdamW divides each momentum by the root of its mean square, number by number. Muon (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon) treats a matrix as a whole: it replaces the momentum U S Vᵀ by U Vᵀ, so
-    that every direction of the matrix learns at the same rate, scaled to the size of an AdamW update (Liu et al. 2025,
-    arXiv:2502.16982). Embeddings, the output layer, gains and biases stay with AdamW.
+    Background. AdamW divides the running mean of each gradient entry by the root of the running mean of that entry's
+    square. Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) treats a matrix as a whole: it replaces
+    the momentum U S Vᵀ by U Vᵀ, so that every direction of the matrix learns at the same rate, scaled to the size of an
+    AdamW update (Liu et al. 2025, arXiv:2502.16982). Embeddings, the output layer, gains and biases stay with AdamW.
 
     model: its parameters are on their device; for Muon a GPT, which names its matrices. learning_rate, muon_lr: the
     maxima of the schedule; muon_lr None means learning_rate. `parameters`: those that train; `state`: tensors of each.
@@ -135,7 +135,7 @@ class Optimizer:
         torch._foreach_add_(weights, updates)
 
     def _orthogonalize(self, maps: list[Tensor]) -> list[Tensor]:
-        """`orthogonalize` of maps (rows, columns), those of one shape or its transpose together."""
+        """Orthogonalize maps (rows, columns), stacking those of equal shape. Tall maps are transposed first."""
         wide = [one.mT if one.shape[0] > one.shape[1] else one for one in maps]
         by_shape: dict[torch.Size, list[int]] = {}
         for i, one in enumerate(wide):

@@ -50,7 +50,7 @@ class Ranks:
     def name(self, rank: int) -> str:
         return f"rank {rank} on {self.hosts[rank]}"
 
-    def ask_main(self, function: Callable[[], T]) -> T:
+    def run_on_main(self, function: Callable[[], T]) -> T:
         """The result of `function` on the main process, as JSON; where it raises, all ranks do.
 
         The error is printed by the main process and once by each other node.
@@ -78,7 +78,7 @@ class Ranks:
             raise (RunStopped if is_stopped else InputError)(text if os.environ.get("LOCAL_RANK", "0") == "0" else "")
         return answer["value"]
 
-    def ask_all(self, function: Callable[[], T]) -> T:
+    def run_on_all(self, function: Callable[[], T]) -> T:
         """Call `function` on every rank and return this rank's result; an error on one rank ends all of them."""
         if self.store is None:
             return function()
@@ -101,7 +101,7 @@ class Ranks:
                     is_stopped, text = problem
                     raise (RunStopped if is_stopped else InputError)(f"{self.name(rank)}: {text}")
 
-        self.ask_main(collect)
+        self.run_on_main(collect)
         return value
 
     def leave(self, size: int | None = None) -> None:
@@ -141,7 +141,7 @@ class Ranks:
             return "all ranks answer, so the network between them failed"
         names = ", ".join(map(self.name, silent[:8]))
         more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
-        return f"{names}{more} did not answer: hangs or has died"
+        return f"{names}{more} did not answer: it hangs or has died"
 
     def _describe(self, error: BaseException) -> list[Any]:
         """An error as JSON: whether it is a RunStopped, as those that are no InputError become, and its text."""

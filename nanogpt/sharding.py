@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanogpt.errors import InputError, RunStopped, first_line
+from nanogpt.errors import RunStopped, first_line
 
 SHARDS = "shards"  # the dimension of the mesh whose ranks share one copy of the model
 
@@ -46,11 +46,11 @@ def shard_model(model: Any, mesh: Any, dtype: torch.dtype) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def check_shards(shards: int, size: int, dtype: str, lora_rank: int, minutes: float | None) -> None:
-    """Raise InputError, a line each, where other keys or `size` processes do not allow `shards`."""
+def check_shards(shards: int, size: int, dtype: str, lora_rank: int, minutes: float | None) -> list[str]:
+    """Return the problems of `shards` with other keys and `size` processes, a line each."""
     problems: list[str] = []
     if shards == 1:
-        return
+        return problems
     if size % (shards or size):
         problems.append(f"shards={shards}: does not divide {size} process(es); set 0 for all, 1 for none, or a divisor")
     if dtype == "float16":
@@ -59,8 +59,7 @@ def check_shards(shards: int, size: int, dtype: str, lora_rank: int, minutes: fl
         problems.append("lora_rank: its frozen base cannot be sharded; set shards=1")
     if minutes is not None:
         problems.append("minutes: chooses small models, which need no shards; set shards=1")
-    if problems:
-        raise InputError("\n".join(problems))
+    return problems
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -92,16 +91,17 @@ def gather_rows(copy: Tensor, group: Any) -> None:
             peer = rank
             receive.wait()
     except RuntimeError as error:
-        deed = "send its part of a checkpoint" if peer else "receive a part of a checkpoint"
+        task = "send its part of a checkpoint" if peer else "receive a part of a checkpoint"
         raise RunStopped(
-            f"rank {peer} did not {deed} ({first_line(error)}): see its output, then resume with --resume=auto"
+            f"rank {peer} did not {task} ({first_line(error)}): see its output, then resume with --resume=auto"
         ) from error
 
 
 def norm_over_ranks(norm: Tensor, sharded: Tensor) -> Tensor:
-    """The norm of whole tensors by the norm of this rank's parts. sharded: one of the tensors, or a plain one.
+    """Combine the norms of the ranks' shards into the norm of the whole tensors.
 
-    All ranks take part, so that all copies of the model get the same bits.
+    sharded: one of the tensors; if it is not sharded, norm is returned as it is. The sum is over all ranks, so that all
+    copies of the model get the same bits.
     """
     if not is_sharded(sharded):
         return norm

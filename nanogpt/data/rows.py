@@ -191,6 +191,8 @@ class EvalWindows:
         weights = [part.weight for part in parts]
         available = [(part.tokens - 1) // block_size for part in parts]
 
+        # The most windows of which each part can give its share. Rounding moves a share by less than len(parts) rows:
+        # begin above, and step down.
         limit = min(-(-n * sum(weights) // weight) for n, weight in zip(available, weights, strict=True)) + len(parts)
         while (_rows_per_part(np.array([limit]), weights)[:, 0] > available).any():
             limit -= 1

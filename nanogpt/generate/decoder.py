@@ -50,7 +50,7 @@ class KVCache(nn.Module):
                 cached[:, :, columns - 1 : columns] = new
             else:
                 cached[self.rows, :, self.positions] = new[:, :, 0].to(cached.dtype)
-        # The query heads that share a key head attend like as many positions of one head.
+        # Query heads that share a key head become query positions of one head.
         queries = q.reshape(len(q), k.shape[1], -1, q.shape[-1]).to(keys.dtype)
         y = F.scaled_dot_product_attention(queries, keys[:, :, :columns], values[:, :, :columns], attn_mask=mask)
         return y.reshape(q.shape)

@@ -73,13 +73,14 @@ def sample_tokens(
         return logits.argmax(-1)
 
     probs, ids = filtered_probs(logits, sampling)
-    if probs.device.type == "mps":  # has no float64
+    # MPS has no float64, and CUDA no deterministic cumulative sum.
+    if probs.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
         probs = probs.cpu()
     cumulative = probs.double().cumsum(-1)
     noise = hashed_uniform(
         sampling.seed, np.array(sample_indices, dtype=np.uint64), np.array(positions, dtype=np.uint64)
     )
-    noise = noise.clip(max=1 - 1e-12)  # so that rounding never makes the product below the whole sum
+    noise = noise.clip(max=1 - 1e-12)  # the threshold stays below the total, also after rounding
     threshold = torch.from_numpy(noise).to(cumulative.device)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, threshold, right=True).to(logits.device)
     return (index if ids is None else ids.gather(-1, index))[:, 0]

@@ -41,6 +41,7 @@ from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.data.write import write_dataset
 from nanogpt.errors import run_script
+from nanogpt.files import recover_directories
 from nanogpt.metrics import MetricsWriter
 from nanogpt.schedule import StepSchedule
 from nanogpt.text.tokenizer import Tokenizer
@@ -296,10 +297,11 @@ class Witness:
         Raises Mismatch where that checkpoint is older than the newest finished one, or differs from the undisturbed
         run's in a bit.
         """
-        copy, output = self.out_dir.with_name("copy"), io.StringIO()  # a copy, because `load_latest` repairs
+        copy, output = self.out_dir.with_name("copy"), io.StringIO()  # a copy, because this repairs
         shutil.rmtree(copy, ignore_errors=True)
         if self.out_dir.exists():
             shutil.copytree(self.out_dir, copy)
+            recover_directories(copy / "ckpt")
         with contextlib.redirect_stdout(output):
             resumed = checkpoint.load_latest(copy, "auto")
         require(not output.getvalue(), output.getvalue())  # it names damaged checkpoints

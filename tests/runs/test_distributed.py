@@ -208,7 +208,7 @@ def save(model, world):
         with checkpoint.Writer(RunDir(Path(folder)), 0, 0.0, None, world.save_group) as writer:
             writer.save(dict(model.named_parameters()), {}, {"step": 1})
             writer.wait()
-            world.ranks.ask_main(writer.finish)
+            world.ranks.run_on_main(writer.finish)
 
 def main():
     rendezvous.ANSWER_S = 4.0
@@ -266,7 +266,7 @@ def test_ranks_that_lose_another_name_it_and_end_with_status_3(place: str, size:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert output.split() == ["3"] * 2 * (size - 1), errors  # where it hangs and where it dies
-    lost = f"rank 1 on {socket.gethostname()} did not answer: hangs or has died"
+    lost = f"rank 1 on {socket.gethostname()} did not answer: it hangs or has died"
     if place == "save":
         lost = "rank 1 did not send its part of a checkpoint"
     assert errors.count(lost) == 2 * (size - 1), errors

@@ -1,5 +1,6 @@
 """Checkpoints on disk: complete or absent, which are kept, and that damage in any form is refused in one line."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from conftest import steps
 
 from nanogpt import checkpoint
 from nanogpt.errors import InputError, RunStopped
+from nanogpt.rendezvous import Ranks
 from nanogpt.run_dir import RunDir
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -140,13 +142,16 @@ def test_a_kill_between_two_renames_loses_nothing(out_dir: Path, step: int):
             shutil.rmtree(path)
     final = out_dir / f"ckpt/step-{step:06d}"
     final.rename(final.with_name(f".{final.name}.old.partial"))
-    loaded = checkpoint.load_latest(out_dir, "auto")
+    with contextlib.ExitStack() as stack:
+        assert checkpoint.claim_and_load(RunDir(out_dir), "auto", False, Ranks(), stack) is None or step > 8
+        assert not final.exists()  # a run that writes nothing holds no lock, and leaves this to those that do
+        loaded = checkpoint.claim_and_load(RunDir(out_dir), "auto", True, Ranks(), stack)
     assert loaded
     assert loaded.path == final
 
 
 def test_files_are_synced_before_their_directory_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """And the directories around it after that; a step saved again has a name that `load_latest` recovers."""
+    """And the directories around it after that; a step saved again has a name that the next run recovers."""
     save(tmp_path, 1)
     events: list[tuple[str, str]] = []
     fsync, rename = os.fsync, Path.rename

@@ -118,6 +118,6 @@ def test_network_is_one_graph_equal_to_eager(monkeypatch: pytest.MonkeyPatch, op
     ids = torch.randint(9, (4, 8))
     inputs = (ids, ids, [torch.randint(9, (4, 8, 3)), torch.rand(4, 8, 3)])
     expected = loss_and_gradients(model, model, *inputs)
-    monkeypatch.setattr(model_file, "FLEX_ATTENTION_ON", "cpu")
+    monkeypatch.setattr(model_file, "FLEX_ATTENTION_DEVICE", "cpu")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(loss_and_gradients(model, compiled, *inputs), expected)

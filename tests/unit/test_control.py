@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from nanogpt import control as control_module
 from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -64,3 +65,28 @@ def test_a_run_that_saves_nothing_is_interrupted_at_once():
     SignalCatcher(can_save=False)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_that_interrupts_a_print_is_remembered(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(text: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    monkeypatch.setattr(control_module, "print0", interrupted)
+    signals = SignalCatcher()
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.control(save_due=False, decay_steps=0).terminate == 1
+
+
+def test_a_save_signal_between_two_lines_is_not_lost():
+    class Arriving(set):
+        """In which SIGUSR1 arrives right after the first look for it."""
+
+        def __contains__(self, name: object) -> bool:
+            is_here = super().__contains__(name)
+            if name == "SIGUSR1":
+                self.add(name)
+            return is_here
+
+    signals = SignalCatcher()
+    signals.received = Arriving()
+    assert [signals.control(save_due=False, decay_steps=0).save for _ in range(2)] == [0, 1]

@@ -1,4 +1,4 @@
-"""rows_to_evaluate: the rows of an evaluation's forward pass."""
+"""eval_batch_size: the rows of an evaluation's forward pass."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from nanogpt.data.rows import EvalWindows
 from nanogpt.distributed import World
-from nanogpt.evaluation import rows_to_evaluate
+from nanogpt.evaluation import eval_batch_size
 
 
 @pytest.mark.parametrize(
@@ -25,4 +25,4 @@ def test_small_passes_become_larger_on_a_cpu(
 ):
     windows = EvalWindows(np.zeros(8000, np.uint16), block_size, 0, 1, vocab_size)
     world = World(0, 2 if block_size == 256 else 1, torch.device(device), torch.float32)
-    assert rows_to_evaluate(windows, micro_batch, world) == expected
+    assert eval_batch_size(windows, micro_batch, world) == expected

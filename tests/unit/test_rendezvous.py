@@ -59,7 +59,7 @@ def test_ranks_meet_though_the_store_has_the_keys_of_earlier_starts():
     for size, late in ((3, 0), (3, 0), (2, 0), (3, 2), (1, 0), (2, 1)):
         all_ranks = meet(store, size, {late: 0.2})
         assert all(ranks.hosts == [f"host{rank}" for rank in range(size)] for ranks in all_ranks)
-        assert call(all_ranks, lambda ranks: ranks.ask_main(lambda: ranks.size)) == [size] * size
+        assert call(all_ranks, lambda ranks: ranks.run_on_main(lambda: ranks.size)) == [size] * size
         prefixes.add(store.get("prefix"))
     assert len(prefixes) == 6
 
@@ -75,14 +75,14 @@ def test_an_error_of_one_rank_ends_all_and_is_printed_once_a_node(three: list[Ra
             raise error("why")
         return ranks.rank
 
-    assert call(three, lambda ranks: ranks.ask_all(lambda: fail(ranks, -1, InputError))) == [0, 1, 2]
+    assert call(three, lambda ranks: ranks.run_on_all(lambda: fail(ranks, -1, InputError))) == [0, 1, 2]
     for local_rank, printed in (("0", "rank 2 on host2: why"), ("1", "")):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         for error in (InputError, RunStopped):
-            main, *others = call(three, lambda ranks, e=error: ranks.ask_all(lambda: fail(ranks, 2, e)))  # type: ignore[misc]
+            main, *others = call(three, lambda ranks, e=error: ranks.run_on_all(lambda: fail(ranks, 2, e)))  # type: ignore[misc]
             assert (type(main), str(main)) == (error, "rank 2 on host2: why")
             assert [(type(other), str(other)) for other in others] == [(error, printed)] * 2
-    main, *others = call(three, lambda ranks: ranks.ask_main(lambda: fail(ranks, 0, InputError)))
+    main, *others = call(three, lambda ranks: ranks.run_on_main(lambda: fail(ranks, 0, InputError)))
     assert {type(main), *map(type, others)} == {InputError}
     assert str(main) == "why"
 
