@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from conftest import MIXTURE, ROOT, Run, environment, flags, metrics, steps
 from random_models import build_gpt2
 
 import train
-from nanogpt import checkpoint
+from nanogpt import checkpoint, pace
 from nanogpt.data.rows import Rows
 from nanogpt.schedule import StepSchedule
 
@@ -48,6 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
 for size in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
     RUNS["lora"][size] = RUNS["sharded base"][size] = ...  # of the base
 RUNS["sharded base"]["block_size"] = 8  # cropped
+SLOW = ("split", "sharded")  # runs in which the second rank reads its data slowly
 STOP_AT = 6  # the second rank gets SIGTERM in the update after this step of "stopped"
 
 
@@ -62,6 +65,8 @@ def train_all(folder: Path) -> None:
 
     def getitem(rows: Rows, span: slice) -> Any:
         read.append((span.start, span.stop))
+        if rank == 1 and out_dirs[-1] in SLOW:
+            time.sleep(0.02)
         return original_getitem(rows, span)
 
     def lr_scale(schedule: StepSchedule, step: int) -> float:
@@ -88,6 +93,7 @@ def train_all(folder: Path) -> None:
     for name, keys in RUNS.items():
         read.clear()
         out_dirs.append(name)
+        pace.PERIOD_S = 0.1 if name in SLOW else 60.0
         pending[:] = ["stopped"] if name == "stopped" else []
         sys.argv = ["train.py", *flags(**{"dataset": "letters"} | keys, out_dir=name)]
         status = train.main()
@@ -150,6 +156,13 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(two: Path):
         assert report["rows"] == [[4 * k + 2 * rank, 4 * k + 2 * rank + 2] for k in range(20)]  # each row once
     assert steps(two / "stopped") == [10, 20]
     assert [step for (step,) in metrics(two / "stopped", "step")] == sorted([*range(1, 21), 0, 10, 20])
+
+
+def test_a_slow_rank_is_named(two: Path):
+    """With shards the time ends before the ranks begin to wait for each other, in the first forward pass."""
+    output = (two / "stdout").read_text()
+    slow = re.findall(r"rank (\d) on \S+ is slow: .* ms to the (end|start) of a first forward", output)
+    assert {*slow} >= {("1", "end"), ("1", "start")}
 
 
 def test_one_process_resumes_the_run_of_two(two: Path, run: Run):
