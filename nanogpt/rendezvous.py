@@ -3,10 +3,12 @@
 torchrun, or whoever sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, gives them a key-value store.
 """
 
+import atexit
 import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ TIMEOUT_S = 600.0  # how long a rank waits for the others
 STORE_S = 60.0  # how long it waits to connect to torchrun's store, which already runs
 ANSWER_S = 10.0  # after a failure: how long the ranks wait for each other's answers
 POLL_S = 0.2  # between two looks for an answer
+LISTEN_S = 2.0  # between two looks for a roll call
 PRINT_S = 1.0  # time for the main process to print an error before torchrun kills it
 
 
@@ -38,6 +41,11 @@ class Ranks:
         self.hosts = [socket.gethostname()]
         self.store: Any = None
         self._calls = 0  # which all ranks make in the same order
+        self._listener: threading.Thread | None = None
+        self._wake = threading.Event()  # of the listener: to call the roll, or to end
+        self._has_left = False
+        self._has_noticed = False  # that a rank is lost
+        self._places: list[str | None] | None = None  # where each rank was at a roll call; None: no answer
 
     @property
     def is_main(self) -> bool:
@@ -104,44 +112,57 @@ class Ranks:
         self.run_on_main(collect)
         return value
 
-    def leave(self, size: int | None = None) -> None:
-        """Stop using the store. The main process may host it, so it waits until `size` ranks have left."""
-        if self.store is None:
-            return
-        with contextlib.suppress(dist.DistError):
-            self.store.add("left", 1)
-            deadline = time.monotonic() + ANSWER_S
-            while self.is_main and self.store.add("left", 0) < (size or self.size) and time.monotonic() < deadline:
-                time.sleep(0.05)
+    def leave(self) -> None:
+        """Stop using the store. The main process may host it, so it waits until all ranks have left."""
+        self._stop_listening()
+        if self.store is not None:
+            with contextlib.suppress(dist.DistError):
+                _count(self.store, "left", self.size if self.is_main else 0)
+
+    def listen(self) -> None:
+        """From now on answer roll calls, in a thread, also while this rank waits in a collective."""
+        if self.store is not None:
+            self._listener = threading.Thread(target=self._answer_roll_call, args=(self.store.clone(),), daemon=True)
+            self._listener.start()
+            atexit.register(self._stop_listening)  # a thread inside the store may abort the interpreter's end
+
+    def _stop_listening(self) -> None:
+        if not self._wake.is_set():
+            self._has_left = True
+            self._wake.set()
+            if self._listener:
+                self._listener.join(ANSWER_S)
+
+    def _answer_roll_call(self, store: Any) -> None:
+        """Wait for a roll call, of this rank or another; answer it, and keep the answers of all."""
+        with contextlib.suppress(dist.DistError):  # the store has gone
+            while not self._wake.wait(LISTEN_S) and not store.check(["roll call"]):
+                pass
+            if self._has_left:
+                return
+            store.set("roll call", "")
+            store.set(f"place/{self.rank}", "" if self._has_noticed else _place())
+            _count(store, "answers", self.size)
+            places = [f"place/{rank}" for rank in range(self.size)]
+            self._places = [store.get(place).decode() if store.check([place]) else None for place in places]
+            answers = self.size - self._places.count(None)
+            _count(store, "read", answers if self.is_main else 0)  # the main process may host the store
 
     def describe_lost(self) -> str:
-        """The ranks that do not answer, in words. Each rank that lost another calls this."""
+        """The ranks that do not answer, in words; if all do, where those are that have not noticed a loss."""
         if self.store is None:
             return "another process crashed or hangs"
-        silent: list[int] | None = None
-
-        def look() -> None:
-            nonlocal silent
-            with contextlib.suppress(dist.DistError):
-                self.store.set(f"alive/{self.rank}", "")
-                self.store.add("alive", 1)
-                deadline = time.monotonic() + ANSWER_S
-                while self.store.add("alive", 0) < self.size and time.monotonic() < deadline:
-                    time.sleep(0.1)
-                names = [rank for rank in range(self.size) if not self.store.check([f"alive/{rank}"])]
-                self.leave(self.size - len(names))
-                silent = names
-
-        thread = threading.Thread(target=look, daemon=True)  # a store that hangs never returns
-        thread.start()
-        thread.join(3 * ANSWER_S)
-        if silent is None:
+        self._has_noticed = True
+        self._wake.set()
+        if self._listener:
+            self._listener.join(3 * ANSWER_S)  # a store that hangs never answers
+        if self._places is None:
             return f"the store on {self.hosts[0]} does not answer: that process or node hangs or has died"
-        if not silent:
-            return "all ranks answer, so the network between them failed"
-        names = ", ".join(map(self.name, silent[:8]))
-        more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
-        return f"{names}{more} did not answer: it hangs or has died"
+        silent = [self.name(rank) for rank, place in enumerate(self._places) if place is None]
+        busy = [f"{self.name(rank)} is at {place}" for rank, place in enumerate(self._places) if place]
+        if silent:
+            return f"{_shorten(silent)} did not answer: it hangs or has died"
+        return f"all ranks answer; {_shorten(busy)}" if busy else "all ranks answer, so the network between them failed"
 
     def _describe(self, error: BaseException) -> list[Any]:
         """An error as JSON: whether it is a RunStopped, as those that are no InputError become, and its text."""
@@ -159,6 +180,26 @@ class Ranks:
                 f"{self.name(self.rank)}: {self.name(rank)} did not answer for {timeout_s:g} s or has ended; see "
                 "its output, then resume with --resume=auto"
             ) from error
+
+
+def _count(store: Any, name: str, enough: int) -> None:
+    """Add one to a count, and wait until it is enough, for a while."""
+    deadline = time.monotonic() + ANSWER_S
+    count = store.add(name, 1)
+    while count < enough and time.monotonic() < deadline:
+        time.sleep(0.1)
+        count = store.add(name, 0)
+
+
+def _place() -> str:
+    """Where the main thread of this process is."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}, {frame.f_code.co_name}"
+
+
+def _shorten(items: list[str]) -> str:
+    more = f" and {len(items) - 8} more" if len(items) > 8 else ""
+    return ", ".join(items[:8]) + more
 
 
 def join(timeout_s: float = TIMEOUT_S) -> Ranks:
@@ -187,6 +228,7 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
             "that the others reach by --local_addr"
         ) from error
     ranks.hosts = [host for _, host in greetings]
+    ranks.listen()
     return ranks
 
 

@@ -225,8 +225,10 @@ def save(model, world):
 
 def main():
     rendezvous.ANSWER_S = 4.0
+    rendezvous.LISTEN_S = 0.5
     ranks = rendezvous.join(60.0)
-    ranks.timeout_s = 4.0  # from here on
+    if deed == signal.SIGSTOP:  # else some ranks notice only when others end
+        ranks.timeout_s = 4.0
     world = distributed.start("cpu", "float32", ranks=ranks, shards=int(sys.argv[1]))
     model = build_model(GPTConfig(1, 1, 8, vocab_size=8, block_size=8), None, world)
     model = world.wrap_ddp(model)
@@ -280,9 +282,10 @@ def test_ranks_that_lose_another_name_it_and_end_with_status_3(place: str, size:
             os.killpg(process.pid, signal.SIGKILL)
     assert output.split() == ["3"] * 2 * (size - 1), errors  # where it hangs and where it dies
     lost = f"rank 1 on {socket.gethostname()} did not answer: it hangs or has died"
-    if place == "save":
-        lost = "rank 1 did not send its part of a checkpoint"
-    assert errors.count(lost) == 2 * (size - 1), errors
+    expected = 2 * (size - 1)
+    if place == "save":  # where it dies, the others still send when the main process, and its store, have ended
+        lost, expected = "rank 1 did not send its part of a checkpoint", size
+    assert errors.count(lost) == expected, errors
     assert "Traceback" not in errors
 
 

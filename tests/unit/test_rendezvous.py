@@ -1,5 +1,6 @@
 """Ranks as threads with one store: they meet, agree, fail together, and name those that are lost."""
 
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,7 @@ def call(all_ranks: list[Ranks], function: Callable[[Ranks], Any]) -> list[Any]:
 def three(monkeypatch: pytest.MonkeyPatch) -> list[Ranks]:
     monkeypatch.setattr(rendezvous, "PRINT_S", 0.0)
     monkeypatch.setattr(rendezvous, "ANSWER_S", 0.5)
+    monkeypatch.setattr(rendezvous, "LISTEN_S", 0.05)
     return meet(dist.HashStore(), 3, {})
 
 
@@ -88,12 +90,39 @@ def test_an_error_of_one_rank_ends_all_and_is_printed_once_a_node(three: list[Ra
 
 
 def test_the_rank_that_does_not_answer_is_named(three: list[Ranks]):
-    words = "rank 1 on host1 did not answer"
-    assert all(words in lost for lost in call([three[0], three[2]], lambda ranks: ranks.describe_lost()))
+    """By the rank that notices, and later, without the store, by one that was waiting in a collective."""
+    for ranks in (three[0], three[2]):
+        ranks.listen()
+    words = "rank 1 on host1 did not answer: it hangs or has died"
+    assert three[0].describe_lost() == words
+    three[2].store.delete_key("place/0")
+    assert three[2].describe_lost() == words
 
 
-def test_no_rank_is_named_where_all_answer(three: list[Ranks]):
-    assert all("all ranks answer" in lost for lost in call(three, lambda ranks: ranks.describe_lost()))
+def test_where_all_answer_those_are_named_that_noticed_nothing(three: list[Ranks]):
+    for ranks in three:
+        ranks.listen()
+    assert re.fullmatch(r"all ranks answer; rank 1 on host1 is at \w+\.py:\d+, \w+", call_roll(three, [0, 2]))
+
+
+def test_no_rank_is_named_where_all_noticed(three: list[Ranks]):
+    for ranks in three:
+        ranks.listen()
+    assert call_roll(three, [0, 1, 2]) == "all ranks answer, so the network between them failed"
+
+
+def call_roll(all_ranks: list[Ranks], noticed: list[int]) -> str:
+    """What rank 0 says after some ranks have noticed a loss."""
+    for rank in noticed:
+        all_ranks[rank]._has_noticed = True
+    return all_ranks[0].describe_lost()
+
+
+def test_a_rank_that_leaves_listens_no_more(three: list[Ranks]):
+    for ranks in three:
+        ranks.listen()
+    call(three, Ranks.leave)
+    assert not any(ranks._listener and ranks._listener.is_alive() for ranks in three)
 
 
 def test_a_directory_is_shared_if_it_shows_the_mark(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
