@@ -126,7 +126,8 @@ def _read_flags(flags: list[tuple[str, list[str]]], config_class: Any) -> tuple[
         if name in hints and not texts and options(hints[name]) == [bool]:
             entries.append((place, name, True))
         elif name in hints and not texts:
-            problems.append(f"{place}: needs a value, as in --{name}={defaults[name]}")
+            example = True if defaults[name] is False else defaults[name]
+            problems.append(f"{place}: needs a value, as in --{name}={example}")
         elif name in hints and len(texts) > 1 and not _is_list(hints[name]):
             problems.append(f"{place}: takes one value, got {len(texts)}")
         elif name in hints:
@@ -189,6 +190,8 @@ def _run_file(file: str, current: dict[str, Any]) -> tuple[list[Entry], list[str
 def _explain_unreadable(file: str, error: OSError) -> str:
     if "=" in file or file.startswith("-"):
         return f"no such file; did you mean the flag --{file.lstrip('-')}?"
+    if os.path.isdir(file):
+        return f"is a folder; give values as --key=value, such as --out_dir={file}"
     folders = [folder for folder in (Path(file).parent, Path(__file__).parent / "config") if os.path.isdir(folder)]
     by_stem = {path.stem: os.path.relpath(path) for folder in folders for path in folder.glob("*.py")}
     close = difflib.get_close_matches(Path(file).stem, by_stem, n=1)

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import ExplicitKeys, key, parse
-from load import LoadedModel, ModelKeys, load_model
+from load import LoadedModel, ModelKeys, find_two_sources, load_model
 from model import GPT
-from nanogpt import checkpoint, distributed
+from nanogpt import distributed
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.data.dataset import MixturePart, Tokens, open_dataset
 from nanogpt.data.rows import SlidingWindows
@@ -111,11 +111,8 @@ def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
         unused = dict.fromkeys(TASK_KEYS, "has no effect without --tasks")
     if config.text:
         unused |= dict.fromkeys(("dataset", "token_dtype", "split"), f"--text={config.text} takes its place")
-    if config.init_from != "resume":
-        is_run = checkpoint.is_checkpoint(Path(config.init_from))
-        replaced = ("out_dir",) if is_run else ("out_dir", "checkpoint")
-        unused |= dict.fromkeys(replaced, f"--init_from={config.init_from} takes its place")
     problems = [f"--{name}: {reason}; leave it out" for name, reason in unused.items() if name in explicit]
+    problems += find_two_sources(config, explicit)
 
     problems += [f"--{name} is empty; leave it out" for name in ("tasks", "text") if getattr(config, name) == ""]
     if distributed.world_size() > 1:

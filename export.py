@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from configurator import key, parse
-from load import LoadedModel, ModelKeys, load_model
+from load import LoadedModel, ModelKeys, find_two_sources, load_model
 from model import GPTConfig
 from nanogpt import checkpoint
 from nanogpt.console import format_bytes
@@ -38,9 +38,11 @@ class ExportConfig(ModelKeys):
 
 
 def main() -> None:
-    config, _ = parse(ExportConfig, description="Write a trained GPT as a Hugging Face folder or a GGUF file.")
+    config, explicit = parse(ExportConfig, description="Write a trained GPT as a Hugging Face folder or a GGUF file.")
+    if problems := find_two_sources(config, explicit):
+        raise InputError("\n".join(problems))
     target = Path(os.path.abspath(config.to))
-    is_gguf = target.suffix == ".gguf"
+    is_gguf = target.suffix.lower() == ".gguf"
     if is_gguf:
         check_installed(config.to)
     if not config.to:

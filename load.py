@@ -56,6 +56,14 @@ class ModelKeys:
     checkpoint: str = key("best", "checkpoint of the run: best, latest, step-NNNNNN or its directory")
 
 
+def find_two_sources(keys: ModelKeys, explicit: Mapping[str, Any]) -> list[str]:
+    """The problems of keys that name a second model beside init_from, a line each."""
+    has_checkpoint = checkpoint.is_checkpoint(Path(keys.init_from))
+    unused = [] if keys.init_from == "resume" else ["out_dir"] if has_checkpoint else ["out_dir", "checkpoint"]
+    reason = f"--init_from={keys.init_from} takes its place; leave it out"
+    return [f"--{name}: {reason}" for name in unused if name in explicit]
+
+
 class LoadedModel(NamedTuple):
     """A model, its tokenizer and source; the run's settings and the ids that end a text, where known."""
 

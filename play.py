@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from configurator import key, parse
-from load import ModelKeys, load_model
+from load import ModelKeys, find_two_sources, load_model
 from nanogpt import distributed
 from nanogpt.compile import should_compile
 from nanogpt.device import describe_device
@@ -33,7 +33,9 @@ class PlayConfig(ModelKeys):
 
 
 def main() -> None:
-    config, _ = parse(PlayConfig, description="Serve a page to play with a trained GPT.")
+    config, explicit = parse(PlayConfig, description="Serve a page to play with a trained GPT.")
+    if problems := find_two_sources(config, explicit):
+        raise InputError("\n".join(problems))
     try:
         from nanogpt.playground.server import Playground, create_app, create_server
     except ModuleNotFoundError as error:

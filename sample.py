@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from configurator import key, parse
-from load import ModelKeys, load_model
+from load import ModelKeys, find_two_sources, load_model
 from model import GPT
 from nanogpt import distributed
 from nanogpt.compile import should_compile
@@ -79,6 +79,8 @@ def main() -> None:
 
 
 def check_flags(config: SampleConfig, explicit: dict[str, Any]) -> None:
+    if problems := find_two_sources(config, explicit):
+        raise InputError("\n".join(problems))
     for name in ("start", "num_samples"):
         if config.interactive and name in explicit:
             raise InputError(f"--{name}: an interactive session takes its prompts from the keyboard; leave it out")

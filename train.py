@@ -64,6 +64,7 @@ from nanogpt.train_log import (
     warn_if_slow_on_cpu,
 )
 
+OWN_KEYS = ("out_dir", "init_from", "dataset")  # paths, which may differ between machines
 MAX_SIZE = 2**30  # of a model: the product of two fits into 64 bits
 
 
@@ -375,6 +376,7 @@ def main() -> int:
             explicit = budget.check_resume(explicit, resumed.state)
             config = resume_config(config, explicit, resumed)
         has_budget = config.minutes is not None and not config.eval_only
+        ranks.raise_unless_equal({name: getattr(config, name) for name in asdict(config) if name not in OWN_KEYS})
         # What a new time budget chooses is checked below.
         check = budget.check_new_run if has_budget and not resumed else check_config
         ranks.run_on_main(partial(check, config))
@@ -400,6 +402,11 @@ def check_config(config: TrainConfig) -> None:
     """Raise InputError, a line each, for values that are valid one by one but not together."""
     problems = check_lora(config.lora_rank, config.init_from, config.out_dir, config.optimizer, config.lora_targets)
     problems += check_shards(config.shards, world_size(), config.dtype, config.lora_rank, config.minutes)
+    if not config.out_dir:
+        problems.append("out_dir: is empty; give a folder")
+    for name in ("lora_alpha", "lora_targets"):
+        if not config.lora_rank and getattr(config, name) != getattr(TrainConfig, name):
+            problems.append(f"{name}: has no effect without lora_rank; give --lora_rank too, or leave it out")
     if config.init_from == "scratch":
         try:
             new_model_config(config, vocab_size=1)
@@ -444,6 +451,7 @@ def prepare_and_train(
     """Load data and model, check memory, set up out_dir, restore the state; then train. Returns the exit status."""
     seed_everything(config.seed, config.deterministic)
     dataset, gpt, tokenizer = world.ranks.run_on_all(lambda: load_data_and_model(config, explicit, resumed, world))
+    world.ranks.raise_unless_equal(dataset.fingerprints, of="data.")
     config = replace(config, **{name: getattr(gpt.config, name) for name in MODEL_KEYS})
     config, world = choose_dtype(config, gpt.config, world)
     gpt.document_separator_id = document_separator_id(dataset, config.mask_documents)

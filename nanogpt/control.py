@@ -38,6 +38,13 @@ class Requests:
             self.decay_steps = int(control.decay_steps)
 
 
+NOTES = {
+    "SIGINT": "stopping after this step or evaluation; Ctrl-C again ends at once",
+    "SIGTERM": "stopping after this step",
+    "SIGUSR1": "saving after this step",
+}
+
+
 class SignalCatcher:
     """Remembers SIGINT, SIGTERM and SIGUSR1 from now on; a second SIGINT interrupts at once.
 
@@ -57,7 +64,7 @@ class SignalCatcher:
         if name not in self.received:
             self.received.add(name)  # first: the line below may fail
             with contextlib.suppress(RuntimeError):  # the signal interrupted another print
-                print0("saving after this step" if name == "SIGUSR1" else "stopping after this step")
+                print0(NOTES[name])
 
     def control(self, save_due: bool, decay_steps: int) -> Control:
         """This rank's requests for the coming step. SIGUSR1 asks for one checkpoint and is forgotten then."""

@@ -7,6 +7,7 @@ of torch that `import torch` does not load, as all those parts of torch do (runs
 
 import gc
 import importlib
+import os
 import sys
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
@@ -39,6 +40,7 @@ class DeferredImport(Loader):
 
 
 if "torch" not in sys.modules:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost process are twenty frames of C++
     sys.modules[DEFERRED] = ModuleType(DEFERRED)
     gc.disable()  # modules leave little garbage, and looking for it takes a tenth of the time
     try:

@@ -71,6 +71,9 @@ def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: 
     else:
         head_channels = (c.n_head + c.n_kv_head) * c.head_dim
         block = 4 / 3 * (18 * c.n_embd + (8 + 2 * itemsize) * head_channels + 4 * itemsize * c.n_inner)
+    if c.dropout:  # masks; and off CUDA attention is not fused then: 12 bytes for each of T × T probabilities
+        block += 10 * c.n_embd
+        block += 16 * c.n_head * T if model.token_embedding.weight.device.type != "cuda" else 0
     blocks = c.n_layer * 4 * c.n_embd + block if model.activation_checkpointing else c.n_layer * block
     logits = 12 * c.vocab_size * min(B * T, model.loss_chunk or B * T)  # log-probabilities and two of their gradients
     if model.loss_chunk:

@@ -112,6 +112,19 @@ class Ranks:
         self.run_on_main(collect)
         return value
 
+    def raise_unless_equal(self, settings: dict[str, Any], of: str = "") -> None:
+        """Raise InputError for settings that differ from the main process's. of: a prefix of their names."""
+        theirs = self.run_on_main(lambda: settings)
+
+        def compare() -> None:
+            own = json.loads(json.dumps(settings))
+            different = [name for name in own if own[name] != theirs.get(name)]
+            if different:
+                lines = [f"{of}{name}={own[name]}, but {theirs.get(name)} on {self.name(0)}" for name in different]
+                raise InputError("; ".join(lines) + ": start all processes with the same settings and data")
+
+        self.run_on_all(compare)
+
     def leave(self) -> None:
         """Stop using the store. The main process may host it, so it waits until all ranks have left."""
         self._stop_listening()
@@ -224,8 +237,8 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(
             f"rank {ranks.rank} on {greeting[1]}: {size} processes did not meet at {address} "
-            f"({first_line(error)}): start torchrun on each node, and give it an address of its node "
-            "that the others reach by --local_addr"
+            f"({first_line(error)}): one may have ended at once, see its output; or start torchrun on each node, and "
+            "give it an address of its node that the others reach by --local_addr"
         ) from error
     ranks.hosts = [host for _, host in greetings]
     ranks.listen()

@@ -92,7 +92,7 @@ class RunDir:
         archive = None
         try:
             if is_run(self.follow()):
-                if not self.path.name:
+                if Path.cwd().is_relative_to(os.path.realpath(self.path)):
                     raise InputError(
                         f"out_dir={self.path} holds a run that cannot move from here: give another --out_dir"
                     )

@@ -363,7 +363,7 @@ def _open_one(
             problems.append(
                 f"{path}: the {split} split is shorter than one block: {len(tokens):,} tokens, block_size "
                 f"{block_size} needs {block_size + 1:,}; set --block_size={max(len(tokens) - 1, 1)} or less, "
-                "or prepare a longer text"
+                "or prepare a longer text or a larger --val_share"
             )
     largest_id = dataset.meta.get("largest_id", 0)
     if vocab_size is not None and largest_id >= vocab_size:

@@ -13,6 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, Run, environment, flags
 
+import export
+import play
+import sample
 import train
 from model import GPT
 from nanogpt import checkpoint, memory
@@ -234,3 +237,15 @@ def test_names_that_no_file_can_have_are_refused(run: Run, used: Path, key: str,
     for resume in (False, True, "auto"):
         with pytest.raises(InputError):
             run(max_iters=1, resume=resume, **{"out_dir": "new"} | {key: name})
+
+
+@pytest.mark.parametrize("script", [sample, export, play])
+def test_two_models_at_once_are_an_error(script: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["script", "--init_from=base", "--out_dir=out", "--checkpoint=latest"])
+    with pytest.raises(InputError, match=r"^--out_dir: --init_from=base takes its place.*\n--checkpoint: "):
+        script.main()
+
+
+def test_keys_of_lora_without_it_are_an_error(run: Run):
+    with pytest.raises(InputError, match=r"^out_dir: is empty.*\nlora_alpha: has no effect without lora_rank"):
+        run(out_dir="", lora_alpha=4)

@@ -264,8 +264,9 @@ def test_out_dir_in_any_spelling(run: Run, name: str):
 
 def test_the_current_directory_cannot_be_archived(run: Run):
     run(out_dir=".", max_iters=1)
-    with pytest.raises(InputError, match=r"out_dir=\. holds a run that cannot move"):
-        run(out_dir=".", max_iters=1)
+    for name in (".", Path.cwd()):
+        with pytest.raises(InputError, match=r"out_dir=.* holds a run that cannot move"):
+            run(out_dir=name, max_iters=1)
     assert steps(".") == [1]
     assert run(out_dir=".", max_iters=2, resume=True) == 0
 

@@ -197,6 +197,7 @@ def test_evaluate_a_text_shorter_than_a_window(run_evaluate: Evaluate):
         (["--limit=3", "--chat=True"], "^--limit: .*leave it out\n--chat: .*leave it out"),
         (["--tasks="], "^--tasks is empty"),
         (["--text="], "^--text is empty"),
+        (["--init_from=gpt2", "--out_dir=out"], "^--out_dir: --init_from=gpt2 takes its place; leave it out"),
         (["--text=x", "--split=val"], "^--split: --text=x takes its place"),
         (["--json=nowhere/x.json"], "^--json=nowhere/x.json: .*its folder is missing"),
         (["--json=."], "^--json=.: is a folder"),

@@ -70,6 +70,24 @@ def test_estimate_grows_with_what_a_step_keeps():
     assert saved == pytest.approx(12 * 50_000 * (8 * 16 - 64) - 8 * 50_000 * SIZES["n_embd"])
 
 
+@pytest.mark.parametrize("sizes", [SIZES, MODERN])
+def test_estimate_has_what_dropout_keeps(sizes: dict[str, Any]):
+    """A third more than autograd saves, as of all activations."""
+    kept: list[int] = []
+    estimates: list[float] = []
+    for dropout in (0.0, 0.2):
+        model = GPT(GPTConfig(**sizes | {"block_size": 256, "dropout": dropout}))
+        saved: dict[int, torch.Tensor] = {}
+        idx = torch.zeros(4, 256, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.setdefault(t.data_ptr(), t), lambda t: t):
+            model(idx, idx)
+        kept.append(
+            sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved.values()}.values())
+        )
+        estimates.append(estimate_training_memory(model, "adamw", 4, 256, torch.float32))
+    assert estimates[1] - estimates[0] == pytest.approx(4 / 3 * (kept[1] - kept[0]), rel=0.2)
+
+
 @pytest.mark.parametrize("sharing", [1, 2])  # processes on this machine
 def test_pick_micro_batch_takes_the_largest_that_fits(sharing: int, monkeypatch: pytest.MonkeyPatch):
     model = GPT(GPTConfig(**SIZES))

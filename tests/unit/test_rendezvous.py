@@ -89,6 +89,13 @@ def test_an_error_of_one_rank_ends_all_and_is_printed_once_a_node(three: list[Ra
     assert str(main) == "why"
 
 
+def test_settings_that_differ_are_named(three: list[Ranks]):
+    same = {"learning_rate": 0.1, "betas": [0.9, 0.95], "minutes": None}
+    assert call(three, lambda ranks: ranks.raise_unless_equal(same)) == [None] * 3
+    main, *_ = call(three, lambda ranks: ranks.raise_unless_equal(same | {"seed": ranks.rank // 2}, of="data."))
+    assert str(main).startswith("rank 2 on host2: data.seed=1, but 0 on rank 0 on host0: start all processes with")
+
+
 def test_the_rank_that_does_not_answer_is_named(three: list[Ranks]):
     """By the rank that notices, and later, without the store, by one that was waiting in a collective."""
     for ranks in (three[0], three[2]):
