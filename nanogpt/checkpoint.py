@@ -545,6 +545,8 @@ class Writer:
                     gather_rows(copy, self.group)
         except RunStopped as error:
             self._lost_rank = error
+        except Exception as error:  # a save that ends here must not look like one that was done
+            self._lost_rank = RunStopped(f"a checkpoint could not be gathered: {error!r}; resume with --resume=auto")
         if self._lost_rank or not self.is_main:
             return
         try:

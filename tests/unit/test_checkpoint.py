@@ -489,6 +489,15 @@ def test_writer_of_another_rank_writes_nothing(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == [".step-000001.partial"]
 
 
+def test_a_gathering_that_fails_in_another_way_is_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shards = Shards(monkeypatch, rank=0)
+    monkeypatch.setattr(checkpoint, "gather_rows", lambda *_: 1 // shards.gathered)
+    writer = checkpoint.Writer(RunDir(tmp_path), 0, 0.0, None, group="two")
+    write(writer, 1)
+    with pytest.raises(RunStopped, match="could not be gathered: ZeroDivisionError"):
+        writer.finish()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_lost_rank_ends_all_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int):
     """Its group cannot be used again: what a rank sent last time may still be under way."""
