@@ -33,7 +33,7 @@ from load import (
 from nanogpt import checkpoint, distributed
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.console import print0
-from nanogpt.control import Control, Requests, SignalCatcher, ignore_save_signal
+from nanogpt.control import Control, EvaluationStopped, Requests, SignalCatcher, ignore_save_signal
 from nanogpt.data.dataset import Dataset, document_separator_id
 from nanogpt.data.ngrams import count_ngrams
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
@@ -255,6 +255,11 @@ def train(run: Run) -> int:
         save_due = run.checkpoints is not None and run.checkpoints.overdue()
         return signals.control(save_due, schedule.decay_due() if run.world.is_main else 0)
 
+    def check_signals() -> None:
+        requests.add([Control(*run.world.sum_over_ranks(signals.control()))])
+        if requests.exit_status:
+            raise EvaluationStopped
+
     while True:
         # Once in a while, and at the end: evaluate.
         is_last = schedule.is_done(state.step) and not config.dry_run
@@ -262,14 +267,10 @@ def train(run: Run) -> int:
         if is_due and state.val_loss is None and not config.dry_run and not requests.exit_status:
             requests.add(log.read(everything=True))  # waits for the device, so the clock stops when training does
             state.clock.stop()
-            losses = {}
-            for split, windows in run.windows.items():
-                losses[split] = evaluate(run.model, windows, run.eval_batch_size, run.world)
-            log.evaluation(losses, run.dataset.val.bits_per_byte(losses["val"]))
-            is_best = state.record_evaluation(losses["val"])
-            print_sample(run)
-            requests.save |= state.step > 0 and (config.always_save_checkpoint or is_best)
-            is_saved = False
+            with contextlib.suppress(EvaluationStopped):  # then the resumed run evaluates
+                is_best = evaluate_splits(run, log, check_signals)
+                requests.save |= state.step > 0 and (config.always_save_checkpoint or is_best)
+                is_saved = False
 
         # Save what is worth keeping; stop if this was the last step.
         out_of_patience = 0 < config.patience <= state.evals_since_best
@@ -306,12 +307,11 @@ def train(run: Run) -> int:
             read_control=read_control,
             layer_stats=run.layer_stats,
         )
-        lr = schedule.lr(state.step)
         state.record_update(num_rows)
         is_saved = False
 
         # Read, print and obey the previous update while this one runs.
-        log.put(state.step, first_row, state.samples, lr, stats)
+        log.put(state.step, first_row, state.samples, schedule.lr(state.step - 1), stats)
         pace.report(state.step)
         requests.add(log.read())  # raises RunStopped for a loss or a gradient that is not finite
         if requests.decay_steps and schedule.begin_decay(state.step, requests.decay_steps):
@@ -328,6 +328,17 @@ def train(run: Run) -> int:
     if summary and state.val_loss is not None and state.step > first_step:
         print0(summary)
     return requests.exit_status
+
+
+def evaluate_splits(run: Run, log: StepLogger, check_signals: Callable[[], None]) -> bool:
+    """Evaluate, record the losses and print a sample. Returns True for a new best; check_signals() may raise."""
+    losses = {}
+    for split, windows in run.windows.items():
+        losses[split] = evaluate(run.model, windows, run.eval_batch_size, run.world, check_signals)
+    log.evaluation(losses, run.dataset.val.bits_per_byte(losses["val"]))
+    is_best = run.state.record_evaluation(losses["val"])
+    print_sample(run)
+    return is_best
 
 
 def save(run: Run) -> None:

@@ -20,6 +20,10 @@ class Control(NamedTuple):
     decay_steps: float = 0.0  # updates of the final decay that is to begin now; 0: not yet (the main process alone)
 
 
+class EvaluationStopped(Exception):
+    """An evaluation was abandoned for a request to stop."""
+
+
 class Requests:
     """The agreed requests, as the training loop obeys them: a step after they were made."""
 
@@ -35,11 +39,11 @@ class Requests:
             if control.terminate:
                 self.exit_status = 143
             self.save |= bool(control.save)
-            self.decay_steps = int(control.decay_steps)
+            self.decay_steps = int(control.decay_steps) or self.decay_steps
 
 
 NOTES = {
-    "SIGINT": "stopping after this step or evaluation; Ctrl-C again ends at once",
+    "SIGINT": "stopping after this step; Ctrl-C again ends at once",
     "SIGTERM": "stopping after this step",
     "SIGUSR1": "saving after this step",
 }
@@ -66,7 +70,7 @@ class SignalCatcher:
             with contextlib.suppress(RuntimeError):  # the signal interrupted another print
                 print0(NOTES[name])
 
-    def control(self, save_due: bool, decay_steps: int) -> Control:
+    def control(self, save_due: bool = False, decay_steps: int = 0) -> Control:
         """This rank's requests for the coming step. SIGUSR1 asks for one checkpoint and is forgotten then."""
         save_requested = "SIGUSR1" in self.received
         if save_requested:  # forget only a signal that was seen: another may arrive between these lines

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -53,6 +54,12 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def sum_over_ranks(self, numbers: Sequence[float]) -> Sequence[float]:
+        """The elementwise sum of a few numbers of the host; between several ranks it waits for the device."""
+        if self.size == 1:
+            return numbers
+        return self.all_reduce_sum(torch.tensor(numbers, device=self.device)).tolist()
 
     def all_gather(self, values: Tensor) -> Tensor:
         """The `values` of all ranks, equal in shape, concatenated along the first dimension."""

@@ -1,5 +1,6 @@
 """Evaluate a model: its loss on fixed windows, and a sample of its text."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,13 @@ def eval_batch_size(windows: EvalWindows, micro_batch: int, world: World) -> int
 
 
 @torch.no_grad()  # under inference_mode FSDP2 would keep tensors that no backward pass can use
-def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: World) -> float:
+def evaluate(
+    model: nn.Module,
+    windows: EvalWindows,
+    batch_size: int,
+    world: World,
+    before_pass: Callable[[], None] = lambda: None,  # may raise, on all ranks alike
+) -> float:
     """Return the mean loss in nats over the valid targets of `windows`, whose batches the ranks share.
 
     Raises InputError if there are no valid targets.
@@ -37,6 +44,7 @@ def evaluate(model: nn.Module, windows: EvalWindows, batch_size: int, world: Wor
     sums = torch.zeros(2, device=world.device)  # of the losses and of the targets
     # All ranks make the same number of passes, because each gathers sharded weights: the last batch may be empty.
     for start in range(0, len(windows), world.size * batch_size):
+        before_pass()
         first = start + world.rank * batch_size
         x, y = windows[first : first + batch_size]
         # Pad a short batch with rows without targets: a compiled model wants one shape.

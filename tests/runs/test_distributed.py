@@ -19,7 +19,7 @@ from random_models import build_gpt2
 
 import train
 from nanogpt import checkpoint, pace
-from nanogpt.data.rows import Rows
+from nanogpt.data.rows import EvalWindows, Rows
 from nanogpt.schedule import StepSchedule
 
 BASE = {"max_iters": 20, "eval_interval": 10, "eval_iters": 3, "lr_decay_iters": 20, "n_layer": 2}
@@ -46,6 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "sharded base": BASE | {"init_from": "base", "shards": 2, "batch_size": 2, "gradient_accumulation_steps": 4},
     "lora": BASE | {"init_from": "base", "lora_rank": 2, "batch_size": 2, "gradient_accumulation_steps": 4},
     "stopped": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1},
+    "stopped in an evaluation": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2},
 }
 for size in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
     RUNS["lora"][size] = RUNS["sharded base"][size] = ...  # of the base
@@ -61,6 +62,7 @@ def train_all(folder: Path) -> None:
     read: list[tuple[int, int]] = []
     pending: list[str] = []  # names of runs to be stopped
     original_getitem = Rows.__getitem__
+    original_windows = EvalWindows.__getitem__
     original_lr_scale = StepSchedule.lr_scale
 
     def getitem(rows: Rows, span: slice) -> Any:
@@ -69,8 +71,14 @@ def train_all(folder: Path) -> None:
             time.sleep(0.02)
         return original_getitem(rows, span)
 
+    def windows(windows: EvalWindows, span: slice) -> Any:
+        if rank == 1 and read and pending == ["stopped in an evaluation"]:
+            pending.clear()
+            signal.raise_signal(signal.SIGTERM)
+        return original_windows(windows, span)
+
     def lr_scale(schedule: StepSchedule, step: int) -> float:
-        if rank == 1 and step == STOP_AT and pending:
+        if rank == 1 and step == STOP_AT and pending == ["stopped"]:
             pending.clear()
             signal.raise_signal(signal.SIGTERM)
         return original_lr_scale(schedule, step)
@@ -89,12 +97,13 @@ def train_all(folder: Path) -> None:
     original_save = checkpoint.Writer.save
     checkpoint.Writer.save = save  # type: ignore[method-assign]
     Rows.__getitem__ = getitem  # type: ignore[method-assign]
+    EvalWindows.__getitem__ = windows  # type: ignore[method-assign]
     StepSchedule.lr_scale = lr_scale  # type: ignore[method-assign]
     for name, keys in RUNS.items():
         read.clear()
         out_dirs.append(name)
         pace.PERIOD_S = 0.1 if name in SLOW else 60.0
-        pending[:] = ["stopped"] if name == "stopped" else []
+        pending[:] = [name] if name.startswith("stopped") else []
         sys.argv = ["train.py", *flags(**{"dataset": "letters"} | keys, out_dir=name)]
         status = train.main()
         if status:
@@ -156,6 +165,22 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(two: Path):
         assert report["rows"] == [[4 * k + 2 * rank, 4 * k + 2 * rank + 2] for k in range(20)]  # each row once
     assert steps(two / "stopped") == [10, 20]
     assert [step for (step,) in metrics(two / "stopped", "step")] == sorted([*range(1, 21), 0, 10, 20])
+
+
+def test_a_signal_to_one_rank_stops_an_evaluation_of_both(two: Path):
+    output = (two / "stdout").read_text()
+    assert output.count("stopped at step 10 by a signal; saved") == 1
+    assert output.count("resuming stopped in an evaluation/ckpt/step-000010") == 1
+    assert [json.loads((two / f"stopped in an evaluation-{rank}.json").read_text())["status"] for rank in (0, 1)] == [
+        143
+    ] * 2
+    assert [step for (step,) in metrics(two / "stopped in an evaluation", "step")] == [
+        0,
+        *range(1, 11),
+        10,
+        *range(11, 21),
+        20,
+    ]
 
 
 def test_a_slow_rank_is_named(two: Path):

@@ -13,7 +13,7 @@ import pytest
 from conftest import MIXTURE, Run, SignalAt, assert_same_checkpoint, metrics, steps
 
 from nanogpt import checkpoint
-from nanogpt.data.rows import Rows
+from nanogpt.data.rows import EvalWindows, Rows
 from nanogpt.errors import InputError
 
 KEYS: dict[str, Any] = {"dropout": 0.2, "gradient_accumulation_steps": 2, "n_layer": 2, "batch_growth_tokens": 800}
@@ -48,6 +48,30 @@ def test_resume_is_exact_to_the_bit(
     assert run(out_dir="parts", resume=True, **keys) == 0
     assert metrics("parts") == metrics("whole")
     assert len(metrics("whole", "val_loss")) == 4  # at 0, 8, 16 and the end
+    assert_same_checkpoint("whole", "parts", 20)
+
+
+@pytest.mark.parametrize(("nth", "saved"), [(1, [0]), (5, [8, 16]), (7, [16, 20])])  # of two passes each
+def test_a_signal_stops_an_evaluation_which_the_resumed_run_makes(
+    run: Run, monkeypatch: pytest.MonkeyPatch, nth: int, saved: list[int]
+):
+    passes = 0
+    original = EvalWindows.__getitem__
+
+    def getitem(windows: EvalWindows, span: slice) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == nth:
+            signal.raise_signal(signal.SIGTERM)
+        return original(windows, span)
+
+    run(out_dir="whole", **KEYS)
+    monkeypatch.setattr(EvalWindows, "__getitem__", getitem)
+    assert run(out_dir="parts", **KEYS) == 143
+    assert passes == nth
+    assert steps("parts") == saved
+    assert run(out_dir="parts", resume=True, **KEYS) == 0
+    assert metrics("parts") == metrics("whole")
     assert_same_checkpoint("whole", "parts", 20)
 
 

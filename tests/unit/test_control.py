@@ -57,7 +57,7 @@ def test_requests_obey_the_sum_over_the_ranks():
     requests.add([Control(interrupt=1.0), Control(decay_steps=12.0)])
     assert (requests.exit_status, requests.save, requests.decay_steps) == (130, True, 12)
     requests.add([Control(terminate=1.0)])
-    assert (requests.exit_status, requests.save, requests.decay_steps) == (143, True, 0)
+    assert (requests.exit_status, requests.save, requests.decay_steps) == (143, True, 12)
 
 
 def test_a_run_that_saves_nothing_is_interrupted_at_once():
