@@ -23,6 +23,7 @@ from nanogpt.interop.gguf import check_installed, write_gguf
 from nanogpt.interop.huggingface import write_huggingface
 from nanogpt.interop.names import find_architecture
 from nanogpt.interop.peft import write_peft
+from nanogpt.text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -85,6 +86,7 @@ def export_folder(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]
     """Write a folder for transformers; return the model and the number of bytes."""
     with atomic_directory(target) as folder:
         loaded = load_for_export(config)
+        card = model_card(target.name, loaded, config.dtype)  # first: a run in progress may delete its checkpoint
         write_huggingface(
             folder,
             asdict(loaded.model.config),
@@ -94,7 +96,6 @@ def export_folder(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]
             dtype=getattr(torch, config.dtype),
             shard_bytes=int(config.shard_gb * 1e9),
         )
-        card = model_card(target.name, loaded, config.dtype)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         return loaded, sum(path.stat().st_size for path in folder.iterdir())
 
@@ -111,6 +112,8 @@ def export_gguf(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
             extra_end_ids=loaded.end_ids,
             dtype=config.dtype,
         )
+    if loaded.model.config.arch == "gpt2" and loaded.model.config.gelu == "erf":
+        print("note: llama.cpp computes GELU's tanh approximation, this model the exact GELU; outputs differ slightly")
     if loaded.tokenizer.changes:
         changes = ", ".join(loaded.tokenizer.changes)
         print(f"note: llama.cpp does not apply the tokenizer's {changes}; give it text in that form")
@@ -127,6 +130,8 @@ def write_adapters(folder: Path, config: ExportConfig) -> None:
     base = run.state["lora"]["base"]
     sizes = asdict(run.build_config(GPTConfig, "model"))
     write_peft(folder, adapters, run.state["lora"]["alpha"], base, sizes)
+    if tokenizer := Tokenizer.load(run.path):  # with the chat template, which the base may lack
+        tokenizer.save_pretrained(folder, sizes["block_size"])
     facts = "\n".join(f"| {fact} | {value} |" for fact, value in run_facts(run.path).items())
     card = f"""---
 library_name: peft
@@ -198,9 +203,9 @@ def run_facts(folder: Path) -> dict[str, Any]:
     state = read_json(folder / "state.json")
     facts: dict[str, Any] = {}
     if isinstance(dataset := state["config"].get("dataset"), str):
-        facts["dataset"] = Path(dataset).name
+        facts["dataset"] = ", ".join(Path(part).name for part in dataset.split(","))
     if (init_from := state["config"].get("init_from", "scratch")) != "scratch":
-        facts["fine-tuned from"] = init_from
+        facts["fine-tuned from"] = Path(init_from).name if os.path.exists(init_from) else init_from
     facts["steps"] = f"{state['step']:,}"
     facts["tokens"] = f"{state['samples'] * state['model']['block_size']:,}"
     if state["val_loss"] is not None:

@@ -82,6 +82,7 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
     from_run = keys.init_from == "resume"
     source = Path(keys.out_dir if from_run else keys.init_from)
     end_ids: list[int] = []
+    may_be_gpt2 = True  # the ids, if there is no tokenizer
     if checkpoint.is_checkpoint(source) or (from_run and not (source / "ckpt.pt").exists()):
         # From here on by the checkpoint's path: a run in progress may have a better one in a moment.
         source = checkpoint.find(source, keys.checkpoint)
@@ -98,13 +99,14 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
         train_config = weights.train_config
         end_ids = weights.end_ids
         tokenizer = weights.tokenizer
-        if tokenizer is None and not weights.gpt2_encoding and train_config.get("dataset"):
+        may_be_gpt2 = weights.gpt2_encoding
+        if tokenizer is None and not may_be_gpt2 and train_config.get("dataset"):
             tokenizer = Tokenizer.load(resolve(train_config["dataset"]))  # nanoGPT keeps the characters beside the data
 
-    if tokenizer is None and model.config.vocab_size != GPT2_VOCAB:
+    if tokenizer is None and not (may_be_gpt2 and model.config.vocab_size == GPT2_VOCAB):
         raise InputError(
-            f"{source} has no tokenizer, and {model.config.vocab_size} ids are not GPT-2's: put its tokenizer.json "
-            "beside it"
+            f"{source} has no tokenizer, and its {model.config.vocab_size} ids may not be GPT-2's: put its "
+            "tokenizer.json beside it"
         )
     tokenizer = tokenizer or Tokenizer.gpt2()
     check_vocabulary(model, tokenizer)

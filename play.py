@@ -15,9 +15,11 @@ from configurator import key, parse
 from load import ModelKeys, find_two_sources, load_model
 from nanogpt import distributed
 from nanogpt.compile import should_compile
-from nanogpt.device import describe_device
+from nanogpt.device import describe_device, free_memory
 from nanogpt.errors import InputError, run_script
 from nanogpt.generate.low_precision import to_inference_precision
+from nanogpt.memory import crop_to_memory
+from nanogpt.rendezvous import explain_errors
 from nanogpt.text.chat import Chat
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -47,14 +49,17 @@ def main() -> None:
         raise InputError(f"--port={config.port}: {reason}; choose another, such as --port=8081") from None
 
     world = distributed.start(config.device, config.dtype)
-    loaded = load_model(config, action="playing with")
     compiled = should_compile(config.compile, world.device)
-    heading = {"parameters": loaded.model.count_parameters(), "device": describe_device(world.device)}
-    context = to_inference_precision(loaded.model, world, config.dtype, compiled, rows=1)
-    chat = load_chat(loaded.tokenizer, loaded.end_ids)
-    playground = Playground(loaded.model, loaded.tokenizer, context, compiled, chat, loaded.end_ids)
+    with explain_errors("not enough memory for this model: try --dtype=bfloat16, or a smaller one"):
+        loaded = load_model(config, action="playing with")
+        heading = {"parameters": loaded.model.count_parameters(), "device": describe_device(world.device)}
+        context = to_inference_precision(loaded.model, world, config.dtype, compiled, rows=1)
+        crop_to_memory(loaded.model, free_memory(world.device))
+        chat = load_chat(loaded.tokenizer, loaded.end_ids)
+        playground = Playground(loaded.model, loaded.tokenizer, context, compiled, chat, loaded.end_ids)
 
-    run_dir = Path(config.out_dir if config.init_from == "resume" else config.init_from)
+    source = Path(loaded.source)
+    run_dir = source.parents[1] if source.parent.name == "ckpt" else source
     app = create_app(playground, {"name": run_dir.resolve().name, **heading}, run_dir / "metrics.jsonl")
     print(f"http://127.0.0.1:{listener.getsockname()[1]} is open; press Ctrl-C to stop", flush=True)
     create_server(app).run(sockets=[listener])
@@ -65,12 +70,10 @@ def load_chat(tokenizer: Tokenizer, end_ids: Sequence[int]) -> Chat | None:
     if tokenizer.template is None:
         return None
     try:
-        chat = Chat(tokenizer, end_ids)
-        chat.stop_ids  # noqa: B018  # raises for a template that never ends an answer
-    except (InputError, ValueError) as error:
+        return Chat.for_answers(tokenizer, end_ids)
+    except InputError as error:
         print(f"no conversations, only texts: {error}", file=sys.stderr)
         return None
-    return chat
 
 
 if __name__ == "__main__":

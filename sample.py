@@ -26,7 +26,8 @@ from nanogpt.generate.decoder import Decoder
 from nanogpt.generate.low_precision import to_inference_precision
 from nanogpt.generate.sampling import Sampling
 from nanogpt.generate.stream import SampleText, TextStream, print_in_order
-from nanogpt.memory import decoder_rows_that_fit
+from nanogpt.memory import crop_to_memory, decoder_rows_that_fit
+from nanogpt.rendezvous import explain_errors
 from nanogpt.text.chat import Chat, Messages
 from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import Tokenizer
@@ -65,17 +66,19 @@ def main() -> None:
     world = distributed.start(config.device, config.dtype)
     compiled = should_compile(config.compile, world.device)
 
-    loaded = load_model(config, action="sampling from")
-    model, tokenizer = loaded.model, loaded.tokenizer
-    chat = Chat(tokenizer, loaded.end_ids) if config.chat else None
-    rows = 1 if config.interactive else config.num_samples
-    with to_inference_precision(model, world, config.dtype, compiled, rows):
-        if compiled:
-            print("compiling the decode step", file=sys.stderr)
-        if config.interactive:
-            converse(config, Decoder(model, compiled=compiled), tokenizer, chat)
-        else:
-            write_samples(config, model, tokenizer, chat, prompt, compiled)
+    with explain_errors("not enough memory for this model: try --dtype=bfloat16, or fewer --max_new_tokens"):
+        loaded = load_model(config, action="sampling from")
+        model, tokenizer = loaded.model, loaded.tokenizer
+        chat = Chat.for_answers(tokenizer, loaded.end_ids) if config.chat else None
+        rows = 1 if config.interactive else config.num_samples
+        with to_inference_precision(model, world, config.dtype, compiled, rows):
+            if compiled:
+                print("compiling the decode step", file=sys.stderr)
+            if config.interactive:
+                crop_to_memory(model, free_memory(world.device))
+                converse(config, Decoder(model, compiled=compiled), tokenizer, chat)
+            else:
+                write_samples(config, model, tokenizer, chat, prompt, compiled)
 
 
 def check_flags(config: SampleConfig, explicit: dict[str, Any]) -> None:
@@ -96,7 +99,10 @@ def write_samples(
         ids, _ = encode_conversation([{"role": "user", "content": prompt}], model, chat)
         prompt = ""  # only the answers are printed
     else:
-        ids = encode_prompt(prompt, model, tokenizer)
+        try:
+            ids = encode_prompt(prompt, model, tokenizer)
+        except InputError as error:
+            raise InputError(f"--start: {error}; give another by --start=TEXT or --start=FILE:prompt.txt") from error
 
     length = len(ids) + config.max_new_tokens
     rows = decoder_rows_that_fit(model, length, free_memory(model.token_embedding.weight.device))
@@ -108,6 +114,7 @@ def write_samples(
     for first in range(0, config.num_samples, rows):
         remaining = config.num_samples - first
         if remaining < rows:
+            del decoder  # its memory is needed
             decoder = Decoder(model, remaining, length, compiled)
         write(config, decoder, tokenizer, chat, ids, prompt, first)
 
@@ -140,7 +147,7 @@ def converse(config: SampleConfig, decoder: Decoder, tokenizer: Tokenizer, chat:
             if chat:
                 answer = tokenizer.decode([id for id in sample.ids if id not in chat.stop_ids])
                 messages = [*question, {"role": "assistant", "content": answer}]
-        except InputError as error:
+        except (InputError, UnicodeDecodeError) as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:  # at the prompt
             print(file=sys.stderr)
@@ -204,7 +211,7 @@ def write(
 def encode_prompt(prompt: str, model: GPT, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise InputError("--start: the prompt is empty; give --start=TEXT or --start=FILE:prompt.txt")
+        raise InputError("the prompt is empty")
     return check_ids(ids, model)
 
 

@@ -15,7 +15,7 @@ from nanogpt.console import available_cores
 from nanogpt.data.write import format_summary
 from nanogpt.errors import InputError, run_script
 from nanogpt.text.omissions import Omissions
-from nanogpt.text.prepare import find_earlier, is_hub_id, prepare
+from nanogpt.text.prepare import find_earlier, is_learned, prepare
 from nanogpt.text.reading import ReadOptions
 from nanogpt.text.sources import SUPPORTED, find_inputs
 from nanogpt.text.tokenizer import Tokenizer
@@ -60,10 +60,10 @@ def main() -> None:
 
     out = Path(config.out)
     tokenizer: str | Tokenizer = config.tokenizer
-    if is_hub_id(config.tokenizer) or config.tokenizer.endswith(".gguf"):
-        from nanogpt.interop.huggingface import read_tokenizer
+    if not is_learned(config.tokenizer):
+        from nanogpt.interop.huggingface import find_tokenizer
 
-        tokenizer = read_tokenizer(config.tokenizer)
+        tokenizer = find_tokenizer(config.tokenizer)
     omissions = Omissions()
     separator = config.document_separator.replace("\\n", "\n")
     meta = prepare(

@@ -17,11 +17,18 @@ from nanogpt.files import cache_folder
 # FLOPs of a micro-batch below which a GPU's step runs as a CUDA graph: 10 ms at half of an H100's peak, about what the
 # host needs to launch the kernels one by one. A guess, not measured yet.
 CUDA_GRAPH_FLOPS = 5e12
+COMPILE_FAILED = "warning: torch.compile failed, continuing without it"
 
 
 def should_compile(setting: bool | str, device: torch.device) -> bool:
     """The value of the key `compile`: True, False, or "auto" for on CUDA."""
     return setting is True or (setting == "auto" and device.type == "cuda")
+
+
+def set_cache_folder() -> None:
+    """Let the compiler keep its results in ~/.cache/nanogpt: torch's default is /tmp, which a reboot empties."""
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or a read-only one
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
 
 
 def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_step: bool) -> nn.Module:
@@ -30,15 +37,13 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
     inputs: idx and targets (B, T), soft targets or None, as for `GPT.forward`.
 
     is_whole_step: a step is this one micro-batch. On CUDA, if it is short too, each pass is replayed as one CUDA graph:
-    a gradient then lives where the next pass writes its own. The compiler's cache is ~/.cache/nanogpt, unless
-    TORCHINDUCTOR_CACHE_DIR is set: torch's default is /tmp, which a reboot empties.
+    a gradient then lives where the next pass writes its own.
     """
     idx, targets, _ = inputs
     blocks = model.blocks if world.mesh else []  # of a sharded model each alone, between what FSDP2 gathers and drops
     flops = model.flops_per_token() * idx.numel()
     use_graphs = world.device.type == "cuda" and is_whole_step and flops < CUDA_GRAPH_FLOPS and not blocks
-    with contextlib.suppress(OSError, RuntimeError):  # no home, or a read-only one
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
+    set_cache_folder()
     try:
         torch._dynamo.reset()  # an earlier model's versions count against a limit, and make other shapes variable
         for block in blocks:
@@ -62,7 +67,7 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
         reason = first_line(error)
         if blocks:  # which FSDP2 may have left half gathered
             raise InputError(f"compile: failed on sharded blocks ({reason}); set --compile=False") from error
-        print0(f"warning: torch.compile failed, continuing without it ({type(error).__name__}: {reason})")
+        print0(f"{COMPILE_FAILED} ({type(error).__name__}: {reason})")
         model.train()
         model.zero_grad(set_to_none=True)
         return model

@@ -1,6 +1,7 @@
 """All memory estimates, in bytes: training, the optimizer step, decoding."""
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -172,7 +173,21 @@ def decoder_rows_that_fit(model: Any, length: int, free: int | None) -> int:
     """Texts of up to `length` tokens to decode at once with `free` bytes; None: unknown, no limit."""
     if free is None:
         return 2**31
+    return max(1, int(USABLE_SHARE * free) // _decoder_row_bytes(model, length))
+
+
+def crop_to_memory(model: Any, free: int | None) -> None:
+    """Shorten the context in place, and print that, until `free` bytes hold the KV cache of one text."""
+    length = model.config.block_size
+    while free is not None and length > 1 and _decoder_row_bytes(model, length) > USABLE_SHARE * free:
+        length //= 2
+    if length < model.config.block_size:
+        print(f"a context of {length:,} tokens, not {model.config.block_size:,}, for lack of memory", file=sys.stderr)
+        model.crop_block_size(length)
+
+
+def _decoder_row_bytes(model: Any, length: int) -> int:
     c = model.config
     kv_cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * min(length, c.block_size)
     logits = 16 * c.vocab_size  # sampling makes a few copies, some of 8 bytes a number
-    return max(1, int(USABLE_SHARE * free) // (4 * (kv_cache + logits)))
+    return 4 * (kv_cache + logits)

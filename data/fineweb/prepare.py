@@ -11,9 +11,8 @@ from pathlib import Path
 from configurator import key, parse
 from nanogpt.data.write import format_summary
 from nanogpt.errors import InputError, run_script
+from nanogpt.interop.huggingface import find_tokenizer
 from nanogpt.text.pipeline import Shards, join
-from nanogpt.text.prepare import is_hub_id
-from nanogpt.text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -22,7 +21,7 @@ class FineWebConfig:
 
     input: str = key("hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT", "folder of parquet files", group="Data")
     out: str = key(str(Path(__file__).parent), "folder to write to, shared by all machines")
-    tokenizer: str = key("gpt2", "an encoding of tiktoken's, a tokenizer.json, a hub id")
+    tokenizer: str = key("gpt2", "an encoding of tiktoken's, a tokenizer.json or .gguf, a hub id")
     val_share: float = key(0.001, "fraction for validation, by hash", gt=0, lt=1)
     shard_tokens: int = key(100_000_000, "tokens in a file", ge=1)
 
@@ -39,12 +38,7 @@ def main() -> None:
     if config.machine >= config.machines:
         raise InputError(f"--machine={config.machine}: the machines are 0 to {config.machines - 1}, by --machines")
     out = Path(config.out)
-    if is_hub_id(config.tokenizer):
-        from nanogpt.interop.huggingface import read_tokenizer
-
-        tokenizer = read_tokenizer(config.tokenizer)
-    else:
-        tokenizer = Tokenizer.from_name_or_path(config.tokenizer)
+    tokenizer = find_tokenizer(config.tokenizer)
     if not config.join:
         run_tasks(config, Shards(out, tokenizer, config.val_share, config.shard_tokens))
         if config.slurm or config.machines > 1:

@@ -18,7 +18,7 @@ from pydoc_data.topics import topics
 from configurator import key, parse
 from nanogpt.data.write import format_summary, write_text
 from nanogpt.errors import run_script
-from nanogpt.interop.huggingface import read_tokenizer
+from nanogpt.interop.huggingface import find_tokenizer
 from nanogpt.text.tokenizer import Tokenizer
 
 CHARACTERS = 1_115_394  # Tiny Shakespeare's
@@ -50,7 +50,7 @@ class PyDocsConfig:
     """Folder to write to, and the tokens."""
 
     out: str = key(str(Path(__file__).parent), "folder to write to")
-    tokenizer: str = key("", "folder, hub id or GGUF file of the model whose tokenizer to use; default: characters")
+    tokenizer: str = key("", "an encoding of tiktoken's, a tokenizer.json or .gguf, a hub id; default: characters")
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
             break
     text = text[:CHARACTERS]
     print(f"{config.out}: {len(text):,} characters of Python {sys.version.split()[0]}")
-    tokenizer = read_tokenizer(config.tokenizer) if config.tokenizer else Tokenizer.characters(text)
+    tokenizer = find_tokenizer(config.tokenizer) if config.tokenizer else Tokenizer.characters(text)
     print(format_summary(write_text(config.out, text, tokenizer)))
 
 

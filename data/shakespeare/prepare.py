@@ -9,9 +9,8 @@ from pathlib import Path
 from configurator import key, parse
 from nanogpt.data.write import format_summary, read_tiny_shakespeare, write_text
 from nanogpt.errors import run_script
-from nanogpt.interop.huggingface import read_tokenizer
+from nanogpt.interop.huggingface import find_tokenizer
 from nanogpt.text.omissions import Omissions
-from nanogpt.text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -20,7 +19,7 @@ class ShakespeareConfig:
 
     input: str = key("", "your own UTF-8 text, instead of the download")
     out: str = key(str(Path(__file__).parent), "folder to write to")
-    tokenizer: str = key("", "folder or hub id of the model whose tokenizer.json to use; default: GPT-2's encoding")
+    tokenizer: str = key("gpt2", "an encoding of tiktoken's, a tokenizer.json or .gguf, a hub id")
 
 
 def main() -> None:
@@ -28,8 +27,7 @@ def main() -> None:
     omissions = Omissions()
     text = read_tiny_shakespeare(config.input, Path(config.out), omissions)
     print(f"{config.out}: {len(text):,} characters")
-    tokenizer = read_tokenizer(config.tokenizer) if config.tokenizer else Tokenizer.gpt2()
-    print(format_summary(write_text(config.out, text, tokenizer, omissions)))
+    print(format_summary(write_text(config.out, text, find_tokenizer(config.tokenizer), omissions)))
 
 
 if __name__ == "__main__":

@@ -147,7 +147,10 @@ class Tokens:
     def _read(self, name: str, map_file: Callable[[], np.ndarray], first: int, last: int) -> np.ndarray:
         """A range of a file. Raises InputError where it was cut meanwhile: reading beyond its end kills a process."""
         numbers = self._map(map_file)
-        file = getattr(numbers.base, "obj", None)  # unless they are in memory
+        base: Any = numbers
+        while isinstance(base, np.ndarray):  # a slice of a slice … of the file's memory
+            base = base.base
+        file = getattr(base, "obj", None)  # None: they are in memory
         if file and file.size() < len(file):
             raise InputError(f"{name} or its mask was cut short while it was read: prepare the data again")
         return numbers[first:last]
@@ -177,7 +180,7 @@ class Tokens:
     def check_ids(self, first: int, last: int, vocab_size: int) -> None:
         """Raise InputError for the first id from first to last that is outside of the vocabulary."""
         for shard, a, b in self.pieces(first, last):
-            ids = self._map(shard.ids)[a:b]
+            ids = self._read(shard.name, shard.ids, a, b)
             bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
             if len(bad):
                 fix = "use the dataset that the model was made for, or prepare it again"
@@ -471,7 +474,8 @@ def _open_mixture(
     tokenizers = [dataset.tokenizer for dataset in datasets if dataset.tokenizer]
     for other in datasets[1:]:
         has_same = not (first.tokenizer and other.tokenizer) or first.tokenizer.vocab == other.tokenizer.vocab
-        if not has_same or first.vocab_size != other.vocab_size:
+        sizes = {GPT2_VOCAB if dataset.assumes_gpt2 else dataset.vocab_size for dataset in (first, other)}
+        if not has_same or len(sizes) > 1:
             raise InputError(
                 f"dataset={name}: {first.folder} and {other.folder} have different tokenizers; "
                 "prepare them with the same"

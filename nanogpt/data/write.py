@@ -20,7 +20,7 @@ import numpy as np
 
 from nanogpt.data.dataset import FORMAT, token_dtype
 from nanogpt.errors import InputError
-from nanogpt.files import atomic_write, file_sha256, output_directory, sync
+from nanogpt.files import atomic_write, file_sha256, lock_file, output_directory, sync
 from nanogpt.text.omissions import Omissions
 from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer
@@ -212,8 +212,10 @@ def write_dataset(
     folder = Path(folder)
     staging = folder / "preparing"
     with output_directory(folder):
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        staging.mkdir(exist_ok=True)
+        lock = lock_file(staging / "lock")
+        if lock is None:
+            raise InputError(f"another process is preparing {folder}: wait until it ends, or give another folder")
         try:
             states = {}
             for split, pieces in splits.items():
@@ -228,6 +230,7 @@ def write_dataset(
             return move_into_place(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            lock.close()
 
 
 def write_text(

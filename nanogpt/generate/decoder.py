@@ -1,5 +1,6 @@
 """Generate tokens with a KV cache: prefill, then one decode step per token."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -8,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt.compile import COMPILE_FAILED, set_cache_folder
+from nanogpt.device import is_out_of_memory
+from nanogpt.errors import first_line
 from nanogpt.generate.sampling import Sampling, Token, sample_tokens, to_tokens, window_start
 from nanogpt.memory import MAX_TOKENS_PER_PASS
 
@@ -82,10 +86,18 @@ class Decoder:
         self._step = self._forward_step
         if compiled:
             mode = "reduce-overhead" if device_type == "cuda" else None
+            set_cache_folder()
             self._step = torch.compile(self._forward_step, mode=mode, fullgraph=True, dynamic=False)
-            for _ in range(3):  # the first step compiles, the others record the CUDA graph
-                self.prefill([[0]] * rows)
-                self.decode_step(torch.zeros(rows, dtype=torch.long))
+            try:
+                for _ in range(3):  # the first step compiles, the others record the CUDA graph
+                    self.prefill([[0]] * rows)
+                    self.decode_step(torch.zeros(rows, dtype=torch.long))
+            except Exception as error:  # the compiler and its backends raise anything
+                if is_out_of_memory(error):
+                    raise
+                print(f"{COMPILE_FAILED} ({type(error).__name__}: {first_line(error)})", file=sys.stderr)
+                self.compiled = False
+                self._step = self._forward_step
 
     @torch.inference_mode()
     def prefill(self, texts: Sequence[Sequence[int]]) -> Tensor:

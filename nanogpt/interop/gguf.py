@@ -322,7 +322,8 @@ def write_gguf(
     model_config: all fields of GPTConfig. tensors: under our names, on the CPU, the vocabulary's rows with or without
     padding. extra_end_ids: those that end a text, beside the tokenizer's. dtype: of the matrices, a name in DTYPES;
     vectors and positions are float32, and of q8_0 those matrices float16 whose rows are no multiple of 32.
-    Raises InputError for what llama.cpp does not compute, OSError if the disk is full.
+    llama.cpp computes GELU's tanh approximation, whichever the model has. Raises InputError for what else it does not
+    compute, OSError if the disk is full.
     """
     check_installed("--to")
     import gguf

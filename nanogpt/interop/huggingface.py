@@ -6,6 +6,7 @@ pickled weights are refused.
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,8 @@ from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-WEIGHT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json")
+SETTINGS_FILES = ("config.json", "generation_config.json", "vocab.json", peft.CONFIG)
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", peft.TENSORS)  # some have others beside them
 TOKENIZER_HINT = "have transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) write one"
 
 
@@ -46,7 +48,7 @@ def read_weights(source: str | Path) -> Weights:
     Raises InputError as `read_huggingface`, `read_gguf` and `read_nanogpt` do.
     """
     path = Path(source)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return read_gguf(path)
     is_nanogpt_folder = os.path.exists(path / "ckpt.pt") and not os.path.exists(path / "config.json")
     if str(source) not in OPENAI_MODELS and (os.path.isfile(path) or path.suffix == ".pt" or is_nanogpt_folder):
@@ -60,7 +62,7 @@ def read_huggingface(source: str) -> Weights:
     PEFT's adapters are merged into the base that they name. Raises InputError if it is missing, damaged, pickled, or
     computes a function that model.py does not.
     """
-    folder = _local_folder(source, *WEIGHT_FILES, *TOKENIZER_FILES, peft.CONFIG)
+    folder = _local_folder(source, *SETTINGS_FILES, *WEIGHT_FILES, *TOKENIZER_FILES)
     if (folder / peft.CONFIG).exists():
         return _read_adapters(source, folder)
     settings = _read_json(folder / "config.json")
@@ -77,6 +79,8 @@ def read_huggingface(source: str) -> Weights:
 
     if (folder / "tokenizer.json").exists():
         weights.tokenizer = Tokenizer.load(folder)
+        if weights.tokenizer and (start := weights.tokenizer.start_of_text):
+            weights.notes.append(f"{source}: its texts begin with {start}; begin a prompt with it, too")
     elif (folder / "vocab.json").exists():
         weights.notes.append(f"{source}: no tokenizer.json, so no text, only ids; {TOKENIZER_HINT}")
     elif config["vocab_size"] == GPT2_VOCAB:
@@ -101,12 +105,21 @@ def _read_adapters(source: str, folder: Path) -> Weights:
 
 def read_tokenizer(source: str) -> Tokenizer:
     """Read the tokenizer of a local folder, a GGUF file or a model on the hub. Raises InputError if there is none."""
-    if source.endswith(".gguf"):
+    if source.lower().endswith(".gguf"):
         return read_gguf_tokenizer(Path(source))
     tokenizer = Tokenizer.load(_local_folder(source, *TOKENIZER_FILES))
     if tokenizer is None:
         raise InputError(f"{source}: no tokenizer.json; give a folder or hub id that has one, or {TOKENIZER_HINT}")
     return tokenizer
+
+
+def find_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that a preparation is given: as `Tokenizer.from_name_or_path`, a GGUF file, or a hub id.
+
+    Raises InputError if there is none.
+    """
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not os.path.exists(spec)
+    return read_tokenizer(spec) if is_hub_id or spec.lower().endswith(".gguf") else Tokenizer.from_name_or_path(spec)
 
 
 def _local_folder(source: str, *files: str) -> Path:

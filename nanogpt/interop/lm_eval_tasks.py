@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from nanogpt.device import is_out_of_memory
 from nanogpt.distributed import World
-from nanogpt.errors import InputError, suggest
+from nanogpt.errors import InputError, first_line, suggest
 from nanogpt.generate.sampling import check_finite
 from nanogpt.interop.huggingface import write_huggingface
 from nanogpt.memory import rows_to_score
@@ -90,7 +91,12 @@ def _load_backend(model: Any, tokenizer: Tokenizer, world: World) -> Any:
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        write_huggingface(Path(folder), asdict(model.config), model.state_dict(), tokenizer)
+        try:
+            write_huggingface(Path(folder), asdict(model.config), model.state_dict(), tokenizer)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"--tasks: cannot export the model to {folder} ({first_line(error)}); set TMPDIR to a larger disk"
+            ) from error
         model.to("meta")
         stored_tokenizer = AutoTokenizer.from_pretrained(folder)
         if tokenizer.end_of_text is None:  # as of characters; the backend needs one, and a token to pad with

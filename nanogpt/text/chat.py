@@ -105,8 +105,8 @@ def end_ids(tokenizer: Tokenizer) -> list[int]:
     """The ids that end a generated text: the `eos_token`, that of a document, and of a chat model also of an answer."""
     ends = [tokenizer.named_id("eos_token"), tokenizer.end_of_text]
     if tokenizer.template is not None:
-        with contextlib.suppress(InputError, ValueError):  # a template that needs more than a question and an answer
-            ends += sorted(Chat(tokenizer).stop_ids)
+        with contextlib.suppress(InputError):  # a template that needs more than a question and an answer
+            ends += sorted(Chat.for_answers(tokenizer).stop_ids)
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
@@ -138,6 +138,16 @@ class Chat:
         self._name = re.compile(f"({names})")
         self._marked_name = re.compile(f"{NAME_START}({names}){NAME_END}")
         self._token_or_mark = re.compile(f"{names}|{NAME_START}")
+
+    @classmethod
+    def for_answers(cls, tokenizer: Tokenizer, end_ids: Collection[int] = ()) -> "Chat":
+        """A Chat whose `stop_ids` are known. Raises InputError also for a template that does not end an answer."""
+        chat = cls(tokenizer, end_ids)
+        try:
+            chat.stop_ids  # noqa: B018  # computed once
+        except ValueError as error:
+            raise InputError(f"{error}: restore the template that the model was tuned with") from error
+        return chat
 
     def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a conversation, uint32 (tokens,), and its loss mask, uint8 (tokens,).

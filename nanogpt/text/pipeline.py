@@ -15,7 +15,7 @@ from typing import Any
 from nanogpt.data.dataset import token_dtype
 from nanogpt.data.write import SPLITS, SplitState, SplitWriter, move_into_place, write_meta
 from nanogpt.errors import InputError
-from nanogpt.files import atomic_write, output_directory
+from nanogpt.files import atomic_write, output_directory, read_json
 from nanogpt.text.omissions import Omissions
 from nanogpt.text.prepare import BatchEncoder
 from nanogpt.text.reading import CHUNK_BYTES, Chunk, ReadOptions, ValSplit
@@ -80,7 +80,11 @@ def join(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """
     out = Path(out).absolute()
     staging = out / "preparing"
-    if not (staging / "meta.json").exists():
+    is_joined = (staging / "meta.json").exists()
+    if not is_joined and (staging / "joined").exists() and not any(staging.glob("task-*")):
+        shutil.rmtree(staging)  # an interruption left it when all was in place
+        return read_json(out / "meta.json")
+    if not is_joined:
         splits = {split: SplitState() for split in SPLITS}
         omissions = Omissions()
         for rank, done in enumerate(_read_done(out)):
@@ -89,6 +93,7 @@ def join(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
                 _append(state, SplitState(**done["splits"][split]), split, task_folder(out, rank), staging)
         tokenizer.save(staging)
         write_meta(staging, tokenizer, splits, omissions)
+    (staging / "joined").touch()
     for folder in staging.glob("task-*"):  # or after an interruption below, one would join their lost shards again
         shutil.rmtree(folder)
     meta = move_into_place(staging, out)

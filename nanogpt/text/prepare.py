@@ -15,7 +15,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import threading
@@ -402,7 +401,8 @@ def prepare(
                 Chat(tokenizer)  # raises InputError for a broken template
             if tokenizer.changes:
                 print(f"the tokenizer's normalizer changes some characters: {', '.join(tokenizer.changes)}")
-            tokenizer.save(staging)
+            if not (staging / "tokenizer.json").exists():  # a kill amid writing it again would leave half of it
+                tokenizer.save(staging)
             check_disk(job, tokenizer, out)
             encode_all(job, tokenizer, shard_tokens, progress)
             omissions.merge(progress.omissions)
@@ -493,10 +493,6 @@ def choose_split(job: Job, tail_share: float) -> ValSplit:
 
 def is_learned(tokenizer: str) -> bool:
     return tokenizer == "char" or tokenizer.startswith("bpe:")
-
-
-def is_hub_id(tokenizer: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", tokenizer)) and not os.path.exists(tokenizer)
 
 
 def learn_tokenizer(name: str, job: Job, train_mb: float, pattern: str) -> Tokenizer:

@@ -273,6 +273,12 @@ class Tokenizer:
         Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @property
+    def start_of_text(self) -> str:
+        """The token that other programs put before every text, as tokenizer.json says; `encode` does not."""
+        first = "".join(self._inner.encode("").tokens[:1])
+        return first if first in self.special_tokens else ""
+
+    @property
     def vocab(self) -> dict[str, int]:
         """The id of each token."""
         return self._inner.get_vocab()

@@ -131,7 +131,7 @@ def test_sample_writes_no_ids_without_a_token(write: Write, foreign: Any):
         (["--start=abX"], r"the character tokenizer has no id for 'X'"),
         (["--start="], r"^--start: the prompt is empty"),
         (["--start=FILE:none.txt"], r"^--start=FILE:none.txt: .*No such file"),
-        (["--start=" + "abc" * 6], r"^the prompt has 18 tokens, more than the context of 16"),
+        (["--start=" + "abc" * 6], r"^--start: the prompt has 18 tokens, more than the context of 16"),
         (["--out_dir=nothing"], r"^nothing .*--out_dir=nothing"),
         (["--checkpoint=step-000015"], r"checkpoint=step-000015: .*step-000020, step-000010"),
         (["--interactive=True", "--start=a"], r"^--start: an interactive session"),

@@ -1,6 +1,7 @@
 """Documents by datatrove's tasks against the same documents by data/prepare.py."""
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -77,6 +78,9 @@ def test_a_kill_after_the_files_are_in_place_loses_none(tmp_path: Path, monkeypa
     monkeypatch.setattr(shutil, "rmtree", removal)
     with pytest.raises(KeyboardInterrupt):
         join(tmp_path, tokenizer)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    assert join(tmp_path, tokenizer) == json.loads((tmp_path / "meta.json").read_text())
+    assert not (tmp_path / "preparing").exists()
     with pytest.raises(InputError, match="task 0 is not done"):  # there is nothing left to join
         join(tmp_path, tokenizer)
     data = open_dataset(tmp_path, block_size=8, verify=True)
