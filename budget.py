@@ -183,7 +183,7 @@ def check_resume(explicit: ExplicitKeys, state: dict[str, Any]) -> ExplicitKeys:
     Raises InputError where --minutes cannot: in a run without a time budget, and after its decay has begun.
     """
     minutes = explicit.get("minutes")
-    if not state.get("dial"):
+    if not state["dial"]:
         if minutes:
             raise InputError("minutes: this run has no time budget; leave --minutes out, or start another --out_dir")
         return explicit
@@ -382,8 +382,7 @@ class SpeedTrial:
 
     def agree(self, value: float) -> float:
         """The mean over all processes, so that all choose the same."""
-        total = self.world.all_reduce_sum(torch.tensor(float(value), device=self.world.device))
-        return total.item() / self.world.size
+        return self.world.sum_over_ranks([value])[0] / self.world.size
 
     def measure_difficulty(self, seconds: float) -> float:
         """This text's loss over the law's, from a small model trained on it for some seconds."""
@@ -439,6 +438,6 @@ def process_age() -> float:
     try:
         stat = Path("/proc/self/stat").read_text()
         start_s = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return float(Path("/proc/uptime").read_text().split()[0]) - start_s
-    except (OSError, ValueError, IndexError):  # not Linux
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - start_s  # /proc/uptime may be that of a container
+    except (OSError, ValueError, IndexError, AttributeError):  # not Linux
         return time.perf_counter() - START_TIME + IMPORT_S

@@ -36,6 +36,7 @@ KEYS_WITHOUT_EFFECT = {
     *("seed", "out_dir", "resume", "dry_run", "eval_only", "eval_interval", "log_interval", "sample_chars"),
     *("wandb_log", "wandb_project", "wandb_run_name", "tensorboard"),
     *("always_save_checkpoint", "checkpoint_minutes", "keep_every", "log_layers", "verify_data"),
+    *("eval_train", "timeout_s", "new_data"),
 }
 # Keys that --minutes derives from measured speed and free memory, so repeats may differ in them.
 MEASURED_KEYS = {"max_iters", "decay_iters", "eval_iters", "micro_batch_size"}

@@ -124,7 +124,7 @@ def write_adapters(folder: Path, config: ExportConfig) -> None:
     """Write the adapters of a run as PEFT's folder, and print their number."""
     source = Path(config.out_dir if config.init_from == "resume" else config.init_from)
     run = checkpoint.load(checkpoint.find(source, config.checkpoint), with_optimizer=False)
-    if not run.state.get("lora"):
+    if not run.state["lora"]:
         raise InputError(f"--adapters=True: {source} is a run without LoRA; leave it out")
     adapters = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in run.model.items()}
     base = run.state["lora"]["base"]

@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.compile import compile_model, should_compile
-from nanogpt.console import is_main, print0
+from nanogpt.console import print0
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.data.dataset import Dataset, open_dataset, resolve
 from nanogpt.data.rows import Rows, StepBatch
@@ -109,22 +109,9 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
             "tokenizer.json beside it"
         )
     tokenizer = tokenizer or Tokenizer.gpt2()
-    check_vocabulary(model, tokenizer)
+    tokenizer.check_rows(model.config.vocab_size)
     check_weights(model, str(source))
     return LoadedModel(model, tokenizer, str(source), train_config, end_ids)
-
-
-def check_vocabulary(model: GPT, tokenizer: Tokenizer) -> None:
-    """Print the special tokens that the model has no rows for. Raises InputError if it has too few for the others."""
-    rows = model.config.vocab_size
-    without_row = [name for name, token_id in tokenizer.special_tokens.items() if token_id >= rows]
-    if tokenizer.vocab_size - len(without_row) > rows:
-        raise InputError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {rows}: it belongs to another model")
-    if without_row and is_main():
-        print(
-            f"the model has no embedding for {', '.join(without_row)}: text that contains it is refused",
-            file=sys.stderr,
-        )
 
 
 def check_weights(model: GPT, source: str) -> None:
@@ -240,7 +227,7 @@ def compare_data(config: Any, resumed: Checkpoint, dataset: Dataset) -> None:
 
     Losses on another val split are not compared with the new ones.
     """
-    saved = resumed.state.get("data", dataset.fingerprints)  # version 0.1 did not save it
+    saved = resumed.state["data"] or dataset.fingerprints
     changed = [split for split in saved if saved[split] != dataset.fingerprints[split]]
     if changed and not config.new_data and config.dataset == resumed.state["config"]["dataset"]:
         raise InputError(
@@ -316,11 +303,12 @@ def load_weights(
             sizes, tensors = GPTConfig(**weights.config), weights.tensors
         model = build_model(replace(sizes, dropout=dropout), tensors, world, block_size)
     except ValueError as error:
-        raise InputError(f"init_from={init_from}: {error}; leave --block_size out or give less") from error
+        hint = "use another model" if block_size is None else "leave --block_size out or give less"
+        raise InputError(f"init_from={init_from}: {error}; {hint}") from error
     raise_for_sizes(explicit, asdict(model.config), init_from)
     check_weights(model, init_from)
     if tokenizer:
-        check_vocabulary(model, tokenizer)
+        tokenizer.check_rows(model.config.vocab_size)
     return model, tokenizer
 
 

@@ -24,6 +24,7 @@ from nanogpt.device import free_memory
 from nanogpt.errors import InputError, run_script
 from nanogpt.generate.decoder import Decoder
 from nanogpt.generate.low_precision import to_inference_precision
+from nanogpt.generate.prompt import encode_conversation, encode_prompt
 from nanogpt.generate.sampling import Sampling
 from nanogpt.generate.stream import SampleText, TextStream, print_in_order
 from nanogpt.memory import crop_to_memory, decoder_rows_that_fit
@@ -206,29 +207,6 @@ def write(
     num_tokens = sum(len(sample.ids) for sample in samples)
     print(f"{num_tokens / seconds:.1f} tok/s ({num_tokens:,} tokens in {seconds:.1f} s)", file=sys.stderr)
     return samples
-
-
-def encode_prompt(prompt: str, model: GPT, tokenizer: Tokenizer) -> list[int]:
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise InputError("the prompt is empty")
-    return check_ids(ids, model)
-
-
-def encode_conversation(messages: Messages, model: GPT, chat: Chat) -> tuple[list[int], Messages]:
-    """Encode a conversation up to where the next answer begins. Returns the ids, and the messages in them."""
-    ids, num_omitted = chat.encode_recent(messages, model.config.block_size)
-    return check_ids(ids, model), messages[num_omitted:]
-
-
-def check_ids(ids: list[int], model: GPT) -> list[int]:
-    """Return `ids`. Raises InputError if they do not fit the model's vocabulary or context."""
-    vocab_size, block_size = model.config.vocab_size, model.config.block_size
-    if max(ids) >= vocab_size:
-        raise InputError("the text has a special token that the model has no row for; leave it out")
-    if len(ids) > block_size:
-        raise InputError(f"the prompt has {len(ids):,} tokens, more than the context of {block_size:,}; shorten it")
-    return ids
 
 
 if __name__ == "__main__":

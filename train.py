@@ -25,6 +25,7 @@ from load import (
     choose_micro_batch,
     load_data_and_model,
     make_schedule,
+    micro_batch_sizes,
     new_model_config,
     prepare_model,
     prepare_training,
@@ -41,7 +42,8 @@ from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
 from nanogpt.distributed import World, world_size
 from nanogpt.errors import InputError, run_script
-from nanogpt.evaluation import eval_batch_size, evaluate, sample_text
+from nanogpt.evaluation import eval_batch_size, evaluate
+from nanogpt.generate.stream import sample_text
 from nanogpt.guard import UpdateGuard
 from nanogpt.layer_stats import LayerStats
 from nanogpt.lora import check_lora
@@ -374,6 +376,8 @@ def print_sample(run: Run) -> None:
 def main() -> int:
     """Resume or start a run, and train or evaluate it. Returns the exit status."""
     config, explicit = parse(TrainConfig, description="Train a GPT.")
+    if not config.out_dir:
+        raise InputError("out_dir: is empty; give a folder")
     ignore_save_signal()  # until there is something to save
     with contextlib.ExitStack() as stack:  # closes what the run opens
         ranks = join(config.timeout_s)
@@ -394,7 +398,8 @@ def main() -> int:
         if writes:
             ranks.run_on_main(partial(check_trackers, config.tensorboard, config.wandb_log))
 
-        with explain_errors("not enough memory for this model: use a smaller one", ranks):
+        smaller = "a smaller --block_size, or --loss_chunk=1024" if has_budget else "a smaller one"
+        with explain_errors(f"not enough memory for this model: use {smaller}", ranks):
             world = distributed.start(config.device, config.dtype, config.backend, ranks, config.shards)
             plan = resumed.state["dial"] if resumed and has_budget else None
             if has_budget and not resumed:
@@ -413,8 +418,6 @@ def check_config(config: TrainConfig) -> None:
     """Raise InputError, a line each, for values that are valid one by one but not together."""
     problems = check_lora(config.lora_rank, config.init_from, config.out_dir, config.optimizer, config.lora_targets)
     problems += check_shards(config.shards, world_size(), config.dtype, config.lora_rank, config.minutes)
-    if not config.out_dir:
-        problems.append("out_dir: is empty; give a folder")
     for name in ("lora_alpha", "lora_targets"):
         if not config.lora_rank and getattr(config, name) != getattr(TrainConfig, name):
             problems.append(f"{name}: has no effect without lora_rank; give --lora_rank too, or leave it out")
@@ -471,9 +474,12 @@ def prepare_and_train(
     splits = {"train": dataset.train, "val": dataset.val} if config.eval_train else {"val": dataset.val}
     windows = {name: EvalWindows(split, T, config.eval_iters, config.batch_size, V) for name, split in splits.items()}
     print_model_summary(gpt, world)
+    free = free_memory(world.device)
     if config.eval_only:
-        batch_size = eval_batch_size(windows["val"], config.batch_size, world)
-        losses = {split: evaluate(gpt, windows[split], batch_size, world) for split in windows}
+        micro_batch = min(micro_batch_sizes(config, world.size)[0], config.batch_size)
+        with explain_errors(memory_hint(micro_batch, config.rows_per_step // world.size, T, free), world.ranks):
+            batch_size = eval_batch_size(windows["val"], micro_batch, world)
+            losses = {split: evaluate(gpt, windows[split], batch_size, world) for split in windows}
         step = resumed.state["step"] if resumed else 0
         print0(f"step {step}: " + format_losses(losses, dataset.val.bits_per_byte(losses["val"])))
         return 0
@@ -488,7 +494,7 @@ def prepare_and_train(
     end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
     if config.decay_lr and config.warmup_iters > end_step:
         print0(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end_step} updates")
-    hint = memory_hint(micro_batch, config.rows_per_step // world.size, T, free_memory(world.device))
+    hint = memory_hint(micro_batch, config.rows_per_step // world.size, T, free)
     memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype, world.shards)
     raise_if_cpu_memory_is_short(memory, world.device, hint)
     with explain_errors(hint, world.ranks):  # compiling runs a micro-batch
@@ -499,15 +505,13 @@ def prepare_and_train(
         rows_left = row_schedule.total_rows(config.max_iters - state.step, state.samples) - state.samples
         warn_if_slow_on_cpu(gpt, rows_left * T, world)
     writer = checkpoints = None
-    if world.is_main and not config.dry_run:  # by now no rank reads weights from out_dir
-        if resumed:
-            checkpoint.quarantine_damaged(resumed.path)
-        elif archived := run_dir.archive_previous_run():
-            print0(f"{run_dir.path} held a run already: moved to {archived}")
-        writer = MetricsWriter(run_dir, state.step, is_evaluated=state.val_loss is not None or not resumed)
-        stack.callback(writer.close)
-        wandb_id = resumed.state["wandb_id"] if resumed else None
-        writer.open_trackers(asdict(config) if config.wandb_log else None, wandb_id, config.tensorboard)
+
+    def open_metrics() -> None:
+        nonlocal writer
+        writer = open_writer(config, run_dir, resumed, state, stack)
+
+    if not config.dry_run:
+        world.ranks.run_on_main(open_metrics)  # by now no rank reads weights from out_dir
     if world.rank < world.shards and not config.dry_run:  # the main process, and those that share its copy of the model
         checkpoints = checkpoint.Writer(
             run_dir, config.keep_every, config.checkpoint_minutes, tokenizer, world.save_group
@@ -536,6 +540,21 @@ def prepare_and_train(
     first_step = state.step
     with explain_errors(hint, world.ranks, before_update=lambda: state.step == first_step):
         return train(run)
+
+
+def open_writer(
+    config: TrainConfig, run_dir: RunDir, resumed: Checkpoint | None, state: TrainState, stack: contextlib.ExitStack
+) -> MetricsWriter:
+    """Clear out_dir of a previous run, or of damaged checkpoints, and open metrics.jsonl and the trackers."""
+    if resumed:
+        checkpoint.quarantine_damaged(resumed.path)
+    elif archived := run_dir.archive_previous_run():
+        print0(f"{run_dir.path} held a run already: moved to {archived}")
+    writer = MetricsWriter(run_dir, state.step, is_evaluated=state.val_loss is not None or not resumed)
+    stack.callback(writer.close)
+    wandb_config = asdict(config) if config.wandb_log else None
+    writer.open_trackers(wandb_config, resumed and resumed.state["wandb_id"], config.tensorboard)
+    return writer
 
 
 def restore(state: TrainState, resumed: Checkpoint, schedule: StepSchedule, config: TrainConfig, world: World) -> None:

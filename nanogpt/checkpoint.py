@@ -15,7 +15,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Never, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Never, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -94,20 +94,23 @@ class State(TypedDict):
     time_s: NonNegative
     val_loss: NonNegative | None
     best_val_loss: NonNegative | None
-    since_best: NotRequired[Count]
-    clipped: NotRequired[Count]
+    since_best: Count
+    clipped: Count
     scaler: dict[str, Never] | ScalerState
     guard: dict[str, Never] | GuardState
     processes: Count
     wandb_id: str | None
-    dial: NotRequired[Plan | None]  # the name that version 0.1 gave it
-    data: NotRequired[Fingerprints]
-    lora: NotRequired[Lora | None]
+    dial: Plan | None  # the name that version 0.1 gave it
+    data: Fingerprints | None  # None: not known
+    lora: Lora | None
     model: dict[str, Any]
     config: dict[str, Any]
 
 
-ADDED_LATER: dict[str, Any] = {"guard": {}, "processes": 1, "wandb_id": None}  # absent from the oldest checkpoints
+TRANSIENT = (errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.EACCES)  # errors of an intact file
+# Keys that the checkpoints of earlier versions lack.
+ADDED_LATER: dict[str, Any] = {"guard": {}, "processes": 1, "wandb_id": None, "since_best": 0, "clipped": 0}
+ADDED_LATER |= {"dial": None, "data": None, "lora": None}
 
 
 @dataclass
@@ -141,7 +144,7 @@ class Checkpoint:
         changes: as for `GPT.from_tensors`.
         """
         sizes: Any = self.build_config(config_class, "model")
-        has_adapters = bool(self.state.get("lora")) and not self.adapters
+        has_adapters = self.state["lora"] is not None and not self.adapters
         if has_adapters:
             self._read_base(asdict(sizes))
         try:
@@ -161,18 +164,20 @@ class Checkpoint:
         run = self.state["lora"]
         init_from = str(self.state["config"].get("init_from"))
         source = next((place for place in (run["base"], init_from) if os.path.exists(place)), run["base"])
-        another = InputError(f"{self.path} has adapters of another base: {source} is not what the run started from")
-        if has_adapters(Path(source)):  # a later run in the base's directory; it may even have started from this one
-            raise another
+        tensors: dict[str, Tensor] = {}
         try:
-            if is_checkpoint(Path(source)):
-                tensors = load(find(source), with_optimizer=False).model
-            else:
+            if not is_checkpoint(Path(source)):
                 tensors = dict(read_weights(source).tensors)
+            elif not has_adapters(Path(source)):  # as of a later run there, which may have started from this one
+                # If that run has gone on, another checkpoint is the best now.
+                for path in dict.fromkeys([find(source), *list_checkpoints(Path(source))]):
+                    tensors = load(path, with_optimizer=False).model
+                    if lora.base_sha256(tensors, sizes) == run["base_sha256"]:
+                        break
         except InputError as error:
             raise InputError(f"{self.path} has adapters, and their base cannot be read: {error}") from error
         if lora.base_sha256(tensors, sizes) != run["base_sha256"]:
-            raise another
+            raise InputError(f"{self.path} has adapters of another base: {source} is not what the run started from")
         self.adapters = self.model
         self.model = lora.crop(tensors, sizes)
 
@@ -187,7 +192,7 @@ def is_checkpoint(source: Path) -> bool:
 
 def has_adapters(source: Path) -> bool:
     """True for a run or checkpoint whose tensors are LoRA's adapters."""
-    return is_checkpoint(source) and bool(read_json(find(source) / "state.json").get("lora"))
+    return is_checkpoint(source) and verify(find(source), ["state.json"])["lora"] is not None
 
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
@@ -233,7 +238,7 @@ def best(paths: list[Path]) -> Path | None:
     for path in paths:
         with contextlib.suppress(InputError):
             state = verify(path, ["state.json"])
-            data = state.get("data", {}).get("val")  # version 0.1 did not save it
+            data = state["data"] and state["data"]["val"]
             newest_data = newest_data or data
             if state["val_loss"] is not None and data in (None, newest_data):
                 losses[path] = state["val_loss"]
@@ -341,6 +346,7 @@ def verify(path: Path, files: list[str]) -> dict[str, Any]:
         if not is_complete or (path / MANIFEST).read_text(encoding="utf-8") != _format_manifest(hashes):
             raise ValueError
     except (OSError, ValueError) as error:
+        raise_if_transient(error, path)
         raise _damaged(path, f"its {MANIFEST} is missing or unreadable") from error
 
     for name in files:
@@ -348,11 +354,13 @@ def verify(path: Path, files: list[str]) -> dict[str, Any]:
             if name in hashes and file_sha256(path / name) != hashes[name]:
                 raise _damaged(path, f"the SHA-256 of {name} is not the manifest's")
         except OSError as error:
+            raise_if_transient(error, path)
             raise _damaged(path, f"{name}: {error.strerror}") from error
 
     try:
         content = {**ADDED_LATER, **read_json(path / "state.json")}
     except (OSError, ValueError) as error:
+        raise_if_transient(error, path)
         raise _damaged(path, f"state.json is unreadable ({error})") from error
     state, problems = check(content, State)
     if problems:
@@ -364,6 +372,12 @@ def verify(path: Path, files: list[str]) -> dict[str, Any]:
 
 def _format_manifest(hashes: dict[str, str]) -> str:
     return json.dumps({"sha256": hashes}, indent=1)
+
+
+def raise_if_transient(error: Exception, path: Path) -> None:
+    """Raise RunStopped for an error that another try may not meet, such as those of a network's file system."""
+    if isinstance(error, OSError) and error.errno in TRANSIENT:
+        raise RunStopped(f"{path} cannot be read ({error.strerror}): it may be intact; try again") from error
 
 
 def _damaged(path: Path, reason: str) -> InputError:

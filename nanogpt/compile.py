@@ -17,7 +17,6 @@ from nanogpt.files import cache_folder
 # FLOPs of a micro-batch below which a GPU's step runs as a CUDA graph: 10 ms at half of an H100's peak, about what the
 # host needs to launch the kernels one by one. A guess, not measured yet.
 CUDA_GRAPH_FLOPS = 5e12
-COMPILE_FAILED = "warning: torch.compile failed, continuing without it"
 
 
 def should_compile(setting: bool | str, device: torch.device) -> bool:
@@ -61,13 +60,18 @@ def compile_model(model: Any, world: World, inputs: Sequence[Any], *, is_whole_s
         if blocks:
             model.reshard()  # or the optimizer would see the gathered tensors that the evaluation left
         return compiled
-    except Exception as error:  # the compiler and its backends raise anything
-        if is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-        if blocks:  # which FSDP2 may have left half gathered
-            raise InputError(f"compile: failed on sharded blocks ({reason}); set --compile=False") from error
-        print0(f"{COMPILE_FAILED} ({type(error).__name__}: {reason})")
+    except Exception as error:
+        if blocks and not is_out_of_memory(error):  # which FSDP2 may have left half gathered
+            raise InputError(f"compile: failed on sharded blocks ({first_line(error)}); set --compile=False") from error
+        warn_of_failure(error)
         model.train()
         model.zero_grad(set_to_none=True)
         return model
+
+
+def warn_of_failure(error: Exception) -> None:
+    """Print that compiling failed, by any error of the compiler and its backends. Raises one of memory that ran out."""
+    if is_out_of_memory(error):
+        raise error
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    print0(f"warning: torch.compile failed, continuing without it ({reason})")

@@ -65,9 +65,8 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
         raise InputError(f"device={name}: each process takes its own GPU; use --device=cuda")
     number = int(index or local_rank or 0)
     if number >= count:
-        raise InputError(
-            f"device=cuda:{number}: this machine has {count} CUDA device(s); start at most {count} processes"
-        )
+        hint = f"use cuda:0 to cuda:{count - 1}" if local_rank is None else f"start at most {count} processes"
+        raise InputError(f"device=cuda:{number}: this machine has {count} CUDA device(s); {hint}")
     return torch.device("cuda", number)
 
 
@@ -114,10 +113,12 @@ def free_memory(device: torch.device) -> int | None:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
-    with contextlib.suppress(OSError, ValueError):  # the limit of a container; "max" where there is none
+    with contextlib.suppress(OSError, ValueError, KeyError):  # the limit of a container; "max" where there is none
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, limit - used)
+        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        cached = int(stat["inactive_file"]) + int(stat["active_file"])  # files in memory, which give way
+        free = min(free, limit - used + cached)
     return free
 
 
@@ -126,7 +127,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     message = str(error)
-    parts = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    parts = ("can't allocate memory", "out of memory", "_ALLOC_FAILED", "Storage size calculation overflowed")
     return isinstance(error, RuntimeError) and any(part in message for part in parts)
 
 

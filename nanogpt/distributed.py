@@ -59,7 +59,7 @@ class World:
         """The elementwise sum of a few numbers of the host; between several ranks it waits for the device."""
         if self.size == 1:
             return numbers
-        return self.all_reduce_sum(torch.tensor(numbers, device=self.device)).tolist()
+        return self.all_reduce_sum(torch.tensor(numbers, dtype=torch.float32, device=self.device)).tolist()
 
     def all_gather(self, values: Tensor) -> Tensor:
         """The `values` of all ranks, equal in shape, concatenated along the first dimension."""

@@ -1,7 +1,6 @@
-"""Evaluate a model: its loss on fixed windows, and a sample of its text."""
+"""Evaluate a model: its loss on fixed windows."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +9,6 @@ from torch import nn
 from nanogpt.data.rows import EvalWindows
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
-from nanogpt.generate.decoder import Decoder
-from nanogpt.generate.sampling import Sampling
-from nanogpt.generate.stream import TextStream
-from nanogpt.text.tokenizer import Tokenizer
 
 # Limits of a forward pass on a CPU. A few large operations are faster than many small ones (runs/start).
 CPU_TOKENS = 2**12
@@ -34,44 +29,31 @@ def evaluate(
     windows: EvalWindows,
     batch_size: int,
     world: World,
-    before_pass: Callable[[], None] = lambda: None,  # may raise, on all ranks alike
+    before_pass: Callable[[], None] = lambda: None,
 ) -> float:
     """Return the mean loss in nats over the valid targets of `windows`, whose batches the ranks share.
 
-    Raises InputError if there are no valid targets.
+    before_pass: may raise, on all ranks alike. Raises InputError if there are no valid targets.
     """
     model.eval()
     sums = torch.zeros(2, device=world.device)  # of the losses and of the targets
-    # All ranks make the same number of passes, because each gathers sharded weights: the last batch may be empty.
-    for start in range(0, len(windows), world.size * batch_size):
-        before_pass()
-        first = start + world.rank * batch_size
-        x, y = windows[first : first + batch_size]
-        # Pad a short batch with rows without targets: a compiled model wants one shape.
-        padding = (0, 0, 0, batch_size - len(x))
-        x, y = world.to_device(F.pad(x, padding), F.pad(y, padding, value=-1))
-        with world.autocast():
-            loss = model(x, y)[1]
-        num_targets = (y >= 0).sum().float()
-        sums += torch.stack((loss.float() * num_targets, num_targets))
-    model.train()
+    try:
+        # All ranks make the same number of passes, because each gathers sharded weights: the last batch may be empty.
+        for start in range(0, len(windows), world.size * batch_size):
+            before_pass()
+            first = start + world.rank * batch_size
+            x, y = windows[first : first + batch_size]
+            # Pad a short batch with rows without targets: a compiled model wants one shape.
+            padding = (0, 0, 0, batch_size - len(x))
+            x, y = world.to_device(F.pad(x, padding), F.pad(y, padding, value=-1))
+            with world.autocast():
+                loss = model(x, y)[1]
+            num_targets = (y >= 0).sum().float()
+            sums += torch.stack((loss.float() * num_targets, num_targets))
+    finally:
+        model.train()
 
     total_loss, total_targets = world.all_reduce_sum(sums).tolist()
     if not total_targets:
         raise InputError("the loss mask leaves no token to evaluate on; give a larger --eval_iters or more data")
     return total_loss / total_targets
-
-
-def sample_text(model: Any, tokenizer: Tokenizer, characters: int, seed: int) -> str:
-    """Sample `characters` characters of text without a prompt; the same weights and seed give the same text."""
-    # Character tokenizers have no end of text. The first of their sorted characters is a newline in most datasets.
-    start = tokenizer.end_of_text or 0
-    sampling = Sampling(seed=seed, vocab_size=tokenizer.vocab_size)
-    stream = TextStream(tokenizer)
-    text = ""
-    for (token,) in Decoder(model, length=characters + 1).generate([[start]], characters, sampling):
-        text += stream.put(token.id)
-        if len(text) >= characters:
-            break
-    model.train()
-    return (text + stream.close())[:characters]

@@ -193,7 +193,7 @@ def recover_directories(folder: Path) -> None:
     for old in folder.glob(".*.old.partial"):
         final = old.with_name(old.name.removeprefix(".").removesuffix(".old.partial"))
         if not final.exists():
-            with contextlib.suppress(OSError):  # another rank was first, or the folder cannot be written
+            with contextlib.suppress(OSError):  # the folder cannot be written
                 old.rename(final)
 
 

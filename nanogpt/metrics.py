@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanogpt.console import print0
 from nanogpt.control import Control
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, first_line
 from nanogpt.files import atomic_write, is_same_file, regular_file_size
 from nanogpt.run_dir import RunDir
 
@@ -108,6 +108,13 @@ class DeferredRead:
 # --- To disk
 
 
+class Tracker(NamedTuple):
+    """TensorBoard or wandb: a function that logs numbers by name at a step, and one that ends the log."""
+
+    log: Callable[[dict[str, float], int], None]
+    close: Callable[[], Any]
+
+
 class MetricsWriter:
     """Appends JSON objects, one a line, to metrics.jsonl; TensorBoard and wandb get the same numbers."""
 
@@ -130,8 +137,7 @@ class MetricsWriter:
         self._size = os.fstat(self._file.fileno()).st_size
         self._unwritten = b""  # what a full disk has not taken yet
         self._has_warned = False
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._trackers: dict[str, Tracker] = {}
         self.wandb_id: str | None = None
 
     @property
@@ -148,16 +154,23 @@ class MetricsWriter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(out_dir / "tensorboard"), purge_step=self.step + 1)
+            board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=self.step + 1)
+
+            def add_scalars(scalars: dict[str, float], step: int) -> None:
+                for name, number in scalars.items():
+                    board.add_scalar(name, number, step)
+
+            self._trackers["tensorboard"] = Tracker(add_scalars, board.close)
         if wandb_config:
             import wandb
 
             names = {"project": wandb_config["wandb_project"], "name": wandb_config["wandb_run_name"]}
             try:
-                self._wandb = wandb.init(**names, config=wandb_config, dir=str(out_dir), id=wandb_id, resume="allow")
+                run = wandb.init(**names, config=wandb_config, dir=str(out_dir), id=wandb_id, resume="allow")
             except Exception as error:  # not logged in, no network
                 raise InputError(f"wandb_log=True: {error}; run `wandb login`, or give --wandb_log=False") from error
-            self.wandb_id = self._wandb.id
+            self._trackers["wandb"] = Tracker(lambda scalars, step: run.log(scalars, step=step), run.finish)
+            self.wandb_id = run.id
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line; numbers that are not finite become null."""
@@ -171,11 +184,16 @@ class MetricsWriter:
             for part, number in parts.items():
                 if isinstance(number, int | float) and key != "step":
                     scalars[f"{key}/{part}" if part else key] = number
-        if self._tensorboard is not None:
-            for key, number in scalars.items():
-                self._tensorboard.add_scalar(key, number, line["step"])
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=line["step"])
+        self._for_each_tracker(lambda tracker: tracker.log(scalars, line["step"]))
+
+    def _for_each_tracker(self, action: Callable[[Tracker], Any]) -> None:
+        """A tracker that fails does not end the run: warn, and leave it out from then on."""
+        for name, tracker in [*self._trackers.items()]:
+            try:
+                action(tracker)
+            except Exception as error:  # of the disk, of the network, of its own
+                print0(f"warning: {name} failed ({first_line(error)}): the run continues without it")
+                del self._trackers[name]
 
     def sync(self) -> None:
         """Force the lines to disk, before a checkpoint that relies on them."""
@@ -232,10 +250,7 @@ class MetricsWriter:
         with self._warn_of_disk_errors():
             self._write()
             self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._for_each_tracker(lambda tracker: tracker.close())
 
 
 def check_trackers(tensorboard: bool, wandb_log: bool) -> None:

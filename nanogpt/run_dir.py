@@ -97,6 +97,8 @@ class RunDir:
                         f"out_dir={self.path} holds a run that cannot move from here: give another --out_dir"
                     )
                 archive = _unused_name(self.path)
+                if os.name != "posix":  # Windows renames no directory in which a file is open
+                    self._release()
                 self.path.rename(archive)  # the lock moves along, until the new directory is locked
                 self.__enter__()
                 sync(self.path.parent)
@@ -152,7 +154,7 @@ class RunDir:
 
     def _is_ours(self, path: Path) -> bool:
         """True if `path` is the directory that was claimed, with the lock in it."""
-        if self._lock is None or os.name != "posix":  # Windows renames no directory in which a file is open
+        if self._lock is None or os.name != "posix":  # nor can Windows rename what is claimed
             return True
         return is_same_file(path, self._directory) and is_same_file(path / ".lock", self._lock.fileno())
 

@@ -73,5 +73,5 @@ class TrainState:
         self.samples = saved["samples"]
         self.val_loss = saved["val_loss"]
         self.best_val_loss = math.inf if saved["best_val_loss"] is None else saved["best_val_loss"]
-        self.evals_since_best = saved.get("since_best", 0)
-        self.clipped = saved.get("clipped", 0)
+        self.evals_since_best = saved["since_best"]
+        self.clipped = saved["clipped"]

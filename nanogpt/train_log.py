@@ -157,7 +157,7 @@ class StepLogger:
     def _seconds_left(self, tokens: int, tokens_per_s: float) -> float:
         if self.deadline is not None:
             return max(self.deadline - time.perf_counter(), 0.0)
-        return min((self.total_tokens - tokens) / tokens_per_s, MAX_SECONDS)
+        return min(max(self.total_tokens - tokens, 0) / tokens_per_s, MAX_SECONDS)
 
     def _print_eta(self, label: StepLabel, seconds: float) -> None:
         tokens = label.samples * self.block_size

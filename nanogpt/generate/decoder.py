@@ -1,5 +1,6 @@
 """Generate tokens with a KV cache: prefill, then one decode step per token."""
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -9,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt.compile import COMPILE_FAILED, set_cache_folder
-from nanogpt.device import is_out_of_memory
-from nanogpt.errors import first_line
+from nanogpt.compile import set_cache_folder, warn_of_failure
 from nanogpt.generate.sampling import Sampling, Token, sample_tokens, to_tokens, window_start
 from nanogpt.memory import MAX_TOKENS_PER_PASS
 
@@ -92,10 +91,9 @@ class Decoder:
                 for _ in range(3):  # the first step compiles, the others record the CUDA graph
                     self.prefill([[0]] * rows)
                     self.decode_step(torch.zeros(rows, dtype=torch.long))
-            except Exception as error:  # the compiler and its backends raise anything
-                if is_out_of_memory(error):
-                    raise
-                print(f"{COMPILE_FAILED} ({type(error).__name__}: {first_line(error)})", file=sys.stderr)
+            except Exception as error:
+                with contextlib.redirect_stdout(sys.stderr):
+                    warn_of_failure(error)
                 self.compiled = False
                 self._step = self._forward_step
 

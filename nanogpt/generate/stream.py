@@ -4,8 +4,10 @@ import math
 import os
 import sys
 from collections.abc import Collection, Sequence
+from typing import Any
 
-from nanogpt.generate.sampling import Token
+from nanogpt.generate.decoder import Decoder
+from nanogpt.generate.sampling import Sampling, Token
 from nanogpt.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one
@@ -137,3 +139,18 @@ def print_in_order(samples: list[SampleText], separator: str) -> None:
         print(separator, end="")
         del samples[0]
     sys.stdout.flush()
+
+
+def sample_text(model: Any, tokenizer: Tokenizer, characters: int, seed: int) -> str:
+    """Sample `characters` characters of text without a prompt; the same weights and seed give the same text."""
+    # Character tokenizers have no end of text. The first of their sorted characters is a newline in most datasets.
+    start = tokenizer.end_of_text or 0
+    sampling = Sampling(seed=seed, vocab_size=tokenizer.vocab_size)
+    stream = TextStream(tokenizer)
+    text = ""
+    for (token,) in Decoder(model, length=characters + 1).generate([[start]], characters, sampling):
+        text += stream.put(token.id)
+        if len(text) >= characters:
+            break
+    model.train()
+    return (text + stream.close())[:characters]

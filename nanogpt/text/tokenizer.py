@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nanogpt.console import is_main
 from nanogpt.errors import InputError
 from nanogpt.files import read_json, read_small
 from nanogpt.interop.safe_pickle import PlainUnpickler
@@ -271,6 +272,17 @@ class Tokenizer:
             settings["unk_token"] = self._inner.id_to_token(self.end_of_text)
         settings |= self.named_tokens
         Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def check_rows(self, rows: int) -> None:
+        """Print the special tokens that a model with this many ids lacks. Raises InputError if it lacks others."""
+        without_row = [name for name, token_id in self.special_tokens.items() if token_id >= rows]
+        if self.vocab_size - len(without_row) > rows:
+            raise InputError(f"the tokenizer has {self.vocab_size} ids, the model {rows}: it belongs to another model")
+        if without_row and is_main():
+            print(
+                f"the model has no embedding for {', '.join(without_row)}: text that contains it is refused",
+                file=sys.stderr,
+            )
 
     @property
     def start_of_text(self) -> str:

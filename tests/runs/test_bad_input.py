@@ -247,5 +247,7 @@ def test_two_models_at_once_are_an_error(script: Any, monkeypatch: pytest.Monkey
 
 
 def test_keys_of_lora_without_it_are_an_error(run: Run):
-    with pytest.raises(InputError, match=r"^out_dir: is empty.*\nlora_alpha: has no effect without lora_rank"):
-        run(out_dir="", lora_alpha=4)
+    with pytest.raises(InputError, match=r"^lora_alpha: has no effect without lora_rank.*\nlora_targets: has no"):
+        run(lora_alpha=4, lora_targets="q_proj")
+    with pytest.raises(InputError, match=r"^out_dir: is empty"):
+        run(out_dir="")

@@ -8,6 +8,7 @@ import torch
 
 from load import make_state, prepare_model
 from model import GPT, GPTConfig
+from nanogpt import checkpoint
 from nanogpt.distributed import World
 from nanogpt.state import TrainState
 from train import TrainConfig
@@ -62,6 +63,7 @@ def test_state_of_earlier_versions_and_other_dtypes_is_loaded():
     saved = state.state_dict()
     scale = saved["scaler"]["scale"]
     del saved["since_best"], saved["clipped"]
+    saved = {**checkpoint.ADDED_LATER, **saved}
     state.load_state_dict(saved | {"scaler": {}, "guard": {}}, state.optimizer.state_tensors())  # saved in float32
     assert state.scaler.state_dict()["scale"] == scale
     assert (state.evals_since_best, state.clipped, state.best_val_loss) == (0, 0, math.inf)

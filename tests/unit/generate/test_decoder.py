@@ -13,7 +13,6 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from nanogpt.distributed import World
-from nanogpt.evaluation import sample_text
 from nanogpt.generate import decoder, low_precision
 from nanogpt.generate.decoder import Decoder
 from nanogpt.generate.low_precision import (
@@ -24,6 +23,7 @@ from nanogpt.generate.low_precision import (
     to_inference_precision,
 )
 from nanogpt.generate.sampling import Sampling, Token, sample_tokens, window_start
+from nanogpt.generate.stream import sample_text
 from nanogpt.memory import USABLE_SHARE, decoder_rows_that_fit
 from nanogpt.text.tokenizer import Tokenizer
 
