@@ -553,7 +553,7 @@ def open_writer(
     writer = MetricsWriter(run_dir, state.step, is_evaluated=state.val_loss is not None or not resumed)
     stack.callback(writer.close)
     wandb_config = asdict(config) if config.wandb_log else None
-    writer.open_trackers(wandb_config, resumed and resumed.state["wandb_id"], config.tensorboard)
+    writer.open_trackers(wandb_config, resumed.state["wandb_id"] if resumed else None, config.tensorboard)
     return writer
 
 

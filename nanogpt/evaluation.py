@@ -25,22 +25,18 @@ def eval_batch_size(windows: EvalWindows, micro_batch: int, world: World) -> int
 
 @torch.no_grad()  # under inference_mode FSDP2 would keep tensors that no backward pass can use
 def evaluate(
-    model: nn.Module,
-    windows: EvalWindows,
-    batch_size: int,
-    world: World,
-    before_pass: Callable[[], None] = lambda: None,
+    model: nn.Module, windows: EvalWindows, batch_size: int, world: World, check: Callable[[], None] = lambda: None
 ) -> float:
     """Return the mean loss in nats over the valid targets of `windows`, whose batches the ranks share.
 
-    before_pass: may raise, on all ranks alike. Raises InputError if there are no valid targets.
+    check: called before each pass; may raise, on all ranks alike. Raises InputError if there are no valid targets.
     """
     model.eval()
     sums = torch.zeros(2, device=world.device)  # of the losses and of the targets
     try:
         # All ranks make the same number of passes, because each gathers sharded weights: the last batch may be empty.
         for start in range(0, len(windows), world.size * batch_size):
-            before_pass()
+            check()
             first = start + world.rank * batch_size
             x, y = windows[first : first + batch_size]
             # Pad a short batch with rows without targets: a compiled model wants one shape.
