@@ -9,7 +9,7 @@ wandb_project = "shakespeare"
 wandb_run_name = "ft-qwen3-0.6B"
 
 # 32 rows of 1,024 tokens per step, so 20 steps are about two epochs of some 300 thousand tokens. The logits of a row,
-# over 151,936 ids, take more than a gigabyte, so a micro-batch is one row.
+# over 151,936 ids, take 0.6 GB, and there are three copies of them at a time, so a micro-batch is one row.
 block_size = 1024
 batch_size = 1
 gradient_accumulation_steps = 32
