@@ -1,6 +1,7 @@
 """Checkpoints on disk: complete or absent, which are kept, and that damage in any form is refused in one line."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -512,3 +513,13 @@ def test_a_lost_rank_ends_all_saving(tmp_path: Path, monkeypatch: pytest.MonkeyP
             deed()
     assert not shards.gathered
     assert steps(tmp_path) == []
+
+
+def test_a_network_that_fails_is_no_damage(out_dir: Path, newest: Path, monkeypatch: pytest.MonkeyPatch):
+    def stale(path: Path) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(checkpoint, "file_sha256", stale)
+    with pytest.raises(RunStopped, match=f"{newest} cannot be read .*try again"):
+        checkpoint.load_latest(out_dir, "auto")
+    assert newest.exists()

@@ -11,7 +11,7 @@ import torch
 
 from nanogpt.control import Control
 from nanogpt.errors import InputError
-from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats, Stopwatch, read_stop_reason
+from nanogpt.metrics import DeferredRead, MetricsWriter, StepStats, Stopwatch, Tracker, read_stop_reason
 from nanogpt.run_dir import RunDir
 
 
@@ -150,3 +150,21 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make: Any):
 def test_the_reason_of_a_stop_is_in_the_last_line_that_is_not_blank(tmp_path: Path, end: bytes):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "stopped": "why"}\n' + end)
     assert read_stop_reason(tmp_path) == "why"
+
+
+def test_a_tracker_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    logged = []
+
+    def fail(scalars: dict[str, float], step: int) -> None:
+        logged.append(step)
+        raise OSError("No space left on device")
+
+    with RunDir(tmp_path / "out") as run_dir:
+        writer = MetricsWriter(run_dir, 0, is_evaluated=False)
+        writer._trackers["tensorboard"] = Tracker(fail, lambda: None)
+        for step in (1, 2):
+            writer.log({"step": step, "loss": 1.0})
+        writer.close()
+    assert logged == [1]
+    assert capsys.readouterr().out.count("tensorboard failed (No space left on device)") == 1
+    assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 2

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, environment, flags
-from random_models import save_as_nanogpt
+from random_models import build_gpt2, save_as_nanogpt
 
 import sample
 import train
@@ -23,7 +23,7 @@ from model import GPT
 from nanogpt.errors import InputError
 from nanogpt.generate.sampling import window_start
 from nanogpt.generate.stream import TextStream
-from nanogpt.text.tokenizer import Tokenizer
+from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 COMMAND = [sys.executable, str(ROOT / "sample.py"), "--out_dir=out", "--device=cpu", "--dtype=float32"]
 GREEDY = ("--temperature=0", "--num_samples=1")
@@ -123,6 +123,23 @@ def test_sample_writes_no_ids_without_a_token(write: Write, foreign: Any):
     Tokenizer.characters("abcdef").save("wide")
     with pytest.raises(InputError, match=r"the tokenizer has 6 ids, the model 4"):
         write("--init_from=wide", "--start=f")
+
+
+def test_sample_takes_no_other_vocabulary_for_gpt2_s(write: Write):
+    """A vocab.json without tokenizer.json says that the 50,257 ids are others."""
+    build_gpt2(vocab_size=GPT2_VOCAB).save_pretrained("foreign")
+    Path("foreign/vocab.json").write_text("{}")
+    with pytest.raises(InputError, match="foreign has no tokenizer, and its 50257 ids may not be GPT-2's"):
+        write("--init_from=foreign", "--start=a")
+
+
+def test_chat_refuses_a_template_that_ends_no_answer(write: Write, foreign: Any):
+    foreign.save_pretrained("plain")
+    tokenizer = Tokenizer.characters("abcd")
+    tokenizer.template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save("plain")
+    with pytest.raises(InputError, match="ends an answer with no special token: restore the template"):
+        write("--init_from=plain", "--start=a", "--chat=True")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from nanogpt.generate.low_precision import (
 )
 from nanogpt.generate.sampling import Sampling, Token, sample_tokens, window_start
 from nanogpt.generate.stream import sample_text
-from nanogpt.memory import USABLE_SHARE, decoder_rows_that_fit
+from nanogpt.memory import USABLE_SHARE, crop_to_memory, decoder_rows_that_fit
 from nanogpt.text.tokenizer import Tokenizer
 
 V, BLOCK = 37, 16
@@ -261,3 +261,32 @@ def test_format_speeds_are_measured(model: GPT):
     for name in ("bfloat16", *["float16"] * can_pack()):
         assert 0 < low_precision.format_speed(name, model, 2, 1000) < math.inf
     assert model.blocks[0].mlp.up.weight.dtype == torch.float32  # untouched
+
+
+def test_a_step_that_does_not_compile_runs_as_it_is(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def compiler(*_: Any, **options: Any) -> Any:
+        def step(*args: Any) -> Any:
+            raise RuntimeError("no C compiler")
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    tokens = Decoder(model, compiled=True).generate([TEXTS[0]], 5, GREEDY)
+    assert [token.id for (token,) in tokens] == plain_generate(model, TEXTS[0], 5, GREEDY)
+    output = capsys.readouterr()
+    assert "torch.compile failed, continuing without it (RuntimeError: no C compiler)" in output.err
+    assert output.out == ""
+
+
+def test_the_context_is_shortened_to_what_memory_holds(model: GPT, capsys: pytest.CaptureFixture[str]):
+    c = model.config
+    needed = 4 * (2 * c.n_layer * c.n_kv_head * c.head_dim * BLOCK + 16 * V)
+    crop_to_memory(model, None)
+    crop_to_memory(model, math.ceil(needed / USABLE_SHARE) + 1)
+    assert model.config.block_size == BLOCK
+    crop_to_memory(model, int(needed / USABLE_SHARE) - 1)
+    assert model.config.block_size == BLOCK // 2
+    assert "a context of 8 tokens, not 16" in capsys.readouterr().err
+    assert Decoder(model).length == BLOCK // 2
