@@ -21,7 +21,7 @@ from nanogpt.data.dataset import open_dataset, resolve
 from nanogpt.data.rows import EvalWindows, Rows
 from nanogpt.data.write import write_dataset, write_text
 from nanogpt.errors import InputError
-from nanogpt.text.tokenizer import Tokenizer
+from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of York;\n" * 30
 CUT = len(TEXT) * 9 // 10
@@ -299,6 +299,30 @@ def test_a_mixture_has_an_end_of_text_if_its_parts_have_the_same(tmp_path: Path)
     (tmp_path / "c/meta.json").write_text(json.dumps(meta | {"end_of_text": 10}))
     ends = [open_dataset(f"{tmp_path}/a:1,{tmp_path}/{name}:1", block_size=8).end_of_text for name in ("b", "c")]
     assert ends == [256, None]
+
+
+def test_a_mixture_takes_nanogpt_s_folder_for_gpt2_s_encoding(tmp_path: Path):
+    """It has no meta.json: its ids are GPT-2's by convention, as those of the other are by its meta.json."""
+    (tmp_path / "openwebtext").mkdir()
+    for split in ("train", "val"):
+        np.arange(99, dtype="<u2").tofile(tmp_path / f"openwebtext/{split}.bin")
+    write_text(tmp_path / "mine", TEXT, Tokenizer.bytes())
+    meta = json.loads((tmp_path / "mine/meta.json").read_text())
+    (tmp_path / "mine/meta.json").write_text(json.dumps(meta | {"vocab_size": GPT2_VOCAB}))
+    (tmp_path / "mine/tokenizer.json").unlink()
+    mixture = f"{tmp_path}/{{}}:0.5,{tmp_path}/{{}}:0.5"
+    assert len(open_dataset(mixture.format("openwebtext", "mine"), block_size=8).train.parts) == 2
+    assert len(open_dataset(mixture.format("mine", "openwebtext"), block_size=8).train.parts) == 2
+
+
+def test_a_file_of_both_splits_that_is_cut_is_an_error(tmp_path: Path):
+    path = tmp_path / "tokens.bin"
+    np.arange(9999, dtype="<u2").tofile(path)
+    train = open_dataset(path, block_size=8).train
+    assert train[0:3].tolist() == [0, 1, 2]
+    truncate(path, 4096)
+    with pytest.raises(InputError, match=r"tokens\.bin or its mask was cut short"):
+        train[0:3]
 
 
 @pytest.mark.parametrize(
