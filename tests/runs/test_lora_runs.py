@@ -138,6 +138,17 @@ def test_every_script_takes_a_run_with_lora(
         call(monkeypatch, export.main, "--out_dir=tuned", "--to=new", "--adapters=True")
 
 
+def test_a_base_is_found_although_its_run_went_on(run: Run):
+    run(out_dir="base", max_iters=4, eval_interval=4, learning_rate=1e-6)
+    run(out_dir="out", max_iters=4, **LORA)
+    tuned = GPT.from_checkpoint("out").state_dict()
+    first = checkpoint.find("base")
+    run(out_dir="base", resume=True, max_iters=8, learning_rate=1e-2)
+    assert checkpoint.find("base") != first  # another one is the best now
+    again = GPT.from_checkpoint("out").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tuned.items())
+
+
 @pytest.mark.usefixtures("_base")
 def test_another_base_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     keys = LORA | {"block_size": 8}  # the base has 16 positions
