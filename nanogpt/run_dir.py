@@ -99,7 +99,7 @@ class RunDir:
                 archive = _unused_name(self.path)
                 if os.name != "posix":  # Windows renames no directory in which a file is open
                     self._release()
-                self.path.rename(archive)  # the lock moves along, until the new directory is locked
+                self.path.rename(archive)  # elsewhere the lock moves along, until the new directory is locked
                 self.__enter__()
                 sync(self.path.parent)
         except OSError as error:
