@@ -4,6 +4,10 @@ A folder is in Hugging Face's format: transformers and what builds on it load it
 llama.cpp and what builds on it (Ollama, LM Studio). --init_from here takes both.
 """
 
+import nanogpt.import_torch  # noqa: F401  # faster than `import torch`
+
+# isort: split
+
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +28,8 @@ from nanogpt.interop.huggingface import write_huggingface
 from nanogpt.interop.names import find_architecture
 from nanogpt.interop.peft import write_peft
 from nanogpt.text.tokenizer import Tokenizer
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")  # which a user may ask for
 
 
 @dataclass
@@ -48,6 +54,8 @@ def main() -> None:
         check_installed(config.to)
     if not config.to:
         raise InputError("--to is empty; give the folder to write, --to=FOLDER, or a file, --to=NAME.gguf")
+    if target.suffix in WEIGHT_FILES:
+        raise InputError(f"--to={config.to}: weights are written in a folder; give --to=FOLDER, or --to=NAME.gguf")
     if config.dtype == "q8_0" and not is_gguf:
         raise InputError(f"--dtype=q8_0: {config.to} is a folder, which has no such weights; give --to=NAME.gguf")
     if config.adapters and is_gguf:

@@ -3,6 +3,10 @@
 The page is served to this machine alone. The model generates one text at a time; further requests wait in a queue.
 """
 
+import nanogpt.import_torch  # noqa: F401  # faster than `import torch`
+
+# isort: split
+
 import os
 import socket
 import sys

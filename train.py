@@ -64,6 +64,7 @@ from nanogpt.train_log import (
     print_model_summary,
     print_run_summary,
     warn_if_slow_on_cpu,
+    warn_of_schedule,
 )
 
 OWN_KEYS = ("out_dir", "init_from", "dataset")  # paths, which may differ between machines
@@ -491,9 +492,7 @@ def prepare_and_train(
         config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, whatever is free by then
     row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
     print_run_summary(gpt, config.optimizer, row_schedule, micro_batch, config.max_iters, dataset, world)
-    end_step = config.max_iters if config.lr_decay_iters is None else min(config.max_iters, config.lr_decay_iters)
-    if config.decay_lr and config.warmup_iters > end_step:
-        print0(f"warning: warmup_iters={config.warmup_iters} is longer than the schedule, {end_step} updates")
+    warn_of_schedule(schedule)
     hint = memory_hint(micro_batch, config.rows_per_step // world.size, T, free)
     memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype, world.shards)
     raise_if_cpu_memory_is_short(memory, world.device, hint)

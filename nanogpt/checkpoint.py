@@ -165,19 +165,26 @@ class Checkpoint:
         init_from = str(self.state["config"].get("init_from"))
         source = next((place for place in (run["base"], init_from) if os.path.exists(place)), run["base"])
         tensors: dict[str, Tensor] = {}
+        damaged = ""  # of the checkpoints that may be the base, the last that is
         try:
             if not is_checkpoint(Path(source)):
                 tensors = dict(read_weights(source).tensors)
             elif not has_adapters(Path(source)):  # as of a later run there, which may have started from this one
                 # If that run has gone on, another checkpoint is the best now.
                 for path in dict.fromkeys([find(source), *list_checkpoints(Path(source))]):
-                    tensors = load(path, with_optimizer=False).model
+                    try:
+                        tensors = load(path, with_optimizer=False).model
+                    except InputError as error:
+                        damaged = f"; {error}"
+                        continue
                     if lora.base_sha256(tensors, sizes) == run["base_sha256"]:
                         break
         except InputError as error:
             raise InputError(f"{self.path} has adapters, and their base cannot be read: {error}") from error
         if lora.base_sha256(tensors, sizes) != run["base_sha256"]:
-            raise InputError(f"{self.path} has adapters of another base: {source} is not what the run started from")
+            raise InputError(
+                f"{self.path} has adapters of another base: {source} is not what the run started from{damaged}"
+            )
         self.adapters = self.model
         self.model = lora.crop(tensors, sizes)
 
@@ -381,7 +388,9 @@ def raise_if_transient(error: Exception, path: Path) -> None:
 
 
 def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(f"{path} is damaged: {reason}; an earlier one may be intact")
+    others = [other.name for other in list_checkpoints(path.parent.parent) if other.name != path.name]
+    hint = f"its run also has {', '.join(others[:3])}" if others else "its run has no other"
+    return InputError(f"{path} is damaged: {reason}; {hint}")
 
 
 # ---- save and prune

@@ -4,8 +4,6 @@ import statistics
 import time
 from typing import Any
 
-from torch import nn
-
 from nanogpt.console import print0
 from nanogpt.metrics import Stopwatch
 from nanogpt.rendezvous import Ranks
@@ -20,30 +18,56 @@ class Pace:
 
     In that time a rank reads its rows and computes alone; later the ranks wait for each other, and a step takes equally
     long on all. On a GPU it is the time of the host, which sees slow data and a slow CPU, not a slow GPU. With sharded
-    weights ranks wait in the forward pass already, so the time ends where it begins, and sees slow data alone.
+    weights ranks wait in the forward pass already: there it is the time until that begins, and for each block as long
+    as the first one computes. Compiled blocks are not timed.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks, clock: Stopwatch, is_sharded: bool):
+    def __init__(self, model: Any, ranks: Ranks, clock: Stopwatch, is_sharded: bool):
         self.ranks = ranks
-        self.until = "start" if is_sharded else "end"
         self.clock = clock
-        self.start_of_step: float | None = None
+        self.until = "end"
+        self.starts_at: float | None = None  # of what is timed; None in further micro-batches and in evaluations
         self.seconds = 0.0
         self.steps = 0
         self.last_report = clock.seconds
-        if is_sharded:
-            model.register_forward_pre_hook(self._end_forward, prepend=True)  # before FSDP2's, which gathers
-        elif ranks.store is not None:
+        if ranks.store is None:
+            return
+        if not is_sharded:
             model.register_forward_hook(self._end_forward)
+            return
+        # FSDP2's own hooks gather before a forward pass, and may wait after it.
+        block = model.blocks[0]
+        self.num_blocks = len(model.blocks)
+        if block._compiled_call_impl:
+            self.until = "start"
+            model.register_forward_pre_hook(self._end_forward, prepend=True)
+        else:
+            model.register_forward_pre_hook(self._begin_forward, prepend=True)
+            block.register_forward_pre_hook(self._begin_block)
+            block.register_forward_hook(self._end_block, prepend=True)
 
     def start(self) -> None:
-        self.start_of_step = time.perf_counter()
+        self.starts_at = time.perf_counter()
 
     def _end_forward(self, *_: Any) -> None:
-        if self.start_of_step is not None:  # None in further micro-batches, and in evaluations
-            self.seconds += time.perf_counter() - self.start_of_step
+        if self.starts_at is not None:
+            self.seconds += time.perf_counter() - self.starts_at
             self.steps += 1
-            self.start_of_step = None
+            self.starts_at = None
+
+    def _begin_forward(self, *_: Any) -> None:
+        if self.starts_at is not None:
+            self.seconds += time.perf_counter() - self.starts_at
+
+    def _begin_block(self, *_: Any) -> None:
+        if self.starts_at is not None:
+            self.starts_at = time.perf_counter()
+
+    def _end_block(self, *_: Any) -> None:
+        if self.starts_at is not None:
+            self.seconds += self.num_blocks * (time.perf_counter() - self.starts_at)
+            self.steps += 1
+            self.starts_at = None
 
     def report(self, step: int) -> None:
         """Once a minute: post this rank's time, and print the slowest rank if it stands out."""

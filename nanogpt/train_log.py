@@ -18,7 +18,7 @@ from nanogpt.errors import RunStopped
 from nanogpt.layer_stats import LayerStats
 from nanogpt.memory import estimate_training_memory, optimizer_state_numel, trained_numel
 from nanogpt.metrics import AFTER_A_STOP, DeferredRead, MetricsWriter, StepStats
-from nanogpt.schedule import RowSchedule
+from nanogpt.schedule import RowSchedule, StepSchedule
 from nanogpt.state import TrainState
 from nanogpt.trials import describe_dtype
 
@@ -237,3 +237,15 @@ def print_end(state: TrainState, out_dir: Path, exit_status: int, out_of_patienc
         f"done: step {state.step}, best validation loss {state.best_val_loss:.4f}; "
         f"checkpoints are in {out_dir}/ckpt: python sample.py --out_dir={quoted}"
     )
+
+
+def warn_of_schedule(schedule: StepSchedule) -> None:
+    """Print a warning for a warmup that is longer than the run, or a decay longer than what follows the warmup."""
+    end_step = min(schedule.max_iters, schedule.end_step)
+    if schedule.warmup_steps > end_step:
+        print0(f"warning: warmup_iters={schedule.warmup_steps} is longer than the schedule, {end_step} updates")
+    elif schedule.name == "trapezoid" and (schedule.decay_steps or 0) > schedule.end_step - schedule.warmup_steps:
+        print0(
+            f"warning: decay_iters={schedule.decay_steps} is longer than what follows the warmup, "
+            f"{schedule.end_step - schedule.warmup_steps} updates: the learning rate stays below its maximum"
+        )

@@ -1,5 +1,6 @@
 """Encode a prompt, or a conversation, that a model continues."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from nanogpt.errors import InputError
@@ -12,20 +13,27 @@ def encode_prompt(prompt: str, model: Any, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(prompt)
     if not ids:
         raise InputError("the prompt is empty")
-    return check_ids(ids, model)
+    check_prompt(ids, model, tokenizer)
+    return ids
 
 
 def encode_conversation(messages: Messages, model: Any, chat: Chat) -> tuple[list[int], Messages]:
     """Encode a conversation up to where the next answer begins. Returns the ids, and the messages in them."""
     ids, num_omitted = chat.encode_recent(messages, model.config.block_size)
-    return check_ids(ids, model), messages[num_omitted:]
+    check_prompt(ids, model, chat.tokenizer)
+    return ids, messages[num_omitted:]
 
 
-def check_ids(ids: list[int], model: Any) -> list[int]:
-    """Return `ids`. Raises InputError if they do not fit the model's vocabulary or context."""
-    vocab_size, block_size = model.config.vocab_size, model.config.block_size
-    if max(ids) >= vocab_size:
-        raise InputError("the text has a special token that the model has no row for; leave it out")
+def check_prompt(ids: Sequence[int], model: Any, tokenizer: Tokenizer) -> None:
+    """Raise InputError for ids that do not fit the model's vocabulary or context."""
+    check_ids(ids, model, tokenizer)
+    block_size = model.config.block_size
     if len(ids) > block_size:
         raise InputError(f"the prompt has {len(ids):,} tokens, more than the context of {block_size:,}; shorten it")
-    return ids
+
+
+def check_ids(ids: Sequence[int], model: Any, tokenizer: Tokenizer) -> None:
+    """Raise InputError for an id that the model has no row for, as a special token may have."""
+    without_row = [id for id in ids if id >= model.config.vocab_size]
+    if without_row:
+        raise InputError(f"the model has no row for {tokenizer.label(without_row[0])}; leave it out")

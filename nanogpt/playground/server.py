@@ -36,6 +36,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from nanogpt.errors import InputError
 from nanogpt.generate.decoder import Decoder
+from nanogpt.generate.prompt import check_ids, encode_prompt
 from nanogpt.generate.sampling import Sampling, Token
 from nanogpt.generate.stream import TextStream
 from nanogpt.schema import Count, Limits, build, check, key, matches
@@ -128,9 +129,6 @@ class Playground:
                 ids = self._encode_prompt(request.pop("prompt"))
             elif "messages" in names:
                 ids, answer_start, num_omitted = self._encode_conversation(request.pop("messages"))
-        without_row = [id for id in ids if id >= self.vocab_size]
-        if without_row:
-            raise InputError(f"the model has no row for {self.tokenizer.label(without_row[0])}; leave it out")
 
         more_ids = request.pop("ids", [])
         more_ids, problems = check(more_ids, list[Annotated[int, Limits(ge=0, lt=self.vocab_size)]], "ids")
@@ -145,15 +143,12 @@ class Playground:
     def _encode_prompt(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):
             raise InputError(f"prompt: expected text, got {type(prompt).__name__}; put it in quotes")
-        ids = self.tokenizer.encode(prompt)
-        if not prompt:
-            if self.tokenizer.end_of_text is None:
-                raise InputError("prompt: is empty, and this tokenizer has no token that starts a text; enter a prompt")
-            ids = [self.tokenizer.end_of_text]
-        block_size = self.model.config.block_size
-        if len(ids) > block_size:
-            raise InputError(f"prompt: has {len(ids):,} tokens, more than the context of {block_size:,}; shorten it")
-        return ids
+        if prompt:
+            return encode_prompt(prompt, self.model, self.tokenizer)
+        if self.tokenizer.end_of_text is None:
+            raise InputError("prompt: is empty, and this tokenizer has no token that starts a text; enter a prompt")
+        check_ids([self.tokenizer.end_of_text], self.model, self.tokenizer)
+        return [self.tokenizer.end_of_text]
 
     def _encode_conversation(self, entries: Any) -> tuple[list[int], int, int]:
         """Return the ids up to the next token of the answer, where in them it begins, and how many messages are not."""
@@ -165,7 +160,9 @@ class Playground:
             if not messages:
                 raise InputError('messages: there is no question; send one such as {"role": "user", "content": "Why?"}')
             ids, num_omitted = self.chat.encode_recent(messages, self.model.config.block_size)
-            return ids + self.chat.encode_answer(answer), len(ids), num_omitted
+            answer_ids = self.chat.encode_answer(answer)
+            check_ids([*ids, *answer_ids], self.model, self.tokenizer)
+            return ids + answer_ids, len(ids), num_omitted
         except ValueError as error:
             raise InputError(f"messages: {error}; send a list of objects with role and content") from error
 

@@ -147,6 +147,12 @@ def test_a_base_is_found_although_its_run_went_on(run: Run):
     assert checkpoint.find("base") != first  # another one is the best now
     again = GPT.from_checkpoint("out").state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in tuned.items())
+    (checkpoint.find("base") / "model.safetensors").write_bytes(b"damaged")
+    again = GPT.from_checkpoint("out").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tuned.items())
+    (first / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"has adapters of another base: .* is damaged: the SHA-256 of model.safe"):
+        GPT.from_checkpoint("out")
 
 
 @pytest.mark.usefixtures("_base")

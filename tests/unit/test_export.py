@@ -79,6 +79,7 @@ def test_names_that_are_no_utf8_are_written_and_read(run_export: Export):
         (["--to=full/file.gguf", "--dtype=int8"], "--dtype=int8: "),
         (["--to=full/old.gguf"], r"--to=full/old\.gguf: exists and is not overwritten"),
         (["--to=full/file/x.gguf"], r"x\.gguf: cannot be written \(Not a directory\)"),
+        (["--to=model.safetensors"], r"weights are written in a folder; give --to=FOLDER, or --to=NAME\.gguf"),
         (["--dtype=q8_0"], "--dtype=q8_0: new/folder is a folder, which has no such weights"),
         (["--to=a/b.gguf", "--out_dir=mute"], "mute.* has no tokenizer"),
         (["--to=a/b.gguf", "--out_dir=nul"], r"no equal of this tokenizer, which has the character NUL"),

@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from load import make_state
+from load import make_schedule, make_state
 from model import GPT, GPTConfig
 from nanogpt.console import format_bytes, format_duration
 from nanogpt.control import Control
 from nanogpt.distributed import World
 from nanogpt.metrics import StepStats
 from nanogpt.schedule import RowSchedule
-from nanogpt.train_log import StepLogger
+from nanogpt.train_log import StepLogger, warn_of_schedule
 from train import TrainConfig
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
@@ -70,3 +70,21 @@ def test_formats_of_durations_and_bytes():
     assert durations == ["0 s", "59 s", "1:00 min", "3:07 min", "1:00:00 h", "5:42:10 h", "2 d 0 h", "3 d 4 h"]
     sizes = [format_bytes(n) for n in (0, 999, 1e3, 1.5e6, 2.54e9, 3e12)]
     assert sizes == ["0 B", "999 B", "1 kB", "1.5 MB", "2.54 GB", "3 TB"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "warning"),
+    [
+        ({"warmup_iters": 20, "max_iters": 20}, ""),
+        ({"warmup_iters": 21, "max_iters": 20}, "warmup_iters=21 is longer than the schedule, 20 updates"),
+        ({"warmup_iters": 21, "max_iters": 30, "lr_decay_iters": 20}, "warmup_iters=21 is longer than"),
+        ({"warmup_iters": 21, "max_iters": 20, "decay_lr": False}, ""),
+        ({"warmup_iters": 8, "max_iters": 20, "schedule": "trapezoid", "decay_iters": 12}, ""),
+        ({"warmup_iters": 8, "max_iters": 20, "schedule": "trapezoid", "decay_iters": 13}, "warmup, 12 updates"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_named(keys: dict[str, Any], warning: str, capsys: pytest.CaptureFixture[str]):
+    warn_of_schedule(make_schedule(TrainConfig(**keys)))
+    printed = capsys.readouterr().out
+    assert warning in printed
+    assert bool(printed) == bool(warning)

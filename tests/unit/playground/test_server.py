@@ -273,7 +273,7 @@ def test_chat_refuses_bad_request(chat_server: Server, request_: Any, problem: s
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
-        ({"prompt": "a" * (BLOCK_SIZE + 1)}, r"prompt: has 33 tokens, more than the context of 32"),
+        ({"prompt": "a" * (BLOCK_SIZE + 1)}, r"the prompt has 33 tokens, more than the context of 32"),
         ({"prompt": None}, r"prompt: expected text"),
         ({"prompt": "a", "ids": [1]}, r"needs a prompt, messages or ids"),
         ({"temperature": 1}, r"needs a prompt, messages or ids"),
