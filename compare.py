@@ -270,7 +270,7 @@ def draw_picture(groups: Sequence[Group], out: str) -> None:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("matplotlib is not installed, so there is no picture; run: pip install -e .[plots]") from None
+        raise InputError('matplotlib is not installed, so there is no picture; run pip install -e ".[plots]"') from None
 
     with_norms = [run for group in groups for run in group.runs if run.layer_norms]
     legend_height = 0.25 * math.ceil(len(groups) / 3)

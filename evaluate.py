@@ -118,7 +118,7 @@ def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
     if distributed.world_size() > 1:
         problems.append("evaluation runs in one process; start it by `python evaluate.py`, without torchrun")
     if config.tasks and not (find_spec("lm_eval") and find_spec("accelerate")):
-        problems.append(f"--tasks={config.tasks}: lm_eval is not installed; run `pip install -e .[eval]`")
+        problems.append(f'--tasks={config.tasks}: lm_eval is not installed; run pip install -e ".[eval]"')
     if config.include_path and not Path(config.include_path).is_dir():
         problems.append(f"--include_path={config.include_path}: is not a folder; give one that holds YAML files")
     if config.json and (Path(config.json).is_dir() or not Path(config.json).absolute().parent.is_dir()):

@@ -10,6 +10,8 @@ import torch
 
 from nanogpt.errors import InputError
 
+CGROUP = Path("/sys/fs/cgroup")  # of the container, where there is one
+
 # Dense bfloat16 peak of one GPU in FLOP/s, by a part of the device's name; the first match wins.
 # Source: NVIDIA's data sheets, the figures without sparsity.
 PEAK_FLOPS = {
@@ -114,9 +116,9 @@ def free_memory(device: torch.device) -> int | None:
     except (OSError, StopIteration):
         return None
     with contextlib.suppress(OSError, ValueError, KeyError):  # the limit of a container; "max" where there is none
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
         cached = int(stat["inactive_file"]) + int(stat["active_file"])  # files in memory, which give way
         free = min(free, limit - used + cached)
     return free

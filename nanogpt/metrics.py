@@ -258,7 +258,7 @@ def check_trackers(tensorboard: bool, wandb_log: bool) -> None:
     problems = []
     for key, module, is_on in (("tensorboard", "tensorboard", tensorboard), ("wandb_log", "wandb", wandb_log)):
         if is_on and find_spec(module) is None:
-            problems.append(f"{key}=True: {module} is not installed; run `pip install -e .[tracking]`")
+            problems.append(f'{key}=True: {module} is not installed; run pip install -e ".[tracking]"')
     if problems:
         raise InputError("\n".join(problems))
 

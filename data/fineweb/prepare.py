@@ -53,7 +53,7 @@ def run_tasks(config: FineWebConfig, shards: Shards) -> None:
         from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
         from datatrove.pipeline.readers import ParquetReader
     except ImportError as error:
-        raise InputError(f"datatrove is not installed ({error}): run `pip install -e .[scale]`") from error
+        raise InputError(f'datatrove is not installed ({error}): run pip install -e ".[scale]"') from error
 
     steps = [ParquetReader(config.input, glob_pattern="**/*.parquet"), shards]
     settings = {"tasks": config.tasks, "workers": config.workers, "logging_dir": str(shards.out / "preparing/logs")}

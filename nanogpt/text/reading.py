@@ -267,7 +267,7 @@ class _Reader:
         try:
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
-            raise InputError("reading .parquet files needs pyarrow: run `pip install -e .[data]`") from error
+            raise InputError('reading .parquet files needs pyarrow: run pip install -e ".[data]"') from error
 
         columns = ["messages", "prompt", "completion", "tools"] if self.options.chat else [self.options.text_key]
         with self._on_disk(stream) as file, ParquetFile(file) as parquet:

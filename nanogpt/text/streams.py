@@ -125,7 +125,7 @@ def _make_zstandard() -> Any:
     try:
         import zstandard
     except ImportError as error:
-        raise InputError("reading .zst files needs zstandard: run `pip install -e .[data]`") from error
+        raise InputError('reading .zst files needs zstandard: run pip install -e ".[data]"') from error
     return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()  # as `zstd --long=31` writes
 
 

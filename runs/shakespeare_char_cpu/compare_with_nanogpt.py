@@ -244,7 +244,7 @@ def draw_curves(rounds: list[dict[str, Any]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("matplotlib is not installed, so there is no picture; run: pip install -e .[plots]") from None
+        raise InputError('matplotlib is not installed, so there is no picture; run pip install -e ".[plots]"') from None
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     lowest = min(row[3] for results in rounds for run in results.values() for row in run["evaluations"])

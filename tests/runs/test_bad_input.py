@@ -83,7 +83,7 @@ def test_what_is_not_installed_is_named(run: Run, used: Path, monkeypatch: pytes
     monkeypatch.setattr(metrics_module, "find_spec", lambda _: None)
     lines = refuse(run, out_dir="out", wandb_log=True, tensorboard=True).splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["tensorboard=True:", "wandb_log=True:"]
-    assert all("pip install -e .[tracking]" in line for line in lines)
+    assert all('pip install -e ".[tracking]"' in line for line in lines)
     assert run(wandb_log=True, eval_only=True) == 0  # which logs nothing
 
 

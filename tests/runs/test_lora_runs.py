@@ -19,6 +19,7 @@ import sample
 from model import GPT
 from nanogpt import checkpoint
 from nanogpt.errors import InputError
+from nanogpt.interop.huggingface import read_tokenizer
 from nanogpt.text.tokenizer import Tokenizer
 
 OPEN = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "bias"), ...)
@@ -128,6 +129,7 @@ def test_every_script_takes_a_run_with_lora(
 
     call(monkeypatch, export.main, "--out_dir=out", "--to=half", "--adapters=True", "--dtype=bfloat16")
     assert "validation loss" in Path("half/README.md").read_text()
+    assert read_tokenizer("half").vocab == read_tokenizer("merged").vocab  # a template that the base lacks is in it
     run(out_dir="tuned", init_from="out", max_iters=2, **OPEN)  # all weights, from the merged ones
     run(out_dir="again", **LORA | {"init_from": "merged", "max_iters": 2})  # adapters on them
     with pytest.raises(InputError, match="init_from=out: has adapters itself"):  # whose base could become itself

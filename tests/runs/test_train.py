@@ -223,6 +223,15 @@ def test_eval_only_measures_existing_weights_without_dropout(run: Run, capsys: p
         assert f": train loss {train_loss:.4f} | val loss {val_loss:.4f}" in capsys.readouterr().out
 
 
+def test_eval_only_makes_passes_of_a_micro_batch(run: Run, monkeypatch: pytest.MonkeyPatch):
+    sizes: list[int] = []
+    monkeypatch.setattr(train, "eval_batch_size", lambda _, micro_batch, __: sizes.append(micro_batch) or micro_batch)
+    keys = {"eval_only": True, "batch_size": 8, "gradient_accumulation_steps": 3}
+    for changes in ({}, {"micro_batch_size": 2}, {"micro_batch_size": 12}, {"micro_batch_size": "auto"}):
+        run(**keys | changes)
+    assert sizes == [8, 2, 8, 8]
+
+
 def test_evaluation_only_at_the_end_and_of_one_split(run: Run):
     run(out_dir="both", eval_iters=0)
     run(out_dir="end", eval_interval=0, eval_train=False, eval_iters=0)

@@ -219,6 +219,6 @@ def test_table_prints_without_matplotlib(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r"pip install -e \.\[plots\]"):
+    with pytest.raises(InputError, match=r'pip install -e "\.\[plots\]"'):
         main([str(make_run("a", [4.0, 3.0]))])
     assert "validation loss at equal steps" in capsys.readouterr().out

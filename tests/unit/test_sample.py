@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -131,6 +132,12 @@ def test_sample_takes_no_other_vocabulary_for_gpt2_s(write: Write):
     Path("foreign/vocab.json").write_text("{}")
     with pytest.raises(InputError, match="foreign has no tokenizer, and its 50257 ids may not be GPT-2's"):
         write("--init_from=foreign", "--start=a")
+
+
+def test_sample_that_runs_out_of_memory_says_what_needs_less(write: Write, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sample.Decoder, "generate", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(InputError, match="not enough memory for this model: try --dtype=bfloat16, or fewer --max_new"):
+        write("--start=a")
 
 
 def test_chat_refuses_a_template_that_ends_no_answer(write: Write, foreign: Any):

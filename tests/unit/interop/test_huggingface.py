@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from random_models import LLAMA3_ROPE, build_gpt2, build_llama, build_qwen3
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from nanogpt.errors import InputError
 from nanogpt.interop.huggingface import TOKENIZER_FILES, read_tokenizer, read_weights
@@ -138,6 +139,16 @@ def test_read_weights_finds_the_tokenizer(folder: Path):
     assert weights.tokenizer is not None
     assert weights.notes == []
     assert read_tokenizer(str(folder)).vocab_size == 3
+
+
+def test_read_weights_names_a_token_that_begins_texts(folder: Path):
+    """As Llama's tokenizers put <s> before each text."""
+    tokenizer = Tokenizer.characters("abc")
+    tokenizer._inner.add_special_tokens(["<s>"])
+    tokenizer._inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    Tokenizer(tokenizer._inner).save(folder)
+    (note,) = read_weights(folder).notes
+    assert note.endswith("its texts begin with <s>; begin a prompt with it, too")
 
 
 def test_read_weights_takes_the_ids_of_gpt2_for_its_encoding(tmp_path: Path):
