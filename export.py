@@ -29,8 +29,6 @@ from nanogpt.interop.names import find_architecture
 from nanogpt.interop.peft import write_peft
 from nanogpt.text.tokenizer import Tokenizer
 
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")  # which a user may ask for
-
 
 @dataclass
 class ExportConfig(ModelKeys):
@@ -54,7 +52,7 @@ def main() -> None:
         check_installed(config.to)
     if not config.to:
         raise InputError("--to is empty; give the folder to write, --to=FOLDER, or a file, --to=NAME.gguf")
-    if target.suffix in WEIGHT_FILES:
+    if target.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth"):
         raise InputError(f"--to={config.to}: weights are written in a folder; give --to=FOLDER, or --to=NAME.gguf")
     if config.dtype == "q8_0" and not is_gguf:
         raise InputError(f"--dtype=q8_0: {config.to} is a folder, which has no such weights; give --to=NAME.gguf")

@@ -165,7 +165,7 @@ class Checkpoint:
         init_from = str(self.state["config"].get("init_from"))
         source = next((place for place in (run["base"], init_from) if os.path.exists(place)), run["base"])
         tensors: dict[str, Tensor] = {}
-        damaged = ""  # of the checkpoints that may be the base, the last that is
+        damaged: InputError | None = None
         try:
             if not is_checkpoint(Path(source)):
                 tensors = dict(read_weights(source).tensors)
@@ -175,16 +175,17 @@ class Checkpoint:
                     try:
                         tensors = load(path, with_optimizer=False).model
                     except InputError as error:
-                        damaged = f"; {error}"
+                        damaged = damaged or error
                         continue
                     if lora.base_sha256(tensors, sizes) == run["base_sha256"]:
                         break
+                else:
+                    if damaged:
+                        raise damaged
         except InputError as error:
             raise InputError(f"{self.path} has adapters, and their base cannot be read: {error}") from error
         if lora.base_sha256(tensors, sizes) != run["base_sha256"]:
-            raise InputError(
-                f"{self.path} has adapters of another base: {source} is not what the run started from{damaged}"
-            )
+            raise InputError(f"{self.path} has adapters of another base: {source} is not what the run started from")
         self.adapters = self.model
         self.model = lora.crop(tensors, sizes)
 
@@ -388,9 +389,10 @@ def raise_if_transient(error: Exception, path: Path) -> None:
 
 
 def _damaged(path: Path, reason: str) -> InputError:
-    others = [other.name for other in list_checkpoints(path.parent.parent) if other.name != path.name]
-    hint = f"its run also has {', '.join(others[:3])}" if others else "its run has no other"
-    return InputError(f"{path} is damaged: {reason}; {hint}")
+    newest_first = [other.name for other in list_checkpoints(path.absolute().parent.parent)]
+    earlier = newest_first[newest_first.index(path.name) + 1 :] if path.name in newest_first else []
+    hint = f"; {earlier[0]} may be intact" if earlier else ""
+    return InputError(f"{path} is damaged: {reason}{hint}")
 
 
 # ---- save and prune

@@ -28,6 +28,7 @@ class Pace:
         self.until = "end"
         self.starts_at: float | None = None  # of what is timed; None in further micro-batches and in evaluations
         self.seconds = 0.0
+        self.block_times: list[float] = []
         self.steps = 0
         self.last_report = clock.seconds
         if ranks.store is None:
@@ -65,7 +66,7 @@ class Pace:
 
     def _end_block(self, *_: Any) -> None:
         if self.starts_at is not None:
-            self.seconds += self.num_blocks * (time.perf_counter() - self.starts_at)
+            self.block_times.append(time.perf_counter() - self.starts_at)
             self.steps += 1
             self.starts_at = None
 
@@ -74,7 +75,10 @@ class Pace:
         period = self.clock.seconds - self.last_report
         if self.ranks.store is None or period < PERIOD_S:
             return
-        self.ranks.store.set(f"pace/{self.ranks.rank}", str(self.seconds / self.steps))
+        mean = self.seconds / self.steps
+        if self.block_times:  # the median, because a pause of the machine would count once for each block
+            mean += self.num_blocks * statistics.median(self.block_times)
+        self.ranks.store.set(f"pace/{self.ranks.rank}", str(mean))
         keys = [f"pace/{rank}" for rank in range(self.ranks.size)]
         if self.ranks.is_main and self.ranks.store.check(keys):
             times = [float(text) for text in self.ranks.store.multi_get(keys)]  # some may be a minute older
@@ -88,5 +92,6 @@ class Pace:
                     f"{share:.0%} of a step"
                 )
         self.seconds = 0.0
+        self.block_times = []
         self.steps = 0
         self.last_report = self.clock.seconds

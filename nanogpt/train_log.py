@@ -242,10 +242,11 @@ def print_end(state: TrainState, out_dir: Path, exit_status: int, out_of_patienc
 def warn_of_schedule(schedule: StepSchedule) -> None:
     """Print a warning for a warmup that is longer than the run, or a decay longer than what follows the warmup."""
     end_step = min(schedule.max_iters, schedule.end_step)
+    after_warmup = schedule.end_step - schedule.warmup_steps
     if schedule.warmup_steps > end_step:
         print0(f"warning: warmup_iters={schedule.warmup_steps} is longer than the schedule, {end_step} updates")
-    elif schedule.name == "trapezoid" and (schedule.decay_steps or 0) > schedule.end_step - schedule.warmup_steps:
+    elif schedule.name == "trapezoid" and (schedule.decay_steps or 0) > after_warmup:
         print0(
-            f"warning: decay_iters={schedule.decay_steps} is longer than what follows the warmup, "
-            f"{schedule.end_step - schedule.warmup_steps} updates: the learning rate stays below its maximum"
+            f"warning: decay_iters={schedule.decay_steps} is longer than the {after_warmup} updates after the warmup: "
+            "the learning rate drops where the warmup ends"
         )

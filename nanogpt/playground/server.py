@@ -145,10 +145,10 @@ class Playground:
             raise InputError(f"prompt: expected text, got {type(prompt).__name__}; put it in quotes")
         if prompt:
             return encode_prompt(prompt, self.model, self.tokenizer)
-        if self.tokenizer.end_of_text is None:
-            raise InputError("prompt: is empty, and this tokenizer has no token that starts a text; enter a prompt")
-        check_ids([self.tokenizer.end_of_text], self.model, self.tokenizer)
-        return [self.tokenizer.end_of_text]
+        end_of_text = self.tokenizer.end_of_text
+        if end_of_text is None or end_of_text >= self.vocab_size:
+            raise InputError("prompt: is empty, and the model has no token that starts a text; enter a prompt")
+        return [end_of_text]
 
     def _encode_conversation(self, entries: Any) -> tuple[list[int], int, int]:
         """Return the ids up to the next token of the answer, where in them it begins, and how many messages are not."""

@@ -129,7 +129,7 @@ def test_every_script_takes_a_run_with_lora(
 
     call(monkeypatch, export.main, "--out_dir=out", "--to=half", "--adapters=True", "--dtype=bfloat16")
     assert "validation loss" in Path("half/README.md").read_text()
-    assert read_tokenizer("half").vocab == read_tokenizer("merged").vocab  # a template that the base lacks is in it
+    assert read_tokenizer("half").vocab == read_tokenizer("merged").vocab
     run(out_dir="tuned", init_from="out", max_iters=2, **OPEN)  # all weights, from the merged ones
     run(out_dir="again", **LORA | {"init_from": "merged", "max_iters": 2})  # adapters on them
     with pytest.raises(InputError, match="init_from=out: has adapters itself"):  # whose base could become itself
@@ -153,7 +153,7 @@ def test_a_base_is_found_although_its_run_went_on(run: Run):
     again = GPT.from_checkpoint("out").state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in tuned.items())
     (first / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"has adapters of another base: .* is damaged: the SHA-256 of model.safe"):
+    with pytest.raises(InputError, match=r"their base cannot be read: .* is damaged: the SHA-256 of model.safe"):
         GPT.from_checkpoint("out")
 
 

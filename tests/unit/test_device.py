@@ -55,13 +55,12 @@ def test_free_memory_of_a_gpu_counts_what_torch_keeps(monkeypatch: pytest.Monkey
 
 def test_free_memory_of_a_container_counts_its_cached_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(device, "CGROUP", tmp_path)
-    host = free_memory(torch.device("cpu")) or 0
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("700000\n")
     (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 90000\nactive_file 8000\nfile 110000\n")
     assert free_memory(torch.device("cpu")) == 300_000 + 98_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(torch.device("cpu")) == pytest.approx(host, rel=0.5)
+    assert (free_memory(torch.device("cpu")) or 0) > 1_000_000
 
 
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12}

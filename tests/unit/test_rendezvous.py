@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -164,3 +165,63 @@ def test_a_slow_rank_is_named(three: list[Ranks], monkeypatch: pytest.MonkeyPatc
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("step 60: rank 2 on host2 is slow: 250 ms to the end of a first forward pass, median 50 ms;")
     assert line.endswith("the difference is 20% of a step")
+
+
+class Layers(torch.nn.Module):
+    """Two blocks that take some time each; before the first one all ranks wait."""
+
+    def __init__(self, clock: Any, block_s: float):
+        super().__init__()
+        self.clock = clock
+        self.blocks = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+        for block in self.blocks:
+            block.forward = partial(self.pass_time, block_s)  # type: ignore[method-assign]
+
+    def pass_time(self, seconds: float, x: torch.Tensor) -> torch.Tensor:
+        self.clock.seconds += seconds
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.pass_time(0.4, x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("is_compiled", "data_s", "block_s", "line"),
+    [
+        (False, 0.02, 0.11, "rank 2 on host2 is slow: 240 ms to the end of a first forward pass, median 40 ms"),
+        (False, 0.22, 0.01, "rank 2 on host2 is slow: 240 ms to the end of a first forward pass, median 40 ms"),
+        (True, 0.22, 0.01, "rank 2 on host2 is slow: 220 ms to the start of a first forward pass, median 20 ms"),
+        (True, 0.02, 0.11, ""),  # not seen
+    ],
+)
+def test_a_slow_rank_of_a_sharded_run_is_named(
+    three: list[Ranks],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    is_compiled: bool,
+    data_s: float,
+    block_s: float,
+    line: str,
+):
+    clock: Any = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+    models = [Layers(clock, block_s if rank == 2 else 0.01) for rank in range(3)]
+    if is_compiled:
+        for model in models:
+            model.blocks[0]._compiled_call_impl = model.blocks[0]._call_impl
+    paces = [pace.Pace(model, ranks, clock, is_sharded=True) for model, ranks in zip(models, three, strict=True)]
+    for step in range(1, 61):
+        for rank in (2, 1, 0):
+            clock.seconds = step - 1.0
+            paces[rank].start()
+            clock.seconds += data_s if rank == 2 else 0.02
+            models[rank](torch.zeros(1))
+            models[rank](torch.zeros(1))  # the second forward pass does not count
+            clock.seconds = float(step)
+            paces[rank].report(step)
+    printed = capsys.readouterr().out
+    assert line in printed
+    assert bool(line) == bool(printed)
