@@ -84,7 +84,8 @@ LEGEND = """\
 of peak: FLOP/s of a step over those of matrix products in our dtype; MFU: over the vendor's figure
 memory: the peak of torch's allocations on a GPU; on a CPU that of the process, less its imports"""
 Row = dict[str, Any]  # the measurements of one program
-NANOGPT_HAS = {"arch": "gpt2", "optimizer": "adamw", "n_inner": 0}
+NANOGPT_HAS = {"arch": "gpt2", "optimizer": "adamw", "n_inner": 0, "lora_rank": 0, "ngram_targets": 0}
+NANOGPT_HAS |= {"mask_documents": False}
 
 
 @dataclass

@@ -21,9 +21,9 @@ from types import NoneType
 from typing import Any
 
 from nanogpt.errors import InputError
-from nanogpt.schema import Config, build, check_keys, key, options, type_hints
+from nanogpt.schema import Config, check_keys, key, options, type_hints
 
-__all__ = ["Config", "ExplicitKeys", "build", "key", "parse"]
+__all__ = ["Config", "ExplicitKeys", "key", "parse"]
 
 CONSTANTS = {"None": None, "none": None, "True": True, "true": True, "False": False, "false": False}
 METAVARS = {int: "int", float: "float", bool: "True|False", str: "text", NoneType: "None", list[str]: "text ..."}
@@ -94,6 +94,7 @@ def _split(argv: Sequence[str], hints: dict[str, Any]) -> tuple[list[str], list[
     words: list[str] = []
     flags: list[tuple[str, list[str]]] = []
     takes = 0  # values that the last flag still takes
+    is_switch = False
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
@@ -102,7 +103,8 @@ def _split(argv: Sequence[str], hints: dict[str, Any]) -> tuple[list[str], list[
                 value = os.path.expanduser(value)
             flags.append((name, [value] if equals else []))
             takes = 0 if equals else len(argv) if _is_list(hints.get(name)) else 1
-        elif takes:
+            is_switch = options(hints.get(name)) == [bool]  # --eval_only, which a config file may follow
+        elif takes and not (is_switch and word not in CONSTANTS):
             flags[-1][1].append(word)
             takes -= 1
         else:
@@ -127,7 +129,8 @@ def _read_flags(flags: list[tuple[str, list[str]]], config_class: Any) -> tuple[
             entries.append((place, name, True))
         elif name in hints and not texts:
             example = True if defaults[name] is False else defaults[name]
-            problems.append(f"{place}: needs a value, as in --{name}={example}")
+            has_example = example is not None and example not in (..., [], "")
+            problems.append(f"{place}: needs a value" + (f", as in --{name}={example}" if has_example else ""))
         elif name in hints and len(texts) > 1 and not _is_list(hints[name]):
             problems.append(f"{place}: takes one value, got {len(texts)}")
         elif name in hints:

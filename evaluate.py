@@ -19,6 +19,7 @@ import nanogpt.import_torch  # noqa: F401  # faster than `import torch`
 # isort: split
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -117,14 +118,24 @@ def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
     problems += [f"--{name} is empty; leave it out" for name in ("tasks", "text") if getattr(config, name) == ""]
     if distributed.world_size() > 1:
         problems.append("evaluation runs in one process; start it by `python evaluate.py`, without torchrun")
-    if config.tasks and not (find_spec("lm_eval") and find_spec("accelerate")):
-        problems.append(f'--tasks={config.tasks}: lm_eval is not installed; run pip install -e ".[eval]"')
+    missing = [name for name in ("lm_eval", "accelerate") if config.tasks and find_spec(name) is None]
+    if missing:
+        problems.append(f'--tasks={config.tasks}: {missing[0]} is not installed; run pip install -e ".[eval]"')
+    if config.text and not os.path.exists(config.text):
+        problems.append(f"--text={config.text}: could not be read (no such file); check its name")
     if config.include_path and not Path(config.include_path).is_dir():
         problems.append(f"--include_path={config.include_path}: is not a folder; give one that holds YAML files")
     if config.json and (Path(config.json).is_dir() or not Path(config.json).absolute().parent.is_dir()):
         problems.append(f"--json={config.json}: is a folder, or its folder is missing; give another file")
+    if config.json and not problems:
+        try:
+            open(config.json, "a").close()
+        except OSError as error:
+            problems.append(f"--json={config.json}: cannot be written ({error.strerror}); give another file")
     if problems:
         raise InputError("\n".join(problems))
+    if config.dataset:  # before the model is downloaded
+        open_dataset(config.dataset, block_size=1, splits=[config.split], token_dtype=config.token_dtype)
 
 
 # --- Loss

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -197,10 +198,19 @@ def recover_directories(folder: Path) -> None:
                 old.rename(final)
 
 
+def replace_non_finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: they become None."""
+    if isinstance(value, dict):
+        return {key: replace_non_finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [replace_non_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_report(flag: str, path: str, report: dict[str, Any]) -> None:
     """Write a JSON object to the file that a flag names. Raises InputError where that fails."""
     try:
-        text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
+        text = json.dumps(replace_non_finite(report), indent=2, ensure_ascii=False, default=str) + "\n"
         Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
     except OSError as error:
         raise InputError(f"--{flag}={path}: cannot be written ({error.strerror}); give another file") from error

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from torch import Tensor
 from nanogpt.console import print0
 from nanogpt.control import Control
 from nanogpt.errors import InputError, first_line
-from nanogpt.files import atomic_write, is_same_file, regular_file_size
+from nanogpt.files import atomic_write, is_same_file, regular_file_size, replace_non_finite
 from nanogpt.run_dir import RunDir
 
 AFTER_A_STOP = (
@@ -174,7 +173,7 @@ class MetricsWriter:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line; numbers that are not finite become null."""
-        finite = _replace_non_finite(line)
+        finite = replace_non_finite(line)
         self._unwritten += (json.dumps(finite) + "\n").encode()
         with self._warn_of_disk_errors():
             self._write()
@@ -250,6 +249,8 @@ class MetricsWriter:
         with self._warn_of_disk_errors():
             self._write()
             self._file.close()
+        if lost := self._unwritten.count(b"\n"):
+            print0(f"warning: {self.path} lacks its last {lost} lines")
         self._for_each_tracker(lambda tracker: tracker.close())
 
 
@@ -280,13 +281,6 @@ def _read_lines(path: Path) -> list[str]:
 def _read(file: FileIO) -> bytes:
     file.seek(0)
     return file.read()
-
-
-def _replace_non_finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: they become None."""
-    if isinstance(value, dict):
-        return {key: _replace_non_finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_lines_after(path: Path, step: int, is_evaluated: bool) -> None:

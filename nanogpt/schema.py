@@ -50,7 +50,7 @@ EXPECTED = {
     dict: "an object",
     Never: "nothing",
 }
-NOT_IN_FILE_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # NUL and broken Unicode
+NOT_IN_FILE_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # NUL, surrogates; not those of bytes
 
 
 COMPARISONS = {  # by the name of a limit
@@ -207,7 +207,7 @@ def type_hints(schema: Any) -> dict[str, Any]:
 def options(annotation: Any) -> list[Any]:
     """The types and literal values that an annotation allows."""
     origin, args = get_origin(annotation), get_args(annotation)
-    if origin in (Annotated, NotRequired):
+    if origin is Annotated:
         return options(args[0])
     if origin is Literal:
         return list(args)

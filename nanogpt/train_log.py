@@ -164,7 +164,8 @@ class StepLogger:
         left = self._seconds_left(tokens, tokens_per_second(self.after_warmup, (tokens, seconds)))
         end = datetime.now() + timedelta(seconds=left)
         suffix = ", excluding evaluations" if self.deadline is None else ""
-        print0(f"ETA {format_duration(left)} ({end:%a %H:%M}){suffix}")
+        day = "%a" if left < 6 * 86_400 else "%a %d %b"
+        print0(f"ETA {format_duration(left)} ({end:{day} %H:%M}){suffix}")
 
 
 def tokens_per_second(since: tuple[int, float], now: tuple[int, float]) -> float:

@@ -18,6 +18,7 @@ import train
 from model import GPT
 from nanogpt import checkpoint, trials
 from nanogpt.data.write import write_dataset
+from nanogpt.generate import low_precision
 from nanogpt.generate.sampling import window_start
 from nanogpt.schedule import StepSchedule
 from nanogpt.text.tokenizer import Tokenizer
@@ -64,14 +65,15 @@ def flags(*files: str, **keys: Any) -> list[str]:
     return [*files, *(f"--{name}={value}" for name, value in (TINY | keys).items() if value is not ...)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def source() -> Source:
     return Source(seed=5)
 
 
 @pytest.fixture(scope="session")
-def letters(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset drawn from `source`."""
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset drawn from a source such as `source`."""
+    source = Source(seed=5)
     folder = tmp_path_factory.mktemp("data") / "letters"
     splits = {"train": [source.draw(20_000)], "val": [source.draw(2_000)]}
     write_dataset(folder, splits, Tokenizer.characters(LETTERS))
@@ -123,6 +125,7 @@ def run(letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing depends on this machine's speed, nor writes to the home directory."""
     monkeypatch.setattr(trials, "bfloat16_speed", lambda *_: 1.0)
+    monkeypatch.setattr(low_precision, "recall", lambda *_: 1.0)
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ class Gate:
             yield tokens
 
     def open(self) -> None:
-        self.permits.release(10**6)
+        self.permits.release(10_000)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:

@@ -1,5 +1,6 @@
 """A text source whose statistics are known, and datasets cut into shards."""
 
+import bisect
 import hashlib
 import json
 from pathlib import Path
@@ -24,10 +25,10 @@ class Source:
             self.pairs = np.einsum("ab,abc->bc", self.pairs, self.probs)
 
     def draw(self, count: int) -> np.ndarray:
-        thresholds = self.probs.cumsum(-1)
+        thresholds = self.probs.cumsum(-1)[..., :-1].tolist()
         ids = [0, 0]
-        for x in self.random.random(count):
-            ids.append(min(int(np.searchsorted(thresholds[ids[-2], ids[-1]], x, side="right")), len(LETTERS) - 1))
+        for x in self.random.random(count).tolist():
+            ids.append(bisect.bisect_right(thresholds[ids[-2]][ids[-1]], x))
         return np.array(ids[2:])
 
     def first_order(self) -> np.ndarray:

@@ -100,7 +100,7 @@ class Playground:
         self.chat = chat
         self.end_ids = end_ids
         self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
-        self.encoding = threading.Lock()  # requests are parsed in several threads, and the tokenizer has a mode
+        self.encode_lock = threading.Lock()  # requests are parsed in threads, and share the tokenizer's switches
         self.queue: list[asyncio.Event] = []  # the first is served; an event is set when its place may have changed
 
         # The model runs in this thread alone: the last step of an abandoned text ends before the next text begins.
@@ -124,7 +124,7 @@ class Playground:
         ids: list[int] = []
         answer_start = None
         num_omitted = 0
-        with self.encoding:
+        with self.encode_lock:
             if "prompt" in names:
                 ids = self._encode_prompt(request.pop("prompt"))
             elif "messages" in names:
@@ -132,10 +132,12 @@ class Playground:
 
         more_ids = request.pop("ids", [])
         more_ids, problems = check(more_ids, list[Annotated[int, Limits(ge=0, lt=self.vocab_size)]], "ids")
-        if not problems and not 1 <= len(ids) + len(more_ids) <= MAX_IDS:
-            problems = [f"ids: expected a list of 1 to {MAX_IDS:,} token ids, got {len(more_ids):,}"]
+        if not problems and not ids + more_ids:
+            problems = ["ids: the list is empty"]
         if problems:
             raise InputError(f"{problems[0]}; send ids from earlier events")
+        if len(ids) + len(more_ids) > max(MAX_IDS, self.model.config.block_size):
+            raise InputError(f"the text has {len(ids) + len(more_ids):,} tokens, more than {MAX_IDS:,}; shorten it")
         if self.chat and answer_start is not None and not self.chat.stop_ids.isdisjoint(more_ids):
             raise InputError("ids: one of them ends the answer; send those before it")
         return Start([*ids, *more_ids], build(RequestSettings, request, "request"), answer_start, num_omitted)
@@ -180,6 +182,8 @@ class Playground:
             loop = asyncio.get_running_loop()
             while batch := await loop.run_in_executor(self.thread, next, batches, None):
                 yield to_lines(batch)
+        except InputError as error:
+            yield to_lines([{"error": str(error)}])
         except Exception as error:
             traceback.print_exc()
             problem = f"the model failed ({type(error).__name__}: {error}); see the terminal where play.py runs"
@@ -238,6 +242,11 @@ class Playground:
             if id != token.id and id < self.vocab_size
         ]
         return {"id": token.id, "p": math.exp(token.logprob), "alternatives": alternatives[:NUM_ALTERNATIVES]}
+
+
+def to_utf8(text: str) -> str:
+    """Replace lone surrogates, which names of files and JSON may hold, but no response."""
+    return text.encode(errors="replace").decode()
 
 
 def to_lines(events: list[Event]) -> str:
@@ -309,6 +318,7 @@ def create_app(playground: Playground, heading: dict[str, Any], metrics: Path) -
         chat = {"stop_tokens": {id: playground.tokenizer.label(id) for id in ids}}
     model_info = {
         **heading,
+        "name": to_utf8(heading["name"]),
         "context": playground.model.config.block_size,
         "vocab_size": playground.vocab_size,
         "tokenizer": playground.tokenizer.name,
@@ -345,8 +355,12 @@ def create_app(playground: Playground, heading: dict[str, Any], metrics: Path) -
     async def error_response(request: Request, error: Any) -> Response:
         if isinstance(error, HTTPException):
             return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-        text = str(error)[:500].encode(errors="replace").decode()  # JSON may hold lone surrogates, UTF-8 may not
-        return JSONResponse({"error": text}, 400)
+        return JSONResponse({"error": to_utf8(str(error)[:500])}, 400)
+
+    async def failure_response(request: Request, error: Exception) -> Response:
+        traceback.print_exception(error)
+        problem = f"the server failed ({type(error).__name__}); see the terminal where play.py runs"
+        return JSONResponse({"error": problem}, 500)
 
     return Starlette(
         routes=[
@@ -357,7 +371,7 @@ def create_app(playground: Playground, heading: dict[str, Any], metrics: Path) -
         ],
         # Against DNS rebinding: a site can let its name resolve to 127.0.0.1, but browsers send that name as Host.
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
-        exception_handlers={InputError: error_response, HTTPException: error_response},
+        exception_handlers={InputError: error_response, HTTPException: error_response, Exception: failure_response},
     )
 
 

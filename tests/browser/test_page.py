@@ -170,6 +170,14 @@ def test_page_follows_curves_and_shows_errors(page: Page):
     page.errors.clear()
 
 
+def test_page_draws_long_and_diverged_curves(page: Page):
+    with page.server.metrics.open("a") as file:
+        file.writelines(f'{{"step": {step}, "loss": 2.0}}\n' for step in range(50, 150_000))
+        file.write('{"step": 150000, "loss": 1e18}\n')
+    wait_until(lambda: "step 150,000" in page.page.locator("#plot").text_content(), seconds=60)
+    assert 1 <= page.page.locator("#plot line").count() <= 5
+
+
 def test_page_is_dark_and_narrow(page: Page):
     def background() -> str:
         return page.page.evaluate("() => getComputedStyle(document.body).backgroundColor")
@@ -311,6 +319,7 @@ def test_chat_edits_answers(chat: ChatPage):
     chat.message(1).locator("textarea").fill("It is <|im_end|>")
     chat.press(1, "Save")
     assert chat.texts == ["Who?", "It is <|im_end|>"]
+    assert chat.page.locator("button:focus").text_content() == "Edit"
     chat.ask("And?")
     assert chat.texts[3] == chat.answer("Who?", "It is <|im_end|>", "And?")
 
@@ -372,6 +381,23 @@ def test_chat_streams_and_stops(chat: ChatPage):
     assert "without the oldest" not in chat.message(5).text_content()
     chat.ask("x" * 60)
     assert "without the oldest" in chat.message(7).text_content()
+
+
+def test_chat_stopped_before_its_first_token_shows_the_answer_of_before(chat: ChatPage):
+    chat.ask("Who?")
+    for _ in range(2):
+        chat.press(1, "Regenerate")
+        chat.wait_for_end()
+    chat.press(1, "Next version")  # from the last to the first
+    assert chat.version(1) == "version 1 of 3"
+    first = chat.texts
+    gate = Gate(chat.server.playground)
+    chat.press(1, "Regenerate")
+    wait_until(lambda: len(gate.texts) == 1)
+    chat.page.keyboard.press("Escape")
+    wait_until(lambda: chat.texts == first)
+    assert chat.version(1) == "version 1 of 3"
+    gate.open()
 
 
 def test_chat_question_stops_the_answer_before(chat: ChatPage):

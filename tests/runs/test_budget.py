@@ -62,6 +62,7 @@ def simulate(letters: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
             patch.setattr(budget.SpeedTrial, "__init__", init)
             patch.setattr(budget.SpeedTrial, "measure_speed", measure)
             patch.setattr(budget.SpeedTrial, "measure_difficulty", lambda *_: 1.1)
+            patch.setattr(budget, "fits_in_memory", lambda *_: True)  # whatever is free here
             config = TrainConfig(dataset=str(letters), minutes=minutes, block_size=16, device="cpu")
             chosen, _, plan = budget.choose(config, WORLD, train_step)
             return chosen, plan
@@ -264,7 +265,9 @@ def test_resume_before_the_decay_may_change_the_minutes(
     assert (state["dial"]["minutes"], state["config"]["minutes"]) == (1.0, 2.0)
 
 
-def test_impossible_budgets_are_refused(run: Run, capsys: pytest.CaptureFixture[str]):
+def test_impossible_budgets_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for name in ("TRIAL_S", "MIN_PILOT_S"):
+        monkeypatch.setattr(budget, name, 0.0)
     with pytest.raises(InputError, match=r"minutes: .*--init_from=gpt2"):
         run(minutes=1, init_from="gpt2")
     with pytest.raises(InputError, match=r"minutes=0\.0001: .* give at least"):

@@ -52,9 +52,12 @@ def test_cluster_commands_have_keys_of_train():
 
 def test_cluster_commands_have_options_of_torchrun():
     """Parsed by torchrun's own parser."""
+    num_commands = 0
     for text in (SKYPILOT["run"], *re.findall(r"^```\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)):
         for command in re.findall(r"(?:torchrun|torch\.distributed\.run) (.*)", text.replace("\\\n", " ")):
             plain = re.sub(r"\$\([^()]*(?:\(\(.*?\)\)[^()]*)?\)", "1", command)  # what the shell would insert
             args = get_args_parser().parse_args(shlex.split(plain))
             assert args.training_script == "train.py"
             assert args.rdzv_backend == "c10d"
+            num_commands += 1
+    assert num_commands == 2

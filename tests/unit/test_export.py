@@ -62,6 +62,8 @@ def test_names_that_are_no_utf8_are_written_and_read(run_export: Export):
     assert "converted from | \\udcff" in (run_export(f"{name}.1", f"--init_from={name}") / "README.md").read_text()
     write_report("json", "report.json", {"model": name})
     assert read_json(Path("report.json")) == {"model": name}
+    write_report("json", "report.json", {"rows": [{"last_loss": math.nan}]})
+    assert read_json(Path("report.json")) == {"rows": [{"last_loss": None}]}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from conftest import ROOT, Run, flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -119,7 +118,6 @@ def test_any_state_json_is_accepted_or_refused(
         capsys.readouterr()
 
     check()
-    torch.use_deterministic_algorithms(False)
     assert set(statuses) == {0}
     assert len(statuses) > 8
 
@@ -256,7 +254,7 @@ def test_extreme_numbers_that_are_accepted_work(
     main, argv = COMMANDS[name]
     config = CONFIGS[{"modern": "train", "rows": "look"}.get(name, name)]
     statuses = []
-    for key in set(numeric_keys(config)) - ENDLESS - {"workers"}:
+    for key in sorted(set(numeric_keys(config)) - ENDLESS - {"workers"}):
         for text in EXTREME:
             for folder in ("new", "exported", "prepared"):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -168,3 +168,14 @@ def test_a_tracker_that_fails_is_left_out(tmp_path: Path, capsys: pytest.Capture
     assert logged == [1]
     assert capsys.readouterr().out.count("tensorboard failed (No space left on device)") == 1
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_lines_that_are_never_written_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    writer = MetricsWriter(RunDir(tmp_path), 0, is_evaluated=True)
+    writer.log({"step": 1})
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    for step in (2, 3):
+        writer.log({"step": step})
+    writer.close()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("metrics.jsonl lacks its last 2 lines")

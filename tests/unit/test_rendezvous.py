@@ -48,10 +48,15 @@ def call(all_ranks: list[Ranks], function: Callable[[Ranks], Any]) -> list[Any]:
         return list(pool.map(attempt, all_ranks))
 
 
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "POLL_S", 0.01)
+
+
 @pytest.fixture
 def three(monkeypatch: pytest.MonkeyPatch) -> list[Ranks]:
     monkeypatch.setattr(rendezvous, "PRINT_S", 0.0)
-    monkeypatch.setattr(rendezvous, "ANSWER_S", 0.5)
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 1.0)
     monkeypatch.setattr(rendezvous, "LISTEN_S", 0.05)
     return meet(dist.HashStore(), 3, {})
 
@@ -60,7 +65,7 @@ def test_ranks_meet_though_the_store_has_the_keys_of_earlier_starts():
     store = dist.HashStore()
     prefixes = set()
     for size, late in ((3, 0), (3, 0), (2, 0), (3, 2), (1, 0), (2, 1)):
-        all_ranks = meet(store, size, {late: 0.2})
+        all_ranks = meet(store, size, {late: 0.05})
         assert all(ranks.hosts == [f"host{rank}" for rank in range(size)] for ranks in all_ranks)
         assert call(all_ranks, lambda ranks: ranks.run_on_main(lambda: ranks.size)) == [size] * size
         prefixes.add(store.get("prefix"))

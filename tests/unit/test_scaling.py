@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from configurator import build
 from load import new_model_config
 from model import GPT
 from nanogpt import scaling
 from nanogpt.scaling import Law
+from nanogpt.schema import build
 from runs.scaling.measure import fit_law
 from train import TrainConfig
 

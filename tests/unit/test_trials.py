@@ -50,7 +50,6 @@ def test_outcome_is_kept_for_a_machine_and_a_rounded_shape(
     assert trials.bfloat16_speed(1536, 96, 192) == 4.5
     monkeypatch.setattr(trials, "cpu_info", lambda: {"model name": "EPYC", "flags": "avx2 amx_bf16"})
     assert trials.bfloat16_speed(1536, 96, 192) == 5.5
-    monkeypatch.undo()
 
 
 @pytest.mark.parametrize(

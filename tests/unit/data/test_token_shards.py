@@ -118,7 +118,9 @@ def test_a_format_is_read_in_place(tmp_path: Path, name: str):
 def test_damaged_headers_are_refused(tmp_path: Path, name: str):
     """Random bytes in the headers and index files: read, or an InputError."""
     path = write(tmp_path, name)
-    files = [file for file in path.parent.iterdir() if file.stem.startswith(path.stem) and file.suffix != ".loss"]
+    files = [
+        file for file in sorted(path.parent.iterdir()) if file.stem.startswith(path.stem) and file.suffix != ".loss"
+    ]
     random = np.random.default_rng(1)
     for _ in range(60):
         file = files[random.integers(len(files))]

@@ -5,11 +5,13 @@ import contextlib
 import http.client
 import json
 import math
+import os
 import re
 import socket
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from playground_server import (
     wait_until,
 )
 
+from nanogpt.errors import InputError
 from nanogpt.generate.decoder import Decoder
 from nanogpt.generate.sampling import Sampling
 from nanogpt.playground import server as server_module
@@ -278,9 +281,9 @@ def test_chat_refuses_bad_request(chat_server: Server, request_: Any, problem: s
         ({"prompt": "a", "ids": [1]}, r"needs a prompt, messages or ids"),
         ({"temperature": 1}, r"needs a prompt, messages or ids"),
         ([], r"needs a prompt, messages or ids"),
-        ({"ids": []}, r"ids: expected a list of 1 to"),
+        ({"ids": []}, r"ids: the list is empty"),
         ({"ids": "abc"}, r"ids: expected a list"),
-        ({"ids": [0] * 50_001}, r"ids: expected a list of 1 to 50,000"),
+        ({"ids": [0] * 50_001}, r"the text has 50,001 tokens, more than 50,000; shorten it"),
         ({"ids": [0, True]}, r"ids\.1: expected a whole number"),
         ({"ids": [-1]}, r"ids\.0: must be at least 0"),
         ({"ids": [257]}, r"ids\.0: must be below 257"),
@@ -424,8 +427,9 @@ def test_queue_reports_place(own_server: Server):
     assert gate.texts == [encode("a"), encode("b"), encode("c")]
 
 
-def test_queue_drops_clients_that_leave(own_server: Server):
+def test_queue_drops_clients_that_leave(own_server: Server, monkeypatch: pytest.MonkeyPatch):
     """While they wait, and while the model generates: it stops after the step in progress."""
+    monkeypatch.setattr(server_module, "FRAME_S", 0.0)  # each token is sent alone
     gate = Gate(own_server.playground)
     leaving = own_server.connect(prompt="a", max_new_tokens=10_000)
     wait_until(lambda: len(gate.texts) == 1)
@@ -527,3 +531,30 @@ def test_metrics_follow_file(own_server: Server):
     assert (third["after"], len(third["points"])) == (0, 50)
     own_server.metrics.write_text('{"step": 7, "loss": 5}\n')  # truncated
     assert fetch(third["next"], third["file"])["points"] == [{"step": 7, "loss": 5}]
+
+
+def test_generate_reports_an_error_of_the_model_in_a_line(own_server: Server, capfd: pytest.CaptureFixture[str]):
+    def fail(*_: Any, **__: Any) -> Iterator[Any]:
+        raise InputError("the logits are not finite; give --dtype=float32")
+        yield
+
+    own_server.playground.decoder.generate = fail  # type: ignore[method-assign]
+    *_, last = own_server.stream(prompt="a")
+    assert last == {"error": "the logits are not finite; give --dtype=float32"}
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_failures_of_the_server_are_reported(own_server: Server, capfd: pytest.CaptureFixture[str]):
+    own_server.playground.parse_request = Mock(side_effect=ZeroDivisionError)  # type: ignore[method-assign]
+    status, response = own_server.request("POST", "/api/generate", {"prompt": "a"})
+    assert status == 500
+    assert response["error"].startswith("the server failed (ZeroDivisionError); see the terminal")
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_model_info_of_a_folder_whose_name_is_no_utf8(tmp_path: Path):
+    heading = {"name": os.fsdecode(b"\xff"), "parameters": 1, "device": "cpu"}
+    app = server_module.create_app(make_playground(bytes_tokenizer()), heading, tmp_path / "metrics.jsonl")
+    (route,) = [route for route in app.routes if route.path == "/api/model"]
+    response = asyncio.run(route.endpoint(None))
+    assert json.loads(response.body)["name"] == "?"
