@@ -36,8 +36,11 @@ KEYS_WITHOUT_EFFECT = {
     *("seed", "out_dir", "resume", "dry_run", "eval_only", "eval_interval", "log_interval", "sample_chars"),
     *("wandb_log", "wandb_project", "wandb_run_name", "tensorboard"),
     *("always_save_checkpoint", "checkpoint_minutes", "keep_every", "log_layers", "verify_data"),
-    *("eval_train", "timeout_s", "new_data"),
+    *("eval_train", "timeout_s", "new_data", "shards"),
 }
+# The values of keys that checkpoints of version 0.1 lack.
+ADDED_LATER: dict[str, Any] = {"qk_norm": True, "look_back": False, "ngram_targets": 0}
+ADDED_LATER |= {"lora_rank": 0, "lora_alpha": 32.0, "lora_targets": "attention,mlp"}
 # Keys that --minutes derives from measured speed and free memory, so repeats may differ in them.
 MEASURED_KEYS = {"max_iters", "decay_iters", "eval_iters", "micro_batch_size"}
 
@@ -160,7 +163,7 @@ def _read_settings(path: Path) -> dict[str, Any] | None:
     states = [file for file in path.glob("ckpt/step-*/state.json") if file.parent.name[5:].isdigit()]
     try:
         newest = max(states, key=lambda file: int(file.parent.name[5:]))
-        return dict(read_json(newest)["config"])
+        return ADDED_LATER | read_json(newest)["config"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
