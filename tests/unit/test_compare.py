@@ -75,7 +75,7 @@ def test_runs_of_version_0_1_have_the_defaults_of_later_keys():
     run = ROOT / "tests/fixtures/v0_1/runs/modern_muon"
     saved = read_json(run / "ckpt/step-000010/state.json")["config"]
     later = {name: value for name, value in asdict(TrainConfig()).items() if name not in saved and value is not None}
-    assert ADDED_LATER == {name: value for name, value in later.items() if name not in KEYS_WITHOUT_EFFECT}
+    assert {name: value for name, value in later.items() if name not in KEYS_WITHOUT_EFFECT} == ADDED_LATER
     assert read_run(run).settings == ADDED_LATER | saved
 
 
