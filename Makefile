@@ -41,7 +41,7 @@ finetune-demo: $(VENV)/smollm2
 	echo "  $(PY) export.py --out_dir=out-finetune-demo-chat --to=lighthouse.gguf"
 
 test: lint
-	$(PY) -m pytest -m "not slow" -n 2
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: lint
 	$(PY) -m pytest
