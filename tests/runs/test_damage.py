@@ -168,7 +168,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, fl
         make(home / name)
     folders = [home / "meta.json, intact", *(home / name for name in EVIL)]
     command = [sys.executable, "-c", CHILD, *map(str, folders)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return dict(zip(["", *EVIL], lines, strict=True))
 

@@ -130,7 +130,8 @@ def two(letters: Path, one_and_two: Path, tmp_path_factory: pytest.TempPathFacto
     for dataset in (letters, one_and_two / "one", one_and_two / "two"):
         (folder / dataset.name).symlink_to(dataset)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, __file__, folder], env=environment(), capture_output=True, text=True)
+    command = [*launcher, __file__, folder]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)
     return folder

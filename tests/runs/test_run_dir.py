@@ -413,7 +413,7 @@ def test_a_small_disk_and_a_read_only_one(letters: Path, tmp_path: Path):
     if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
         pytest.skip("needs Linux and the right to make a mount namespace")
     command = [*namespace, sys.executable, "-c", DISKS, *flags(dataset=letters, eval_interval=2, max_iters=8)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     results = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
     assert results["undisturbed"] == results["larger"] == results["crowded"] == results["evaluated"] == "0"
