@@ -45,7 +45,7 @@ from nanogpt.text.tokenizer import Tokenizer
 
 NUM_ALTERNATIVES = 5  # probable tokens that come with each generated one
 MAX_REQUEST_BYTES = 2**20
-MAX_IDS = 50_000  # in a text to continue
+MAX_IDS = 50_000  # in a text to continue, or as many as the context holds
 SEND_TIMEOUT_S = 10.0  # for which the model waits for a client to read, over a whole text
 FRAME_S = 1 / 30  # tokens generated within one frame of the screen are sent together
 EXAMPLE = '{"prompt": "ROMEO:", "temperature": 0.8}'
@@ -136,8 +136,10 @@ class Playground:
             problems = ["ids: the list is empty"]
         if problems:
             raise InputError(f"{problems[0]}; send ids from earlier events")
-        if len(ids) + len(more_ids) > max(MAX_IDS, self.model.config.block_size):
-            raise InputError(f"the text has {len(ids) + len(more_ids):,} tokens, more than {MAX_IDS:,}; shorten it")
+        num_ids = len(ids) + len(more_ids)
+        limit = max(MAX_IDS, self.model.config.block_size)
+        if num_ids > limit:
+            raise InputError(f"the text has {num_ids:,} tokens, more than {limit:,}; shorten it")
         if self.chat and answer_start is not None and not self.chat.stop_ids.isdisjoint(more_ids):
             raise InputError("ids: one of them ends the answer; send those before it")
         return Start([*ids, *more_ids], build(RequestSettings, request, "request"), answer_start, num_omitted)

@@ -258,6 +258,12 @@ def test_reference_must_be_like_nanogpt(bench_error: Bench, content: str):
     assert bench_error(reference="checkout").startswith("error: --reference=checkout: ")
 
 
+@pytest.mark.parametrize("keys", [{"arch": "modern", "bias": False}, {"ngram_targets": 3}, {"mask_documents": True}])
+def test_a_recipe_that_nanogpt_lacks_is_not_compared(bench_error: Bench, keys: dict[str, Any]):
+    (name, value), *_ = keys.items()
+    assert f"nanoGPT has no {name}={value}; leave --reference out" in bench_error(reference="checkout", **keys)
+
+
 def test_death_of_a_worker_is_reported(bench_error: Bench, known_peak: None):
     Path("die").touch()
     assert "nanoGPT: the process died with exit code 7" in bench_error(reference="checkout")

@@ -558,3 +558,11 @@ def test_model_info_of_a_folder_whose_name_is_no_utf8(tmp_path: Path):
     (route,) = [route for route in app.routes if route.path == "/api/model"]
     response = asyncio.run(route.endpoint(None))
     assert json.loads(response.body)["name"] == "?"
+
+
+def test_a_text_may_fill_a_long_context(monkeypatch: pytest.MonkeyPatch, characters: Playground):
+    monkeypatch.setattr(server_module, "MAX_IDS", 20)
+    body = json.dumps({"prompt": "a" * BLOCK_SIZE}).encode()
+    assert len(characters.parse_request(body).ids) == BLOCK_SIZE
+    with pytest.raises(InputError, match=r"the text has 33 tokens, more than 32; shorten it"):
+        characters.parse_request(json.dumps({"ids": [0] * (BLOCK_SIZE + 1)}).encode())
