@@ -63,7 +63,7 @@ def test_names_that_are_no_utf8_are_written_and_read(run_export: Export):
     write_report("json", "report.json", {"model": name})
     assert read_json(Path("report.json")) == {"model": name}
     write_report("json", "report.json", {"rows": [{"last_loss": math.nan}]})
-    assert read_json(Path("report.json")) == {"rows": [{"last_loss": None}]}
+    assert '"last_loss": null' in Path("report.json").read_text()  # JSON has no NaN
 
 
 @pytest.mark.parametrize(
