@@ -38,7 +38,7 @@ from nanogpt.data.dataset import Tokens, document_separator_id, open_dataset
 from nanogpt.data.ngrams import NgramTargets
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.distributed import World, world_size
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, raise_problems
 from nanogpt.evaluation import evaluate
 from nanogpt.memory import estimate_training_memory, fits_in_memory
 from nanogpt.metrics import DeferredRead, StepStats, Stopwatch
@@ -174,7 +174,7 @@ def drop_budget_keys(explicit: ExplicitKeys) -> ExplicitKeys:
     ignored = [name for name in explicit if name in BUDGET_KEYS]
     if ignored:
         print0(f"minutes: the time budget sets {', '.join(ignored)}; the given values are ignored")
-    return explicit.without(ignored)
+    return ExplicitKeys({name: explicit[name] for name in explicit if name not in BUDGET_KEYS}, explicit.flags)
 
 
 def check_resume(explicit: ExplicitKeys, state: dict[str, Any]) -> ExplicitKeys:
@@ -210,8 +210,7 @@ def check_new_run(config: Any) -> None:
     if config.patience:
         problems.append(NO_PATIENCE)
     problems += check_shards(config.shards, world_size(), config.dtype, config.lora_rank, config.minutes)
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
 
 
 def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, World, Plan]:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import numpy as np
 
 from configurator import key, parse
-from nanogpt.errors import InputError, run_script
+from nanogpt.errors import InputError, raise_problems, run_script
 from nanogpt.files import read_json, regular_file_size
 from nanogpt.schema import Count, Limits, check
 
@@ -36,7 +36,8 @@ KEYS_WITHOUT_EFFECT = {
     *("seed", "out_dir", "resume", "dry_run", "eval_only", "eval_interval", "log_interval", "sample_chars"),
     *("wandb_log", "wandb_project", "wandb_run_name", "tensorboard"),
     *("always_save_checkpoint", "checkpoint_minutes", "keep_every", "log_layers", "verify_data"),
-    *("eval_train", "timeout_s", "new_data", "shards"),
+    *("eval_train", "timeout_s", "new_data", "device", "backend", "shards"),
+    *("activation_checkpointing", "loss_chunk", "deterministic"),
 }
 # The values of keys that checkpoints of version 0.1 lack.
 ADDED_LATER: dict[str, Any] = {"qk_norm": True, "look_back": False, "ngram_targets": 0}
@@ -107,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             runs.append(read_run(path))
         except InputError as error:
             problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
 
     groups = group_repeats(runs)
     print(format_table(groups))

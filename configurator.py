@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from nanogpt.errors import InputError
+from nanogpt.errors import raise_problems
 from nanogpt.schema import Config, check_keys, key, options, type_hints
 
 __all__ = ["Config", "ExplicitKeys", "key", "parse"]
@@ -36,9 +36,6 @@ class ExplicitKeys(dict[str, Any]):
     def __init__(self, values: dict[str, Any], flags: set[str]):
         super().__init__(values)
         self.flags = flags
-
-    def without(self, names: Sequence[str]) -> "ExplicitKeys":
-        return ExplicitKeys({name: value for name, value in self.items() if name not in names}, self.flags - {*names})
 
 
 def parse(
@@ -81,8 +78,7 @@ def parse(
     if not problems:
         missing = [name for name, default in defaults.items() if default is ... and name not in values]
         problems = [f"--{name} is missing: it has no default" for name in missing]
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
     return config_class(**values), ExplicitKeys(values, set(flag_values))
 
 
@@ -184,7 +180,7 @@ def _run_file(file: str, current: dict[str, Any]) -> tuple[list[Entry], list[str
 
     stores = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     lines = {node.id: node.lineno for node in stores}
-    # Imported modules and functions are no attempts to set a key.
+    # Imported modules and functions do not count as keys.
     is_set = [name for name in names if name in current or (name in lines and not name.startswith("_"))]
     ordered = sorted((lines.get(name, 1), name) for name in is_set)
     return [(f"{file}:{line}: {name}", name, names.get(name)) for line, name in ordered], problems

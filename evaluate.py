@@ -40,7 +40,7 @@ from nanogpt.data.dataset import MixturePart, Tokens, open_dataset
 from nanogpt.data.rows import SlidingWindows
 from nanogpt.data.token_shards import TokenDtype
 from nanogpt.distributed import World
-from nanogpt.errors import InputError, run_script
+from nanogpt.errors import InputError, raise_problems, run_script
 from nanogpt.files import write_report
 from nanogpt.generate.sampling import check_finite
 from nanogpt.memory import MAX_TOKENS_PER_PASS, rows_to_score
@@ -60,7 +60,7 @@ class EvaluateConfig(ModelKeys):
 
     dataset: str | None = key(None, "a folder, a name under data/, a mixture; None: the run's own", group="Loss")
     token_dtype: TokenDtype | None = key(None, "dtype of ids in files that do not state it; None: uint16, as nanoGPT")
-    split: Literal["val", "train"] = key("val", "the split of it to read, whole")
+    split: Literal["val", "train"] = key("val", "split to evaluate, all of it")
     text: str | None = key(None, "a UTF-8 file to evaluate on instead")
     stride: int = key(0, "tokens by which windows advance, and targets of each; 0: block_size", ge=0)
 
@@ -132,8 +132,7 @@ def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
             open(config.json, "a").close()
         except OSError as error:
             problems.append(f"--json={config.json}: cannot be written ({error.strerror}); give another file")
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
     if config.dataset:  # before the model is downloaded
         open_dataset(config.dataset, block_size=1, splits=[config.split], token_dtype=config.token_dtype)
 

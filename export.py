@@ -9,19 +9,21 @@ import nanogpt.import_torch  # noqa: F401  # faster than `import torch`
 # isort: split
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from configurator import key, parse
 from load import LoadedModel, ModelKeys, find_two_sources, load_model
 from model import GPTConfig
 from nanogpt import checkpoint
 from nanogpt.console import format_bytes
-from nanogpt.errors import InputError, run_script
+from nanogpt.errors import InputError, raise_problems, run_script
 from nanogpt.files import atomic_directory, atomic_write, created_parents, read_json
 from nanogpt.interop.gguf import check_installed, write_gguf
 from nanogpt.interop.huggingface import write_huggingface
@@ -44,8 +46,7 @@ class ExportConfig(ModelKeys):
 
 def main() -> None:
     config, explicit = parse(ExportConfig, description="Write a trained GPT as a Hugging Face folder or a GGUF file.")
-    if problems := find_two_sources(config, explicit):
-        raise InputError("\n".join(problems))
+    raise_problems(find_two_sources(config, explicit))
     target = Path(os.path.abspath(config.to))
     is_gguf = target.suffix.lower() == ".gguf"
     if is_gguf:
@@ -64,9 +65,11 @@ def main() -> None:
     try:
         if config.adapters:
             with atomic_directory(target) as folder:
-                write_adapters(folder, config)
-            return
-        loaded, size = export_gguf(config, target) if is_gguf else export_folder(config, target)
+                summary = write_adapters(folder, config)
+        else:
+            loaded, size = export_gguf(config, target) if is_gguf else export_folder(config, target)
+            numel = loaded.model.count_parameters()
+            summary = f"{numel:,} parameters in {config.dtype}, {format_bytes(size)}"
     except FileExistsError as error:
         raise InputError(
             f"--to={config.to}: {error.filename} exists; wait for the export that is writing it, or delete it"
@@ -76,16 +79,21 @@ def main() -> None:
         raise InputError(
             f"--to={config.to}: cannot be written ({reason}); free some disk space, or give another place"
         ) from error
-    print(f"wrote {config.to}: {loaded.model.count_parameters():,} parameters in {config.dtype}, {format_bytes(size)}")
+    print(f"wrote {config.to}: {summary}")
 
 
 def load_for_export(config: ExportConfig) -> LoadedModel:
     """Load the model. Raises InputError if it has no tokenizer, or weights that float16 makes infinite."""
     loaded = load_model(config, "exporting")
-    for name, tensor in loaded.model.state_dict().items():
-        if config.dtype == "float16" and tensor.abs().max() > torch.finfo(torch.float16).max:
-            raise InputError(f"--dtype=float16: {name} has weights beyond 65,504; give --dtype=bfloat16 or float32")
+    raise_if_infinite(loaded.model.state_dict(), config.dtype)
     return loaded
+
+
+def raise_if_infinite(tensors: Mapping[str, Tensor], dtype: str) -> None:
+    """Raise InputError for weights that float16 makes infinite."""
+    for name, tensor in tensors.items():
+        if dtype == "float16" and tensor.abs().max() > torch.finfo(torch.float16).max:
+            raise InputError(f"--dtype=float16: {name} has weights beyond 65,504; give --dtype=bfloat16 or float32")
 
 
 def export_folder(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
@@ -126,12 +134,13 @@ def export_gguf(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
     return loaded, target.stat().st_size
 
 
-def write_adapters(folder: Path, config: ExportConfig) -> None:
-    """Write the adapters of a run as PEFT's folder, and print their number."""
+def write_adapters(folder: Path, config: ExportConfig) -> str:
+    """Write the adapters of a run as PEFT's folder; return a summary."""
     source = Path(config.out_dir if config.init_from == "resume" else config.init_from)
     run = checkpoint.load(checkpoint.find(source, config.checkpoint), with_optimizer=False)
     if not run.state["lora"]:
         raise InputError(f"--adapters=True: {source} is a run without LoRA; leave it out")
+    raise_if_infinite(run.model, config.dtype)
     adapters = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in run.model.items()}
     base = run.state["lora"]["base"]
     sizes = asdict(run.build_config(GPTConfig, "model"))
@@ -152,7 +161,7 @@ reads, export it (`python export.py --init_from=BASE --to=FOLDER`) and put its p
 """
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     numel = sum(tensor.numel() for tensor in adapters.values())
-    print(f"wrote {config.to}: adapters of {numel:,} parameters in {config.dtype}, for {base}")
+    return f"adapters of {numel:,} parameters in {config.dtype}, for {base}"
 
 
 def model_card(name: str, loaded: LoadedModel, dtype: str) -> str:

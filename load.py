@@ -20,7 +20,7 @@ from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.data.dataset import Dataset, open_dataset, resolve
 from nanogpt.data.rows import Rows, StepBatch
 from nanogpt.distributed import World
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, raise_problems
 from nanogpt.files import read_json
 from nanogpt.guard import MAX_OVERFLOWS, UpdateGuard
 from nanogpt.interop.huggingface import read_weights
@@ -165,12 +165,10 @@ def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) ->
 
 def raise_for_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any], where: str) -> None:
     """Raise InputError for explicit model keys that contradict the sizes of existing weights."""
-    problems = [
+    raise_problems(
         f"{name}={explicit[name]}: {where} has {name}={actual[name]}, which cannot change; leave it out"
         for name in conflicting_sizes(explicit, actual)
-    ]
-    if problems:
-        raise InputError("\n".join(problems))
+    )
 
 
 def load_data_and_model(
@@ -235,7 +233,7 @@ def compare_data(config: Any, resumed: Checkpoint, dataset: Dataset) -> None:
             "them back, or give --new_data=True to continue with these"
         )
     if "val" in changed:
-        print0("the val split is another one: losses are compared from here on only")
+        print0("the val split has changed: earlier losses are no longer compared")
         resumed.state |= {"val_loss": None, "best_val_loss": None, "since_best": 0}
 
 

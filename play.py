@@ -20,7 +20,7 @@ from load import ModelKeys, find_two_sources, load_model
 from nanogpt import distributed
 from nanogpt.compile import should_compile
 from nanogpt.device import describe_device, free_memory
-from nanogpt.errors import InputError, run_script
+from nanogpt.errors import InputError, raise_problems, run_script
 from nanogpt.generate.low_precision import to_inference_precision
 from nanogpt.memory import crop_to_memory
 from nanogpt.rendezvous import explain_errors
@@ -40,8 +40,7 @@ class PlayConfig(ModelKeys):
 
 def main() -> None:
     config, explicit = parse(PlayConfig, description="Serve a page to play with a trained GPT.")
-    if problems := find_two_sources(config, explicit):
-        raise InputError("\n".join(problems))
+    raise_problems(find_two_sources(config, explicit))
     try:
         from nanogpt.playground.server import Playground, create_app, create_server
     except ModuleNotFoundError as error:

@@ -21,7 +21,7 @@ from model import GPT
 from nanogpt import distributed
 from nanogpt.compile import should_compile
 from nanogpt.device import free_memory
-from nanogpt.errors import InputError, run_script
+from nanogpt.errors import InputError, raise_problems, run_script
 from nanogpt.generate.decoder import Decoder
 from nanogpt.generate.low_precision import to_inference_precision
 from nanogpt.generate.prompt import encode_conversation, encode_prompt
@@ -83,8 +83,7 @@ def main() -> None:
 
 
 def check_flags(config: SampleConfig, explicit: dict[str, Any]) -> None:
-    if problems := find_two_sources(config, explicit):
-        raise InputError("\n".join(problems))
+    raise_problems(find_two_sources(config, explicit))
     for name in ("start", "num_samples"):
         if config.interactive and name in explicit:
             raise InputError(f"--{name}: an interactive session takes its prompts from the keyboard; leave it out")

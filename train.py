@@ -41,7 +41,7 @@ from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
 from nanogpt.distributed import World, world_size
-from nanogpt.errors import InputError, run_script
+from nanogpt.errors import InputError, raise_problems, run_script
 from nanogpt.evaluation import eval_batch_size, evaluate
 from nanogpt.generate.stream import sample_text
 from nanogpt.guard import UpdateGuard
@@ -450,8 +450,7 @@ def check_config(config: TrainConfig) -> None:
         problems.append("patience: eval_interval=0 evaluates only at the end, too late to stop: set --eval_interval")
     if config.decay_iters is not None and config.schedule != "trapezoid":
         problems.append(f"decay_iters: schedule={config.schedule} has no final decay: leave it out")
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
 
 
 def prepare_and_train(
@@ -489,7 +488,7 @@ def prepare_and_train(
     rows = Rows(dataset.train, T, V, config.seed, config.row_order, ngrams)
     micro_batch = choose_micro_batch(config, gpt, world)
     if config.micro_batch_size == "auto":
-        config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, whatever is free by then
+        config = replace(config, micro_batch_size=micro_batch)  # a resumed run keeps it, however much is free then
     row_schedule = RowSchedule(config.batch_size, config.rows_per_step, config.batch_growth_tokens, T)
     print_run_summary(gpt, config.optimizer, row_schedule, micro_batch, config.max_iters, dataset, world)
     warn_of_schedule(schedule)

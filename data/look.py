@@ -104,7 +104,7 @@ def show_counts(dataset: Dataset, tokens: Tokens, tokenizer: Tokenizer, limit: i
     counts = np.zeros(0, dtype=np.int64)
     lengths = []
     targets = 0
-    document_end: int | None = -1  # last token of the document before; None: in a gap between blocks
+    last_end = np.array([-1])  # the last token of the document before; empty after a gap between blocks
     for start in range(0, len(tokens), stride):
         ids = tokens[start : start + BLOCK_TOKENS]
         tokens.check_ids(start, start + len(ids), max(dataset.vocab_size or 0, tokenizer.vocab_size))
@@ -114,17 +114,12 @@ def show_counts(dataset: Dataset, tokens: Tokens, tokenizer: Tokenizer, limit: i
         if tokens.has_mask:
             targets += int(np.count_nonzero(tokens.mask(start, start + len(ids))))
 
-        ends = np.zeros(0, dtype=np.int64)
-        if dataset.end_of_text is not None:
-            ends = start + np.flatnonzero(ids == dataset.end_of_text)
         if start and stride > BLOCK_TOKENS:
-            document_end = None
-        if document_end is None and len(ends):
-            document_end = int(ends[0])
-            ends = ends[1:]
-        if len(ends):
-            lengths.append(np.diff(ends, prepend=document_end))
-            document_end = int(ends[-1])
+            last_end = last_end[:0]
+        if dataset.end_of_text is not None:
+            ends = np.append(last_end, start + np.flatnonzero(ids == dataset.end_of_text))
+            lengths.append(np.diff(ends))
+            last_end = ends[-1:]
 
     total = int(counts.sum())
     if total < len(tokens):
@@ -138,7 +133,7 @@ def show_counts(dataset: Dataset, tokens: Tokens, tokenizer: Tokenizer, limit: i
     for token_id in np.argsort(-counts, kind="stable")[:20].tolist():
         if counts[token_id]:
             print(f"{100 * counts[token_id] / total:7.3f}%  {token_id:>6}  {tokenizer.label(token_id)!r}")
-    if lengths:
+    if any(map(len, lengths)):
         show_histogram(np.concatenate(lengths))
 
 

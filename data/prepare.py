@@ -5,7 +5,6 @@ Some are for validation, by their hash; of a single text it is the last tenth. W
 meta.json. After an interruption, run the same command again to resume.
 """
 
-import codecs
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,8 +52,7 @@ def main() -> None:
     if not config.input or not config.out:
         raise InputError("give the text with --input=PATH and the folder to write to with --out=FOLDER")
     try:
-        if not codecs.lookup(config.encoding)._is_text_encoding:
-            raise LookupError
+        "".encode(config.encoding)
     except (LookupError, ValueError) as error:
         raise InputError(f"--encoding={config.encoding}: unknown; use utf-8, latin-1, cp1252, utf-16 …") from error
 

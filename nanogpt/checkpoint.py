@@ -164,30 +164,24 @@ class Checkpoint:
         run = self.state["lora"]
         init_from = str(self.state["config"].get("init_from"))
         source = next((place for place in (run["base"], init_from) if os.path.exists(place)), run["base"])
-        tensors: dict[str, Tensor] = {}
-        damaged: InputError | None = None
-        try:
-            if not is_checkpoint(Path(source)):
-                tensors = dict(read_weights(source).tensors)
-            elif not has_adapters(Path(source)):  # as of a later run there, which may have started from this one
-                # If that run has gone on, another checkpoint is the best now.
-                for path in dict.fromkeys([find(source), *list_checkpoints(Path(source))]):
-                    try:
-                        tensors = load(path, with_optimizer=False).model
-                    except InputError as error:
-                        damaged = damaged or error
-                        continue
-                    if lora.base_sha256(tensors, sizes) == run["base_sha256"]:
-                        break
-                else:
-                    if damaged:
-                        raise damaged
-        except InputError as error:
-            raise InputError(f"{self.path} has adapters, and their base cannot be read: {error}") from error
-        if lora.base_sha256(tensors, sizes) != run["base_sha256"]:
-            raise InputError(f"{self.path} has adapters of another base: {source} is not what the run started from")
-        self.adapters = self.model
-        self.model = lora.crop(tensors, sizes)
+        is_run = is_checkpoint(Path(source))
+        # If that run has gone on, another of its checkpoints is the best now.
+        places = [source, *(list_checkpoints(Path(source)) if is_run else [])]
+
+        unreadable: InputError | None = None
+        for place in places:
+            try:
+                tensors = load(find(place), with_optimizer=False).model if is_run else dict(read_weights(place).tensors)
+            except InputError as error:
+                unreadable = unreadable or error
+                continue
+            if lora.base_sha256(tensors, sizes) == run["base_sha256"]:
+                self.adapters = self.model
+                self.model = lora.crop(tensors, sizes)
+                return
+        if unreadable:
+            raise InputError(f"{self.path} has adapters, and their base cannot be read: {unreadable}") from unreadable
+        raise InputError(f"{self.path} has adapters of another base: {source} is not what the run started from")
 
 
 # ---- find and load
@@ -536,7 +530,7 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         if self.is_main:
-            prune(self.run_dir.path, self.keep_every)  # a kill may have come before the end of it
+            prune(self.run_dir.path, self.keep_every)  # a kill may have interrupted the last one
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:

@@ -61,7 +61,7 @@ def prepare_streams(is_output_expendable: bool) -> None:
 def format_bytes(count: float) -> str:
     """Bytes to three digits, in powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

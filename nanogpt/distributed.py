@@ -56,7 +56,7 @@ class World:
         return values
 
     def sum_over_ranks(self, numbers: Sequence[float]) -> Sequence[float]:
-        """The elementwise sum of a few numbers of the host; between several ranks it waits for the device."""
+        """Sum a few host numbers over the ranks; with more than one rank this waits for the device."""
         if self.size == 1:
             return numbers
         return self.all_reduce_sum(torch.tensor(numbers, dtype=torch.float32, device=self.device)).tolist()

@@ -18,6 +18,12 @@ class RunStopped(Exception):
     """A run stopped to protect what it has. The message says why and how to continue; scripts end with status 3."""
 
 
+def raise_problems(problems: Iterable[str]) -> None:
+    """Raise InputError with a line for each problem, if there are any."""
+    if message := "\n".join(problems):
+        raise InputError(message)
+
+
 def suggest(word: str, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
     """The end of an error message: the known name that `word` resembles, or what else helps."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -71,7 +71,7 @@ def sync(path: Path) -> None:
 
 
 def is_same_file(path: Path, handle: int) -> bool:
-    """True if `path` is by now a name of the open file or directory `handle`."""
+    """True if `path` still refers to the open file or directory `handle`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except OSError:
@@ -190,7 +190,7 @@ def atomic_directory(final: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def recover_directories(folder: Path) -> None:
-    """Give back its name to each directory that a kill in `atomic_directory` left without one."""
+    """Rename back each directory that a kill in `atomic_directory` left under its temporary name."""
     for old in folder.glob(".*.old.partial"):
         final = old.with_name(old.name.removeprefix(".").removesuffix(".old.partial"))
         if not final.exists():

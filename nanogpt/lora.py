@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt.errors import InputError, suggest
+from nanogpt.errors import InputError, raise_problems, suggest
 from nanogpt.interop.names import ARCHITECTURES, Architecture, find_architecture, tensor_layout
 
 # Tensors of a base that a run may have with fewer rows: without padding, or for a shorter context.
@@ -98,9 +98,11 @@ def read_targets(text: str, architectures: Sequence[Architecture] = ARCHITECTURE
             if spec.columns and spec.name.startswith("blocks."):
                 known |= path_words(theirs, spec.name)
     targets = {word.strip() for word in text.split(",")}
-    for word in sorted(targets - known):
-        hint = suggest(word, sorted(known), f"choose from {', '.join(sorted(known))}")
-        raise InputError(f"lora_targets={text}: no layer is called {word!r}; {hint}")
+    all_names = f"choose from {', '.join(sorted(known))}"
+    raise_problems(
+        f"lora_targets={text}: no layer is called {word!r}; {suggest(word, sorted(known), all_names)}"
+        for word in sorted(targets - known)
+    )
     return targets
 
 

@@ -97,7 +97,7 @@ def gathered_bytes(model: Any, itemsize: int) -> float:
 
 
 def fits_in_memory(needed: float, device: torch.device, share: float = USABLE_SHARE) -> bool:
-    """Compare an estimate, of each of the processes that share this machine's memory, with a share of what is free."""
+    """True if an estimate for each process on this machine fits into a share of its free memory."""
     free = free_memory(device)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
     return free is None or needed * processes < share * free

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanogpt.console import print0
 from nanogpt.control import Control
-from nanogpt.errors import InputError, first_line
+from nanogpt.errors import InputError, first_line, raise_problems
 from nanogpt.files import atomic_write, is_same_file, regular_file_size, replace_non_finite
 from nanogpt.run_dir import RunDir
 
@@ -118,7 +118,7 @@ class MetricsWriter:
     """Appends JSON objects, one a line, to metrics.jsonl; TensorBoard and wandb get the same numbers."""
 
     def __init__(self, run_dir: RunDir, step: int, is_evaluated: bool):
-        """Drop the lines that a run resumed at `step` writes again; is_evaluated: its evaluation there is not.
+        """Drop the lines that a run resumed at `step` writes again; is_evaluated: keep its evaluation there.
 
         Raises InputError where metrics.jsonl cannot be written.
         """
@@ -209,7 +209,7 @@ class MetricsWriter:
         self._has_warned = False
 
     def _reopen_if_replaced(self) -> None:
-        """Look after the file: editors replace it, or write it anew, by the lines that it had when they read it."""
+        """Reopen the file if an editor replaced it, and append the lines that its copy lacks."""
         size = self._file.seek(0, os.SEEK_END)
         if size < self._size:
             print0(f"warning: {self.path} was cut by another program: its last lines are lost")
@@ -260,8 +260,7 @@ def check_trackers(tensorboard: bool, wandb_log: bool) -> None:
     for key, module, is_on in (("tensorboard", "tensorboard", tensorboard), ("wandb_log", "wandb", wandb_log)):
         if is_on and find_spec(module) is None:
             problems.append(f'{key}=True: {module} is not installed; run pip install -e ".[tracking]"')
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
 
 
 def read_stop_reason(out_dir: Path) -> str | None:

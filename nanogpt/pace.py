@@ -18,8 +18,8 @@ class Pace:
 
     In that time a rank reads its rows and computes alone; later the ranks wait for each other, and a step takes equally
     long on all. On a GPU it is the time of the host, which sees slow data and a slow CPU, not a slow GPU. With sharded
-    weights ranks wait in the forward pass already: there it is the time until that begins, and for each block as long
-    as the first one computes. Compiled blocks are not timed.
+    weights ranks already wait during the forward pass: there it is the time until that begins, plus the time of the
+    first block for each block. Compiled blocks are not timed.
     """
 
     def __init__(self, model: Any, ranks: Ranks, clock: Stopwatch, is_sharded: bool):
@@ -87,8 +87,8 @@ class Pace:
             share = (times[slowest] - median) * self.steps / period
             if times[slowest] > SLOW * median and share > MIN_SHARE:
                 print0(
-                    f"step {step}: {self.ranks.name(slowest)} is slow: {1e3 * times[slowest]:.3g} ms to the "
-                    f"{self.until} of a first forward pass, median {1e3 * median:.3g} ms; the difference is "
+                    f"step {step}: {self.ranks.name(slowest)} is slow: {1e3 * times[slowest]:.0f} ms to the "
+                    f"{self.until} of a first forward pass, median {1e3 * median:.0f} ms; the difference is "
                     f"{share:.0%} of a step"
                 )
         self.seconds = 0.0

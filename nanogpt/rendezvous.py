@@ -137,7 +137,7 @@ class Ranks:
         if self.store is not None:
             self._listener = threading.Thread(target=self._answer_roll_call, args=(self.store.clone(),), daemon=True)
             self._listener.start()
-            atexit.register(self._stop_listening)  # a thread inside the store may abort the interpreter's end
+            atexit.register(self._stop_listening)  # a thread still inside the store can crash the interpreter at exit
 
     def _stop_listening(self) -> None:
         if not self._wake.is_set():
@@ -162,7 +162,7 @@ class Ranks:
             _count(store, "read", answers if self.is_main else 0)  # the main process may host the store
 
     def describe_lost(self) -> str:
-        """The ranks that do not answer, in words; if all do, where those are that have not noticed a loss."""
+        """Name the ranks that do not answer; if all do, say where those are that have not noticed the failure."""
         if self.store is None:
             return "another process crashed or hangs"
         self._has_noticed = True
@@ -262,7 +262,7 @@ def _gather(store: Any, ranks: Ranks, size: int, greeting: list[str]) -> list[li
 
 
 def _greet(store: Any, ranks: Ranks, size: int, greeting: list[str]) -> list[list[str]]:
-    """Any other process's part of `join`: greet under the present prefix until the answer has this greeting."""
+    """The other processes' part of `join`: greet under the current prefix until the answer has this greeting."""
     prefix = ""
     deadline = time.monotonic() + ranks.timeout_s
     while time.monotonic() < deadline:

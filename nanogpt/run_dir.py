@@ -23,9 +23,9 @@ def is_run(out_dir: Path) -> bool:
 
 
 class RunDir:
-    """The directory that a run writes into, and no other run while it is claimed.
+    """The output directory of a run, which no other run writes into while it is claimed.
 
-    It is known by itself, not by its name: `path` is its present name, which `follow` brings up to date.
+    It is known by its inode, not by its name: `follow` updates `path` after a rename.
     """
 
     def __init__(self, out_dir: Path):

@@ -58,7 +58,7 @@ class Law:
 
     N: weights in the blocks. D: tokens. Reading a text of U tokens more than once overfits: its loss lies
     K (D/U - 1)^(p (N/U)^q) above that of as many new tokens, and grows faster the more weights there are for a token.
-    That term is an expression of ours which fits our runs.
+    That term is our own; it fits our runs.
     """
 
     E: float

@@ -37,7 +37,7 @@ class StepSchedule:
         return self.min_lr + (self.max_lr - self.min_lr) * shares[self.name]
 
     def lr_scale(self, step: int) -> float:
-        """The same as a share of the maximum."""
+        """The learning rate as a share of the maximum."""
         return self.lr(step) / self.max_lr
 
     def is_done(self, step: int) -> bool:

@@ -34,7 +34,7 @@ from typing import (
     is_typeddict,
 )
 
-from nanogpt.errors import InputError, suggest
+from nanogpt.errors import raise_problems, suggest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -189,8 +189,7 @@ def build(config_class: type[Config], values: Mapping[str, Any], source: str) ->
     """Build a config from settings read from `source`, such as a checkpoint. Raises InputError for every problem."""
     entries = [(f"{source}: {name}", name, value) for name, value in values.items()]
     checked, problems = check_keys(config_class, entries, hint=f"use {', '.join(type_hints(config_class))}")
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
     return config_class(**checked)
 
 

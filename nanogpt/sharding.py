@@ -146,10 +146,9 @@ class Map(NamedTuple):
 
 
 class MapExchange:
-    """Collects each of Muon's maps on one rank, its owner, and returns the results.
+    """Sends the rows of each of Muon's maps to one rank, its owner, and the results back.
 
-    Of sharded matrices the rows of a map are sent to one rank of the group, its owner, and the result is sent back;
-    gathering would send every row to every rank. Owners are chosen so that all have about the same work. row_splits:
+    Gathering would send every row to every rank. Owners are chosen so that all have about the same work. row_splits:
     the rows of the maps in each matrix.
     """
 
@@ -190,21 +189,17 @@ class MapExchange:
         """
         mine = self.owned[self.rank]
         sent = [sum(self._numel(one, self.rank) for one in owned) for owned in self.owned]
-        pieces = [[self._numel(one, rank) for one in mine] for rank in self.ranks]
-        received = [sum(sizes) for sizes in pieces]
-        by_rank = [
-            part.split(sizes)
-            for part, sizes in zip(self._all_to_all(rows, sent, received).split(received), pieces, strict=True)
-        ]
-        maps = [
-            (torch.cat(parts) if len(parts) > 1 else parts[0]).view(one.rows, one.columns)
-            for one, *parts in zip(mine, *by_rank, strict=True)
-        ]
-        results = [
-            result.reshape(-1).split([self._numel(one, rank) for rank in self.ranks])
-            for one, result in zip(mine, function(maps), strict=True)
-        ]
-        back = [parts[rank] for rank in self.ranks for parts in results]
+        sizes = [[self._numel(one, rank) for one in mine] for rank in self.ranks]
+        received = [sum(numels) for numels in sizes]
+        pieces = self._all_to_all(rows, sent, received).split(list(itertools.chain.from_iterable(sizes)))
+        maps = []
+        for i, one in enumerate(mine):
+            parts = pieces[i :: len(mine)]  # one from each rank
+            maps.append((torch.cat(parts) if len(parts) > 1 else parts[0]).view(one.rows, one.columns))
+
+        numels_by_map = [list(numels) for numels in zip(*sizes, strict=True)]
+        by_map = [result.reshape(-1).split(n) for result, n in zip(function(maps), numels_by_map, strict=True)]
+        back = [parts[rank] for rank in self.ranks for parts in by_map]
         return self._all_to_all(torch.cat(back) if back else rows[:0], received, sent)
 
     def _all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:

@@ -60,7 +60,7 @@ class StepLogger:
         self.deferred = DeferredRead(state.clock)
         self.first_step = state.step
         self.last_line = (state.samples * self.block_size, state.clock.seconds)  # tokens, training seconds
-        self.after_warmup = self.last_line  # the same when the first step, which warms up, was done
+        self.after_warmup = self.last_line  # the same after the first step, which includes warmup
         self.skipped = int(state.guard.skipped.item())
 
     def put(self, step: int, first_row: int, samples: int, lr: float, stats: StepStats) -> None:

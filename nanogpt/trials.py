@@ -22,7 +22,7 @@ MIN_BFLOAT16_SPEED = 1.4  # of products, from which on whole steps are faster to
 MAX_ROWS = 2048  # of a product: more are hardly faster
 MAX_MULTIPLICATIONS = 2**30  # of a product: about 20 ms in float32
 SMALL_SIZE = 256  # emulated, a larger product may take seconds
-HOPELESS = 0.7  # a speed of small products in bfloat16, over float32's, that larger ones will not make up for
+HOPELESS = 0.7  # bfloat16's speed over float32's: below it on small products, the large ones are skipped
 TRIAL_S = 0.1  # of computing
 MIN_ROUNDS = 3
 

@@ -32,7 +32,7 @@ from nanogpt.data.token_shards import (
     split_of,
     token_files,
 )
-from nanogpt.errors import InputError, suggest
+from nanogpt.errors import InputError, raise_problems, suggest
 from nanogpt.files import read_json
 from nanogpt.schema import Count, Limits, check
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
@@ -374,8 +374,7 @@ def _open_one(
             f"{path} holds id {largest_id}, but the model's vocab_size is {vocab_size}: "
             "use the dataset that the model was made for, or a new model"
         )
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
     return dataset
 
 
@@ -413,7 +412,7 @@ def _recognized(dataset: Dataset, split: str, dtype: str | None) -> Iterator[tup
     """The files of a split by their names: nanoGPT's, or another program's, some of which leave empty ones."""
     files = [dataset.file] if dataset.file else token_files(dataset.folder, split)
     if dataset.file and split_of(dataset.file) not in (None, split):
-        raise InputError(f"{dataset.file} is no {split} split, by its name: give its folder")
+        raise InputError(f"{dataset.file} is not the {split} split, judging by its name; give its folder")
     if not files or re.fullmatch(rf"{split}-\d{{5}}\.bin", files[0].name):  # shards whose preparation has not ended
         missing = dataset.folder / f"{split}.bin"
         raise InputError(f"{missing} is missing: {AGAIN}; files of another program need {split!r} in their names")
@@ -467,8 +466,7 @@ def _open_mixture(
             datasets.append(open_one(part))
         except InputError as error:
             problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
 
     first = datasets[0]
     tokenizers = [dataset.tokenizer for dataset in datasets if dataset.tokenizer]

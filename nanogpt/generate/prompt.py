@@ -13,23 +13,18 @@ def encode_prompt(prompt: str, model: Any, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(prompt)
     if not ids:
         raise InputError("the prompt is empty")
-    check_prompt(ids, model, tokenizer)
+    check_ids(ids, model, tokenizer)
+    block_size = model.config.block_size
+    if len(ids) > block_size:
+        raise InputError(f"the prompt has {len(ids):,} tokens, more than the context of {block_size:,}; shorten it")
     return ids
 
 
 def encode_conversation(messages: Messages, model: Any, chat: Chat) -> tuple[list[int], Messages]:
     """Encode a conversation up to where the next answer begins. Returns the ids, and the messages in them."""
     ids, num_omitted = chat.encode_recent(messages, model.config.block_size)
-    check_prompt(ids, model, chat.tokenizer)
+    check_ids(ids, model, chat.tokenizer)
     return ids, messages[num_omitted:]
-
-
-def check_prompt(ids: Sequence[int], model: Any, tokenizer: Tokenizer) -> None:
-    """Raise InputError for ids that do not fit the model's vocabulary or context."""
-    check_ids(ids, model, tokenizer)
-    block_size = model.config.block_size
-    if len(ids) > block_size:
-        raise InputError(f"the prompt has {len(ids):,} tokens, more than the context of {block_size:,}; shorten it")
 
 
 def check_ids(ids: Sequence[int], model: Any, tokenizer: Tokenizer) -> None:

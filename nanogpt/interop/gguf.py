@@ -23,6 +23,7 @@ from nanogpt.interop.names import (
     Architecture,
     Unread,
     Weights,
+    fill_in_heads,
     find_architecture,
     split_tensors,
     tensor_layout,
@@ -156,7 +157,7 @@ def read_gguf(path: Path) -> Weights:
     weights = Weights(source, config, translate(source, unread, config, transposed=False))
     weights.tokenizer = tokenizer
     if has_added_end(settings):
-        _drop_last_row(weights)
+        weights.cut_vocabulary(config["vocab_size"] - 1)
         return weights
     ends: list[Any] = [settings.get(f"{end}_token_id") for end in ("eos", "eot", "eom")]
     weights.end_ids = sorted({end for end in ends if matches(end, int) and 0 <= end < config["vocab_size"]})
@@ -179,14 +180,6 @@ def _read_tokenizer(header: Header, settings: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _drop_last_row(weights: Weights) -> None:
-    """Remove the row of a token that the writer added to end texts with."""
-    weights.config["vocab_size"] -= 1
-    for name in ("token_embedding.weight", "head.weight"):
-        if name in weights.tensors:
-            weights.tensors[name] = weights.tensors[name][:-1].clone()
-
-
 def _read_config(header: Header, architecture: Architecture) -> dict[str, Any]:
     """Translate the header's settings to arguments of GPTConfig, without those that the tensors decide.
 
@@ -198,11 +191,9 @@ def _read_config(header: Header, architecture: Architecture) -> dict[str, Any]:
     tokens = header.get("tokenizer.ggml.tokens")
     config["vocab_size"] = len(tokens) if isinstance(tokens, list) else header.get(prefix + "vocab_size")
     if architecture.model_type != "gpt2":
-        n_head, n_embd = config["n_head"], config["n_embd"]
-        defaults = {"n_kv_head": n_head, "rope_theta": 1e4}
-        if matches([n_embd, n_head], list[Count]):
-            defaults["head_dim"] = n_embd // max(n_head, 1)
-        config |= {field: value for field, value in defaults.items() if config[field] is None}
+        fill_in_heads(config, "n_kv_head", "head_dim")
+        if config["rope_theta"] is None:
+            config["rope_theta"] = 1e4
     validate_sizes(source, config)
 
     supported: dict[str, tuple] = {

@@ -7,8 +7,8 @@ llama.cpp knows two kinds that we need. "gpt2" is byte-level BPE. "llama" is Sen
 neighbors whose union has the highest score, and spells what has no token in bytes. Our characters are of kind "gpt2"
 without merges, as tokens that are found before anything else.
 
-Where no token ends a text, llama.cpp takes id 11 (kind "gpt2") or 2 for one. So a file gets such a token more, the last
-one. Its row of the output layer is the mean of the others: its logit is their mean, and so never the largest.
+Where no token ends a text, llama.cpp takes id 11 (kind "gpt2") or 2 for one. So the file gets one extra token at the
+end. Its row of the output layer is the mean of the others: its logit is their mean, and so never the largest.
 """
 
 import re

@@ -24,6 +24,7 @@ from nanogpt.interop.names import (
     GELU,
     ROPE_SCALING,
     Weights,
+    fill_in_heads,
     find_architecture,
     split_tensors,
     strip_wrappers,
@@ -31,7 +32,7 @@ from nanogpt.interop.names import (
     validate_sizes,
 )
 from nanogpt.interop.nanogpt_ckpt import read_nanogpt
-from nanogpt.schema import Count, matches
+from nanogpt.schema import matches
 from nanogpt.text.chat import end_ids
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
@@ -190,7 +191,11 @@ def _read_config(source: str, stored: dict[str, Any]) -> dict[str, Any]:
         settings = {"n_positions": stored.get("n_ctx", 1024)} | settings
 
     config = {ours: settings.get(theirs) for ours, theirs in architecture.sizes.items()}
-    _fill_in_sizes(config, architecture.model_type)
+    if model_type == "gpt2" and config["n_inner"] is None:
+        del config["n_inner"]  # 4 n_embd, as GPTConfig's default
+    # What transformers does with sizes that are missing or null.
+    implied = {"llama": ("n_kv_head", "head_dim"), "mistral": ("head_dim",), "qwen2": ("head_dim",)}
+    fill_in_heads(config, *implied.get(architecture.model_type, ()))
     validate_sizes(source, config)
     # A window as long as the context hides nothing.
     if matches(settings.get("sliding_window"), int) and settings["sliding_window"] >= config["block_size"]:
@@ -213,21 +218,6 @@ def _read_config(source: str, stored: dict[str, Any]) -> dict[str, Any]:
             )
         config["rope_scaling"] = scaling
     return config
-
-
-def _fill_in_sizes(config: dict[str, Any], model_type: str) -> None:
-    """Give sizes that config.json may leave out or set to null the values that transformers gives them; in place."""
-    n_head, n_embd = config["n_head"], config["n_embd"]
-    if model_type == "gpt2" and config["n_inner"] is None:
-        del config["n_inner"]  # 4 n_embd, as GPTConfig's default
-    if model_type == "llama" and config["n_kv_head"] is None:
-        config["n_kv_head"] = n_head
-    if (
-        model_type in ("llama", "mistral", "qwen2")
-        and config["head_dim"] is None
-        and matches([n_embd, n_head], list[Count])
-    ):
-        config["head_dim"] = n_embd // max(n_head, 1)
 
 
 def _flatten_rope(stored: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def run_tasks(
     include_path: str | None,
     unsafe_code: bool,
 ) -> dict[str, Any]:
-    """Run tasks on a temporary export of a model, which loses its own memory; print the tables, return the results.
+    """Run tasks on a temporary export of a model, whose own memory is freed; print the tables, return the results.
 
     names: separated by commas; * matches anything. The options are those of evaluate.py. Raises InputError for an
     unknown task and for a task that fails.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import InputError
+from nanogpt.schema import Count, matches
 from nanogpt.text.tokenizer import Tokenizer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -193,6 +194,13 @@ class Weights:
     train_config: dict[str, Any] = field(default_factory=dict)
     end_ids: list[int] = field(default_factory=list)
 
+    def cut_vocabulary(self, size: int) -> None:
+        """Keep the first rows of the token embedding, and of an output layer of its own."""
+        self.config["vocab_size"] = size
+        for name in ("token_embedding.weight", "head.weight"):
+            if name in self.tensors:
+                self.tensors[name] = self.tensors[name][:size].clone()
+
 
 class LazyTensors(UserDict[str, Any]):
     """Tensors by name; a function in place of one is called when it is looked up, each time anew."""
@@ -257,6 +265,13 @@ def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
     sizes["kv_size"] = sizes["n_kv_head"] * sizes["head_dim"]
     sizes["qkv_size"] = sizes["q_size"] + 2 * sizes["kv_size"]
     return sizes
+
+
+def fill_in_heads(sizes: dict[str, Any], *names: str) -> None:
+    """Give "n_kv_head" and "head_dim", where they are None, what n_head and n_embd imply; in place."""
+    if matches([sizes["n_head"], sizes["n_embd"]], list[Count]):
+        implied = {"n_kv_head": sizes["n_head"], "head_dim": sizes["n_embd"] // max(sizes["n_head"], 1)}
+        sizes.update({name: implied[name] for name in names if sizes[name] is None})
 
 
 def validate_sizes(source: str, sizes: dict[str, Any]) -> None:

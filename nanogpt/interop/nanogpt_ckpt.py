@@ -51,7 +51,9 @@ def read_nanogpt(path: str | Path) -> Weights:
         train_config=train_config if has_dataset else {},
     )
     if config["vocab_size"] == NANOGPT_PADDED_VOCAB:
-        _drop_padding(weights)
+        weights.cut_vocabulary(GPT2_VOCAB)
+        padding = NANOGPT_PADDED_VOCAB - GPT2_VOCAB
+        weights.notes.append(f"{path}: dropped {padding} padding rows; GPT-2's vocabulary has {GPT2_VOCAB}")
     weights.gpt2_encoding = config["vocab_size"] == GPT2_VOCAB
     return weights
 
@@ -65,11 +67,3 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     except Exception as error:  # a broken pickle raises anything
         raise InputError(f"{path}: cannot be read ({first_line(error)}); {HINT}") from error
     return content if isinstance(content, dict) else {}
-
-
-def _drop_padding(weights: Weights) -> None:
-    weights.config["vocab_size"] = GPT2_VOCAB
-    embedding = weights.tensors["token_embedding.weight"]
-    weights.tensors["token_embedding.weight"] = embedding[:GPT2_VOCAB].clone()
-    padding = NANOGPT_PADDED_VOCAB - GPT2_VOCAB
-    weights.notes.append(f"{weights.source}: dropped {padding} padding rows; GPT-2's vocabulary has {GPT2_VOCAB}")

@@ -155,7 +155,7 @@ class Playground:
         return [end_of_text]
 
     def _encode_conversation(self, entries: Any) -> tuple[list[int], int, int]:
-        """Return the ids up to the next token of the answer, where in them it begins, and how many messages are not."""
+        """Return the ids up to the answer's next token, where it begins in them, and how many messages are left out."""
         if self.chat is None:
             raise InputError("messages: the model has no chat template; send a prompt")
         try:

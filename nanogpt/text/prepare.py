@@ -8,7 +8,6 @@ shard at most. When all is written, `move_into_place` moves the dataset to `<out
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -51,26 +50,21 @@ Result = TypeVar("Result")
 # ---- encoding, in the workers
 
 
-class EncodedSplit(NamedTuple):
-    """The tokens of some documents of a split."""
-
-    ids: np.ndarray
-    mask: np.ndarray | None  # loss mask, for conversations
-    documents: int
-    text_bytes: int
-
-
 @dataclass
 class EncodedBatch:
-    splits: dict[str, EncodedSplit]
+    """The tokens of some documents, by split; of conversations also their loss masks."""
+
+    ids: dict[str, np.ndarray]
+    masks: dict[str, np.ndarray]
+    documents: dict[str, int]
+    text_bytes: dict[str, int]
     omissions: Omissions
 
     def append_to(self, writers: dict[str, SplitWriter], omissions: Omissions) -> None:
-        for split, encoded in self.splits.items():
-            writers[split].append(encoded.ids, encoded.mask)
-            state = writers[split].state
-            state.documents = (state.documents or 0) + encoded.documents
-            state.bytes = (state.bytes or 0) + encoded.text_bytes
+        for split, writer in writers.items():
+            writer.append(self.ids[split], self.masks.get(split))
+            writer.state.documents = (writer.state.documents or 0) + self.documents[split]
+            writer.state.bytes = (writer.state.bytes or 0) + self.text_bytes[split]
         omissions.merge(self.omissions)
 
 
@@ -123,15 +117,13 @@ class BatchEncoder:
             text_bytes[split] += document.text_bytes
 
         dtype = token_dtype(self.tokenizer.vocab_size)
-        encoded = {}
-        for split in SPLITS:
-            encoded[split] = EncodedSplit(
-                _concatenate(ids[split], dtype),
-                _concatenate(masks[split], np.dtype(np.uint8)) if self.options.chat else None,
-                documents[split],
-                text_bytes[split],
-            )
-        return EncodedBatch(encoded, parser.omissions)
+        return EncodedBatch(
+            {split: _concatenate(ids[split], dtype) for split in SPLITS},
+            {split: _concatenate(masks[split], np.dtype(np.uint8)) for split in SPLITS if self.options.chat},
+            documents,
+            text_bytes,
+            parser.omissions,
+        )
 
     def _encode_text(self, document: Document) -> list[np.ndarray]:
         first, *others = (piece.decode() for piece in split_pieces(document.text))
@@ -146,7 +138,7 @@ def _concatenate(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)
 
 
-@functools.cache
+@cache
 def load_encoder(folder: Path, options: ReadOptions, split: ValSplit) -> BatchEncoder:
     """Make an encoder with the tokenizer saved in `folder`, once for each worker."""
     tokenizer = Tokenizer.load(folder)
@@ -370,9 +362,9 @@ def prepare(
             meta = open_dataset(out, block_size=1).meta
             if meta.get("made_from") == made_from and (not staging.exists() or read_progress(staging) is None):
                 shutil.rmtree(staging, ignore_errors=True)  # left by a kill after all was in place
-                print("made before, of the same input with the same settings")
+                print("already prepared from the same input with the same settings")
                 return meta
-        print(f"{out} holds a dataset of other input or settings, which this one replaces when it is complete")
+        print(f"{out} holds a dataset made from other input or settings; the new one will replace it once complete")
 
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(worker_pool(workers))

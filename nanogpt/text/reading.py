@@ -292,11 +292,10 @@ class _Reader:
         """Read JSON lines, which the first line shows; or one array of rows, or one row."""
         blocks = self._read_utf8(stream, omissions)
         head = bytearray()  # the first line, and some of what follows it
-        has_line = False
         for block in blocks:
             head += block
-            has_line = has_line or (b"\n" in block and b"\n" in head.lstrip())
-            if len(head) > MAX_RECORD_BYTES or (has_line and head.lstrip().partition(b"\n")[2].strip()):
+            # Looked at only where a line ends, or one line of many blocks would be copied for each.
+            if len(head) > MAX_RECORD_BYTES or (b"\n" in block and head.lstrip().partition(b"\n")[2].strip()):
                 break
         line, _, rest = head.lstrip().partition(b"\n")
         if rest.strip() and _is_row(bytes(line)):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, first_line
 from nanogpt.files import file_sha256, regular_file_size
 from nanogpt.text.omissions import Omissions
 
@@ -245,10 +245,12 @@ def download(source: InputFile, folder: Path) -> Path:
         )
     except Exception as error:  # as above
         raise InputError(
-            f"{source.name} could not be downloaded ({error}): run the command again to resume; if the hub no longer "
-            f"has revision {source.revision}, delete {folder} to start over"
+            f"{source.name} could not be downloaded ({first_line(error)}): run the command again to resume; if the hub "
+            f"no longer has revision {source.revision}, delete {folder} to start over"
         ) from error
     if source.sha256 and file_sha256(path) != source.sha256:
         path.unlink()
-        raise InputError(f"{source.name} was damaged on the way (its SHA-256 differs): run the command again")
+        raise InputError(
+            f"{source.name} was corrupted during the download (its SHA-256 differs): run the command again"
+        )
     return path

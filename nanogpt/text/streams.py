@@ -134,40 +134,32 @@ def read_utf8(file: IO[bytes], omissions: Omissions, name: str, encoding: str = 
 
     Marks of UTF-16 and UTF-32 say the encoding. Bytes that are invalid are left to the parser, which counts them.
     """
-    block = file.read(CHUNK_BYTES)
+    start = file.read(CHUNK_BYTES)
     if encoding == "utf-8":
-        encoding = next((name for mark, name in UNICODE_MARKS.items() if block.startswith(mark)), encoding)
-    decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)("nanogpt.invalid")
-    is_first = True
-    is_last = False
-    while not is_last:
-        is_last = not block
-        if decoder:
-            block = decoder.decode(block, is_last).encode("utf-8", "surrogateescape")
-        if is_first and block.startswith(codecs.BOM_UTF8):
-            block = block.removeprefix(codecs.BOM_UTF8)
-            omissions.add("normalized", name)
-        is_first = is_first and not block
-        if block:
-            yield block
-        block = b"" if is_last else file.read(CHUNK_BYTES)
+        encoding = next((name for mark, name in UNICODE_MARKS.items() if start.startswith(mark)), encoding)
+    blocks: Iterator[bytes] = itertools.chain([start], iter(partial(file.read, CHUNK_BYTES), b""))
+    if encoding != "utf-8":
+        texts = codecs.iterdecode(blocks, encoding, "nanogpt.invalid")
+        blocks = (text.encode("utf-8", "surrogateescape") for text in texts)
+    first = next(blocks, b"")
+    if first.startswith(codecs.BOM_UTF8):
+        first = first.removeprefix(codecs.BOM_UTF8)
+        omissions.add("normalized", name)
+    yield from filter(None, itertools.chain([first], blocks))
     yield b""
 
 
 def normalize_newlines(blocks: Iterator[bytes], omissions: Omissions, name: str) -> Iterator[bytes]:
     """Make newlines of the line ends CRLF and CR; the last block is empty."""
-    carriage_return = b""  # at the end of the block before: a newline may follow
+    rest = b""  # a carriage return at the end of the block before, which a newline may follow
     for block in blocks:
-        is_last = not block
-        block = carriage_return + block
-        carriage_return = b""
-        if block.endswith(b"\r") and not is_last:
-            block = block[:-1]
-            carriage_return = b"\r"
-        if b"\r" in block:
-            omissions.add("normalized", name, block.count(b"\r"))
-            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        yield block
+        text = rest + block
+        rest = b"\r" if block.endswith(b"\r") else b""
+        text = text.removesuffix(rest)
+        if b"\r" in text:
+            omissions.add("normalized", name, text.count(b"\r"))
+            text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        yield text
 
 
 def find_binary(start: bytes) -> str:

@@ -384,7 +384,7 @@ class Tokenizer:
         if sample:
             self._unproven -= len(sample)
             if self._gigatoken(sample).tolist() != self._encode_plainly(sample, ordinary=True).ids:
-                print("gigatoken and tokenizers give other ids for this text; using tokenizers", file=sys.stderr)
+                print("gigatoken and tokenizers give different ids for this text; using tokenizers", file=sys.stderr)
                 self._gigatoken = None
                 ids = None
         return np.array(self._encode_plainly(text, ordinary=True).ids, dtype=np.uint32) if ids is None else ids

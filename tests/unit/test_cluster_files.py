@@ -20,10 +20,10 @@ SBATCH_OPTIONS = """job-name nodes ntasks ntasks-per-node gpus-per-node gres cpu
 SKYPILOT_FIELDS = "name resources num_nodes workdir envs secrets file_mounts volumes setup run config"
 
 
-def train_flags(shell: str) -> list[tuple[str, str]]:
-    """Keys and values after each `train.py` of a command, whose lines may be continued."""
+def train_flags(shell: str) -> set[str]:
+    """Keys after each `train.py` of a command, whose lines may be continued."""
     commands = re.findall(r"train\.py (.*)", shell.replace("\\\n", " "))
-    return [pair for command in commands for pair in re.findall(r"--(\w+)=([^\s`'\"]+)", command)]
+    return {name for command in commands for name in re.findall(r"--(\w+)=", command)}
 
 
 def test_cluster_scripts_are_valid_shell():
@@ -44,7 +44,7 @@ def test_cluster_commands_have_keys_of_train():
     for text in (SLURM, SKYPILOT["run"], PAGE):
         found = train_flags(text)
         assert found
-        assert {name for name, _ in found} <= keys
+        assert found <= keys
     pages = re.findall(r"config/\w+\.py", SLURM + PAGE)
     assert pages
     assert all((ROOT / page).exists() for page in pages)

@@ -3,7 +3,6 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -22,34 +21,21 @@ from measure import Traffic
 from plan import Cluster, Step
 
 QWEN3_8B = tables.MODELS["8B"]
-NODE = Cluster(8)
-
-
-def skeleton(c: Any) -> GPT:
-    sizes = {name: value for name, value in vars(c).items() if name != "padded_vocab_size"}
-    with torch.device("meta"):
-        return GPT(GPTConfig(**sizes))
 
 
 @pytest.mark.parametrize("name", [*tables.MODELS, "small"])
 def test_parameters_and_flops_are_the_models(name: str):
     small = GPTConfig(n_layer=2, n_head=2, n_embd=34, n_inner=70, vocab_size=99, block_size=16)  # with biases
     c = tables.MODELS.get(name, small)
-    model = skeleton(c)
-    block = model.blocks[0]
-    assert Counter(plan.block_shapes(c)) == Counter(tuple(p.shape) for p in block.parameters())
+    sizes = {name: value for name, value in vars(c).items() if name != "padded_vocab_size"}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**sizes))
+    assert Counter(plan.block_shapes(c)) == Counter(tuple(p.shape) for p in model.blocks[0].parameters())
     assert plan.all_numel(c) == sum(p.numel() for p in model.parameters())
     padding = (c.padded_vocab_size - c.vocab_size) * c.n_embd * (1 if c.tied else 2)
     assert plan.all_numel(c) - padding == model.count_parameters()
     assert plan.hidden_numel(c) == sum(model.get_parameter(n).numel() for n in model.muon_params())
     assert plan.flops_per_token(c) == model.flops_per_token(c.block_size)
-
-
-def test_parameters_by_hand():
-    assert plan.all_numel(tables.MODELS["124M"]) == 50_304 * 768 + 1024 * 768 + 768 + 12 * (12 * 768**2 + 2 * 768)
-    attention = 4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096 + 2 * 128
-    assert plan.all_numel(QWEN3_8B) == 2 * 151_936 * 4096 + 4096 + 36 * (attention + 3 * 4096 * 12_288 + 2 * 4096)
-    assert plan.numel([(5, 7), (4,)], shards=4) == 8 * 7 + 4  # rows are padded
 
 
 @pytest.mark.parametrize(
@@ -66,29 +52,20 @@ def test_8b_on_64_gpus_by_hand(shards: int, memory: float, seconds: tuple[float,
     assert (sum(plan.state_bytes(QWEN3_8B, shards, "adamw").values()) + units) / 1e9 == pytest.approx(memory, 0.01)
     parts = plan.collectives(QWEN3_8B, 64, shards, step)
     assert sum(map(plan.sent_bytes, parts)) == pytest.approx(8 * 63 / 64 * 8.19e9, 1e-3)
-    assert plan.step_seconds(QWEN3_8B, Cluster(64), shards, step).communication == pytest.approx(seconds, 0.02)
+    communication = plan.step_seconds(QWEN3_8B, Cluster(64), shards, step).communication
+    assert communication == pytest.approx(seconds, 0.02)
     stages = 8 * 8.19e9 * (7 / 8 / 400e9 + 7 / 8 / 8 / 50e9)
-    assert plan.step_seconds(QWEN3_8B, Cluster(64), shards, step).communication[0] == pytest.approx(stages, 1e-3)
+    assert communication[0] == pytest.approx(stages, 1e-3)
 
 
-def test_stages_and_bounds():
+def test_collective_seconds_by_hand():
     part = plan.Collective("all-gather", "block", 8e9, 64)
     assert plan.collective_seconds(part, Cluster(64), 64, flat=True) == pytest.approx(8e9 * 63 / 64 / 50e9)
     alone = part._replace(ranks=8)  # in a node
-    assert plan.collective_seconds(alone, NODE, 8) == plan.collective_seconds(alone, NODE, 8, flat=True) == 7e9 / 400e9
+    for flat in (False, True):
+        assert plan.collective_seconds(alone, Cluster(8), 8, flat) == 7e9 / 400e9
     swap = part._replace(kind="all-to-all")  # 7 of 64 parts stay in the node, 56 leave it
     assert plan.collective_seconds(swap, Cluster(64), 64) == pytest.approx(7 / 8e9 * 1e9 / 400 + 7 / 50)
-    for gpus in (8, 64, 1024):
-        for shards in (1, 4, 8, gpus):
-            seconds = plan.step_seconds(QWEN3_8B, Cluster(gpus), shards, Step(rows=1, optimizer="muon"))
-            assert max(seconds.arithmetic, seconds.communication[0]) <= seconds.step[0] <= seconds.step[1]
-
-
-def test_balance_makes_communication_equal_arithmetic():
-    cluster = Cluster(64)
-    tokens, _ = plan.balance_tokens(QWEN3_8B, cluster, 64, Step(rows=1))
-    seconds = plan.step_seconds(QWEN3_8B, cluster, 64, Step(rows=1))
-    assert seconds.communication[0] == pytest.approx(seconds.arithmetic * tokens / QWEN3_8B.block_size)
 
 
 @pytest.mark.parametrize(("shards", "fewer"), [(4, 2), (64, 4)])
@@ -98,9 +75,6 @@ def test_owned_maps_send_less_than_gathering(shards: int, fewer: float):
     swapped = sum(plan.sent_bytes(part) for part in parts if part.kind == "all-to-all")
     gathered = 2 * plan.hidden_numel(QWEN3_8B) * (shards - 1) / shards
     assert gathered / swapped >= fewer - 1e-9
-    numbers, flops = plan.busiest_owner(QWEN3_8B, shards)
-    assert numbers >= plan.hidden_numel(QWEN3_8B) / shards
-    assert flops * shards >= sum(plan.map_flops(r, s) for r, s in plan.maps(QWEN3_8B) * QWEN3_8B.n_layer)
 
 
 @pytest.fixture
@@ -111,8 +85,9 @@ def fake_ranks() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # its output is not changed in place
-@pytest.mark.parametrize(("gpus", "shards"), [(2, 2), (64, 64), (64, 8)])
-@pytest.mark.parametrize(("itemsize", "checkpointing"), [(2, False), (4, True)])
+@pytest.mark.parametrize(
+    ("gpus", "shards", "itemsize", "checkpointing"), [(2, 2, 2, False), (64, 64, 4, True), (64, 8, 2, True)]
+)
 def test_collectives_are_those_of_fully_shard(
     fake_ranks: Callable[[int], None], gpus: int, shards: int, itemsize: int, checkpointing: bool
 ):
@@ -171,12 +146,11 @@ def test_simulated_step_in_closed_cases(blocks: int, ahead: int):
 def test_slowest_rank_is_slower_with_more_ranks():
     assert simulate.slowest_rank(100, 0.0) == 1
     assert simulate.slowest_rank(1, 0.02, steps=1000) == pytest.approx(1, abs=2e-3)
-    assert simulate.slowest_rank(1000, 0.02, steps=100) == pytest.approx(
-        1 + 0.02 * 3.24, abs=2e-3
-    )  # normal order statistics
+    slowest = simulate.slowest_rank(1000, 0.02, steps=100)
+    assert slowest == pytest.approx(1 + 0.02 * 3.24, abs=2e-3)  # normal order statistics
 
 
-@pytest.mark.parametrize("save", [5.0, 50.0, 500.0])
+@pytest.mark.parametrize("save", [5.0, 500.0])
 def test_simulated_goodput_is_dalys(save: float):
     between, restart = 20_000.0, 300.0
     for interval in (500.0, 2000.0, 8000.0):
@@ -186,7 +160,7 @@ def test_simulated_goodput_is_dalys(save: float):
     assert simulate.simulate_run(1e9, save, restart, between, failures=100) == 0  # never saved in time
 
 
-@pytest.mark.parametrize("save", [1.0, 50.0, 200.0])
+@pytest.mark.parametrize("save", [1.0, 200.0])
 def test_best_interval_is_youngs_and_dalys(save: float):
     between = 176_000.0  # 1,024 GPUs, 50,000 GPU hours per failure
     intervals = [save * 1.01**k for k in range(1200)]

@@ -11,7 +11,9 @@ import pytest
 from conftest import ROOT
 
 from configurator import key, parse
+from load import make_schedule
 from nanogpt.errors import InputError
+from train import TrainConfig
 
 
 @dataclass
@@ -52,22 +54,15 @@ def write(tmp_path, monkeypatch):
     ("flag", "value"),
     [
         ("batch_size=5e3", 5000),
-        ("batch_size=1_000", 1000),
         ("seed=-1", -1),
         ("dropout=0", 0.0),
         ("learning_rate=1e-3", 0.001),
-        ("min_lr=None", None),
-        ("min_lr=-1e-4", -1e-4),
         ("top_k=none", None),
-        ("top_k=7", 7),
         ("eval_only=true", True),
         ("eval_only=False", False),
         ("compile=auto", "auto"),
         ("compile=true", True),
-        ("compile=False", False),
-        ("dtype=float32", "float32"),
         ("out_dir=123", "123"),
-        ("out_dir=True", "True"),
         ("out_dir=None", "None"),
         ("out_dir=", ""),
         ("out_dir=a=b --c", "a=b --c"),
@@ -86,24 +81,16 @@ def test_flag_values(flag, value):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--learning_rte=1", "no such key; did you mean --learning_rate?"),
         ("--BATCH_size=1", "no such key; did you mean --batch_size?"),
         ("--zzz=1", "no such key; --help lists them"),
-        ("--batch_size=abc", "expected a whole number, got 'abc'"),
         ("--batch_size=2.5", "expected a whole number, got 2.5"),
         ("--batch_size=True", "expected a whole number, got 'True'"),
-        ("--batch_size=", "expected a whole number, got ''"),
-        ("--batch_size=0", "must be at least 1, is 0"),
         ("--top_k=1001", "must be at most 1,000, is 1001"),
-        ("--dropout=1.5", "must be below 1, is 1.5"),
         ("--learning_rate=0", "must be above 0, is 0.0"),
         ("--learning_rate=nan", "expected a finite number, got nan"),
-        ("--min_lr=1e999", "expected a finite number or None, got inf"),
         ("--eval_only=1", "expected True or False, got '1'"),
-        ("--compile=1", "expected auto or True or False, got '1'"),
         ("--dtype=float8", "expected auto or float32, got 'float8'"),
         ("--max_iters", "needs a value, as in --max_iters=100"),
-        (f"--seed={2**63}", f"expected a whole number, got {2**63}"),
     ],
 )
 def test_flag_mistakes(flag, message):
@@ -129,13 +116,6 @@ def test_a_list_takes_all_words_up_to_the_next_flag():
 def test_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert parse(Demo, ["--out_dir=~/run", "--note=~"])[1] == {"out_dir": "/home/me/run", "note": "~"}
-
-
-def test_a_text_is_not_a_config_file(tmp_path):
-    (tmp_path / "a.txt").write_text("seed = 5")
-    assert errors(f"{tmp_path}/a.txt") == [
-        f"{tmp_path}/a.txt: is not a config file, which ends in .py; give values with --key=value"
-    ]
 
 
 def test_words_without_a_flag_fill_the_positional_key():
@@ -164,7 +144,6 @@ def test_later_files_win_over_earlier_and_flags_over_files(write):
     config, explicit = parse(Demo, ["--seed=9", one, "--seed", "8", two])
     assert explicit == {"batch_size": 2, "max_iters": 5000, "dropout": 0.25, "seed": 8}
     assert explicit.flags == {"seed"}
-    assert explicit.without(["seed", "dropout"]) == {"batch_size": 2, "max_iters": 5000}
     assert config == Demo(**explicit)
 
 
@@ -202,7 +181,8 @@ def test_every_problem_of_files_and_flags_is_reported_at_once(write):
         "bad.py", "max_itrs = 5\n\nout_dir = 123\ntokens = 1\nbatch_size = '8'\ndropout = 2\neval_only = 0\n1 / 0"
     )
     broken = write("broken.py", "seed = 1\nseed = = 2")
-    assert errors(bad, "--seed=x", broken, good, "god_recipe.py", "--seeed=1", "batch_size=3") == [
+    text = write("a.txt", "seed = 5")
+    assert errors(bad, "--seed=x", broken, text, good, "god_recipe.py", "--seeed=1", "batch_size=3") == [
         "bad.py:8: ZeroDivisionError: division by zero",
         "bad.py:1: max_itrs: no such key; did you mean max_iters?",
         "bad.py:3: out_dir: expected text, got 123",
@@ -211,6 +191,7 @@ def test_every_problem_of_files_and_flags_is_reported_at_once(write):
         "bad.py:6: dropout: must be below 1, is 2.0",
         "bad.py:7: eval_only: expected True or False, got 0",
         "broken.py:2: not valid Python: invalid syntax",
+        "a.txt: is not a config file, which ends in .py; give values with --key=value",
         "god_recipe.py: no such file or directory; did you mean good_recipe.py?",
         "batch_size=3: no such file; did you mean the flag --batch_size=3?",
         "--seed=x: expected a whole number, got 'x'",
@@ -233,25 +214,6 @@ def test_help_lists_every_key_by_group_with_its_default(capsys):
     assert all(f"--{field.name} " in text for field in dataclasses.fields(Demo))
 
 
-def train_keys(recipe):
-    from train import TrainConfig
-
-    return parse(TrainConfig, [str(ROOT / "config" / f"{recipe}.py")])[1]
-
-
-@pytest.mark.parametrize(
-    ("recipe", "values"),
-    [
-        ("train_gpt2", {"gradient_accumulation_steps": 40, "batch_size": 12, "max_iters": 600000}),
-        ("train_shakespeare_char", {"learning_rate": 1e-3, "beta2": 0.99, "n_embd": 384, "max_iters": 5000}),
-        ("train_shakespeare_char_cpu", {"learning_rate": 1e-3, "max_iters": 2000, "device": "cpu", "compile": False}),
-    ],
-)
-def test_recipes_keep_the_values_that_nanogpt_gave_them(recipe, values):
-    explicit = train_keys(recipe)
-    assert {name: explicit[name] for name in values} == values
-
-
 @pytest.mark.parametrize(
     "nested", ["-" * 10**5 + "1", "(" * 10**5, "seed = " + "1 + " * 10**4 + "1", "[" * 90 + "]" * 90]
 )
@@ -261,11 +223,15 @@ def test_a_deeply_nested_file_is_refused_in_a_line(write, nested):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "floor"), [("train_gpt2", 6e-5), ("train_shakespeare_char", 1e-4), ("train_shakespeare_char_cpu", 1e-4)]
+    ("recipe", "values", "floor"),
+    [
+        ("train_gpt2", {"gradient_accumulation_steps": 40, "batch_size": 12, "max_iters": 600000}, 6e-5),
+        ("train_shakespeare_char", {"learning_rate": 1e-3, "beta2": 0.99, "n_embd": 384, "max_iters": 5000}, 1e-4),
+        ("train_shakespeare_char_cpu", {"max_iters": 2000, "device": "cpu", "compile": False}, 1e-4),
+    ],
 )
-def test_a_recipe_made_shorter_decays_all_the_same(recipe, floor):
-    from load import make_schedule
-    from train import TrainConfig
-
-    config, _ = parse(TrainConfig, [str(ROOT / "config" / f"{recipe}.py"), "--max_iters=1000", "--warmup_iters=9"])
-    assert make_schedule(config).lr(1000) == pytest.approx(floor)
+def test_recipes_have_nanogpts_values_and_decay_if_made_shorter(recipe, values, floor):
+    file = str(ROOT / f"config/{recipe}.py")
+    assert parse(TrainConfig, [file])[1].items() >= values.items()
+    shorter, _ = parse(TrainConfig, [file, "--max_iters=1000", "--warmup_iters=9"])
+    assert make_schedule(shorter).lr(1000) == pytest.approx(floor)

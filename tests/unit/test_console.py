@@ -40,7 +40,7 @@ def test_what_stdout_cannot_encode_is_escaped(kind: str):
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&-", ">/dev/full", "2>/dev/full", "| head -c1"])
 @pytest.mark.parametrize(("ending", "status"), [("none", 0), ("stop", 3)])
 def test_a_log_that_is_lost_changes_no_status(redirection: str, ending: str, status: int):
-    lines = 100_000 if "head" in redirection else 1
+    lines = 10_000 if "head" in redirection else 1
     done = run(redirection, ending, "log", lines)
     assert done.returncode == status
     assert b"Traceback" not in done.stderr
@@ -56,7 +56,7 @@ def test_an_interrupt_is_no_traceback():
 
 @pytest.mark.parametrize(("redirection", "status"), [(">/dev/full", 2), ("| head -c1", 141), (">&-", 0)])
 def test_a_product_that_is_lost_is_an_error(redirection: str, status: int):
-    done = run(redirection, "none", "product", lines=100_000)
+    done = run(redirection, "none", "product", lines=10_000)
     assert done.returncode == status
     assert (b"error: [Errno 28] No space left on device" in done.stderr) == (status == 2)
     assert b"Traceback" not in done.stderr

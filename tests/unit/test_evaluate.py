@@ -68,8 +68,8 @@ def losses_one_by_one(model: GPT, ids: np.ndarray, stride: int) -> np.ndarray:
 # ---- the loss of a split
 
 
-@pytest.mark.parametrize("tokens", [2, 12, 17, 18, 65, 70])
-@pytest.mark.parametrize("stride", [1, 5, 15, 16, 0])
+@pytest.mark.parametrize("tokens", [2, 17, 18, 70])
+@pytest.mark.parametrize("stride", [1, 5, 16, 0])
 def test_split_loss_takes_each_token_once_in_its_window(
     source: Source, model: GPT, monkeypatch: pytest.MonkeyPatch, tokens: int, stride: int
 ):
@@ -197,7 +197,6 @@ def test_evaluate_a_text_shorter_than_a_window(run_evaluate: Evaluate):
         (["--limit=3", "--chat=True"], "^--limit: .*leave it out\n--chat: .*leave it out"),
         (["--tasks="], "^--tasks is empty"),
         (["--text="], "^--text is empty"),
-        (["--init_from=gpt2", "--out_dir=out"], "^--out_dir: --init_from=gpt2 takes its place; leave it out"),
         (["--text=x", "--split=val"], "^--split: --text=x takes its place"),
         (["--json=nowhere/x.json"], "^--json=nowhere/x.json: .*its folder is missing"),
         (["--json=."], "^--json=.: is a folder"),
@@ -222,9 +221,7 @@ def test_evaluate_refuses_flags(run_evaluate: Evaluate, flags: list[str], messag
         (["--init_from=exported"], "^--dataset is unknown"),
     ],
 )
-def test_evaluate_refuses_data(
-    run_evaluate: Evaluate, letters: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
-):
+def test_evaluate_refuses_data(run_evaluate: Evaluate, letters: Path, flags: list[str], message: str):
     save_random_run("out", LETTERS, {"dataset": str(letters)})
     save_random_run("exported", LETTERS, {"dataset": None})
     write_dataset(Path("other"), {"train": [np.arange(4)], "val": [np.arange(4)]}, Tokenizer.characters("abce"))

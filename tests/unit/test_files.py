@@ -1,25 +1,11 @@
-"""Files: what is written is whole, or not there."""
+"""Files: locks. What is written whole, or not at all, is in data/test_write.py and text/test_prepare.py."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanogpt.files import atomic_write, is_same_file, lock_file
-
-
-def test_atomic_write_keeps_the_old_file_if_the_block_raises(tmp_path: Path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(TypeError), atomic_write(path) as partial, partial.open("w") as file:
-        file.writelines(["half", None])
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
-    with atomic_write(path) as partial:
-        partial.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
+from nanogpt.files import is_same_file, lock_file
 
 
 def test_a_lock_is_on_the_file_that_has_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -20,7 +20,6 @@ INF = math.inf
     ("max_bad_steps", "losses", "skips"),
     [
         (1, [1.0, NAN, 1.0, 1.0], [0, 1, 1, 1]),
-        (1, [1.0, INF, 1.0], [0, 1, 1]),
         (3, [1.0, NAN, NAN, 1.0, NAN, 1.0], [0, 1, 1, 0, 1, 0]),
         (3, [1.0, NAN, INF, -INF, 1.0, 1.0], [0, 1, 1, 1, 1, 1]),
     ],
@@ -64,14 +63,9 @@ def test_spikes_follow_their_definition_across_a_resume():
 
 def test_layer_stats_count_no_clipping_without_a_limit_or_a_finite_norm():
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=9, block_size=4))
-    assert list(LayerStats(dict(model.named_parameters()), 0.5).layers) == [
-        "tokens",
-        "positions",
-        "blocks.0",
-        "blocks.1",
-        "norm",
-    ]
+    parameters = dict(model.named_parameters())
+    assert [*LayerStats(parameters, 0.5).layers] == ["tokens", "positions", "blocks.0", "blocks.1", "norm"]
     for grad_clip, norm, expected in ((0.0, 9.0, 0.0), (0.5, 0.4, 0.0), (0.5, 0.6, 1.0), (0.5, INF, 0.0)):
-        stats = LayerStats(dict(model.named_parameters()), grad_clip)
+        stats = LayerStats(parameters, grad_clip)
         stats.before_update(torch.tensor(norm))
         assert [value.item() for value in stats.after_update()] == [expected]

@@ -3,11 +3,16 @@
 import subprocess
 import sys
 
+DEFERS = """
+torch.nn.Linear(2, 2)(torch.ones(2)).sum().backward()
+assert not {"torch._meta_registrations", "torch._decomp"} & {*sys.modules}
+"""
 STATE = """
-import sys, torch._decomp as decomp
+import torch._decomp as decomp
 print(sorted(torch._C._dispatch_get_registrations_for_dispatch_key("Meta")))
 print([(name, sorted(map(str, table))) for name, table in decomp.global_decomposition_table.items()])
-print(sorted(name for name in sys.modules if name.startswith("torch")), decomp.__spec__.loader.__class__)
+names = sorted(name for name in sys.modules if name.startswith("torch"))
+print(names, decomp.__spec__.loader.__class__, flush=True)
 """
 FAKE_TENSORS = """
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,20 +37,12 @@ def run(code: str) -> str:
 
 
 def test_import_torch_defers_modules_until_torch_imports_another() -> None:
-    defers = """
-import sys, nanogpt.import_torch, torch
-torch.nn.Linear(2, 2)(torch.ones(2)).sum().backward()
-assert not {"torch._meta_registrations", "torch._decomp"} & {*sys.modules}
-"""
-    assert run(defers + STATE) == run("import torch" + STATE)
-
-
-def test_import_torch_leaves_torch_complete() -> None:
-    run(f"""
-import os, nanogpt.import_torch, torch
-for code in {[FAKE_TENSORS, COMPILE, CHECKPOINTING]}:  # each in a copy of this fresh process
+    output = run(f"""
+import os, sys, nanogpt.import_torch, torch
+for code in {[DEFERS + STATE, FAKE_TENSORS, COMPILE, CHECKPOINTING]}:  # each in a copy of this fresh process
     if not (child := os.fork()):
         exec(code)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 """)
+    assert output == run("import sys, torch" + STATE)

@@ -49,15 +49,6 @@ def test_make_schedule_follows_the_keys_of_a_run(keys: dict[str, Any], expected:
     assert [schedule.is_done(config.max_iters - 1), schedule.is_done(config.max_iters)] == [False, True]
 
 
-def test_begin_decay_ends_the_run_with_a_linear_decay():
-    schedule = StepSchedule("constant", max_iters=1000, max_lr=0.5, min_lr=0.0, warmup_steps=2, end_step=1000)
-    assert schedule.decay_due() == 0
-    assert schedule.begin_decay(10, 4)
-    assert [schedule.lr_scale(step) for step in (9, 10, 11, 13, 14)] == pytest.approx([1, 1, 0.75, 0.25, 0])
-    assert not schedule.is_done(13)
-    assert schedule.is_done(14)
-
-
 def test_row_schedule_grows_in_a_line():
     """12 rows of 16 tokens after 640 tokens, which are 40 rows; multiples of 2."""
     schedule = RowSchedule(2, 12, 640, 16)

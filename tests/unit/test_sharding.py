@@ -1,6 +1,9 @@
 """Sharding: which rows a rank keeps, who owns a map; runs/test_distributed.py has whole runs against one process."""
 
+import itertools
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,31 +28,22 @@ def test_own_rows_are_those_of_chunk(num_rows: int, shards: int):
     assert all(torch.equal(rows[own_rows(num_rows, rank, shards)], expected[rank]) for rank in range(shards))
 
 
-class Mailbox:
+def mailbox(sent: dict[int, list[torch.Tensor]], rank: int) -> SimpleNamespace:
     """Stands for torch.distributed: a rank of four, whose messages lie in `sent`; the main process finds them there."""
 
-    sent: dict[int, list[torch.Tensor]]
-
-    def __init__(self, sent: dict[int, list[torch.Tensor]], rank: int):
-        self.sent, self.rank = sent, rank
-
-    def get_rank(self) -> int:
-        return self.rank
-
-    def get_world_size(self, group: object) -> int:
-        return 4
-
-    def send(self, tensor: torch.Tensor, to: int, group: object) -> None:
+    def send(tensor: torch.Tensor, to: int, group: object) -> None:
         assert to == 0
-        self.sent.setdefault(self.rank, []).append(tensor)
+        sent.setdefault(rank, []).append(tensor)
 
-    def irecv(self, target: torch.Tensor, rank: int, group: object) -> Any:
+    def irecv(target: torch.Tensor, source: int, group: object) -> SimpleNamespace:
         def wait() -> None:
-            if rank not in self.sent:
+            if source not in sent:
                 raise RuntimeError("[pair.cc:534] Connection closed by peer\nmore")
-            target.copy_(self.sent[rank].pop(0))
+            target.copy_(sent[source].pop(0))
 
         return SimpleNamespace(wait=wait)
+
+    return SimpleNamespace(get_rank=lambda: rank, get_world_size=lambda _: 4, send=send, irecv=irecv)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (8, 2), (9, 2), (50, 3)])
@@ -60,14 +54,14 @@ def test_gather_rows_makes_the_whole_tensor(monkeypatch: pytest.MonkeyPatch, sha
     for rank in (3, 2, 1, 0):
         rows = own_rows(len(whole), rank, 4)
         copy[rows] = whole[rows] if rank == 0 else 0
-        monkeypatch.setattr(sharding, "dist", Mailbox(sent, rank))
+        monkeypatch.setattr(sharding, "dist", mailbox(sent, rank))
         gather_rows(copy if rank == 0 else whole[rows], None)
     assert torch.equal(copy, whole)
     assert not any(sent.values())  # ranks without rows sent nothing
 
 
 def test_gather_rows_names_the_rank_that_it_lost(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sharding, "dist", Mailbox({1: [torch.ones(2)], 3: [torch.ones(2)]}, 0))
+    monkeypatch.setattr(sharding, "dist", mailbox({1: [torch.ones(2)], 3: [torch.ones(2)]}, 0))
     with pytest.raises(RunStopped, match=r"^rank 2 did not send its part .*closed by peer\): see its output, .*=auto$"):
         gather_rows(torch.ones(8), None)
 
@@ -117,56 +111,47 @@ def test_sharded_model_computes_what_a_plain_one_does(world: World, sizes: dict[
 
 
 class Exchange(MapExchange):
-    """The exchange of one rank among several, without a process group."""
+    """The exchange of one rank among several, each a thread, without a process group."""
 
-    def __init__(self, matrices: dict[str, torch.Tensor], splits: dict[str, list[int]], rank: int, ranks: int):
-        self.rank, self.ranks = rank, range(ranks)
-        self.plan(matrices, splits)
+    def __init__(self, rank: int, barrier: threading.Barrier, sent: dict[int, Any]):
+        self.rank, self.ranks = rank, range(barrier.parties)
+        self.barrier, self.sent = barrier, sent
+        self.plan(MATRICES, SPLITS)
+
+    def _all_to_all(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        self.sent[self.rank] = rows.split(sent)
+        self.barrier.wait()
+        parts = [self.sent[source][self.rank] for source in self.ranks]
+        self.barrier.wait()
+        assert [len(part) for part in parts] == received
+        return torch.cat(parts)
 
 
 MATRICES = {"qkv": torch.arange(60.0).view(10, 6), "up": torch.arange(42.0).view(7, 6)}
-SPLITS = {"qkv": [6, 2, 2], "up": [7]}
+SPLITS = {"qkv": [4, 2, 4], "up": [7]}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_exchange_sends_each_row_to_one_owner_and_back(ranks: int, monkeypatch: pytest.MonkeyPatch):
-    exchanges = [Exchange(MATRICES, SPLITS, rank, ranks) for rank in range(ranks)]
-    parts = [{name: m[own_rows(len(m), rank, ranks)] for name, m in MATRICES.items()} for rank in range(ranks)]
-    flat = [torch.cat([v.reshape(-1) for v in e.views(p)]) for e, p in zip(exchanges, parts, strict=True)]
-    owned = [one for exchange in exchanges for one in exchange.owned[exchange.rank]]
-    assert sorted((one.name, one.first, one.rows) for one in owned) == [
-        *(("qkv", 0, 6), ("qkv", 6, 2), ("qkv", 8, 2), ("up", 0, 7))
-    ]
+def test_exchange_sends_each_row_to_one_owner_and_back(ranks: int):
+    barrier = threading.Barrier(ranks, timeout=10)
+    sent: dict[int, Any] = {}
 
-    # Play the ranks one after the other, in three passes, each until its next exchange.
-    sent: dict[tuple[int, int], list[torch.Tensor]] = {}
-    for turn in (1, 2, 3):
-        for rank, exchange in enumerate(exchanges):
-            calls = 0
+    def double(rank: int) -> list[tuple[str, int, int]]:
+        """Double the maps; return those that this rank owns."""
+        exchange = Exchange(rank, barrier, sent)
+        parts = {name: matrix[own_rows(len(matrix), rank, ranks)] for name, matrix in MATRICES.items()}
+        rows = torch.cat([view.reshape(-1) for view in exchange.views(parts)])
+        maps: list[torch.Tensor] = []
+        result = exchange.apply(lambda whole: maps.extend(whole) or [2 * one for one in whole], rows)
+        assert torch.equal(result, 2 * rows)
+        for one, whole in zip(exchange.owned[rank], maps, strict=True):
+            assert torch.equal(whole, MATRICES[one.name][one.first : one.first + one.rows])
+        return [(one.name, one.first, one.rows) for one in exchange.owned[rank]]
 
-            def all_to_all(
-                rows: torch.Tensor, to: list[int], from_: list[int], rank: int = rank, turn: int = turn
-            ) -> torch.Tensor:
-                nonlocal calls
-                calls += 1
-                sent[calls, rank] = list(rows.split(to))
-                if calls == turn:
-                    raise StopIteration
-                received = torch.cat([sent[calls, source][rank] for source in range(ranks)])
-                assert len(received) == sum(from_)
-                return received
-
-            monkeypatch.setattr(exchange, "_all_to_all", all_to_all)
-            maps: list[torch.Tensor] = []
-            try:
-                result = exchange.apply(
-                    lambda whole, maps=maps: maps.extend(whole) or [2 * m for m in whole], flat[rank]
-                )
-            except StopIteration:
-                continue
-            assert torch.equal(result, 2 * flat[rank])
-            for one, whole in zip(exchange.owned[rank], maps, strict=True):
-                assert torch.equal(whole, MATRICES[one.name][one.first : one.first + one.rows])
+    with ThreadPoolExecutor(ranks) as pool:
+        owned = [*pool.map(double, range(ranks))]
+    assert sorted(itertools.chain(*owned)) == [("qkv", 0, 4), ("qkv", 4, 2), ("qkv", 6, 4), ("up", 0, 7)]
+    assert sum(map(bool, owned)) == min(ranks, 4)  # all have work
 
 
 def test_shards_that_cannot_work_are_named():

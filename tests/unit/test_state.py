@@ -22,40 +22,17 @@ def make_new_state() -> TrainState:
     return make_state(TrainConfig(optimizer="muon", skip_spikes=5.0), model, WORLD)
 
 
-def test_state_dict_round_trip_restores_every_field():
+def test_state_dict_has_every_field():
     state = make_new_state()
-    for p in state.model.parameters():
-        p.grad = torch.ones_like(p)
-    state.optimizer.step(1.0, torch.ones(()), torch.zeros(()))
-    for norm in (1.0, math.inf, 2.0):
-        state.guard.check(torch.ones(()), torch.tensor(norm))
-    state.guard.skipped += 3
-    state.scaler.scale(torch.ones(()))
-    state.scaler.update(new_scale=1024.0)
-    state.clock.start()
-    state.clock.stop()
-    state.record_evaluation(1.5)
-    state.record_update(8)
-    state.record_evaluation(1.75)
-    state.clipped = 4
-
+    state.clipped = 4  # runs/test_resume.py has the others
     saved = json.loads(json.dumps(state.state_dict()))
-    model_tensors, optimizer_tensors = state.tensors()
     loaded = make_new_state()
-    loaded.model.load_state_dict(model_tensors)
-    loaded.load_state_dict(saved, {name: t.clone() for name, t in optimizer_tensors.items()})
-
-    assert json.loads(json.dumps(loaded.state_dict())) == saved
-    assert all(map(torch.equal, loaded.optimizer.state_tensors().values(), optimizer_tensors.values()))
-    scalars = ("step", "samples", "val_loss", "best_val_loss", "evals_since_best", "clipped")
-    assert [getattr(loaded, name) for name in scalars] == [1, 8, 1.75, 1.5, 1, 4]
+    loaded.load_state_dict(saved, state.optimizer.state_tensors())
+    assert loaded.clipped == 4
     # A field that is added must be saved, and added here.
+    scalars = {"step", "samples", "val_loss", "best_val_loss", "evals_since_best", "clipped"}
     objects = {"model", "optimizer", "scaler", "guard", "clock"}
-    assert {field.name for field in dataclasses.fields(TrainState)} == {*scalars, *objects}
-    assert loaded.clock.seconds == state.clock.seconds > 0
-    assert loaded.scaler.state_dict()["scale"] == 1024.0
-    assert torch.equal(loaded.guard.norms.nan_to_num(), state.guard.norms.nan_to_num())
-    assert loaded.guard.num_checked == state.guard.num_checked == 3
+    assert {field.name for field in dataclasses.fields(TrainState)} == scalars | objects
 
 
 def test_state_of_earlier_versions_and_other_dtypes_is_loaded():
@@ -76,6 +53,6 @@ def test_record_evaluation_counts_since_the_best():
 
 
 def test_prepare_model_sets_the_options_of_training():
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=9, block_size=4))
+    model = make_new_state().model
     prepare_model(TrainConfig(activation_checkpointing=True, loss_chunk=7), model, WORLD)
     assert (model.activation_checkpointing, model.loss_chunk) == (True, 7)

@@ -1,6 +1,7 @@
 """The language of the project (docs/decisions.md, "Language"): words that hide a standard term are banned."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -59,26 +60,23 @@ def test_identifiers_are_no_past_participles():
     assert not found
 
 
+@functools.cache
+def syntax() -> list[tuple[str, ast.AST]]:
+    """The nodes of all code, each with its file."""
+    return [(name(path), node) for path in CODE for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+
+
 def test_docstrings_begin_with_a_short_statement():
-    problems = []
-    for path in CODE:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            has_doc = isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
-            doc = (has_doc and ast.get_docstring(node)) or ""
-            if re.match(r"(What|How|Whether)\b", doc):
-                problems.append(f"{name(path)}: {doc.splitlines()[0]}")
-    assert not problems
+    documented = ast.FunctionDef | ast.ClassDef | ast.Module
+    docs = [(file, ast.get_docstring(node) or "") for file, node in syntax() if isinstance(node, documented)]
+    assert [(file, doc) for file, doc in docs if re.match(r"(What|How|Whether)\b", doc)] == []
 
 
 def test_lines_hold_one_idea():
-    """Fewer than 60 tuple assignments of unrelated values in root and package."""
+    """Fewer than 60 tuple assignments of unrelated values."""
     unrelated = []
-    for path in [*ROOT.glob("*.py"), *(ROOT / "nanogpt").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if (
-                isinstance(node, ast.Assign)
-                and isinstance(node.targets[0], ast.Tuple)
-                and isinstance(node.value, ast.Tuple)
-            ):
-                unrelated.append(f"{name(path)}:{node.lineno}")
+    for file, node in syntax():
+        match node:
+            case ast.Assign(targets=[ast.Tuple(), *_], value=ast.Tuple()):
+                unrelated.append(f"{file}:{node.lineno}")
     assert len(unrelated) < 60, unrelated

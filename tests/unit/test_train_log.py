@@ -1,5 +1,6 @@
 """The lines of a run: time left, skipped spikes, sizes and durations."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,17 +19,11 @@ from train import TrainConfig
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 
 
-class FakeClock:
-    """A Stopwatch that the test sets."""
-
-    seconds = 0.0
-
-
 def make_log(total_rows: int = 100, skip_spikes: float = 0.0) -> tuple[StepLogger, Any]:
-    """A StepLogger that only prints, and its clock."""
+    """A StepLogger that only prints, and its clock, which the test sets."""
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=9, block_size=16))
     state = make_state(TrainConfig(skip_spikes=skip_spikes), model, WORLD)
-    clock: Any = FakeClock()
+    clock: Any = SimpleNamespace(seconds=0.0)
     state.clock = clock
     return StepLogger(state, WORLD, None, 1, total_rows, None, None), clock
 
@@ -80,10 +75,7 @@ def test_formats_of_durations_and_bytes():
         ({"warmup_iters": 21, "max_iters": 30, "lr_decay_iters": 20}, "warmup_iters=21 is longer than"),
         ({"warmup_iters": 21, "max_iters": 20, "decay_lr": False}, ""),
         ({"warmup_iters": 8, "max_iters": 20, "schedule": "trapezoid", "decay_iters": 12}, ""),
-        (
-            {"warmup_iters": 8, "max_iters": 20, "schedule": "trapezoid", "decay_iters": 13},
-            "longer than the 12 updates",
-        ),
+        ({"warmup_iters": 8, "max_iters": 20, "schedule": "trapezoid", "decay_iters": 13}, "than the 12 updates"),
     ],
 )
 def test_schedules_that_do_not_fit_are_named(keys: dict[str, Any], warning: str, capsys: pytest.CaptureFixture[str]):

@@ -18,28 +18,21 @@ BFLOAT16_SPEED = trials.bfloat16_speed  # which conftest.py replaces
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The shapes that were measured; the n-th outcome is n + 0.5."""
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The shapes that were measured; the n-th outcome is n + 0.5. The home directory is tmp_path."""
     shapes: list[Any] = []
 
     def measure(shape: Any) -> float:
         shapes.append(tuple(shape))
         return len(shapes) + 0.5
 
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(trials, "bfloat16_speed", BFLOAT16_SPEED)
     monkeypatch.setattr(trials, "measure_bfloat16_speed", measure)
     return shapes
 
 
-def test_outcome_is_kept_for_a_machine_and_a_rounded_shape(
-    home: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
-):
+def test_outcome_is_kept_for_a_machine_and_a_rounded_shape(measured: list[Any], monkeypatch: pytest.MonkeyPatch):
     assert trials.bfloat16_speed(1536, 96, 192) == 1.5
     assert trials.bfloat16_speed(1500, 98, 200) == 1.5
     assert trials.bfloat16_speed(1024, 768, 3072) == 2.5
@@ -56,9 +49,10 @@ def test_outcome_is_kept_for_a_machine_and_a_rounded_shape(
     ("text", "replacement"),
     [("}", ""), ("1.5", "NaN"), ("1.5", "-1.5"), ("1.5", "0.0"), ("1.5", '"1.5"'), ("96", "97"), ("outcome", "income")],
 )
-def test_damaged_outcome_is_measured_anew(home: Path, measured: list[Any], text: str, replacement: str):
+@pytest.mark.usefixtures("measured")
+def test_damaged_outcome_is_measured_anew(tmp_path: Path, text: str, replacement: str):
     trials.bfloat16_speed(1536, 96, 192)
-    (file,) = (home / ".cache/nanogpt/trials").iterdir()
+    (file,) = (tmp_path / ".cache/nanogpt/trials").iterdir()
     assert text in file.read_text()
     file.write_text(file.read_text().replace(text, replacement))
     assert trials.bfloat16_speed(1536, 96, 192) == 2.5
@@ -146,4 +140,3 @@ def test_resumed_run_keeps_its_dtype(run: Run, monkeypatch: pytest.MonkeyPatch, 
 
     assert resume(dtype=..., max_iters=21) == "bfloat16"
     assert resume(dtype="auto", max_iters=22) == "float32"  # as a checkpoint from before the trial has it
-    assert resume(dtype="bfloat16", max_iters=23) == "bfloat16"

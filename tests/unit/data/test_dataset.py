@@ -22,7 +22,6 @@ from nanogpt.errors import InputError
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of York;\n" * 30
-CUT = len(TEXT) * 9 // 10
 VOCAB = len(set(TEXT))
 
 
@@ -42,17 +41,6 @@ def edit_meta(folder: Path, **changes: Any) -> None:
 
 
 # ---- one dataset
-
-
-def test_open_dataset_reads_what_was_written(folder: Path):
-    data = open_dataset(folder, block_size=64, vocab_size=50, verify=True)
-    assert data.name == "york"
-    assert data.tokenizer is not None
-    assert data.tokenizer.decode(data.train[:].tolist()) == TEXT[:CUT]
-    assert data.tokenizer.decode(data.val[:].tolist()) == TEXT[CUT:]
-    assert data.vocab_size == VOCAB == data.meta["largest_id"] + 1
-    assert data.train[:].dtype == np.dtype("<u2")
-    assert data.val.bits_per_byte(np.log(2)) == pytest.approx(1)
 
 
 def test_ids_above_65536_take_four_bytes(tmp_path: Path):
@@ -90,7 +78,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "short": (lambda f: truncate(f / "train.bin", -2), r"train\.bin holds 2,105 tokens where meta\.json counts 2,106"),
     "other": (lambda f: (f / "val.bin").write_bytes(bytes((f / "val.bin").stat().st_size)), "SHA-256 differs"),
     "json": (lambda f: truncate(f / "meta.json", -9), r"meta\.json is damaged"),
-    "list": (lambda f: (f / "meta.json").write_text("[]"), r"meta\.json is damaged"),
     "newer": (lambda f: edit_meta(f, format=2), r"meta\.json is damaged \(.*another version"),
     "dtype": (lambda f: edit_meta(f, dtype="uint32"), r"meta\.json is damaged \(.*contradict each other"),
     "ids": (lambda f: edit_meta(f, largest_id=VOCAB), r"meta\.json is damaged \(.*contradict each other"),
@@ -146,7 +133,7 @@ def test_resolve_finds_paths_and_names(folder: Path, tmp_path: Path, monkeypatch
 # ---- shards and loss masks
 
 
-@pytest.mark.parametrize("tokens", [1, 10, 37, 2106])
+@pytest.mark.parametrize("tokens", [1, 37, 2106])
 def test_shards_read_like_one_file(folder: Path, tokens: int):
     """Windows of 65 tokens span up to 65 files."""
     whole = open_dataset(folder, block_size=64)
@@ -190,8 +177,6 @@ def test_opening_looks_at_each_shard_twice_and_reads_none(folder: Path, monkeypa
 
 
 SHARDS_BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (lambda f: (f / "train-00007.bin").unlink(), r"train-00007\.bin is missing: prepare"),
-    "short": (lambda f: truncate(f / "train-00007.bin", -2), r"train-00007\.bin holds 36 tokens where .* counts 37"),
     "other": (lambda f: (f / "val-00001.bin").write_bytes(bytes(74)), r"val-00001\.bin is not the file .* SHA-256"),
     "mask": (lambda f: (f / "val-00001.mask").write_bytes(bytes(37)), r"val-00001\.mask is not the file .* SHA-256"),
     "no mask": (lambda f: (f / "val-00001.mask").unlink(), r"val-00001\.mask is missing"),
@@ -206,7 +191,7 @@ def test_a_broken_shard_is_refused(folder: Path, name: str):
     damage, message = SHARDS_BROKEN[name]
     damage(folder)
     with pytest.raises(InputError, match=message):
-        open_dataset(folder, block_size=8, splits=("val", "train") if "val" in message else ("train",), verify=True)
+        open_dataset(folder, block_size=8, verify=True)
 
 
 @pytest.mark.parametrize("file", ["../york/train.bin", "/train.bin", 5, None])
@@ -261,15 +246,15 @@ def test_masked_tokens_are_no_targets(folder: Path):
     assert data.val.bits_per_byte(1.0) is None  # of a part of the text
 
 
-def test_a_thousand_shards_need_few_file_descriptors(tmp_path: Path):
-    """A map keeps one."""
+def test_many_shards_need_few_file_descriptors(tmp_path: Path):
+    """A map keeps one; here are 300 files of tokens and as many of masks."""
     letters = Tokenizer.characters("".join(map(chr, range(50, 100))))
-    write_dataset(tmp_path, {"train": [np.arange(20_000) % 50], "val": [np.arange(20)]}, letters)
-    shard(tmp_path, 20, {"train": np.ones(20_000), "val": np.ones(20)})
+    write_dataset(tmp_path, {"train": [np.arange(6_000) % 50], "val": [np.arange(20)]}, letters)
+    shard(tmp_path, 20, {"train": np.ones(6_000), "val": np.ones(20)})
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
     try:
-        x, y = Rows(open_dataset(tmp_path, block_size=16).train, 16, 50, 0)[0:9000]
+        x, y = Rows(open_dataset(tmp_path, block_size=16).train, 16, 50, 0)[0:3000]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert ((x + 1) % 50 == y).all()
@@ -293,8 +278,7 @@ def test_a_mixture_is_opened_by_names_and_shares(folder: Path, tmp_path: Path):
 def test_a_mixture_has_an_end_of_text_if_its_parts_have_the_same(tmp_path: Path):
     for name in ("a", "b", "c"):
         write_text(tmp_path / name, TEXT, Tokenizer.bytes())
-    meta = json.loads((tmp_path / "c/meta.json").read_text())
-    (tmp_path / "c/meta.json").write_text(json.dumps(meta | {"end_of_text": 10}))
+    edit_meta(tmp_path / "c", end_of_text=10)
     ends = [open_dataset(f"{tmp_path}/a:1,{tmp_path}/{name}:1", block_size=8).end_of_text for name in ("b", "c")]
     assert ends == [256, None]
 
@@ -305,8 +289,7 @@ def test_a_mixture_takes_nanogpt_s_folder_for_gpt2_s_encoding(tmp_path: Path):
     for split in ("train", "val"):
         np.arange(99, dtype="<u2").tofile(tmp_path / f"openwebtext/{split}.bin")
     write_text(tmp_path / "mine", TEXT, Tokenizer.bytes())
-    meta = json.loads((tmp_path / "mine/meta.json").read_text())
-    (tmp_path / "mine/meta.json").write_text(json.dumps(meta | {"vocab_size": GPT2_VOCAB}))
+    edit_meta(tmp_path / "mine", vocab_size=GPT2_VOCAB)
     (tmp_path / "mine/tokenizer.json").unlink()
     mixture = f"{tmp_path}/{{}}:0.5,{tmp_path}/{{}}:0.5"
     assert len(open_dataset(mixture.format("openwebtext", "mine"), block_size=8).train.parts) == 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nanogpt.data.dataset import open_dataset
-from nanogpt.data.write import download, format_summary, write_dataset, write_text
+from nanogpt.data.write import download, write_dataset, write_text
 from nanogpt.errors import InputError
 from nanogpt.text.fast_bpe import make_byte_level_bpe
 from nanogpt.text.streams import read_text
@@ -25,13 +25,6 @@ CUT = len(TEXT) * 9 // 10
 def folder(tmp_path: Path) -> Path:
     write_text(tmp_path / "york", TEXT, Tokenizer.characters(TEXT))
     return tmp_path / "york"
-
-
-def test_write_text_makes_four_files(folder: Path):
-    assert sorted(os.listdir(folder)) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
-    meta = open_dataset(folder, block_size=8).meta
-    assert meta["splits"]["val"]["bytes"] == len(TEXT[CUT:].encode())
-    assert f"train: {CUT:,} tokens" in format_summary(meta)
 
 
 def test_a_broken_write_keeps_the_old_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -94,19 +87,12 @@ def test_write_text_counts_what_the_tokenizer_loses(tmp_path: Path, capsys: pyte
 
 def test_read_text(tmp_path: Path):
     path = tmp_path / "a.txt"
-    path.write_bytes("é\r\nb\rc\n".encode())
-    assert read_text(path) == "é\nb\nc\n"
-    for encoding in ("utf-8-sig", "utf-16", "utf-32"):  # by its mark
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):  # by its mark
         path.write_bytes("é\r\nb\rc\n".encode(encoding))
         assert read_text(path) == "é\nb\nc\n"
-    path.write_bytes(b"abc\xe9def")
-    with pytest.raises(InputError, match=r"a\.txt: is not UTF-8 text: byte 0xe9 in line 1"):
-        read_text(path)
     path.write_bytes("abcd".encode("utf-16-le"))
     with pytest.raises(InputError, match=r"a\.txt: is binary, not text: .* it looks like utf-16-le"):
         read_text(path)
-    with pytest.raises(InputError, match=r"could not be read \(No such file"):
-        read_text(tmp_path / "b.txt")
 
 
 def test_fetch(tmp_path: Path):
