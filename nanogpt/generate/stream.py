@@ -144,7 +144,8 @@ def print_in_order(samples: list[SampleText], separator: str) -> None:
 def sample_text(model: Any, tokenizer: Tokenizer, characters: int, seed: int) -> str:
     """Sample `characters` characters of text without a prompt; the same weights and seed give the same text."""
     # Character tokenizers have no end of text. The first of their sorted characters is a newline in most datasets.
-    start = tokenizer.end_of_text or 0
+    end = tokenizer.end_of_text
+    start = end if end is not None and end < model.config.vocab_size else 0
     sampling = Sampling(seed=seed, vocab_size=tokenizer.vocab_size)
     stream = TextStream(tokenizer)
     text = ""

@@ -190,8 +190,8 @@ class Tokenizer:
         tokenizer = cls.load(path.parent, path.name) if os.path.isfile(name) else cls.load(path)
         if tokenizer is None:
             raise InputError(
-                f"there is no tokenizer {name!r}: give a tokenizer.json, a folder that has one, char, byte, "
-                f"bpe:8192, or an encoding of tiktoken's: {', '.join(encodings)}"
+                f"there is no tokenizer {name!r}: give a tokenizer.json, a folder that has one, byte, or an "
+                f"encoding of tiktoken's ({', '.join(encodings)}); data/prepare.py also makes char and bpe:8192"
             )
         return tokenizer
 

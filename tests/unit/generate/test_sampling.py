@@ -37,7 +37,6 @@ def all_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     "sampling",
     [
         Sampling(),
-        Sampling(temperature=0.5),
         Sampling(temperature=2.0, top_k=5),
         Sampling(top_k=3),
         Sampling(top_p=0.8),

@@ -16,13 +16,7 @@ HARD = "naïve 🤷🏽‍♀️ 日本語 \u0301 \ufffd x\r\n\t  \u200b𝒳 é\
 
 def byte_level() -> Tokenizer:
     """Tokens of one byte to a few, which cut characters apart."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([HARD] * 3, trainer)
-    return Tokenizer(bpe)
+    return Tokenizer.train_bpe([HARD] * 3, 273)
 
 
 def byte_fallback() -> Tokenizer:

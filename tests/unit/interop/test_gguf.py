@@ -5,7 +5,6 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,6 @@ SHAPES = {
     "blk.0.ffn_down": (32, 64),
     "output_norm": (32,),
 }
-DELETE = object()
 
 
 def write_file(
@@ -65,14 +63,11 @@ def write_file(
     settings = {"general.architecture": "llama"} | SIZES | tokenizer | (changes or {})
     writer = gguf.GGUFWriter(path, settings.pop("general.architecture"))
     for key, value in settings.items():
-        if value is not DELETE:
-            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     rng = np.random.default_rng(0)
     quantization = gguf.GGMLQuantizationType[kind]
     tensors = {}
     for name, shape in (SHAPES | (shapes or {})).items():
-        if shape is DELETE:
-            continue
         data, its_kind = rng.standard_normal(shape).astype(np.float32), gguf.GGMLQuantizationType.F32
         if len(shape) == 2 and name != "token_embd" and kind != "F32":
             its_kind = quantization
@@ -95,11 +90,8 @@ def assert_refused(path: Path, message: str) -> None:
 
 # ---- read
 
-# Of these the block has at most 32 numbers, as the rows of the small model.
-KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
 
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_1", "Q8_0", "MXFP4"])
 def test_read_gguf_has_the_values_of_the_package(tmp_path: Path, kind: str):
     stored = write_file(tmp_path / "m.gguf", kind=kind)
     weights = read_gguf(tmp_path / "m.gguf")
@@ -115,9 +107,7 @@ def test_read_gguf_has_the_values_of_the_package(tmp_path: Path, kind: str):
     np.testing.assert_array_equal(qkv[48:], stored["blk.0.attn_v"])
 
 
-@pytest.mark.parametrize(
-    "kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "IQ3_S", "TQ1_0", "TQ2_0"]
-)
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
 def test_read_gguf_has_the_values_of_the_package_in_blocks_of_256(tmp_path: Path, kind: str):
     wide = {name: (*shape[:-1], 256) if len(shape) == 2 else shape for name, shape in SHAPES.items()}
     wide |= {"blk.0.ffn_gate": (256, 256), "blk.0.ffn_up": (256, 256), "blk.0.ffn_down": (256, 256)}
@@ -137,25 +127,20 @@ def test_read_gguf_has_the_values_of_the_package_in_blocks_of_256(tmp_path: Path
         ({"llama.attention.head_count_kv": 3}, {}, "n_head=2 is not divisible by n_kv_head=3"),
         ({"llama.block_count": 2}, {}, r"missing: layers\.1\.input_layernorm\.weight, .* and 5 more"),
         ({"llama.block_count": 10**6}, {}, r"impossible sizes \(n_layer=1000000\)"),
-        ({"llama.feed_forward_length": DELETE}, {}, r"impossible sizes \(n_inner=None\)"),
         ({"llama.attention.head_count": [2, 2]}, {}, r"impossible sizes \(n_head=\[2, 2\]"),
-        ({"llama.attention.layer_norm_rms_epsilon": 0.0}, {}, r"impossible sizes \(norm_eps=0\.0\)"),
-        ({"llama.embedding_length": 64}, {}, r"embed_tokens\.weight \(torch\.float32 \(300, 32\) instead of float"),
         ({"llama.vocab_size": 299}, {}, r"llama\.vocab_size=299 is not supported"),
         ({}, {"token_embd": (301, 32)}, r"embed_tokens\.weight \(torch\.float32 \(301, 32\) instead of float"),
-        ({}, {"blk.0.attn_q": DELETE}, r"missing: layers\.0\.self_attn\.q_proj\.weight"),
         ({}, {"blk.0.attn_sinks": (2,)}, r"unexpected: blk\.0\.attn_sinks\.weight"),
         ({"llama.rope.scaling.type": "yarn"}, {}, r"llama\.rope\.scaling\.type='yarn' is not supported"),
         ({"llama.rope.scaling.factor": 4.0}, {}, r"llama\.rope\.scaling\.factor=4\.0 is not supported"),
-        ({"llama.rope.dimension_count": 8}, {}, r"llama\.rope\.dimension_count=8"),
         ({}, {"rope_freqs": (8,)}, r"rope_freqs\.weight is not Llama 3's scaling"),
         ({}, {"rope_freqs": (7,)}, r"rope_freqs\.weight is not Llama 3's scaling"),
+        ({"llama.rope.dimension_count": 8}, {}, r"llama\.rope\.dimension_count=8"),
         ({"llama.expert_count": 8}, {}, r"llama\.expert_count=8"),
         ({"llama.attention.sliding_window": 8}, {}, r"llama\.attention\.sliding_window=8"),
         ({"split.count": 3}, {}, "one of several parts"),
         ({"tokenizer.ggml.model": "t5"}, {}, "tokenizer is of kind 't5'"),
         ({"tokenizer.ggml.pre": "chameleon"}, {}, "pre-tokenizer 'chameleon' is not supported, only gpt-2, smollm,"),
-        ({"tokenizer.ggml.token_type": [1]}, {}, r"tokenizer is damaged \(zip\(\) argument 2 is shorter"),
         ({"tokenizer.ggml.tokens": ["a"] * 300}, {}, r"tokenizer is damaged \(a token twice\)"),
         ({"tokenizer.ggml.merges": ["ab"]}, {}, r"tokenizer is damaged \(not enough values to unpack"),
     ],
@@ -208,7 +193,6 @@ def test_read_gguf_refuses_tensors_in_the_same_place(tmp_path: Path):
 def test_the_package_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(our_gguf, "find_spec", lambda name: None)
     assert_refused(tmp_path / "m.gguf", r"needs the package gguf; pip install -e")
-    assert util.find_spec("gguf")
 
 
 # ---- rotary scaling
@@ -218,7 +202,6 @@ def test_the_package_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("scaling", "theta", "head_dim"),
     [
         ([8.0, 1.0, 4.0, 8192.0], 5e5, 128),
-        ([32.0, 1.0, 4.0, 8192.0], 5e5, 64),
         ([8.0, 1.0, 4.0, 64.0], 1e4, 16),
         ([2.5, 1.0, 5.5, 300.0], 1e4, 64),
     ],
@@ -320,26 +303,20 @@ def test_sentencepieces_bpe_has_the_ids_of_its_scores(prefix: bool):
 
 def refused_tokenizers() -> dict[str, tuple[Tokenizer, str]]:
     inner = pipelines()
-    inner["smollm"].pre_tokenizer = pre_tokenizers.Metaspace()
     inner["qwen2"].normalizer = normalizers.Lowercase()
     inner["gpt-2"].add_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
     unigram = tokenizers.Tokenizer(models.Unigram([("a", -1.0), ("<unk>", 0.0)], 1))
-    swapped = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "ba": 3, "aba": 4}, [("a", "b")]))
+    bare = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
     return {
-        "words": (
-            Tokenizer.train_bpe(HARD_TEXTS, 300, "words"),
-            r"splits text in a way of its own \(one trained with --pattern=gpt2",
-        ),
-        "metaspace": (Tokenizer(inner["smollm"]), "is no byte-level one"),
+        "words": (Tokenizer.train_bpe(HARD_TEXTS, 300, "words"), r"splits text .* \(one trained with --pattern=gpt2"),
         "lowercase": (Tokenizer(inner["qwen2"]), "changes text by Lowercase"),
         "lstrip": (Tokenizer(inner["gpt-2"]), "has tokens that take the spaces beside them"),
         "unigram": (Tokenizer(unigram), r"is of a kind \(Unigram\)"),
-        "no split": (Tokenizer(swapped), "is no byte-level one"),
-        "NUL": (Tokenizer.characters("a\0"), "has the character NUL"),
+        "no split": (Tokenizer(bare), "is no byte-level one"),
     }
 
 
-@pytest.mark.parametrize("name", ["words", "metaspace", "lowercase", "lstrip", "unigram", "no split", "NUL"])
+@pytest.mark.parametrize("name", ["words", "lowercase", "lstrip", "unigram", "no split"])
 def test_tokenizers_without_an_equal_are_refused(name: str):
     tokenizer, message = refused_tokenizers()[name]
     with pytest.raises(InputError, match=f"^--to: llama.cpp has no equal of this tokenizer, which {message}.*; export"):
@@ -368,20 +345,20 @@ def test_of_a_tied_embedding_in_two_types_the_better_counts(tmp_path: Path, monk
         writer.add_tensor("output.weight", next(outputs)(embedding).numpy())
         write_header(writer, *args)
 
-    config = GPTConfig(**SMALL | {"n_embd": 32}, vocab_size=WORDS.vocab_size)
+    config = GPTConfig(**SMALL, vocab_size=WORDS.vocab_size)
     monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", add_output)
-    model = write_model(tmp_path / "m.gguf", WORDS, dtype="q8_0", n_embd=32)
+    model = write_model(tmp_path / "m.gguf", WORDS, dtype="q8_0")
     read = read_gguf(tmp_path / "m.gguf").tensors
     rows = model.token_embedding.weight[: WORDS.vocab_size]
     assert torch.equal(read["token_embedding.weight"], rows)
     assert not torch.equal(read["blocks.0.mlp.up.weight"], model.blocks[0].mlp.up.weight)  # which is quantized
-    write_model(tmp_path / "m.gguf", WORDS, dtype="q8_0", n_embd=32)
+    write_model(tmp_path / "m.gguf", WORDS, dtype="q8_0")
     assert_refused(tmp_path / "m.gguf", r"lm_head\.weight is not the token embedding, although tied")
 
 
 def test_characters_get_an_end_token_that_is_never_the_most_likely(tmp_path: Path):
     """llama.cpp takes id 11 for the end of text if no token is stated."""
-    model = write_model(tmp_path / "m.gguf", CHARACTERS)
+    write_model(tmp_path / "m.gguf", CHARACTERS)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     V = CHARACTERS.vocab_size
     fields = {key.removeprefix("tokenizer.ggml."): field.contents() for key, field in reader.fields.items()}
@@ -395,8 +372,6 @@ def test_characters_get_an_end_token_that_is_never_the_most_likely(tmp_path: Pat
     weights = read_gguf(tmp_path / "m.gguf")
     assert weights.tokenizer is not None
     assert (weights.tokenizer.name, weights.tokenizer.vocab, weights.end_ids) == ("char", CHARACTERS.vocab, [])
-    back = GPT.from_tensors(GPTConfig(**weights.config), weights.tensors).state_dict()
-    assert all(torch.equal(tensor, back[name]) for name, tensor in model.state_dict().items())
 
 
 def test_end_tokens_and_template_come_back(tmp_path: Path):

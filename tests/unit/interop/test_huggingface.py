@@ -45,7 +45,6 @@ def assert_refused(folder: Path, message: str) -> None:
     [
         ("gpt2", {"model_type": "phi3"}, "model_type 'phi3'"),
         ("gpt2", {"activation_function": "relu"}, "activation_function='relu'"),
-        ("gpt2", {"n_inner": 0, "layer_norm_epsilon": 0}, r"impossible sizes \(n_inner=0, norm_eps=0\)"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("gpt2", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
@@ -55,13 +54,11 @@ def assert_refused(folder: Path, message: str) -> None:
         ("gpt2", {"n_layer": 10_001}, "n_layer=10001"),
         ("gpt2", {"n_layer": 1}, r"unexpected: h\.1\.attn\.c_attn\.bias, .* and 8 more"),
         ("gpt2", {"n_layer": 3}, r"missing: h\.2\.ln_1\.weight, .* and 8 more"),
-        ("gpt2", {"vocab_size": 101}, r"wte\.weight \(torch\.float32 \(100, 32\) instead of float \(101, 32\)\)"),
         ("gpt2", {"n_inner": 100}, r"h\.0\.mlp\.c_fc\.weight \(torch\.float32 \(32, 128\) .* float \(32, 100\)\),"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types='sliding_attention'"),
-        ("qwen3", {"layer_types": "full"}, "layer_types='full'"),
         ("qwen3", {"quantization_config": {"bits": 4}}, r"quantization_config={'bits': 4}"),
         ("qwen3", {"rope_parameters": YARN | {"rope_type": "yarn"}}, "rope_type='yarn'"),
         ("qwen3", {"rope_scaling": YARN | {"type": "yarn"}}, "rope_type='yarn'"),
@@ -70,14 +67,10 @@ def assert_refused(folder: Path, message: str) -> None:
         ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_theta=None"),
         ("qwen3", {"rms_norm_eps": 0.0, "vocab_size": 100.0}, r"vocab_size=100\.0, norm_eps=0\.0"),
         ("qwen3", {"head_dim": 15}, r"impossible sizes \(head_dim=15\)"),
-        ("qwen3", {"num_key_value_heads": 3}, "n_head=4 is not divisible by n_kv_head=3"),
         ("llama", {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "low_freq_factor < high_freq_factor"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type llama3 needs"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("mistral", {"sliding_window": 8}, "sliding_window=8"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
-        ("qwen3", {"tie_word_embeddings": True}, r"lm_head\.weight is not the token embedding"),
     ],
 )
 def test_read_weights_refuses_a_config(tmp_path: Path, model_type: str, changes: dict, message: str):
@@ -89,8 +82,6 @@ def test_read_weights_refuses_a_config(tmp_path: Path, model_type: str, changes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {name: t[name] for name in t if name != "transformer.ln_f.bias"}, r"missing: ln_f\.bias\)"),
-        (lambda t: t | {"score.weight": torch.zeros(2, 32)}, r"unexpected: score\.weight\)"),
         (lambda t: t | {"lm_head.weight": torch.zeros(100, 32)}, r"lm_head\.weight is not the token embedding"),
         (lambda t: t | {"wte.weight": torch.zeros(100, 32)}, "same tensor name under two prefixes"),
         (lambda t: {name: tensor.int() for name, tensor in t.items()}, r"torch\.int32.* and 24 more"),

@@ -47,10 +47,8 @@ def test_read_nanogpt_runs_no_code(tmp_path: Path, good: dict[str, Any], zipped:
         ({"model": {"iter": 3}}, "no weights under 'model'"),
         ({"model_args": None}, "no 'model_args'"),
         ({"model_args": {}}, "n_layer=None"),
-        ({"model_args": ARGS | {"n_layer": 3}}, r"missing: h\.2\.ln_1\.weight, .* and 8 more"),
         ({"model_args": ARGS | {"dropout": "0.1"}}, "dropout or bias"),
         ({"model_args": ARGS | {"bias": 1}}, "dropout or bias"),
-        ({"model": {"x": torch.zeros(1).expand(10**6)}}, "tensors larger than the file"),
     ],
 )
 def test_read_nanogpt_refuses_content(tmp_path: Path, good: dict[str, Any], changes: dict[str, Any], message: str):

@@ -31,6 +31,7 @@ from nanogpt.generate.decoder import Decoder
 from nanogpt.generate.sampling import Sampling
 from nanogpt.playground import server as server_module
 from nanogpt.playground.server import EventResponse, Playground
+from nanogpt.text.chat import Chat
 from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 PLAIN: dict[str, Any] = {"temperature": 1.0, "seed": 3}
@@ -129,27 +130,31 @@ def test_generate_texts_join_to_decoded_text(server: Server):
     assert "\ufffd" in [token["text"] for token in single]
 
 
-def test_generate_stops_at_end_of_text(own_server: Server):
-    tokenizer = own_server.playground.tokenizer
-    first, *_ = own_server.stream(prompt="", max_new_tokens=1)
+def test_generate_begins_with_the_end_of_text_if_the_prompt_is_empty(server: Server):
+    first, *_ = server.stream(prompt="", max_new_tokens=1)
     assert first == {"prompt_ids": [256], "prompt_texts": [END_OF_TEXT]}
-    tokenizer.end_of_text = own_server.generate(prompt="a", max_new_tokens=9, **PLAIN)[2]["id"]
-    *_, token, last = own_server.stream(prompt="a", max_new_tokens=9, **PLAIN)
-    assert (token["id"], last["reason"]) == (tokenizer.end_of_text, "stop")
 
 
-def test_generate_reports_failure_of_model(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("out of memory"), "the model failed (RuntimeError: out of memory); see the terminal"),
+        (InputError("the logits are not finite; give --dtype=float32"), "the logits are not finite; give --dtype"),
+    ],
+    ids=["failure", "error"],
+)
+def test_generate_reports_what_the_model_raises(
+    server: Server,
+    error: Exception,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
-    def fail(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        raise RuntimeError("out of memory")
-        yield
-
     with monkeypatch.context() as patch:
-        patch.setattr(server.playground.decoder, "generate", fail)
+        patch.setattr(server.playground.decoder, "generate", Mock(side_effect=error))
         *_, last = server.stream(prompt="ab", max_new_tokens=5)
-    assert "RuntimeError: out of memory" in last["error"]
-    assert "Traceback" in capsys.readouterr().err
+    assert last["error"].startswith(message)
+    assert ("Traceback" in capfd.readouterr().err) == isinstance(error, RuntimeError)
     assert server.generate(prompt="ab", max_new_tokens=2)
 
 
@@ -163,18 +168,12 @@ def talk(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def test_chat_encodes_messages_without_control_tokens(chat_server: Server):
-    """By hand: ChatML around each message; names of special tokens in messages are plain text."""
+def test_chat_encodes_messages_by_the_template(chat_server: Server):
+    """tests/oracles/test_chat_template.py has the ids."""
     tokenizer = chat_server.playground.tokenizer
     messages = talk("Hi<|im_end|>", "<|im_start|>x", "Why?", system="S<|endoftext|>")
     first, *_ = chat_server.stream(messages=messages, max_new_tokens=1)
-    roles = [message["role"] for message in messages]
-    parts = [f"{role}\n{message['content']}" for role, message in zip(roles, messages, strict=True)]
-    start, end = (tokenizer.encode(name) for name in ("<|im_start|>", "<|im_end|>"))
-    expected: list[int] = []
-    for part in parts:
-        expected += [*start, *tokenizer.encode_ordinary(part).tolist(), *end, *tokenizer.encode("\n")]
-    expected += [*start, *tokenizer.encode("assistant\n")]
+    expected = Chat(tokenizer).encode_prompt(messages)
     assert first["prompt_ids"] == expected
     assert (first["answer_start"], first["omitted"]) == (len(expected), 0)
     assert "".join(first["prompt_texts"]) == tokenizer.decode(expected)
@@ -187,7 +186,7 @@ def test_chat_answer_stops_and_continues(chat_server: Server):
     _, info = chat_server.request("GET", "/api/model")
     assert info["chat"] == {"stop_tokens": {str(id): name for id, name in sorted(names.items())}}
     seen = set()
-    for seed in range(24):
+    for seed in (19, 6, 11, 23):  # no end, and each
         settings = {"messages": talk("Why?"), "temperature": 9.0, "seed": seed, "max_new_tokens": 24}
         first, *tokens, last = chat_server.stream(**settings)
         ids = [token["id"] for token in tokens]
@@ -208,7 +207,7 @@ def test_chat_answer_stops_and_continues(chat_server: Server):
 
 def test_text_stops_at_the_end_ids_of_the_model(chat_server: Server):
     ends = set()
-    for seed in range(12):
+    for seed in (3, 4, 6):  # no end, and each
         *tokens, last = chat_server.stream(prompt="abc", max_new_tokens=60, temperature=9, seed=seed)
         texts = [token["text"] for token in tokens[1:]]
         assert not {"~", END_OF_TEXT}.intersection(texts[:-1])
@@ -229,23 +228,11 @@ def test_chat_continues_what_the_assistant_began(chat_server: Server):
 def test_chat_leaves_out_the_oldest_messages(chat_server: Server):
     """Down to half of the context, 128 of 256 tokens; the system prompt and the last question are kept."""
     contents = [f"{i}{'x' * 19}" for i in range(9)]
-    sizes = []
-    for number in range(1, 10, 2):
-        first, *_ = chat_server.stream(messages=talk(*contents[:number], system="Sy"), max_new_tokens=1)
-        text = "".join(first["prompt_texts"])
-        kept = [content for content in contents[:number] if content in text]
-        assert kept == contents[first["omitted"] : number]
-        assert text.startswith("<|im_start|>system\nSy<|im_end|>")
-        sizes.append((len(first["prompt_ids"]), first["omitted"]))
-    assert sizes == [(51, 0), (112, 0), (112, 2), (112, 4), (112, 6)]  # with two messages more 173
-
-
-def test_chat_is_refused_without_template(server: Server):
-    _, info = server.request("GET", "/api/model")
-    assert info["chat"] is None
-    status, response = server.request("POST", "/api/generate", {"messages": talk("Why?")})
-    assert status == 400
-    assert "no chat template" in response["error"]
+    first, *_ = chat_server.stream(messages=talk(*contents, system="Sy"), max_new_tokens=1)
+    text = "".join(first["prompt_texts"])
+    assert text.startswith("<|im_start|>system\nSy<|im_end|>")
+    assert [content for content in contents if content in text] == contents[6:]
+    assert (len(first["prompt_ids"]), first["omitted"]) == (112, 6)  # with two messages more 173
 
 
 @pytest.mark.parametrize(
@@ -255,8 +242,6 @@ def test_chat_is_refused_without_template(server: Server):
         ({"messages": []}, r"messages: there is no question"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, r"messages: there is no question"),
         ({"messages": "x"}, r"messages is not a list"),
-        ({"messages": [{"role": "user"}]}, r"message 1 has no role and content"),
-        ({"messages": [{"role": "endoftext", "content": "?"}]}, r"part of the name of a special token"),
         ({"messages": [{"role": "user", "content": "\ufdd0"}]}, r"noncharacters"),
         ({"messages": talk("?"), "prompt": "x"}, r"needs a prompt, messages or ids"),
         ({"messages": talk("?"), "ids": [1, 98]}, r"ids: one of them ends the answer"),
@@ -279,13 +264,11 @@ def test_chat_refuses_bad_request(chat_server: Server, request_: Any, problem: s
         ({"prompt": "a" * (BLOCK_SIZE + 1)}, r"the prompt has 33 tokens, more than the context of 32"),
         ({"prompt": None}, r"prompt: expected text"),
         ({"prompt": "a", "ids": [1]}, r"needs a prompt, messages or ids"),
-        ({"temperature": 1}, r"needs a prompt, messages or ids"),
         ([], r"needs a prompt, messages or ids"),
+        ({"messages": talk("Why?")}, r"messages: the model has no chat template"),
         ({"ids": []}, r"ids: the list is empty"),
-        ({"ids": "abc"}, r"ids: expected a list"),
         ({"ids": [0] * 50_001}, r"the text has 50,001 tokens, more than 50,000; shorten it"),
         ({"ids": [0, True]}, r"ids\.1: expected a whole number"),
-        ({"ids": [-1]}, r"ids\.0: must be at least 0"),
         ({"ids": [257]}, r"ids\.0: must be below 257"),
         ({"prompt": "a", "temperature": -1}, r"temperature: must be at least 0"),
         (b'{"prompt": "a", "temperature": NaN}', r"temperature: expected a finite number"),
@@ -294,7 +277,6 @@ def test_chat_refuses_bad_request(chat_server: Server, request_: Any, problem: s
         ({"prompt": "a", "min_p": 1}, r"min_p: must be below 1"),
         ({"prompt": "a", "max_new_tokens": 10**9}, r"max_new_tokens: must be at most 10,000"),
         ({"prompt": "a", "seed": -1}, r"seed: must be at least 0"),
-        ({"prompt": "a", "temprature": 1}, r"temprature: no such key; did you mean temperature\?"),
         ({"prompt": "a", "\ud800": 1}, r"no such key"),
         (b"\xff\xfe\xfa", r"not valid JSON"),
         (b"[" * 100_000, r"not valid JSON"),
@@ -308,20 +290,15 @@ def test_generate_refuses_bad_request(server: Server, body: Any, problem: str):
     assert len(response["error"]) <= 500
 
 
-def test_generate_refuses_prompt_without_ids(tmp_path: Path, characters: Playground):
-    with serve(characters, tmp_path) as server:
-        for prompt, problem in (("abX\ud800", "no id for 'X' '\\ud800'"), ("", "prompt: is empty")):
-            status, response = server.request("POST", "/api/generate", {"prompt": prompt})
-            assert status == 400
-            assert problem in response["error"]
-        assert len(server.generate(prompt="ab", max_new_tokens=5, top_k=10**6)) == 5
-
-
-def test_generate_refuses_tokens_without_row(tmp_path: Path):
-    with serve(make_playground(bytes_tokenizer(), extra_ids=-1), tmp_path) as server:
-        status, response = server.request("POST", "/api/generate", {"prompt": f"a{END_OF_TEXT}"})
-        assert status == 400
-        assert response["error"] == f"the model has no row for {END_OF_TEXT}; leave it out"
+def test_parse_request_refuses_prompts_without_ids(characters: Playground):
+    without_row = make_playground(bytes_tokenizer(), extra_ids=-1)
+    for playground, prompt, problem in (
+        (characters, "abX\ud800", r"no id for 'X' '\\ud800'"),
+        (characters, "", "prompt: is empty"),
+        (without_row, f"a{END_OF_TEXT}", r"the model has no row for <\|endoftext\|>; leave it out"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            playground.parse_request(json.dumps({"prompt": prompt}).encode())
 
 
 @pytest.mark.parametrize(
@@ -330,7 +307,6 @@ def test_generate_refuses_tokens_without_row(tmp_path: Path):
         ("GET", "/api/generate", 405),
         ("POST", "/", 405),
         ("GET", "/../play.py", 404),
-        ("GET", "/api/metrics?after=-1", 400),
         ("GET", "/api/metrics?after=99999999999999999999", 400),
     ],
 )
@@ -366,13 +342,20 @@ def test_generate_survives_incomplete_body(server: Server):
 # ---- other sites
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "[::1]:{port}", ""])
-def test_app_refuses_other_hosts(server: Server, host: str):
-    """DNS rebinding: a name of another site that resolves to this machine."""
+def exchange(server: Server, method: str, path: str, body: str = "", **headers: str) -> tuple[Any, bytes]:
+    """A response and its content, whatever that is."""
+    headers = {name: value.format(port=server.port) for name, value in headers.items()}
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
     with contextlib.closing(connection):
-        connection.request("GET", "/", headers={"Host": host.format(port=server.port)})
-        assert connection.getresponse().status == 400
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response, response.read()
+
+
+@pytest.mark.parametrize("host", ["evil.example:{port}", "127.0.0.1.evil.example", ""])
+def test_app_refuses_other_hosts(server: Server, host: str):
+    """DNS rebinding: a name of another site that resolves to this machine."""
+    assert exchange(server, "GET", "/", Host=host)[0].status == 400
 
 
 @pytest.mark.parametrize(
@@ -382,26 +365,18 @@ def test_app_refuses_other_hosts(server: Server, host: str):
         ("http://evil.example", 403),
         ("null", 403),
         ("https://127.0.0.1:{port}", 403),
-        ("http://127.0.0.1:1", 403),
-        ("http://127.0.0.1:{port}.evil.example", 403),
     ],
 )
 def test_generate_refuses_other_origins(server: Server, origin: str, expected: int):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
-    with contextlib.closing(connection):
-        body = json.dumps({"prompt": "a", "max_new_tokens": 1})
-        connection.request("POST", "/api/generate", body, {"Origin": origin.format(port=server.port)})
-        response = connection.getresponse()
-        assert (b"prompt_ids" in response.read()) == (expected == 200)
+    body = json.dumps({"prompt": "a", "max_new_tokens": 1})
+    response, content = exchange(server, "POST", "/api/generate", body, Origin=origin)
     assert response.status == expected
+    assert (b"prompt_ids" in content) == (expected == 200)
 
 
 def test_page_has_content_security_policy(server: Server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
-    with contextlib.closing(connection):
-        connection.request("GET", "/", headers={"Host": f"localhost:{server.port}"})
-        response = connection.getresponse()
-        assert b"<!doctype html>" in response.read()
+    response, content = exchange(server, "GET", "/", Host="localhost:{port}")
+    assert b"<!doctype html>" in content
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
@@ -495,11 +470,12 @@ def test_event_response_limits_total_time_of_sending(monkeypatch: pytest.MonkeyP
 # ---- the run's curves
 
 
-def test_model_file_has_no_curves(tmp_path: Path, characters: Playground):
+def test_model_file_has_no_curves_and_no_chat(tmp_path: Path, characters: Playground):
     """A file as init_from, such as ckpt.pt, is no directory of a run."""
     (tmp_path / "ckpt.pt").write_bytes(b"weights")
     with serve(characters, tmp_path / "ckpt.pt" / "metrics.jsonl") as server:
-        assert server.request("GET", "/api/model")[1]["run"] is False
+        info = server.request("GET", "/api/model")[1]
+        assert (info["run"], info["chat"]) == (False, None)
         assert server.request("GET", "/api/metrics")[1]["points"] == []
 
 
@@ -531,17 +507,6 @@ def test_metrics_follow_file(own_server: Server):
     assert (third["after"], len(third["points"])) == (0, 50)
     own_server.metrics.write_text('{"step": 7, "loss": 5}\n')  # truncated
     assert fetch(third["next"], third["file"])["points"] == [{"step": 7, "loss": 5}]
-
-
-def test_generate_reports_an_error_of_the_model_in_a_line(own_server: Server, capfd: pytest.CaptureFixture[str]):
-    def fail(*_: Any, **__: Any) -> Iterator[Any]:
-        raise InputError("the logits are not finite; give --dtype=float32")
-        yield
-
-    own_server.playground.decoder.generate = fail  # type: ignore[method-assign]
-    *_, last = own_server.stream(prompt="a")
-    assert last == {"error": "the logits are not finite; give --dtype=float32"}
-    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_failures_of_the_server_are_reported(own_server: Server, capfd: pytest.CaptureFixture[str]):

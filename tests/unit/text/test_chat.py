@@ -120,19 +120,18 @@ PUBLISHED = "{{ bos_token }}{% for m in messages %}{{ m['content'] | trim + eos_
 @pytest.mark.parametrize(
     "settings",
     [
-        {"chat_template": PUBLISHED, "bos_token": {"content": END_OF_TEXT}},
-        {"chat_template": [{"name": "x", "template": "?"}, {"name": "default", "template": PUBLISHED}]}
-        | {"bos_token": END_OF_TEXT},
-        {"chat_template": "?", "bos_token": END_OF_TEXT, "file": PUBLISHED},
+        {"chat_template": [{"name": "x", "template": "?"}, {"name": "default", "template": PUBLISHED}]},
+        {"chat_template": "?", "file": PUBLISHED},
     ],
-    ids=["in the settings", "one of several", "a file of its own"],
+    ids=["one of several", "a file of its own"],
 )
 def test_load_reads_a_published_template(settings: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path):
     """With the special tokens that it names, and the same after a save."""
     tokenizer.save(tmp_path)
     if file := settings.get("file"):
         (tmp_path / "chat_template.jinja").write_text(file)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|im_end|>"}))
+    settings = settings | {"bos_token": {"content": END_OF_TEXT}, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     loaded = Tokenizer.load(tmp_path)
     assert loaded is not None
     ids, mask = Chat(loaded).encode(TALK[:2])
@@ -153,17 +152,9 @@ def test_load_refuses_a_damaged_template(tokenizer: Tokenizer, tmp_path: Path):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize(("template", "message"), [("{% for %}", "is broken"), (None, "has no chat template")])
-def test_chat_refuses_a_broken_template(template: str | None, message: str, tokenizer: Tokenizer):
-    tokenizer.template = template
-    with pytest.raises(InputError, match=message):
-        Chat(tokenizer)
-
-
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('no system') }}", "refuses it .no system"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "ends an answer with no special token"),
         ("{{ messages[0].content }}", "leaves the answers out"),
         ("{{ ''.__class__.__mro__ }}", "refuses it"),
@@ -217,9 +208,7 @@ def test_encode_finds_the_answers(template: str, contents: list[str], answers: l
         ({"prompt": "x"}, "neither messages nor completion, but prompt"),
         ({"conversations": []}, r"but conversations: docs/data\.md converts it"),
         ({"messages": "x"}, "messages is not a list"),
-        ({"messages": []}, "no message of the assistant"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "message 1 has no role and content"),
         ({"messages": [{"role": "a<|im_end|>", "content": "x"}]}, "message 1 has no role and content"),
         ({"messages": ["x"]}, "message 1 has no role"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "calls a tool"),

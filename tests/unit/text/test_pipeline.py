@@ -13,14 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, environment
+from text_files import DOCS
 
 from nanogpt.data.dataset import open_dataset
 from nanogpt.errors import InputError
 from nanogpt.text.pipeline import Shards, join, task_folder
 from nanogpt.text.reading import hash_fraction
 from nanogpt.text.tokenizer import Tokenizer
-
-DOCS = [f"Document {i}: " + "word " * (i % 30) + "😀\n" for i in range(400)]
 
 
 def split_of(text: str) -> str:
@@ -33,7 +32,7 @@ def records(texts: list[str]) -> Iterator[SimpleNamespace]:
 
 
 def interrupted() -> Iterator[SimpleNamespace]:
-    yield from records(DOCS[150:200])
+    yield from records(DOCS[100:150])
     raise RuntimeError
 
 
@@ -42,12 +41,12 @@ def test_tasks_make_one_dataset(tmp_path: Path):
     tokenizer = Tokenizer.bytes()
     step = Shards(out, tokenizer, val_share=0.2, shard_tokens=5000)
     for rank in (2, 0):
-        assert not [*step(records(DOCS[rank * 150 : (rank + 1) * 150]), rank, 3)]
+        assert not [*step(records(DOCS[rank * 100 : (rank + 1) * 100]), rank, 3)]
     with pytest.raises(RuntimeError):
         [*step(interrupted(), 1, 3)]
     with pytest.raises(InputError, match="task 1 is not done"):
         join(out, tokenizer)
-    [*step(records(DOCS[150:300]), 1, 3)]
+    [*step(records(DOCS[100:200]), 1, 3)]
 
     # As after a kill while files are moved.
     shutil.copytree(out, tmp_path / "killed")
@@ -94,13 +93,13 @@ def test_fineweb_script_by_datatrove(tmp_path: Path):
     pytest.importorskip("datatrove")
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "in").mkdir()
-    for k in range(4):
+    for k in range(3):
         part = DOCS[100 * k : 100 * (k + 1)]
         parquet.write_table(pa.table({"text": part, "id": list(map(str, range(100)))}), tmp_path / f"in/{k}.parquet")
     Tokenizer.bytes().save(tmp_path)
     out = tmp_path / "out"
     flags = [f"--input={tmp_path / 'in'}", f"--out={out}", f"--tokenizer={tmp_path / 'tokenizer.json'}"]
-    script = [sys.executable, ROOT / "data/fineweb/prepare.py", *flags, "--val_share=0.2", "--tasks=5", "--workers=2"]
+    script = [sys.executable, ROOT / "data/fineweb/prepare.py", *flags, "--val_share=0.2", "--tasks=4", "--workers=2"]
 
     def start(*more: str) -> subprocess.Popen:
         return subprocess.Popen([*script, *more], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import lzma
 import os
 import re
 import runpy
@@ -67,40 +66,36 @@ def test_shards_are_full_and_hold_the_documents_of_their_split(shard_tokens: int
     (tmp_path / "b.jsonl").write_bytes(json_lines(DOCS[200:]))
     out = tmp_path / "out"
     make(out, tmp_path / "b.jsonl")  # which the next one replaces
-    meta = make(
-        out, tmp_path / "a.jsonl", tmp_path / "b.jsonl", tokenizer="char", val_share=0.2, shard_tokens=shard_tokens
-    )
-    tokenizer = Tokenizer.load(out)
-    assert tokenizer is not None
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    meta = make(out, *inputs, tokenizer="char", val_share=0.2, shard_tokens=shard_tokens)
+    data = open_dataset(out, block_size=8, verify=True)
+    assert data.tokenizer is not None
     names = {"meta.json", "tokenizer.json"}
     for split in ("train", "val"):
         texts = [text for text in DOCS if (hash_fraction(text.encode()) < 0.2) == (split == "val")]
         facts = meta["splits"][split]
-        shards = facts.get("shards") or [facts | {"file": f"{split}.bin"}]
-        names |= {shard["file"] for shard in shards}
-        assert [shard["tokens"] for shard in shards[:-1]] == [shard_tokens] * (len(shards) - 1)
-        ids = []
-        for shard in shards:
-            data = (out / shard["file"]).read_bytes()
-            assert len(data) == 2 * shard["tokens"]
-            assert hashlib.sha256(data).hexdigest() == shard["sha256"]
-            ids.append(np.frombuffer(data, np.uint16))
-        assert tokenizer.decode(np.concatenate(ids).tolist()) == "".join(texts)
-        assert facts["tokens"] == sum(map(len, ids))
+        assert data.tokenizer.decode(getattr(data, split)[:].tolist()) == "".join(texts)
         assert (facts["bytes"], facts["documents"]) == (len("".join(texts).encode()), len(texts))
+        shards = facts.get("shards") or [facts | {"file": f"{split}.bin"}]
+        assert [shard["tokens"] for shard in shards[:-1]] == [shard_tokens] * (len(shards) - 1)
+        assert all((out / shard["file"]).stat().st_size == 2 * shard["tokens"] for shard in shards)
+        names |= {shard["file"] for shard in shards}
     assert set(os.listdir(out)) == names
     assert ("shards" in facts) == (shard_tokens == 1000)
 
 
-@pytest.mark.parametrize("text", ["Größe 😀\n" * 1000, "é" * 1001])
-def test_the_last_tenth_of_a_text_is_for_validation(text: str, tmp_path: Path):
-    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(text.encode()))
-    make(tmp_path / "out", tmp_path / "a.txt.xz", tokenizer="char")
-    data = open_dataset(tmp_path / "out", block_size=8, verify=True)
+@pytest.mark.parametrize("share", [None, 0.05, 0.999, 1e-9])
+def test_the_end_of_a_single_text_is_for_validation(share: float | None, tmp_path: Path):
+    """A tenth of it by default, and one character at least."""
+    text = "Größe 😀\n" * 1000
+    pack_tar(tmp_path / "a.tar", "", {"a.txt": text.encode()})
+    make(tmp_path / "out", tmp_path / "a.tar", tokenizer="char", val_share=share)
+    data = open_dataset(tmp_path / "out", block_size=0, verify=True)
     assert data.tokenizer is not None
     train, val = (data.tokenizer.decode(split[:].tolist()) for split in (data.train, data.val))
     assert train + val == text
-    assert len(train.encode()) == pytest.approx(0.9 * len(text.encode()), abs=4)
+    expected = max(1, round((share or 0.1) * len(text.encode())))
+    assert expected <= len(val.encode()) < expected + 4
 
 
 def test_a_limit_takes_the_first_documents(tmp_path: Path):
@@ -141,7 +136,7 @@ def test_a_limit_holds_after_an_interruption(tmp_path: Path, monkeypatch: pytest
     assert sum(facts["documents"] for facts in meta["splits"].values()) == 99
 
 
-@pytest.mark.parametrize("count", [2, 3, 10, 99])
+@pytest.mark.parametrize("count", [2, 99])
 def test_few_documents_are_in_both_splits(count: int, tmp_path: Path):
     """One moves, which has the lowest hash, or the highest; with enough documents none does."""
     (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS[:count]))
@@ -151,26 +146,19 @@ def test_few_documents_are_in_both_splits(count: int, tmp_path: Path):
         assert counts == ([1, count - 1] if share < 0.5 else [count - 1, 1])
 
 
-@pytest.mark.parametrize("share", [0.05, 0.999, 1e-9])
-def test_val_share_holds_for_one_text(share: float, tmp_path: Path):
-    pack_tar(tmp_path / "a.tar", "", {"a.txt": b"word\n" * 2000})
-    meta = make(tmp_path / "out", tmp_path / "a.tar", val_share=share)
-    assert meta["splits"]["val"]["bytes"] == max(1, round(share * 10_000))
-
-
 def test_the_same_call_makes_nothing_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS))
     made = make(tmp_path / "out", tmp_path / "a.jsonl", val_share=0.2)
     inode = (tmp_path / "out/train.bin").stat().st_ino
     capsys.readouterr()
     assert make(tmp_path / "out", tmp_path / "a.jsonl", val_share=0.2) == made
-    assert "made before" in capsys.readouterr().out
+    assert "already prepared" in capsys.readouterr().out
     assert (tmp_path / "out/train.bin").stat().st_ino == inode
     (tmp_path / "out/val.bin").unlink()
     assert make(tmp_path / "out", tmp_path / "a.jsonl", val_share=0.2) == made
-    assert "which this one replaces" in capsys.readouterr().out
+    assert "will replace it" in capsys.readouterr().out
     assert make(tmp_path / "out", tmp_path / "a.jsonl", val_share=0.3) != made
-    assert "which this one replaces" in capsys.readouterr().out
+    assert "will replace it" in capsys.readouterr().out
 
 
 def test_long_documents_have_the_ids_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -260,7 +248,6 @@ def test_messages_that_the_template_changes_are_counted(tmp_path: Path, capsys: 
         ("empty.jsonl", b"\n\n", [], "the input holds no text"),
         ("short.txt", b"a", [], "the input holds only one document"),
         ("same.jsonl", json_lines(DOCS[:1] * 2), [], "the input holds 2 times the same document"),
-        ("row.jsonl", b'{"text": \n', [], "row.jsonl, line 1: "),
         ("a.txt", b"text", ["--encoding=klingon"], "--encoding=klingon: unknown"),
         ("a.txt", b"text", ["--encoding=rot13"], "--encoding=rot13: unknown"),
         ("a.txt", b"text", ["--val_share=1", "--workers=0"], "--val_share=1: must be below 1"),
@@ -294,16 +281,13 @@ def test_skipped_rows_and_files_are_in_meta(tmp_path: Path, capsys: pytest.Captu
     assert sum(facts["documents"] for facts in meta["splits"].values()) == len(DOCS)  # one is bad, c.txt is new
 
 
-def test_lost_characters_and_normalizers_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_normalizer_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
     inner.normalizer = tokenizers.normalizers.Lowercase()
     inner.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "a.txt").write_text("abAB1" * 100)
-    meta = make(tmp_path / "out", tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json"))
-    assert meta["omitted"]["unencodable"][0] == 100
-    printed = capsys.readouterr().out
-    assert "does not have them: 100;" in printed
-    assert "Lowercase" in printed
+    (tmp_path / "a.txt").write_text("abAB" * 100)
+    make(tmp_path / "out", tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert "the tokenizer's normalizer changes some characters: Lowercase" in capsys.readouterr().out
 
 
 def test_too_little_disk_space_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,6 @@ from nanogpt.text.fast_bpe import BYTE_DECODER, PATTERNS, make_byte_level_bpe
 from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # a text to learn pairs from
-
-
-@pytest.fixture(scope="module", params=["gpt2", "words"])
-def trained(request: pytest.FixtureRequest) -> Tokenizer:
-    return Tokenizer.train_bpe([SOURCE, *HARD_TEXTS], 600, request.param)
 
 
 def test_characters_are_sorted_and_survive_a_save(tmp_path: Path):
@@ -59,17 +55,6 @@ def test_bytes_are_their_own_ids():
     assert tokenizer.encode(f"a{END_OF_TEXT}") == [97, 256]
     with pytest.raises(InputError, match="id 257 is not in the tokenizer's vocabulary"):
         tokenizer.decode([257])
-
-
-def test_train_bpe_gives_any_text_back(trained: Tokenizer):
-    assert (trained.vocab_size, trained.end_of_text) == (600, 597)
-    for text in [*HARD_TEXTS, random_text(1), SOURCE]:
-        ids = trained.encode_ordinary(text)
-        assert trained.decode(ids.tolist()) == text
-        assert ids.max(initial=0) < 597  # names of special tokens are text here
-    marked = f"x{END_OF_TEXT}<|im_start|>y<|im_end|>"
-    assert [id for id in trained.encode(marked) if id >= 597] == [597, 598, 599]
-    assert trained.decode(trained.encode(marked)) == marked
 
 
 def test_train_bpe_depends_on_its_texts_alone():
@@ -142,33 +127,25 @@ def test_gigatoken_merges_as_the_library_does(tokens: dict, merges: list[str], i
     assert tokenizer._gigatoken("abc").tolist() == library_ids(tokenizer, "abc") == ids
 
 
-def change_normalizer(inner: Any) -> None:
-    inner.normalizer = tokenizers.normalizers.Lowercase()
-
-
-def change_split(inner: Any) -> None:
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-
-
-def change_behavior(inner: Any) -> None:
-    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERNS["gpt2"]), behavior="removed")
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, make_byte_level_bpe({}, [], [], []).pre_tokenizer])
-
-
 def change_alphabet(inner: Any) -> None:
     model = json.loads(inner.to_str())["model"]
     del model["vocab"]["7"]
     inner.model = tokenizers.models.BPE(model["vocab"], [])
 
 
-def change_added_tokens(inner: Any) -> None:
-    inner.add_tokens([tokenizers.AddedToken("<think>", lstrip=True)])
+WORDS = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERNS["gpt2"]), behavior="removed")
+BYTES = make_byte_level_bpe({}, [], [], []).pre_tokenizer
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "normalizer": lambda inner: setattr(inner, "normalizer", tokenizers.normalizers.Lowercase()),
+    "split": lambda inner: setattr(inner, "pre_tokenizer", tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "behavior": lambda inner: setattr(inner, "pre_tokenizer", tokenizers.pre_tokenizers.Sequence([WORDS, BYTES])),
+    "alphabet": change_alphabet,
+    "added token": lambda inner: inner.add_tokens([tokenizers.AddedToken("<think>", lstrip=True)]),
+}
 
 
-@pytest.mark.parametrize(
-    "change", [change_normalizer, change_split, change_behavior, change_alphabet, change_added_tokens]
-)
-def test_gigatoken_is_used_for_proven_pipelines_alone(change: Any):
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_gigatoken_is_used_for_proven_pipelines_alone(change: Callable[[Any], Any]):
     inner = Tokenizer.train_bpe(["abab"], 300)._inner
     assert Tokenizer(inner)._gigatoken is not None
     change(inner)
@@ -250,12 +227,8 @@ def test_char_and_byte_are_our_own_pipelines_alone():
     dropping.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("b"), behavior="removed")
     merging = make_byte_level_bpe(BYTE_DECODER, [], [], [END_OF_TEXT])
     merging.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-    for tokenizer, text in (
-        (lower, "AbC"),
-        (unknown, "a1b"),
-        (Tokenizer(dropping), "abc"),
-        (Tokenizer(merging), "abc"),
-    ):
+    cases = [(lower, "AbC"), (unknown, "a1b"), (Tokenizer(dropping), "abc"), (Tokenizer(merging), "abc")]
+    for tokenizer, text in cases:
         assert tokenizer.name in ("wordlevel", "bpe")
         assert tokenizer.encode_ordinary(text).tolist() == tokenizer.encode(text) == library_ids(tokenizer, text)
     assert lower.changes == ["Lowercase"]
@@ -265,12 +238,8 @@ def test_char_and_byte_are_our_own_pipelines_alone():
 
 
 def test_count_lost_characters_is_exact():
-    byte_level = make_byte_level_bpe(
-        {character: byte for character, byte in BYTE_DECODER.items() if byte not in (*b"0123456789", 0xC3)},
-        [],
-        [PATTERNS["gpt2"]],
-        [],
-    )
+    known = {character: byte for character, byte in BYTE_DECODER.items() if byte not in (*b"0123456789", 0xC3)}
+    byte_level = make_byte_level_bpe(known, [], [PATTERNS["gpt2"]], [])
     pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "ab": 1, "##c": 2}, unk_token="[UNK]"))
     pieces.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     pieces.normalizer = tokenizers.normalizers.Lowercase()
@@ -304,7 +273,6 @@ ENDS = ["<|im_end|>", "</s>", "<stop>", "<|endoftext|>"]
         (ENDS[:3], {"generation_config.json": {"eos_token_id": [258, 257]}}, "<stop>"),
         (ENDS[:3], {"tokenizer_config.json": {"bos_token": "</s>"}, "config.json": {"eos_token_id": 258}}, "<stop>"),
         (ENDS[:3], {}, "</s>"),
-        (ENDS[:1], {"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, "<|im_end|>"),
         (ENDS, {"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, "<|endoftext|>"),  # as Qwen's
         (ENDS[:1], {}, None),
         (ENDS[:1], {"tokenizer_config.json": {"eos_token": "absent"}}, None),
@@ -376,7 +344,8 @@ def test_load_refuses_a_damaged_or_executable_meta_pkl(content: bytes, tmp_path:
     assert not Path("it-ran").exists()
 
 
-def test_from_name_or_path_reads_files_and_folders(tmp_path: Path, trained: Tokenizer):
+def test_from_name_or_path_reads_files_and_folders(tmp_path: Path):
+    trained = Tokenizer.train_bpe([SOURCE], 300)
     (tmp_path / "folder").mkdir()
     trained.save(tmp_path, "mine.json")
     trained.save(tmp_path / "folder")
