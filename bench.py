@@ -282,8 +282,7 @@ def open_model(config: BenchConfig, explicit: dict[str, Any], world: World) -> G
         model.document_separator_id = document_separator_id(dataset, config.mask_documents)
         return model
     if config.init_from != "scratch":
-        block_size = config.block_size if "block_size" in explicit else None
-        model = load_weights(config.init_from, config.dropout, block_size, explicit, world)[0]
+        model, _ = load_weights(config, explicit, world)
         if config.lora_rank:
             add_lora(model, config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets)
         return model

@@ -108,7 +108,7 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
             f"{source} has no tokenizer, and its {model.config.vocab_size} ids may not be GPT-2's: put its "
             "tokenizer.json beside it"
         )
-    tokenizer = tokenizer or Tokenizer.gpt2()
+    tokenizer = tokenizer or Tokenizer.from_name_or_path("gpt2")
     tokenizer.check_rows(model.config.vocab_size)
     check_weights(model, str(source))
     return LoadedModel(model, tokenizer, str(source), train_config, end_ids)
@@ -182,8 +182,7 @@ def load_data_and_model(
         model = build_model(replace(model_config, dropout=config.dropout), tensors, world)
         model_tokenizer = Tokenizer.load(resumed.path)
     elif config.init_from != "scratch":
-        block_size = config.block_size if "block_size" in explicit else None
-        model, model_tokenizer = load_weights(config.init_from, config.dropout, block_size, explicit, world)
+        model, model_tokenizer = load_weights(config, explicit, world)
     else:
         dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
         model = new_model(config, dataset.vocab_size or GPT2_VOCAB, world)
@@ -214,7 +213,7 @@ def load_data_and_model(
         print0(f"{dataset.name} has neither meta.json nor a tokenizer: assuming GPT-2's encoding")
         if config.sample_chars:
             try:
-                tokenizer = Tokenizer.gpt2()
+                tokenizer = Tokenizer.from_name_or_path("gpt2")
             except InputError as error:
                 print0(f"no samples will be printed: {error}")
     return dataset, model, tokenizer
@@ -279,13 +278,13 @@ def build_model(
     return model
 
 
-def load_weights(
-    init_from: str, dropout: float, block_size: int | None, explicit: Mapping[str, Any], world: World
-) -> tuple[GPT, Tokenizer | None]:
-    """The model that init_from names, its context cropped to block_size, and its tokenizer if it has one.
+def load_weights(config: Any, explicit: Mapping[str, Any], world: World) -> tuple[GPT, Tokenizer | None]:
+    """The model that config.init_from names, and its tokenizer if it has one; an explicit block_size crops its context.
 
     Raises InputError if it cannot be loaded, and for explicit keys that contradict its sizes.
     """
+    init_from = config.init_from
+    block_size = config.block_size if "block_size" in explicit else None
     try:
         if checkpoint.is_checkpoint(Path(init_from)):
             folder = checkpoint.find(Path(init_from))
@@ -299,7 +298,7 @@ def load_weights(
                 print0(note)
             tokenizer = weights.tokenizer
             sizes, tensors = GPTConfig(**weights.config), weights.tensors
-        model = build_model(replace(sizes, dropout=dropout), tensors, world, block_size)
+        model = build_model(replace(sizes, dropout=config.dropout), tensors, world, block_size)
     except ValueError as error:
         hint = "use another model" if block_size is None else "leave --block_size out or give less"
         raise InputError(f"init_from={init_from}: {error}; {hint}") from error

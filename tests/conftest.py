@@ -2,26 +2,27 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_data import LETTERS, Source, shard
+from small_data import LETTERS, Source, shard, write_letters
 
+import export
 import train
 from model import GPT
 from nanogpt import checkpoint, trials
-from nanogpt.data.write import write_dataset
 from nanogpt.generate import low_precision
 from nanogpt.generate.sampling import window_start
 from nanogpt.schedule import StepSchedule
-from nanogpt.text.tokenizer import Tokenizer
 
 ROOT = Path(train.__file__).resolve().parent
 if (TIKTOKEN_CACHE := ROOT.parent / "shared/data/tiktoken").exists():
@@ -55,7 +56,9 @@ TINY: dict[str, Any] = {
     "dtype": "float32",
     "compile": False,
 }
+NO_SIZES: dict[str, Any] = dict.fromkeys(("n_layer", "n_head", "n_embd", "bias"), ...)  # those of existing weights
 Run = Callable[..., int]
+Export = Callable[..., Path]
 AtStep = Callable[[int, Callable[[], Any]], None]
 SignalAt = Callable[[int, int], None]
 
@@ -63,6 +66,27 @@ SignalAt = Callable[[int, int], None]
 def flags(*files: str, **keys: Any) -> list[str]:
     """The command line of a tiny run; a key that is `...` keeps its default."""
     return [*files, *(f"--{name}={value}" for name, value in (TINY | keys).items() if value is not ...)]
+
+
+def call_main(main: Callable[[], Any], *words: str) -> Any:
+    """Call a script's main in this process, with these words as its command line; then handle signals as before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["script.py", *words])
+            return main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_script(script: str, *words: str) -> int:
+    """Run a script in this process, as `python` does in one of its own; return its exit status."""
+    try:
+        call_main(partial(runpy.run_path, str(ROOT / script), run_name="__main__"), *words)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 @pytest.fixture
@@ -73,10 +97,8 @@ def source() -> Source:
 @pytest.fixture(scope="session")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset drawn from a source such as `source`."""
-    source = Source(seed=5)
     folder = tmp_path_factory.mktemp("data") / "letters"
-    splits = {"train": [source.draw(20_000)], "val": [source.draw(2_000)]}
-    write_dataset(folder, splits, Tokenizer.characters(LETTERS))
+    write_letters(folder, Source(seed=5))
     return folder
 
 
@@ -107,18 +129,20 @@ def one_and_two(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def run(letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`run(*files, key=value …)`: train.py's main with TINY's keys in an empty directory; returns its exit status."""
     monkeypatch.chdir(tmp_path)
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    handlers = {number: signal.getsignal(number) for number in signals}
+    return lambda *files, **keys: call_main(train.main, *flags(*files, **{"dataset": letters} | keys))
 
-    def run_train(*files: str, **keys: Any) -> int:
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags(*files, **{"dataset": letters} | keys)])
-        try:
-            return train.main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
-    return run_train
+@pytest.fixture
+def run_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
+    """`run_export("to", "--flag" …)`: what export.py wrote, in an empty directory and without a network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def call(to: str, *flags: str) -> Path:
+        call_main(export.main, f"--to={to}", *flags)
+        return Path(to)
+
+    return call
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +206,16 @@ def assert_same_checkpoint(one: str | Path, other: str | Path, step: int) -> Non
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     counters = ("step", "samples", "val_loss", "best_val_loss", "scaler", "guard", "model")
     assert [a.state[name] for name in counters] == [b.state[name] for name in counters]
+
+
+def snapshot(folder: str | Path) -> dict[Path, bytes | None]:
+    """The files of a folder with their content, and the folders in it."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
+def torchrun(processes: int) -> list[str]:
+    """The command that starts a script in some processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 
 def environment() -> dict[str, str]:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt.data.write import write_dataset
+from nanogpt.text.tokenizer import Tokenizer
+
 LETTERS = "abcd"
 
 
@@ -41,6 +44,12 @@ class Source:
         best[:, 0] = self.first_order()[x[:, 0], y[:, 0]]  # the first letter of a window has one letter before it
         best[:, 1:] = self.probs[x[:, :-1], x[:, 1:], y[:, 1:]]
         return -np.log(best)
+
+
+def write_letters(folder: Path, source: Source, train: int = 20_000, val: int = 2_000) -> None:
+    """Write a dataset of letters that a source draws."""
+    splits = {"train": [source.draw(train)], "val": [source.draw(val)]}
+    write_dataset(folder, splits, Tokenizer.characters(LETTERS))
 
 
 def shard(folder: Path, tokens: int, mask: dict[str, np.ndarray] | None = None) -> None:

@@ -41,7 +41,7 @@ from nanogpt.generate.sampling import Sampling, Token
 from nanogpt.generate.stream import TextStream
 from nanogpt.schema import Count, Limits, build, check, key, matches
 from nanogpt.text.chat import Chat, check_messages
-from nanogpt.text.tokenizer import Tokenizer
+from nanogpt.text.tokenizer import Tokenizer, replace_surrogates
 
 NUM_ALTERNATIVES = 5  # probable tokens that come with each generated one
 MAX_REQUEST_BYTES = 2**20
@@ -246,11 +246,6 @@ class Playground:
         return {"id": token.id, "p": math.exp(token.logprob), "alternatives": alternatives[:NUM_ALTERNATIVES]}
 
 
-def to_utf8(text: str) -> str:
-    """Replace lone surrogates, which names of files and JSON may hold, but no response."""
-    return text.encode(errors="replace").decode()
-
-
 def to_lines(events: list[Event]) -> str:
     return "".join(json.dumps(event) + "\n" for event in events)
 
@@ -320,7 +315,7 @@ def create_app(playground: Playground, heading: dict[str, Any], metrics: Path) -
         chat = {"stop_tokens": {id: playground.tokenizer.label(id) for id in ids}}
     model_info = {
         **heading,
-        "name": to_utf8(heading["name"]),
+        "name": replace_surrogates(heading["name"]),
         "context": playground.model.config.block_size,
         "vocab_size": playground.vocab_size,
         "tokenizer": playground.tokenizer.name,
@@ -357,7 +352,7 @@ def create_app(playground: Playground, heading: dict[str, Any], metrics: Path) -
     async def error_response(request: Request, error: Any) -> Response:
         if isinstance(error, HTTPException):
             return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-        return JSONResponse({"error": to_utf8(str(error)[:500])}, 400)
+        return JSONResponse({"error": replace_surrogates(str(error)[:500])}, 400)
 
     async def failure_response(request: Request, error: Exception) -> Response:
         traceback.print_exception(error)

@@ -161,11 +161,6 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def gpt2(cls) -> "Tokenizer":
-        """GPT-2's byte pair encoding, 50,257 ids. Raises InputError if it cannot be downloaded."""
-        return cls.from_name_or_path("gpt2")
-
-    @classmethod
     def from_name_or_path(cls, name: str) -> "Tokenizer":
         """A tiktoken encoding by its name (gpt2, cl100k_base …), byte, or a tokenizer.json, or a folder with one.
 

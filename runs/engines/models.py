@@ -80,7 +80,7 @@ def read_gpt2(work: Path) -> Tokenizer:
     ):
         (cache / cached).write_bytes((data / file).read_bytes())
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
-    return Tokenizer.gpt2()
+    return Tokenizer.from_name_or_path("gpt2")
 
 
 def read_qwen(work: Path) -> Tokenizer:

@@ -33,18 +33,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import safetensors.torch
 import torch
-from conftest import ROOT, environment, flags, metrics
-from small_data import LETTERS, Source
+from conftest import ROOT, environment, flags, metrics, torchrun
+from small_data import LETTERS, Source, write_letters
 
 import train
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.data.write import write_dataset
 from nanogpt.errors import run_script
 from nanogpt.files import recover_directories
 from nanogpt.metrics import MetricsWriter
 from nanogpt.schedule import StepSchedule
-from nanogpt.text.tokenizer import Tokenizer
 
 EVERY = 4  # steps between saves
 STEPS = 32
@@ -239,10 +237,9 @@ class Witness:
         if self.processes == 1:
             child = fork(self.journal, kill, self.arguments, self.log)
         else:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
             worker = [__file__, "--worker", str(self.journal), json.dumps(kill), *self.arguments]
             with self.log.open("a") as file:
-                command = [sys.executable, *torchrun, *worker]
+                command = [*torchrun(self.processes), *worker]
                 child = subprocess.Popen(command, env=environment(), stdout=file, stderr=file).pid
         ended = 0
         while not ended:
@@ -353,10 +350,10 @@ def draw_kill(random: Random, processes: int) -> Kill:
 
 def trial(processes: int, recipes: dict[str, dict[str, Any]], kills: int, random: Random, home: Path) -> str:
     """Runs with up to KILLS_PER_RUN kills each. Of one process, every sixth kill hits a second save of a step."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = torchrun(processes) if processes > 1 else [sys.executable]
     for name, recipe in recipes.items():
         arguments = flags(**recipe, dataset=home / "letters", out_dir=home / name, keep_every=EVERY)
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments]
+        command = [*launcher, str(ROOT / "train.py"), *arguments]
         subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
     done = saves = cuts = runs = 0
     while done < kills:
@@ -398,15 +395,13 @@ def main() -> None:
     for name, default in (("kills", 50), ("pair_kills", 5), ("sharded_kills", 5), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    home, source, start = Path(tempfile.mkdtemp(prefix="chaos-")), Source(args.seed), time.monotonic()
-    splits = {"train": [source.draw(2_000)], "val": [source.draw(500)]}  # an epoch ends after 15 steps
-    write_dataset(home / "letters", splits, Tokenizer.characters(LETTERS))
+    home = Path(tempfile.mkdtemp(prefix="chaos-"))
+    start = time.monotonic()
+    write_letters(home / "letters", Source(args.seed), train=2_000, val=500)  # an epoch ends after 15 steps
     if args.pair_kills:
-        import transformers  # here, for it takes five seconds
+        from random_models import build_gpt2  # here, for it takes five seconds
 
-        sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": len(LETTERS)}
-        config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
-        transformers.GPT2LMHeadModel(config).save_pretrained(home / "pretrained")
+        build_gpt2(n_embd=16, n_positions=32, vocab_size=len(LETTERS)).save_pretrained(home / "pretrained")
     pretrained = PRETRAINED | {"init_from": home / "pretrained"}
     torch.set_num_threads(1)
     try:

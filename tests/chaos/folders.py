@@ -29,14 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from chaos import Mismatch, compare, require
 from conftest import flags, metrics
-from small_data import LETTERS, Source
+from small_data import Source, write_letters
 
 import train
 from nanogpt import checkpoint
-from nanogpt.data.write import write_dataset
 from nanogpt.errors import run_script
 from nanogpt.schedule import StepSchedule
-from nanogpt.text.tokenizer import Tokenizer
 
 STEPS = 40
 STEP_S = 0.01  # a step is made this long, so that the instants fall into all phases
@@ -190,9 +188,9 @@ def main() -> None:
     for name, default in (("deeds", 50), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    home, source, random = Path(tempfile.mkdtemp(prefix="folders-")), Source(args.seed), Random(args.seed)
-    splits = {"train": [source.draw(2_000)], "val": [source.draw(500)]}
-    write_dataset(home / "letters", splits, Tokenizer.characters(LETTERS))
+    home = Path(tempfile.mkdtemp(prefix="folders-"))
+    random = Random(args.seed)
+    write_letters(home / "letters", Source(args.seed), train=2_000, val=500)
     torch.set_num_threads(1)
     for seed in (1, 2):
         (home / f"reference-{seed}").mkdir()

@@ -23,10 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import ROOT, assert_same_checkpoint, environment, flags, metrics, steps
-from small_data import LETTERS, Source
-
-from nanogpt.data.write import write_dataset
-from nanogpt.text.tokenizer import Tokenizer
+from small_data import Source, write_letters
 
 STEPS = 400
 KEYS: dict[str, Any] = {
@@ -55,7 +52,7 @@ class Node:
         restarts: int = 0,
         shares_store: bool = False,  # torchrun's default, with which a new agent cannot join the others (torch 2.13)
     ):
-        self.number = number
+        self.port = port
         self.home = home / f"node{number}"
         self.log = home / f"node{number}.log"
         self.home.mkdir(exist_ok=True)
@@ -165,20 +162,16 @@ def worker(home: Path) -> str:
             wait_for_step(out_dir, step + 50)
         assert [node.wait() for node in nodes] == [0, 0], nodes[0].end() + nodes[1].end()
         assert_like_undisturbed(home, out_dir)
-    return (
-        f"SIGKILL of a process, twice, with and without a shared store: {count_resumes(nodes)} resumes, the same bits"
-    )
+    resumes = count_resumes(nodes)
+    return f"SIGKILL of a process, twice, with and without a shared store: {resumes} resumes, the same bits"
 
 
 def agent(home: Path) -> str:
-    port = free_port()
     arguments = flags(**KEYS, out_dir=home / "agent", resume="auto")
-    nodes = [Node(home, 0, port, arguments, restarts=3)]
-    time.sleep(1.0)
-    nodes.append(Node(home, 1, port, arguments, restarts=3))
+    nodes = start_both(home, arguments, restarts=3)
     wait_for_step(home / "agent", 100)
     nodes[1].kill()
-    nodes[1] = Node(home, 1, port, arguments, restarts=3)
+    nodes[1] = Node(home, 1, nodes[0].port, arguments, restarts=3)
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].end() + nodes[1].end()
     assert_like_undisturbed(home, home / "agent")
     return f"SIGKILL of an agent and its process, started again: {count_resumes(nodes)} resume(s), the same bits"
@@ -253,9 +246,7 @@ SCENARIOS: list[Callable[[Path], str]] = [
 def main() -> None:
     names = sys.argv[1:]
     home = Path(tempfile.mkdtemp(prefix="nodes-"))
-    source = Source(1)
-    splits = {"train": [source.draw(20_000)], "val": [source.draw(2_000)]}
-    write_dataset(home / "letters", splits, Tokenizer.characters(LETTERS))
+    write_letters(home / "letters", Source(1))
     for scenario in SCENARIOS:
         if scenario is train or not names or scenario.__name__ in names:
             start = time.monotonic()

@@ -58,36 +58,9 @@ TALKS = {
     "answer first": [ANSWER, ASK, ANSWER],
     "short": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "i"}] * 2,
 }
-FRAGMENTS = [
-    "",
-    " ",
-    "\n",
-    "\n\n",
-    "a",
-    "yes",
-    "?",
-    "<think>",
-    "</think>",
-    "\n</think>\n\n",
-    "assistant\n",
-    "ASSISTANT:",
-    "😀",
-]
-FRAGMENTS += [
-    "It's",
-    "日本",
-    "<",
-    "[INST",
-    "INST]",
-    '"',
-    "\\",
-    "<|im",
-    "_end|>",
-    "\r",
-    "<tool_response>",
-    "Be kind.",
-    "model\n",
-]
+FRAGMENTS = ["", " ", "\n", "\n\n", "\r", "a", "yes", "?", "It's", "日本", "😀", '"', "\\", "<", "Be kind.", "model\n"]
+FRAGMENTS += ["<think>", "</think>", "\n</think>\n\n", "<tool_response>", "assistant\n", "ASSISTANT:"]
+FRAGMENTS += ["[INST", "INST]", "<|im", "_end|>"]
 PUBLISHED = Path(os.environ.get("NANOGPT_TOKENIZERS", "/nonexistent"))  # as test_tokenizer_ids.py has them
 
 
@@ -105,27 +78,18 @@ def build(folder: Path, name: str, template: str) -> tuple[Tokenizer, Any]:
         vocab = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
         ids = {token: i for i, token in enumerate(vocab)}
         merges = [(left, right) for left, right in learned["merges"]]
-        decoders = [
-            tokenizers.decoders.Replace("▁", " "),
-            tokenizers.decoders.ByteFallback(),
-            tokenizers.decoders.Fuse(),
-        ]
-        inner.decoder = tokenizers.decoders.Sequence(decoders)
+        decoders = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback()]
+        inner.decoder = tokenizers.decoders.Sequence([*decoders, tokenizers.decoders.Fuse()])
         inner.model = tokenizers.models.BPE(ids, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
     else:
         # As Llama-3's and Qwen's patterns do, this one ends a piece after line breaks, whatever follows them.
         pattern = tokenizers.Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s")
-        inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-            [
-                tokenizers.pre_tokenizers.Split(pattern, "isolated"),
-                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        split = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+        byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
         inner.decoder = tokenizers.decoders.ByteLevel()
-        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        inner.train_from_iterator(
-            [text], tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-        )
+        options = {"initial_alphabet": byte_level.alphabet(), "show_progress": False}
+        inner.train_from_iterator([text], tokenizers.trainers.BpeTrainer(vocab_size=500, **options))
     names = SPECIAL_TOKENS[name].split()
     inner.add_special_tokens([tokenizers.AddedToken(token, rstrip=name == "phi-3") for token in names])
     inner.add_tokens(["<think>", "</think>"])  # ordinary, as in Qwen3
@@ -224,12 +188,8 @@ def test_names_of_special_tokens_in_messages_are_text(kind: tuple[Tokenizer, Tok
         harmless_ids = Chat(tokenizer).encode(harmless)[0]
         assert ids[is_special].tolist() == harmless_ids[np.isin(harmless_ids, special_ids)].tolist()
         assert is_special[mask == 1].sum() == 1  # the one that ends the answer
-        assert (
-            Chat(tokenizer).encode_prompt(talk[:1])
-            == theirs.apply_chat_template(talk[:1], add_generation_prompt=True, sanitize_control_tokens=True)[
-                "input_ids"
-            ]
-        )
+        prompt = theirs.apply_chat_template(talk[:1], add_generation_prompt=True, sanitize_control_tokens=True)
+        assert Chat(tokenizer).encode_prompt(talk[:1]) == prompt["input_ids"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """GGUF against transformers, which reads such files too: the same logits and ids, and the same model back."""
 
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import Export
 from random_models import CHARACTERS, LLAMA3_ROPE, MODERN, SMALL, build_llama, build_qwen3, save_random_run
 from texts import HARD_PIECES, HARD_TEXTS
 
-import export
 from model import GPT
 from nanogpt.text.tokenizer import Tokenizer
 
@@ -30,20 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama, rope scaling": MODERN | {"qk_norm": False, "n_kv_head": 2, "rope_scaling": [8.0, 1.0, 4.0, 8.0]},
     "qwen2": MODERN | {"qk_norm": False, "qkv_bias": True, "n_kv_head": 1, "norm_eps": 1e-5},
 }
-Export = Callable[..., Path]
-
-
-@pytest.fixture
-def run_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
-    """`run_export("to.gguf", "--flag" …)`: the file that export.py wrote."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(to: str, *flags: str) -> Path:
-        monkeypatch.setattr(sys, "argv", ["export.py", f"--to={to}", *flags])
-        export.main()
-        return Path(to)
-
-    return call
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,7 +48,7 @@ def assert_equals_transformers(oracle: Any, folder: Path, T: int) -> None:
     ("sizes", "T"),
     [
         ({"n_embd": 768, "n_head": 12}, 32),  # GPT-2
-        ({"n_embd": 1600, "n_head": 25, "n_layer": 1}, 32),  # GPT-2 XL
+        pytest.param({"n_embd": 1600, "n_head": 25, "n_layer": 1}, 32, marks=pytest.mark.slow),  # GPT-2 XL
         ({"activation_function": "gelu"}, 96),
         ({"activation_function": "gelu_new", "layer_norm_epsilon": 1e-2}, 129),
     ],

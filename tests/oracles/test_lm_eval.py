@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, call_main, environment
 from random_models import MODERN, SMALL, generate_greedy, save_random_run
 
 import evaluate
@@ -84,13 +84,12 @@ def write_task(name: str, base: str, yaml: str = "", **changes: Any) -> None:
 
 
 @pytest.fixture
-def run_tasks(examples: Any, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+def run_tasks(examples: Any) -> Evaluate:
     """`run_tasks("name,name", "--flag" …)`: the results that evaluate.py writes for the run in `out`."""
 
     def call(tasks: str, *flags: str) -> dict[str, Any]:
         fixed = ["--device=cpu", "--dtype=float32", "--json=results.json", "--include_path=tasks", f"--tasks={tasks}"]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *fixed, *flags])
-        evaluate.main()
+        call_main(evaluate.main, *fixed, *flags)
         return json.loads(Path("results.json").read_text())
 
     return call

@@ -6,18 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import Run, metrics
-from small_data import LETTERS, Source
+from small_data import LETTERS, Source, write_letters
 
 from model import GPT
 from nanogpt.data.dataset import open_dataset
 from nanogpt.data.rows import EvalWindows
-from nanogpt.data.write import write_dataset
-from nanogpt.text.tokenizer import Tokenizer
 
 
 def test_trained_model_reaches_the_loss_of_its_source_and_no_less(run: Run, source: Source):
-    splits = {"train": [source.draw(200_000)], "val": [source.draw(40_001)]}
-    write_dataset(Path("text"), splits, Tokenizer.characters(LETTERS))
+    write_letters(Path("text"), source, train=200_000, val=40_001)
     keys = {"n_embd": 32, "batch_size": 32, "beta2": 0.99, "max_iters": 700, "lr_decay_iters": 700, "warmup_iters": 20}
     run(dataset="text", out_dir="out", eval_interval=700, eval_iters=0, log_interval=100, **keys)
     ((val_loss,),) = metrics("out", "val_loss")[-1:]

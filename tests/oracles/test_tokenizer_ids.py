@@ -1,4 +1,4 @@
-"""Token ids against the libraries that define them: tiktoken, gigatoken, tokenizers and transformers."""
+"""Token ids against the libraries that define them: tiktoken, gigatoken and tokenizers."""
 
 import os
 import pickle
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tokenizers
-import transformers
 from conftest import ROOT, needs_gpt2
 from texts import HARD_TEXTS, random_text
 
@@ -123,16 +122,6 @@ def test_published_tokenizers_agree_on_every_character(path: Path):
     for start in range(0, len(points), 4096):
         texts = [around(point) for point in points[start : start + 4096] if not 0xD800 <= point < 0xE000]
         assert [ours.encode_ordinary(text).tolist() for text in texts] == encode_data(texts), hex(points[start])
-
-
-@pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_transformers_loads_a_saved_tokenizer(kind: str, tmp_path: Path):
-    text = "Wait -- what ?  He 's\tgone, isn 't he .\n\n日本 \r\n!"
-    tokenizer = Tokenizer.characters(text) if kind == "char" else Tokenizer.train_bpe([SOURCE], 400)
-    tokenizer.save(tmp_path)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    assert theirs(text)["input_ids"] == tokenizer.encode(text)
-    assert theirs.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "words"])

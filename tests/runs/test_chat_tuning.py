@@ -2,12 +2,11 @@
 
 import json
 import runpy
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from conftest import ROOT, Run
+from conftest import ROOT, Run, call_main
 from texts import answer_texts
 
 import export
@@ -20,45 +19,18 @@ from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 ANSWERS = {"Who?": "I.", "Where?": "Here.", "When?": "Now.", "Why?": "Because.", "How?": "So.", "And?": "No."}
 PREPARE = runpy.run_path(str(ROOT / "data/prepare.py"))["main"]
 SAMPLE = ["--device=cpu", "--dtype=float32", "--temperature=0", "--checkpoint=latest", "--chat=True"]
-Script = Callable[..., None]
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Script:
-    """`script(main, *flags)`: a script's main in this process."""
-
-    def run_main(main: Callable[[], object], *flags: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["script.py", *flags])
-        main()
-
-    return run_main
-
-
-def type_lines(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
-    """Let `input()` return the lines, then an end of file."""
-    left: Iterator[str] = iter(lines)
-
-    def read(prompt: str = "") -> str:
-        line = next(left, None)
-        if line is None:
-            raise EOFError
-        return line
-
-    monkeypatch.setattr("builtins.input", read)
-
-
-def test_a_model_learns_to_answer(
-    run: Run, script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_model_learns_to_answer(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     rows = [{"prompt": question, "completion": answer} for question, answer in ANSWERS.items()] * 30
     Path("talk.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "!"}])))
     Path("talk.txt").write_text("Hello")
     flags = ("--out=talk", "--tokenizer=byte", "--chat=True", "--workers=1")
     with pytest.raises(InputError, match=r"talk\.txt.* \.jsonl or \.parquet"):
-        script(PREPARE, "--input=talk.txt", *flags)
+        call_main(PREPARE, "--input=talk.txt", *flags)
     with pytest.raises(InputError, match=r"line 181.* neither messages nor completion.*--skip_bad=True"):
-        script(PREPARE, "--input=talk.jsonl", *flags)
-    script(PREPARE, "--input=talk.jsonl", "--skip_bad=True", "--val_share=0.4", *flags)
+        call_main(PREPARE, "--input=talk.jsonl", *flags)
+    call_main(PREPARE, "--input=talk.jsonl", "--skip_bad=True", "--val_share=0.4", *flags)
     meta = json.loads(Path("talk/meta.json").read_text())
     assert meta["bad"][0] == 1
     assert sum(split["documents"] for split in meta["splits"].values()) == 180
@@ -73,23 +45,18 @@ def test_a_model_learns_to_answer(
     capsys.readouterr()
     learned = [question for question, answer in ANSWERS.items() if answer + END_OF_TEXT in texts]
     first, second = learned[:2]
-    script(sample.main, *SAMPLE, "--out_dir=out", f"--start={second}", "--num_samples=2")
+    call_main(sample.main, *SAMPLE, "--out_dir=out", f"--start={second}", "--num_samples=2")
     assert capsys.readouterr().out.split(sample.SEPARATOR) == [ANSWERS[second]] * 2 + [""]
 
-    type_lines(monkeypatch, [first, second, "", second, first * 20])
-    script(sample.main, *SAMPLE, "--out_dir=out", "--interactive=True")
+    lines = [first, second, "", second, first * 20]
+    monkeypatch.setattr("builtins.input", Mock(side_effect=[*lines, EOFError]))
+    call_main(sample.main, *SAMPLE, "--out_dir=out", "--interactive=True")
     printed = capsys.readouterr()
     answer, _, again = printed.out.splitlines()
     assert (answer, again) == (ANSWERS[first], ANSWERS[second])
     assert "context" in printed.err  # of the last, which is too long
 
-    script(export.main, "--out_dir=out", "--to=exported")
+    call_main(export.main, "--out_dir=out", "--to=exported")
     assert Path("exported/chat_template.jinja").read_text() == PLAIN_TEMPLATE
     with pytest.raises(InputError, match="start"):
-        script(sample.main, *SAMPLE, "--out_dir=out")
-
-
-def test_sample_refuses_to_chat_without_a_template(run: Run, script: Script):
-    run()
-    with pytest.raises(InputError, match="has no chat template"):
-        script(sample.main, *SAMPLE, "--start=x")
+        call_main(sample.main, *SAMPLE, "--out_dir=out")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MIXTURE, ROOT, Run, environment, flags, metrics, steps
+from conftest import MIXTURE, NO_SIZES, ROOT, Run, environment, flags, metrics, steps, torchrun
 from random_models import build_gpt2
 
 import train
@@ -34,24 +34,20 @@ MODERN = {
     "look_back": True,
     "ngram_targets": 3,
 }
+LEVERS = {"activation_checkpointing": True, "loss_chunk": 7, "log_layers": True, "log_interval": 1}
+FROM_BASE = NO_SIZES | {"init_from": "base", "batch_size": 2, "gradient_accumulation_steps": 4}
 RUNS: dict[str, dict[str, Any]] = {
     "accumulated": BASE | {"batch_size": 4, "gradient_accumulation_steps": 4},
     "split": BASE | {"batch_size": 12, "gradient_accumulation_steps": 1, "row_order": "epoch"},
     "muon": BASE | MODERN | {"batch_size": 4, "gradient_accumulation_steps": 3},
     "masked": BASE | MIXTURE | {"batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 3e-3},
     "sharded": BASE | {"shards": 2, "batch_size": 4, "gradient_accumulation_steps": 4},
-    "sharded muon": BASE
-    | MODERN
-    | {"shards": 2, "batch_size": 4, "gradient_accumulation_steps": 3, "log_layers": True, "log_interval": 1}
-    | {"activation_checkpointing": True, "loss_chunk": 7},
-    "sharded base": BASE | {"init_from": "base", "shards": 2, "batch_size": 2, "gradient_accumulation_steps": 4},
-    "lora": BASE | {"init_from": "base", "lora_rank": 2, "batch_size": 2, "gradient_accumulation_steps": 4},
+    "sharded muon": BASE | MODERN | {"shards": 2, "batch_size": 4, "gradient_accumulation_steps": 3} | LEVERS,
+    "sharded base": BASE | FROM_BASE | {"shards": 2, "block_size": 8},  # cropped
+    "lora": BASE | FROM_BASE | {"lora_rank": 2, "block_size": ...},
     "stopped": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1},
     "stopped in an evaluation": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2},
 }
-for size in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
-    RUNS["lora"][size] = RUNS["sharded base"][size] = ...  # of the base
-RUNS["sharded base"]["block_size"] = 8  # cropped
 SLOW = {"split": "data", "sharded": "data", "sharded muon": "blocks"}  # runs in which this is slow on the second rank
 STOP_AT = 6  # the second rank gets SIGTERM in the update after this step of "stopped"
 
@@ -62,9 +58,12 @@ def train_all(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     read: list[tuple[int, int]] = []
     pending: list[str] = []  # names of runs to be stopped
+    out_dirs: list[str] = []
     original_getitem = Rows.__getitem__
     original_windows = EvalWindows.__getitem__
     original_lr_scale = StepSchedule.lr_scale
+    original_attend = Attention.forward
+    original_save = checkpoint.Writer.save
 
     def getitem(rows: Rows, span: slice) -> Any:
         read.append((span.start, span.stop))
@@ -74,7 +73,7 @@ def train_all(folder: Path) -> None:
 
     def attend(*arguments: Any) -> Any:
         if rank == 1 and SLOW.get(out_dirs[-1]) == "blocks":
-            time.sleep(0.02)
+            time.sleep(0.01)
         return original_attend(*arguments)
 
     def windows(windows: EvalWindows, span: slice) -> Any:
@@ -89,9 +88,7 @@ def train_all(folder: Path) -> None:
             signal.raise_signal(signal.SIGTERM)
         return original_lr_scale(schedule, step)
 
-    def save(
-        writer: checkpoint.Writer, model: dict[str, Any], optimizer: dict[str, Any], state: dict[str, Any]
-    ) -> None:
+    def save(writer: checkpoint.Writer, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
         """As the original; at the last step the main process keeps the whole tensors, gathered by torch."""
         if writer.group and state["step"] == BASE["max_iters"]:
             whole = [{k: v.full_tensor().clone() for k, v in part.items() if v.dim()} for part in (model, optimizer)]
@@ -99,10 +96,7 @@ def train_all(folder: Path) -> None:
                 torch.save(whole, f"{out_dirs[-1]}-whole.pt")
         original_save(writer, model, optimizer, state)
 
-    out_dirs: list[str] = []
-    original_attend = Attention.forward
     Attention.forward = attend  # type: ignore[method-assign]
-    original_save = checkpoint.Writer.save
     checkpoint.Writer.save = save  # type: ignore[method-assign]
     Rows.__getitem__ = getitem  # type: ignore[method-assign]
     EvalWindows.__getitem__ = windows  # type: ignore[method-assign]
@@ -129,8 +123,7 @@ def two(letters: Path, one_and_two: Path, tmp_path_factory: pytest.TempPathFacto
     build_gpt2(vocab_size=4).save_pretrained(folder / "base")
     for dataset in (letters, one_and_two / "one", one_and_two / "two"):
         (folder / dataset.name).symlink_to(dataset)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, __file__, folder]
+    command = [*torchrun(2), __file__, folder]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)
@@ -182,16 +175,10 @@ def test_a_signal_to_one_rank_stops_an_evaluation_of_both(two: Path):
     output = (two / "stdout").read_text()
     assert output.count("stopped at step 10 by a signal; saved") == 1
     assert output.count("resuming stopped in an evaluation/ckpt/step-000010") == 1
-    assert [json.loads((two / f"stopped in an evaluation-{rank}.json").read_text())["status"] for rank in (0, 1)] == [
-        143
-    ] * 2
-    assert [step for (step,) in metrics(two / "stopped in an evaluation", "step")] == [
-        0,
-        *range(1, 11),
-        10,
-        *range(11, 21),
-        20,
-    ]
+    for rank in (0, 1):
+        assert json.loads((two / f"stopped in an evaluation-{rank}.json").read_text())["status"] == 143
+    lines = metrics(two / "stopped in an evaluation", "step")
+    assert [step for (step,) in lines] == sorted([*range(1, 21), 0, 10, 20])
 
 
 def test_a_slow_rank_is_named(two: Path):
@@ -203,12 +190,11 @@ def test_a_slow_rank_is_named(two: Path):
 
 
 def test_one_process_resumes_the_run_of_two(two: Path, run: Run):
-    run(out_dir="alone", **RUNS["split"])
     Path("resumed/ckpt").mkdir(parents=True)
     Path("resumed/ckpt/step-000010").symlink_to(two / "split/ckpt/step-000010")
     assert run(out_dir="resumed", resume=True, **RUNS["split"]) == 0
     ours = dict(metrics("resumed", "step", "loss"))
-    theirs = {step: loss for step, loss in metrics("alone", "step", "loss") if step > 10}
+    theirs = {step: loss for step, loss in metrics(two / "split", "step", "loss") if step > 10}
     assert len(ours) == 10
     assert ours == pytest.approx(theirs, rel=1e-5)
 
@@ -225,11 +211,9 @@ def test_a_sharded_run_resumes_on_any_number_of_processes(
     keys |= {"batch_growth_tokens": 0, "max_iters": 30, "lr_decay_iters": 30}
     run(out_dir="alone", **keys | {"shards": 1})
     for n, processes in enumerate(sizes, 1):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         leg = keys | {"shards": shards, "out_dir": "legs", "resume": "auto", "max_iters": 6 * n, "micro_batch_size": 1}
-        done = subprocess.run(
-            [*launcher, ROOT / "train.py", *flags(**leg)], env=environment(), capture_output=True, text=True
-        )
+        command = [*torchrun(processes), ROOT / "train.py", *flags(**leg)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = (dict(metrics(out_dir, "step", "loss")) for out_dir in ("legs", "alone"))
     assert len(ours) == 30

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, Run, environment
+from conftest import ROOT, Run, call_main, environment
 
 import play
 from nanogpt.errors import InputError
@@ -18,20 +18,16 @@ from nanogpt.text.tokenizer import Tokenizer
 
 
 def test_play_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch):
-    def play_with(*flags: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["play.py", *flags])
-        play.main()
-
     with pytest.raises(InputError, match="nowhere"):
-        play_with("--out_dir=nowhere", "--port=0")
+        call_main(play.main, "--out_dir=nowhere", "--port=0")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(InputError, match=f"--port={port}: address already in use"):
-            play_with(f"--port={port}")
+            call_main(play.main, f"--port={port}")
     monkeypatch.delitem(sys.modules, "nanogpt.playground.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(InputError, match=r'uvicorn.*pip install -e "\.\[play\]"'):
-        play_with()
+        call_main(play.main)
 
 
 def test_play_chats_where_a_template_works(capsys: pytest.CaptureFixture[str]):
@@ -42,10 +38,7 @@ def test_play_chats_where_a_template_works(capsys: pytest.CaptureFixture[str]):
     assert chat
     assert chat.stop_ids == {5, 256}
     assert capsys.readouterr().err == ""
-    for template, problem in (
-        ("{% for %}", "is broken"),
-        ("{{ messages[0].content }}", "leaves the answers out"),
-    ):
+    for template, problem in (("{% for %}", "is broken"), ("{{ messages[0].content }}", "leaves the answers out")):
         tokenizer.template = template
         assert play.load_chat(tokenizer, []) is None
         assert re.search(problem, capsys.readouterr().err)

@@ -1,17 +1,14 @@
 """The README's commands, in its order: run on small data, or only parsed where they need a network or much time."""
 
 import re
-import runpy
 import shlex
 import shutil
-import signal
 import string
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 import configurator
 
@@ -46,42 +43,30 @@ class ParsedError(Exception):
     """Raised once a script has parsed its flags."""
 
 
-def run_script(script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch, only_parse: bool = False) -> int:
-    """Run a script's main in this process; return its exit status."""
+def check_python(words: list[str]) -> None:
+    script, *arguments = words
+    files = [str(ROOT / word) if word.startswith("config/") else word for word in arguments]
+    if not any(part in " ".join(words) for part in ONLY_PARSED):
+        assert run_script(script, *files, *SMALL[script].split()) == 0
+        return
+
+    original = configurator.parse
 
     def parse(*args, **kwargs):
         raise ParsedError(original(*args, **kwargs))
 
-    original = configurator.parse
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    monkeypatch.setattr(configurator, "parse", parse if only_parse else original)
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except (SystemExit, ParsedError) as end:
-        return end.code if isinstance(end, SystemExit) else 0
-    finally:
-        monkeypatch.setattr(configurator, "parse", original)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configurator, "parse", parse)
+        with pytest.raises(ParsedError):
+            run_script(script, *files)
 
 
-def check_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    script, *arguments = words
-    files = [str(ROOT / word) if word.startswith("config/") else word for word in arguments]
-    if any(part in " ".join(words) for part in ONLY_PARSED):
-        assert run_script(script, files, monkeypatch, only_parse=True) == 0
-    else:
-        assert run_script(script, files + SMALL[script].split(), monkeypatch) == 0
-
-
-def check_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_command(command: str) -> None:
     program, *words = shlex.split(command, comments=True)
     if program == "python":
-        check_python(words, monkeypatch)
+        check_python(words)
     elif program == "torchrun":
-        check_python([word for word in words if word not in ("--standalone", "--nproc_per_node=8")], monkeypatch)
+        check_python([word for word in words if word not in ("--standalone", "--nproc_per_node=8")])
     elif program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     elif program == "pip":
@@ -109,7 +94,7 @@ def test_commands_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             continue
         if "--out_dir=out-shakespeare " in command:  # its run starts from a download
             shutil.copytree("out-shakespeare-fast-cpu", "out-shakespeare")
-        check_command(command, monkeypatch)
+        check_command(command)
     exported = {path.name for path in Path("exports/shakespeare").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported
 
@@ -118,7 +103,7 @@ def test_mistakes_are_reported_as_shown(monkeypatch: pytest.MonkeyPatch, capsys:
     pattern = r"^\$ python (\S+) (.*)\n((?:error: .*\n)+)"
     script, flags, output = re.search(pattern, README, flags=re.MULTILINE).groups()
     monkeypatch.chdir(ROOT)
-    assert run_script(script, flags.split(), monkeypatch) == 2
+    assert run_script(script, *flags.split()) == 2
     assert capsys.readouterr().err == output
 
 

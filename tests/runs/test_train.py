@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run, SignalAt, environment, flags, metrics, steps
+from conftest import NO_SIZES, ROOT, Run, SignalAt, environment, flags, metrics, snapshot, steps
 from random_models import save_as_nanogpt
 from small_data import LETTERS
 
@@ -30,7 +30,6 @@ from nanogpt.text.tokenizer import Tokenizer
 from train import TrainConfig
 
 CONFIGS = {path.name: path for path in (ROOT / "config").glob("*.py")}
-NO_SIZES: dict[str, Any] = dict.fromkeys(("n_layer", "n_head", "n_embd", "bias"), ...)
 
 
 def losses(out_dir: str) -> list[float]:
@@ -74,7 +73,6 @@ def test_config_files_mean_what_nanogpts_mean():
             {"batch_size": 2, "gradient_accumulation_steps": 6, "batch_growth_tokens": 640},
             "batch_size=2 rows, .* 3 proc",
         ),
-        ({"batch_size": 2, "gradient_accumulation_steps": 4}, "= 8 rows per step .* 3 processes"),
     ],
 )
 def test_check_config_refuses_contradictions(keys: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch):
@@ -203,11 +201,11 @@ def test_dry_runs_and_evaluations_write_nothing(
     run: Run, keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     run(out_dir="out", max_iters=3)
-    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    before = snapshot("out")
     capsys.readouterr()
     for start in ({"out_dir": "new"}, {"out_dir": "out"}, {"out_dir": "out", "resume": True}):
         assert run(**{"max_iters": 10**6, "warmup_iters": 0, "dropout": 0.1} | start | keys) == 0
-    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+    assert snapshot("out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     output = capsys.readouterr().out
     assert output.count("ETA ") == (3 if "dry_run" in keys else 0)
@@ -298,7 +296,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, first_call: int, value: float) -> No
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(("dtype", "value"), [("float32", math.nan), ("float16", math.nan), ("float16", math.inf)])
+@pytest.mark.parametrize(("dtype", "value"), [("float32", math.nan), ("float16", math.inf)])
 def test_a_broken_loss_changes_nothing_and_stops_the_run(
     run: Run, monkeypatch: pytest.MonkeyPatch, dtype: str, value: float, optimizer: str
 ):
@@ -357,7 +355,6 @@ def test_the_save_signal_saves_and_training_continues(run: Run, signal_at: Signa
 
 
 def test_a_signal_to_the_process_saves_and_ends_it(letters: Path, tmp_path: Path):
-    number = signal.SIGINT
     # Long enough to be stopped in mid-run; if the test fails, it ends by itself.
     keys = {"dataset": letters, "max_iters": 20_000, "eval_interval": 10**6, "out_dir": tmp_path / "out"}
     command = [sys.executable, ROOT / "train.py", *flags(**keys)]
@@ -365,9 +362,9 @@ def test_a_signal_to_the_process_saves_and_ends_it(letters: Path, tmp_path: Path
     with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         assert any(line.startswith("step     20") for line in process.stdout)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number
+    assert process.returncode == 130
     (step,) = steps(tmp_path / "out")
     assert step >= 20
     assert f"stopped at step {step} by a signal; saved: resume with --out_dir=" in output
@@ -386,7 +383,7 @@ def loss_of(model: Any, letters: Path, T: int) -> float:
         return torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()).item()
 
 
-@pytest.mark.parametrize(("kind", "block_size"), [("hugging face", 12), ("nanogpt", ...), ("ours", ...), ("ours", 12)])
+@pytest.mark.parametrize(("kind", "block_size"), [("hugging face", 12), ("nanogpt", ...), ("ours", 12)])
 def test_training_starts_from_existing_weights(run: Run, letters: Path, foreign: Any, kind: str, block_size: Any):
     source = "theirs"
     foreign.save_pretrained(source)

@@ -1,7 +1,6 @@
 """Runs, checkpoints and datasets of version 0.1 still work; tests/fixtures/v0_1/README.md has how they were made."""
 
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -9,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TIMED_FIELDS, TINY, Run, environment, metrics
+from conftest import ROOT, TIMED_FIELDS, TINY, Run, call_main, environment, metrics
 
+import compare
+import evaluate
+import sample
 from nanogpt.data.dataset import open_dataset
 
 V0_1 = ROOT / "tests/fixtures/v0_1"
@@ -31,13 +33,6 @@ def copy_run(name: str, folder: Path) -> dict[str, Any]:
     """Copy a run; return the keys that resume it."""
     out_dir = shutil.copytree(V0_1 / "runs" / name, folder / name)
     return {"out_dir": out_dir, "dataset": V0_1 / "data" / DATA[name], "resume": True, "verify_data": True}
-
-
-def run_script(monkeypatch: pytest.MonkeyPatch, script: str, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert not stop.value.code
 
 
 @pytest.mark.parametrize("name", ["gpt2_adamw", "modern_muon", "chat_masked"])
@@ -71,28 +66,26 @@ def test_a_resumed_time_budget_decays_and_ends(tmp_path: Path):
 
 @pytest.mark.parametrize(("sampling", "count", "temperature"), [("greedy", 1, 0), ("drawn", 2, 0.8)])
 @pytest.mark.parametrize("name", DATA)
-def test_samples_are_the_same(
-    name: str, sampling: str, count: int, temperature: float, monkeypatch: pytest.MonkeyPatch, capsys: Any
-):
+def test_samples_are_the_same(name: str, sampling: str, count: int, temperature: float, capsys: Any):
     prompt = ["--chat=True", "--start=Which bird?"] if name == "chat_masked" else ["--start=The cook"]
     prompt += ["--max_new_tokens=40", f"--num_samples={count}", f"--temperature={temperature}", "--seed=7"]
-    run_script(monkeypatch, "sample.py", f"--out_dir={V0_1 / 'runs' / name}", *prompt, *CPU)
+    call_main(sample.main, f"--out_dir={V0_1 / 'runs' / name}", *prompt, *CPU)
     assert capsys.readouterr().out == (V0_1 / f"expected/{name}.{sampling}.txt").read_bytes().decode()
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_evaluations_are_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_evaluations_are_the_same(name: str, tmp_path: Path):
     flags = (f"--out_dir={V0_1 / 'runs' / name}", f"--dataset={V0_1 / 'data' / DATA[name]}", "--split=val")
-    run_script(monkeypatch, "evaluate.py", *flags, f"--json={tmp_path / 'loss.json'}", *CPU)
+    call_main(evaluate.main, *flags, f"--json={tmp_path / 'loss.json'}", *CPU)
     ours = json.loads((tmp_path / "loss.json").read_text())
     theirs = json.loads((V0_1 / f"expected/{name}.eval.json").read_text())
     assert Path(ours.pop("model")).name == Path(theirs.pop("model")).name
     assert_close(ours, theirs)
 
 
-def test_runs_can_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_runs_can_be_compared(tmp_path: Path, capsys: Any):
     runs = [str(V0_1 / "runs" / run) for run in ("gpt2_adamw", "modern_muon")]
-    run_script(monkeypatch, "compare.py", *runs, f"--out={tmp_path / 'loss.png'}")
+    call_main(compare.main, *runs, f"--out={tmp_path / 'loss.png'}")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "best validation loss" in capsys.readouterr().out
 
@@ -100,11 +93,8 @@ def test_runs_can_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 @pytest.mark.parametrize(("name", "files", "vocab_size"), [("char", 1, 36), ("docs", 4, 300), ("chat", 1, 300)])
 def test_datasets_hold_their_texts(name: str, files: int, vocab_size: int):
     dataset = open_dataset(V0_1 / "data" / name, block_size=32, verify=True)
-    assert (dataset.vocab_size, len(dataset.train.shards), dataset.train.has_mask) == (
-        vocab_size,
-        files,
-        name == "chat",
-    )
+    assert (dataset.vocab_size, len(dataset.train.shards)) == (vocab_size, files)
+    assert dataset.train.has_mask == (name == "chat")
     text = ""  # of the tokens that count in the loss
     for split in (dataset.train, dataset.val):
         text += dataset.tokenizer.decode(split[0 : len(split)][split.mask(0, len(split)) == 1].tolist())

@@ -24,6 +24,7 @@ from nanogpt.errors import InputError
 from nanogpt.files import read_json, write_report
 from nanogpt.interop.gguf_tokenizer import QWEN2_SPLIT
 from nanogpt.text.tokenizer import Tokenizer
+from train import TrainConfig
 
 Export = Callable[..., Path]
 
@@ -169,7 +170,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(run_export: Export, val
     with pytest.raises(InputError, match=message):
         run_export("again", "--init_from=new")
     with pytest.raises(InputError, match=message):
-        load_weights("new", 0.0, None, {}, World(0, 1, torch.device("cpu"), torch.float32))
+        load_weights(TrainConfig(init_from="new"), {}, World(0, 1, torch.device("cpu"), torch.float32))
 
 
 @pytest.mark.parametrize("to", ["again", "again.gguf"])

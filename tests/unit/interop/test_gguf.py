@@ -27,6 +27,7 @@ from nanogpt.interop.huggingface import read_tokenizer
 from nanogpt.text.chat import CHATML_TEMPLATE
 from nanogpt.text.fast_bpe import LLAMA_3_PATTERN
 from nanogpt.text.tokenizer import Tokenizer
+from train import TrainConfig
 
 gguf = pytest.importorskip("gguf")
 
@@ -383,7 +384,8 @@ def test_end_tokens_and_template_come_back(tmp_path: Path):
     tokenizer = read_tokenizer(str(tmp_path / "m.gguf"))  # as data/prepare.py does
     assert tokenizer.named_tokens == words.named_tokens
     assert (tokenizer.template, tokenizer.end_of_text) == (words.template, words.end_of_text)
-    model, tuned = load_weights(str(tmp_path / "m.gguf"), 0.1, 8, {}, World(0, 1, torch.device("cpu"), torch.float32))
+    config = TrainConfig(init_from=str(tmp_path / "m.gguf"), dropout=0.1, block_size=8)
+    model, tuned = load_weights(config, {"block_size": 8}, World(0, 1, torch.device("cpu"), torch.float32))
     assert (model.config.dropout, model.config.block_size) == (0.1, 8)
     assert tuned is not None
     assert tuned.vocab == words.vocab

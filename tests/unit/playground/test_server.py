@@ -522,7 +522,7 @@ def test_model_info_of_a_folder_whose_name_is_no_utf8(tmp_path: Path):
     app = server_module.create_app(make_playground(bytes_tokenizer()), heading, tmp_path / "metrics.jsonl")
     (route,) = [route for route in app.routes if route.path == "/api/model"]
     response = asyncio.run(route.endpoint(None))
-    assert json.loads(response.body)["name"] == "?"
+    assert json.loads(response.body)["name"] == "\ufffd"
 
 
 def test_a_text_may_fill_a_long_context(monkeypatch: pytest.MonkeyPatch, characters: Playground):

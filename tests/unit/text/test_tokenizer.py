@@ -362,5 +362,5 @@ def test_gpt2_without_a_network_names_the_cache_variable(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     with pytest.raises(InputError, match=r"^tiktoken's encoding gpt2 .*TIKTOKEN_CACHE_DIR.*$") as caught:
-        Tokenizer.gpt2()
+        Tokenizer.from_name_or_path("gpt2")
     assert "\n" not in str(caught.value)
