@@ -60,3 +60,9 @@ def test_a_model_learns_to_answer(run: Run, monkeypatch: pytest.MonkeyPatch, cap
     assert Path("exported/chat_template.jinja").read_text() == PLAIN_TEMPLATE
     with pytest.raises(InputError, match="start"):
         call_main(sample.main, *SAMPLE, "--out_dir=out")
+
+
+def test_sample_refuses_to_chat_without_a_template(run: Run):
+    run(max_iters=1)
+    with pytest.raises(InputError, match="has no chat template"):
+        call_main(sample.main, *SAMPLE, "--start=x")
