@@ -70,9 +70,8 @@ def main() -> None:
     split = "train" if is_step else config.split
     block_size = config.block_size if is_step else 1
     dataset = open_dataset(config.dataset, block_size=block_size, splits=[split], token_dtype=config.token_dtype)
-    tokenizer = dataset.tokenizer or Tokenizer.from_name_or_path(
-        "gpt2"
-    )  # nanoGPT's folders without meta.pkl are in GPT-2's encoding
+    # nanoGPT's folders without meta.pkl are in GPT-2's encoding.
+    tokenizer = dataset.tokenizer or Tokenizer.from_name_or_path("gpt2")
     tokens = getattr(dataset, split)
     if is_step:
         show_step(tokens, tokenizer, config)

@@ -165,13 +165,14 @@ class Checkpoint:
         init_from = str(self.state["config"].get("init_from"))
         source = next((place for place in (run["base"], init_from) if os.path.exists(place)), run["base"])
         is_run = is_checkpoint(Path(source))
-        # If that run has gone on, another of its checkpoints is the best now.
-        places = [source, *(list_checkpoints(Path(source)) if is_run else [])]
+        places: list[Any] = [source]
+        if is_run:  # if that run has gone on, another of its checkpoints is the best now
+            places = [*dict.fromkeys([find(source), *list_checkpoints(Path(source))])]
 
         unreadable: InputError | None = None
         for place in places:
             try:
-                tensors = load(find(place), with_optimizer=False).model if is_run else dict(read_weights(place).tensors)
+                tensors = load(place, with_optimizer=False).model if is_run else dict(read_weights(place).tensors)
             except InputError as error:
                 unreadable = unreadable or error
                 continue

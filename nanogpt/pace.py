@@ -87,8 +87,8 @@ class Pace:
             share = (times[slowest] - median) * self.steps / period
             if times[slowest] > SLOW * median and share > MIN_SHARE:
                 print0(
-                    f"step {step}: {self.ranks.name(slowest)} is slow: {1e3 * times[slowest]:.0f} ms to the "
-                    f"{self.until} of a first forward pass, median {1e3 * median:.0f} ms; the difference is "
+                    f"step {step}: {self.ranks.name(slowest)} is slow: {times[slowest]:.3g} s to the "
+                    f"{self.until} of a first forward pass, median {median:.3g} s; the difference is "
                     f"{share:.0%} of a step"
                 )
         self.seconds = 0.0

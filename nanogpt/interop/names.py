@@ -269,9 +269,10 @@ def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
 
 def fill_in_heads(sizes: dict[str, Any], *names: str) -> None:
     """Give "n_kv_head" and "head_dim", where they are None, what n_head and n_embd imply; in place."""
+    implied = {"n_kv_head": sizes["n_head"]}
     if matches([sizes["n_head"], sizes["n_embd"]], list[Count]):
-        implied = {"n_kv_head": sizes["n_head"], "head_dim": sizes["n_embd"] // max(sizes["n_head"], 1)}
-        sizes.update({name: implied[name] for name in names if sizes[name] is None})
+        implied["head_dim"] = sizes["n_embd"] // max(sizes["n_head"], 1)
+    sizes.update({name: implied[name] for name in names if name in implied and sizes[name] is None})
 
 
 def validate_sizes(source: str, sizes: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import NO_SIZES, ROOT, Run, call_main, environment, flags, snapshot
 
+import evaluate
 import export
 import play
 import sample
@@ -236,7 +237,7 @@ def test_names_that_no_file_can_have_are_refused(run: Run, used: Path, key: str,
             run(max_iters=1, resume=resume, **{"out_dir": "new"} | {key: name})
 
 
-@pytest.mark.parametrize("script", [sample, export, play])
+@pytest.mark.parametrize("script", [sample, evaluate, export, play])
 def test_two_models_at_once_are_an_error(script: Any):
     with pytest.raises(InputError, match=r"^--out_dir: --init_from=base takes its place.*\n--checkpoint: "):
         call_main(script.main, "--init_from=base", "--out_dir=out", "--checkpoint=latest")

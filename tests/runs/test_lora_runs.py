@@ -200,3 +200,15 @@ def test_adapters_cannot_change_on_resume(run: Run):
     ]:
         with pytest.raises(InputError, match=message):
             run(**{"out_dir": "out", "resume": True, "max_iters": 3} | LORA | keys)
+
+
+@pytest.mark.usefixtures("_base")
+def test_adapters_that_float16_makes_infinite_are_refused(run: Run):
+    run(out_dir="out", **LORA | {"max_iters": 1})
+    saved = checkpoint.load(checkpoint.find("out", "latest"))
+    next(iter(saved.model.values()))[0, 0] = 7e4
+    checkpoint.save(Path("out"), saved.model, saved.optimizer, saved.state, None)
+    flags = ("--out_dir=out", "--checkpoint=latest", "--to=wide", "--adapters=True", "--dtype=float16")
+    with pytest.raises(InputError, match=r"--dtype=float16: .* has weights beyond 65,504"):
+        call_main(export.main, *flags)
+    assert not Path("wide").exists()

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TIMED_FIELDS, TINY, Run, call_main, environment, metrics
+from conftest import ROOT, TIMED_FIELDS, TINY, Run, call_main, environment, metrics, run_script
 
-import compare
 import evaluate
 import sample
 from nanogpt.data.dataset import open_dataset
@@ -83,11 +82,11 @@ def test_evaluations_are_the_same(name: str, tmp_path: Path):
     assert_close(ours, theirs)
 
 
-def test_runs_can_be_compared(tmp_path: Path, capsys: Any):
+def test_runs_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     runs = [str(V0_1 / "runs" / run) for run in ("gpt2_adamw", "modern_muon")]
-    call_main(compare.main, *runs, f"--out={tmp_path / 'loss.png'}")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert run_script("compare.py", *runs, f"--out={tmp_path / 'loss.png'}") == 0
     assert "best validation loss" in capsys.readouterr().out
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("name", "files", "vocab_size"), [("char", 1, 36), ("docs", 4, 300), ("chat", 1, 300)])

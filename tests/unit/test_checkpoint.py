@@ -301,6 +301,14 @@ def test_flipped_bits_and_truncations_are_found(newest: Path, assert_refused: Ca
     checkpoint.load(newest)
 
 
+@pytest.mark.parametrize("name", FILES[:4])  # the tokenizer is the same in both
+def test_a_file_of_another_checkpoint_is_found(
+    out_dir: Path, newest: Path, assert_refused: Callable[[], None], name: str
+):
+    shutil.copy(out_dir / "ckpt/step-000016" / name, newest / name)
+    assert_refused()
+
+
 @pytest.mark.parametrize("name", ["", "MANIFEST.json", "model.safetensors", "tokenizer.json"])  # "": the directory
 @pytest.mark.parametrize(
     "make",

@@ -56,6 +56,9 @@ def test_8b_on_64_gpus_by_hand(shards: int, memory: float, seconds: tuple[float,
     assert communication == pytest.approx(seconds, 0.02)
     stages = 8 * 8.19e9 * (7 / 8 / 400e9 + 7 / 8 / 8 / 50e9)
     assert communication[0] == pytest.approx(stages, 1e-3)
+    tokens, _ = plan.balance_tokens(QWEN3_8B, Cluster(64), shards, step)
+    rate = plan.flops_per_token(QWEN3_8B, step.checkpointing) / Cluster(64).flops
+    assert communication[0] == pytest.approx(tokens * rate)
 
 
 def test_collective_seconds_by_hand():

@@ -87,6 +87,7 @@ TIMED = BASE | {"minutes": 1.0, "max_iters": 400, "decay_iters": 80, "eval_iters
         ([BASE, BASE, BASE | {"seed": 2}, BASE], ["run0 (2 runs)", "run1", "run3"]),  # the same seed is no repeat
         ([BASE, BASE | {"n_head": 2}, BASE], ["n_head=4 run0", "n_head=2", "n_head=4 run2"]),
         ([BASE, BASE | {"seed": 2, "new_key": None}], ["run0 (2 runs)"]),
+        ([BASE, BASE | {"seed": 2, "device": "cuda", "deterministic": True}], ["run0 (2 runs)"]),
         ([BASE | {"max_iters": 400}, BASE | {"max_iters": 401}], ["max_iters=400", "max_iters=401"]),
         ([BASE, BASE | dict.fromkeys("uvwxyz", 1)], ["run0", "run1"]),  # too many differences for a label
     ],

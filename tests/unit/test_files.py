@@ -1,4 +1,4 @@
-"""Files: locks. What is written whole, or not at all, is in data/test_write.py and text/test_prepare.py."""
+"""Locks. What is written whole or not at all is in data/test_write.py, text/test_prepare.py and test_export.py."""
 
 from pathlib import Path
 from typing import Any

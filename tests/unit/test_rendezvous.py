@@ -169,8 +169,8 @@ class Layers(torch.nn.Module):
         return x
 
 
-AT_END = "240 ms to the end of a first forward pass, median 40 ms"
-AT_START = "220 ms to the start of a first forward pass, median 20 ms"
+AT_END = "0.24 s to the end of a first forward pass, median 0.04 s"
+AT_START = "0.22 s to the start of a first forward pass, median 0.02 s"
 
 
 @pytest.mark.parametrize(

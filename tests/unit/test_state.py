@@ -10,6 +10,7 @@ from load import make_state, prepare_model
 from model import GPT, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.distributed import World
+from nanogpt.metrics import Stopwatch
 from nanogpt.state import TrainState
 from train import TrainConfig
 
@@ -22,13 +23,20 @@ def make_new_state() -> TrainState:
     return make_state(TrainConfig(optimizer="muon", skip_spikes=5.0), model, WORLD)
 
 
-def test_state_dict_has_every_field():
+def test_state_dict_restores_every_field():
     state = make_new_state()
-    state.clipped = 4  # runs/test_resume.py has the others
+    state.clock = Stopwatch(3.0)
+    state.record_evaluation(1.5)
+    state.record_update(8)
+    state.record_evaluation(1.75)
+    state.clipped = 4
     saved = json.loads(json.dumps(state.state_dict()))
+    numbers = {"step": 1, "samples": 8, "time_s": 3.0, "val_loss": 1.75, "best_val_loss": 1.5}
+    numbers |= {"since_best": 1, "clipped": 4}
+    assert saved.items() >= numbers.items()
     loaded = make_new_state()
     loaded.load_state_dict(saved, state.optimizer.state_tensors())
-    assert loaded.clipped == 4
+    assert json.loads(json.dumps(loaded.state_dict())) == saved
     # A field that is added must be saved, and added here.
     scalars = {"step", "samples", "val_loss", "best_val_loss", "evals_since_best", "clipped"}
     objects = {"model", "optimizer", "scaler", "guard", "clock"}

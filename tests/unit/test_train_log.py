@@ -63,8 +63,8 @@ def test_a_new_spike_is_printed_once(capsys: pytest.CaptureFixture[str]):
 def test_formats_of_durations_and_bytes():
     durations = [format_duration(s) for s in (0.4, 59, 60, 187, 3599.6, 20530, 48 * 3600, 273600)]
     assert durations == ["0 s", "59 s", "1:00 min", "3:07 min", "1:00:00 h", "5:42:10 h", "2 d 0 h", "3 d 4 h"]
-    sizes = [format_bytes(n) for n in (0, 999, 1e3, 1.5e6, 2.54e9, 3e12)]
-    assert sizes == ["0 B", "999 B", "1 kB", "1.5 MB", "2.54 GB", "3 TB"]
+    sizes = [format_bytes(n) for n in (0, 999, 1e3, 999_600, 1.5e6, 2.54e9, 3e12)]
+    assert sizes == ["0 B", "999 B", "1 kB", "1 MB", "1.5 MB", "2.54 GB", "3 TB"]
 
 
 @pytest.mark.parametrize(

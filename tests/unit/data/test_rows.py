@@ -91,6 +91,8 @@ def test_random_starts_are_uniform_and_reach_both_ends():
 def test_a_bad_id_that_is_only_a_target_is_named():
     with pytest.raises(InputError, match="holds id 8 at token 8"):
         Rows(COUNT[:9], 8, vocab_size=8, seed=0)[0:1]
+    with pytest.raises(InputError, match="holds id 8 at token 8"):
+        EvalWindows(COUNT[:9], 8, 0, 1, vocab_size=8)[0:1]
 
 
 # ---- mixtures

@@ -170,15 +170,18 @@ def test_sample_text_is_a_function_of_weights_and_seed(model: GPT):
     assert text == tokenizer.decode(plain_generate(model.eval(), [0], 30, Sampling(seed=3)))
 
 
-def test_sample_text_starts_with_the_end_of_text(model: GPT, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("end", "start"), [(V - 1, V - 1), (V, 0)])  # the model has no row for V
+def test_sample_text_starts_with_the_end_of_text_if_it_has_a_row(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, end: int, start: int
+):
     prompts: list[Any] = []
     original: Callable[..., Any] = Decoder.prefill
     monkeypatch.setattr(Decoder, "prefill", lambda self, texts: (prompts.append(texts), original(self, texts))[1])
-    vocab = {f"{i:07d}": i for i in range(V - 1)} | {"<|endoftext|>": 36}
+    vocab = {f"{i:07d}": i for i in range(end)} | {"<|endoftext|>": end}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
     inner.decoder = tokenizers.decoders.Fuse()
     assert len(sample_text(model, Tokenizer(inner), 20, seed=0)) == 20  # of tokens of 7 characters
-    assert prompts == [[[36]]]
+    assert prompts == [[[start]]]
 
 
 # ---- low precision

@@ -270,6 +270,7 @@ def test_chat_refuses_bad_request(chat_server: Server, request_: Any, problem: s
         ({"ids": [0] * 50_001}, r"the text has 50,001 tokens, more than 50,000; shorten it"),
         ({"ids": [0, True]}, r"ids\.1: expected a whole number"),
         ({"ids": [257]}, r"ids\.0: must be below 257"),
+        ({"ids": [-1]}, r"ids\.0: must be at least 0"),
         ({"prompt": "a", "temperature": -1}, r"temperature: must be at least 0"),
         (b'{"prompt": "a", "temperature": NaN}', r"temperature: expected a finite number"),
         ({"prompt": "a", "top_k": 0}, r"top_k: must be at least 1"),
@@ -363,6 +364,8 @@ def test_app_refuses_other_hosts(server: Server, host: str):
     [
         ("http://127.0.0.1:{port}", 200),
         ("http://evil.example", 403),
+        ("http://127.0.0.1:1", 403),
+        ("http://127.0.0.1:{port}.evil.example", 403),
         ("null", 403),
         ("https://127.0.0.1:{port}", 403),
     ],

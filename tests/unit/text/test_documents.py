@@ -48,6 +48,13 @@ def test_surrogates_of_json_are_replaced(tmp_path: Path):
     assert parser.omissions.get("replaced") == (3, f"{tmp_path}/a.jsonl, line 2, byte 0")
 
 
+def test_zstandard_cut_short_is_bad(tmp_path: Path):
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(json_lines(DOCS[:9]))[:-9])  # its own reader: the end
+    with pytest.raises(InputError, match="cannot be read to its end"):
+        parse(tmp_path / "a.jsonl.zst")
+
+
 BAD = [
     ("binary.txt", b"ELF\0\1\2" * 100, "binary.txt: is binary, not text: byte 0 at offset 3"),
     ("windows.txt", "Ünder\r\n".encode("utf-16-le") * 9, "looks like utf-16-le (data/prepare.py --encoding=utf-16-le)"),
