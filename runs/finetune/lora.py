@@ -4,15 +4,17 @@
         --full_rates 3e-5 1e-4 3e-4 --lora_rates 3e-4 1e-3 3e-3 -- --dtype=float32
 
 Every run is a process of train.py with the same rows and the default cosine schedule; flags after -- go to all of them.
-Each kind trains `steps` updates at each of its rates. The best rate of LoRA, by validation loss, then trains for as
-many updates as fit into the seconds of training of the best full run. Writes lora.json and lora.md into --out.
-Memory is the peak of the process in the host's memory; a checkpoint has weights and optimizer state.
+Each kind trains `steps` updates at each of its rates. Then short runs of both, in turn, say how long a step of LoRA
+takes beside one of all weights, and the best rate of LoRA, by validation loss, trains for as many updates as fit into
+the time of the best full run. Writes lora.json and lora.md into --out. Memory is the peak of the process in the host's
+memory; a checkpoint has weights and optimizer state.
 """
 
 import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(HERE.parent / "shakespeare_char_cpu")]
 
 from compare_with_nanogpt import machine  # noqa: E402
 
-HEADINGS = ("steps", "rate", "val loss: before", "best", "last", "s per step", "s in all", "peak MB", "checkpoint MB")
+HEADINGS = ("steps", "rate", "val loss: before", "best", "last", "peak MB", "checkpoint MB")
 
 
 def train(arguments: argparse.Namespace, steps: int, rate: float, lora: bool) -> dict[str, Any]:
@@ -82,15 +84,15 @@ def train(arguments: argparse.Namespace, steps: int, rate: float, lora: bool) ->
         }
 
 
+def time_step(arguments: argparse.Namespace, rate: float, lora: bool) -> float:
+    """Seconds of a step in a short run."""
+    return train(arguments, 4, rate, lora)["s_per_step"]
+
+
 def to_row(title: str, run: dict[str, Any]) -> str:
     cells = [title, f"{run['steps']:,}", f"{run['rate']:g}"]
     cells += [f"{run[name]:.4f}" for name in ("before", "best", "last")]
-    cells += [
-        f"{run['s_per_step']:.3g}",
-        f"{run['seconds']:.0f}",
-        f"{run['peak_mb']:.0f}",
-        f"{run['checkpoint_mb']:.1f}",
-    ]
+    cells += [f"{run['peak_mb']:.0f}", f"{run['checkpoint_mb']:.1f}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -112,6 +114,7 @@ def to_markdown(report: dict[str, Any]) -> str:
             *rows,
             "",
             f"Best validation loss at each rate, {full['steps']:,} steps: {'; '.join(grid)}.",
+            f"A step of LoRA takes {statistics.median(report['step_ratios']):.2f} of the time of one of all weights.",
             "",
         ]
     )
@@ -147,13 +150,13 @@ def main() -> None:
     full, lora = (
         min((run for run in runs if run["kind"] == kind), key=lambda run: run["best"]) for kind in ("full", "lora")
     )
-    steps = max(round(full["s_per_step"] * full["steps"] / lora["s_per_step"]), 1)
-    equal_time = train(arguments, steps, lora["rate"], lora=True)
+    ratios = [time_step(arguments, lora["rate"], True) / time_step(arguments, full["rate"], False) for _ in range(3)]
+    equal_time = train(arguments, round(full["steps"] / statistics.median(ratios)), lora["rate"], lora=True)
     settings = {name: value for name, value in vars(arguments).items() if name != "out"}
     for name in ("init_from", "dataset"):
         settings[name] = Path(settings[name]).name
     report = {"machine": machine(), "settings": settings, "full": full, "lora": lora, "equal_time": equal_time}
-    report["runs"] = runs
+    report |= {"step_ratios": ratios, "runs": runs}
     (arguments.out / "lora.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (arguments.out / "lora.md").write_text(to_markdown(report), encoding="utf-8")
     print(to_markdown(report))
