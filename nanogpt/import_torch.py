@@ -1,6 +1,6 @@
 """Import torch in three quarters of the time; a script imports this before anything that imports torch.
 
-`torch._meta_registrations`, a fifth of the whole, holds Python functions that compute the shapes of results: for the
+`torch._meta_registrations`, a quarter of the whole, holds Python functions that compute the shapes of results: for the
 compiler, torch.export and meta tensors, which a plain run does not use. It is left out until anything imports a module
 of torch that `import torch` does not load, as all those parts of torch do (runs/start).
 """
