@@ -20,8 +20,8 @@ class RunStopped(Exception):
 
 def raise_problems(problems: Iterable[str]) -> None:
     """Raise InputError with a line for each problem, if there are any."""
-    if message := "\n".join(problems):
-        raise InputError(message)
+    if lines := list(problems):
+        raise InputError("\n".join(lines))
 
 
 def suggest(word: str, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
