@@ -373,6 +373,7 @@ def test_characters_get_an_end_token_that_is_never_the_most_likely(tmp_path: Pat
     weights = read_gguf(tmp_path / "m.gguf")
     assert weights.tokenizer is not None
     assert (weights.tokenizer.name, weights.tokenizer.vocab, weights.end_ids) == ("char", CHARACTERS.vocab, [])
+    assert len(weights.tensors["token_embedding.weight"]) == weights.config["vocab_size"] == V
 
 
 def test_end_tokens_and_template_come_back(tmp_path: Path):

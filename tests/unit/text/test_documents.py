@@ -48,6 +48,15 @@ def test_surrogates_of_json_are_replaced(tmp_path: Path):
     assert parser.omissions.get("replaced") == (3, f"{tmp_path}/a.jsonl, line 2, byte 0")
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 99])
+def test_line_ends_are_newlines_also_between_blocks(size: int):
+    text = b"a\r\nb\rc\n\r\r\nd\r"
+    blocks = [text[i : i + size] for i in range(0, len(text), size)]
+    omissions = Omissions()
+    assert b"".join(streams.normalize_newlines(iter([*blocks, b""]), omissions, "")) == b"a\nb\nc\n\n\nd\n"
+    assert omissions.get("normalized") == (5, "")
+
+
 def test_zstandard_cut_short_is_bad(tmp_path: Path):
     zstandard = pytest.importorskip("zstandard")
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(json_lines(DOCS[:9]))[:-9])  # its own reader: the end
