@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     import tokenizers
 
 # "gpt2" is GPT-2's pattern. In "words", a word includes its accents and any one character before it ("'s", "(no" and
-# "\tx" are words), and numbers are split into groups of at most three digits. Its parts are spelled as in Qwen3.5's
-# pattern, because ONNX Runtime GenAI finds other words for other spellings of the same.
+# "\tx" are words), and numbers are split into groups of at most three digits. They are spelled as GPT-2's code and
+# Qwen3.5's files do, because ONNX Runtime GenAI finds other words for other spellings of the same.
 PATTERNS = {
-    "gpt2": r"'(?:[sdmt]|ll|re|ve)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "words": r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-# Patterns as tiktoken writes them (by `to_oniguruma`), and as gigatoken knows them. They find the same words.
+# Patterns as tiktoken and earlier versions of this program write them (by `to_oniguruma`), and as gigatoken and exports
+# do (`SAME_WORDS`). They find the same words.
+EARLIER_GPT2_PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TIKTOKEN_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 TIKTOKEN_CL100K_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|(?>\p{N}{1,3})| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
@@ -35,7 +37,11 @@ LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-SAME_WORDS = {TIKTOKEN_GPT2_PATTERN: PATTERNS["gpt2"], TIKTOKEN_CL100K_PATTERN: LLAMA_3_PATTERN}
+SAME_WORDS = {
+    EARLIER_GPT2_PATTERN: PATTERNS["gpt2"],
+    TIKTOKEN_GPT2_PATTERN: PATTERNS["gpt2"],
+    TIKTOKEN_CL100K_PATTERN: LLAMA_3_PATTERN,
+}
 CACHED_CHARACTERS = 2**26  # gigatoken remembers all words that it has seen, at five to nine bytes a byte
 # Pre-tokenizers that can leave out text between the words, as white space.
 REMOVING_SPLIT = re.compile(r'"(Removed|Whitespace|WhitespaceSplit|BertPreTokenizer|CharDelimiterSplit)"')
@@ -141,10 +147,11 @@ def load_gigatoken(content: dict[str, Any]) -> Callable[[str], np.ndarray | None
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False} as byte_level,
             ]
         }:
-            if pattern in (PATTERNS["gpt2"], TIKTOKEN_GPT2_PATTERN):
+            pattern = SAME_WORDS.get(pattern, pattern)
+            if pattern == PATTERNS["gpt2"]:
                 content = content | {"pre_tokenizer": byte_level | {"use_regex": True}}
-            elif pattern == TIKTOKEN_CL100K_PATTERN:
-                steps = [split | {"pattern": {"Regex": LLAMA_3_PATTERN}}, byte_level]
+            else:
+                steps = [split | {"pattern": {"Regex": pattern}}, byte_level]
                 content = content | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
 
     added = [token for token in content["added_tokens"] if not token["special"]]

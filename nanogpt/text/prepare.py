@@ -43,6 +43,7 @@ from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 NO_TEXT = "the input holds no text: give other files, folders or rows with --input"
 SPLIT_SHARE = 0.01  # of documents, for validation
+USUAL_CONTEXT = 1024  # train.py's default block_size
 TAIL_SHARE = 0.1  # of a single text
 Result = TypeVar("Result")
 
@@ -405,6 +406,12 @@ def prepare(
     Omissions(meta["omitted"]).print_lines()
     if meta["dtype"] == "uint32":
         print("the vocabulary is larger than 65,536, so each id takes four bytes (uint32)")
+    tokens = meta["splits"]["val"]["tokens"]
+    if tokens <= USUAL_CONTEXT:
+        print(
+            f"warning: val has only {tokens:,} tokens, so it has no row for a block_size of {tokens:,} or more: give more "
+            "text, or a larger --val_share"
+        )
     return meta
 
 

@@ -27,6 +27,7 @@ from nanogpt.text.fast_bpe import (
     BYTE_DECODER,
     BYTE_ENCODER,
     PATTERNS,
+    SAME_WORDS,
     is_lossless,
     load_gigatoken,
     make_byte_level_bpe,
@@ -257,6 +258,11 @@ class Tokenizer:
         plain = copy.deepcopy(self)
         plain._inner.post_processor = None  # it could add tokens around a text, which `encode` does not
         plain.save(folder)
+        path = Path(folder, "tokenizer.json")
+        content = path.read_text(encoding="utf-8")
+        for pattern, published in SAME_WORDS.items():
+            content = content.replace(json.dumps(pattern), json.dumps(published))
+        path.write_text(content, encoding="utf-8")
 
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GPT-2, gelu=erf": {"gelu": "erf"},
     "GPT-2, n_inner=96": {"n_inner": 96},
     "GPT-2, norm_eps=0.001": {"norm_eps": 1e-3},
-    "Llama, head_dim=32": MODERN | {"head_dim": 32},
+    "Llama, head_dim=64": MODERN | {"head_dim": 64},
     "Llama, rope_scaling of Llama 3": MODERN | {"rope_scaling": [8.0, 1.0, 4.0, 32.0]},
     "Qwen2, biases": MODERN | {"qkv_bias": True},
 }
@@ -154,7 +154,7 @@ def make_variant(name: str, work: Path) -> tuple[Path, Path, str]:
     out, folder = work / "runs" / file_name(name), work / "exports" / file_name(name)
     if not out.exists():
         tokenizer = Tokenizer.load(make_dataset("own pairs, gpt2", work))
-        save_random_run(str(out), tokenizer, n_embd=64, block_size=128, **VARIANTS[name])
+        save_random_run(str(out), tokenizer, n_embd=128, block_size=128, **VARIANTS[name])
     return export(out, folder, folder.with_name(f"{folder.name}.gguf"))
 
 

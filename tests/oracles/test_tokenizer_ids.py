@@ -1,5 +1,6 @@
 """Token ids against the libraries that define them: tiktoken, gigatoken and tokenizers."""
 
+import json
 import os
 import pickle
 import sys
@@ -11,7 +12,13 @@ import tokenizers
 from conftest import ROOT, needs_gpt2
 from texts import HARD_TEXTS, random_text
 
-from nanogpt.text.fast_bpe import BYTE_DECODER, TIKTOKEN_GPT2_PATTERN, unicode_17_table
+from nanogpt.text.fast_bpe import (
+    BYTE_DECODER,
+    SAME_WORDS,
+    TIKTOKEN_GPT2_PATTERN,
+    make_byte_level_bpe,
+    unicode_17_table,
+)
 from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 sys.path.insert(0, str(ROOT / "runs/tokenizers"))
@@ -48,6 +55,17 @@ def loaded(converted: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> To
     tokenizer = Tokenizer.load(folder)
     assert tokenizer is not None
     return tokenizer
+
+
+@pytest.mark.parametrize(("pattern", "published"), SAME_WORDS.items())
+def test_exports_spell_a_pattern_as_published_files_do(pattern: str, published: str, tmp_path: Path):
+    tokenizer = Tokenizer(make_byte_level_bpe(BYTE_DECODER, [], [pattern], []))
+    tokenizer.save_pretrained(tmp_path, context=16)
+    exported = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert json.loads(exported.to_str())["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": published}
+    characters = [f"a {chr(code)}1 {chr(code)}'s" for code in range(0x3000)]
+    for text in [*TEXTS, "".join(characters)]:
+        assert exported.pre_tokenizer.pre_tokenize_str(text) == tokenizer._inner.pre_tokenizer.pre_tokenize_str(text)
 
 
 def test_byte_decoder_is_the_librarys_alphabet():

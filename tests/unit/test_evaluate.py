@@ -230,6 +230,7 @@ def test_evaluate_refuses_data(run_evaluate: Evaluate, letters: Path, flags: lis
         Path(f"{name}.txt").write_bytes(content)
     with pytest.raises(InputError, match=message):
         run_evaluate(*(flags if "--init_from" in flags[0] else ["--out_dir=out", *flags]))
+    assert not Path("results.json").exists()
 
 
 def test_evaluate_needs_one_process_and_lm_eval(run_evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch):

@@ -290,6 +290,15 @@ def test_a_normalizer_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "the tokenizer's normalizer changes some characters: Lowercase" in capsys.readouterr().out
 
 
+def test_a_validation_split_without_a_row_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    text = tmp_path / "a.txt"
+    for length, warning in ((10_240, "no row for a block_size of 1,024 or more"), (10_250, None)):
+        text.write_text("ab" * (length // 2))
+        make(tmp_path / str(length), text, tokenizer="char")
+        printed = capsys.readouterr().out
+        assert warning in printed if warning else "warning" not in printed
+
+
 def test_too_little_disk_space_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.txt").write_text("text " * 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
