@@ -409,8 +409,8 @@ def prepare(
     tokens = meta["splits"]["val"]["tokens"]
     if tokens <= USUAL_CONTEXT:
         print(
-            f"warning: val has only {tokens:,} tokens, so it has no row for a block_size of {tokens:,} or more: give more "
-            "text, or a larger --val_share"
+            f"warning: val has only {tokens:,} tokens, so it has no row for a block_size of {tokens:,} or more: give "
+            "more text, or a larger --val_share"
         )
     return meta
 

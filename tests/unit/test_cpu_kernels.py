@@ -1,5 +1,6 @@
 """The CPU kernels compute model.py's own functions, forward and backward."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,13 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from nanogpt.cpu_kernels import MAX_PLAIN_ATTENTION, causal_attention, use_cpu_kernels
+from nanogpt import cpu_kernels
+from nanogpt.cpu_kernels import (
+    MAX_PLAIN_ATTENTION,
+    causal_attention,
+    mlp_forward,
+    use_cpu_kernels,
+)
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 70, "block_size": 160}
 MODERN = SIZES | {"arch": "modern", "bias": False}
@@ -15,9 +22,17 @@ MODERN = SIZES | {"arch": "modern", "bias": False}
 
 @pytest.mark.parametrize("T", [33, MAX_PLAIN_ATTENTION, MAX_PLAIN_ATTENTION + 1])
 @pytest.mark.parametrize(
-    "sizes", [SIZES, MODERN, MODERN | {"n_kv_head": 2, "head_dim": 6}, MODERN | {"n_kv_head": 1, "norm_eps": 0.1}]
+    "sizes",
+    [
+        SIZES | {"bias": True},
+        SIZES | {"bias": False, "gelu": "erf"},
+        MODERN,
+        MODERN | {"n_kv_head": 2, "head_dim": 6},
+        MODERN | {"n_kv_head": 1, "norm_eps": 0.1},
+    ],
 )
-def test_model_with_cpu_kernels_equals_the_plain_model(sizes: dict[str, Any], T: int):
+def test_model_with_cpu_kernels_equals_the_plain_model(sizes: dict[str, Any], T: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_kernels, "MIN_WIDE_LAYER", 0)
     torch.manual_seed(0)
     plain = GPT(GPTConfig(**sizes))
     with torch.no_grad():
@@ -35,6 +50,39 @@ def test_model_with_cpu_kernels_equals_the_plain_model(sizes: dict[str, Any], T:
         results.append([logits, loss, *(p.grad for p in model.parameters())])
     for expected, actual in zip(*results, strict=True):
         assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_backward_keeps_half_of_a_wide_mlp(arch: str):
+    saved: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    model = GPT(GPTConfig(**SIZES | {"arch": arch, "bias": False, "n_layer": 1, "n_embd": 256, "n_inner": 1024}))
+    use_cpu_kernels(model)
+    idx = torch.randint(70, (2, 16))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(idx, idx)
+    wide = {tensor.data_ptr() for tensor in saved if tensor.shape == (2, 16, 1024)}
+    assert len(wide) == {"gpt2": 1, "modern": 2}[arch]
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_mlp_under_autocast_has_torchs_gradients(arch: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_kernels, "MIN_WIDE_LAYER", 0)
+    torch.manual_seed(0)
+    mlp = GPT(GPTConfig(**SIZES | {"arch": arch, "bias": arch == "gpt2"})).blocks[0].mlp
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    results = []
+    for forward in (mlp.forward, partial(mlp_forward, mlp)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = forward(x)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *mlp.parameters()])])
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        assert (actual - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
 def test_attention_dropout_drops_probabilities_and_keeps_their_mean():

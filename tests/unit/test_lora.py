@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig
+from nanogpt import cpu_kernels
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.distributed import World
 from nanogpt.lora import add_lora, base_sha256
@@ -92,7 +93,10 @@ def with_checkpointing(model: GPT) -> None:
 
 @pytest.mark.parametrize("sizes", [SMALL, GROUPED | {"qk_norm": False, "qkv_bias": True}])
 @pytest.mark.parametrize("change", [with_checkpointing, use_cpu_kernels])
-def test_gradients_are_equal_whatever_else_is_on(sizes: dict[str, Any], change: Callable[[GPT], None]):
+def test_gradients_are_equal_whatever_else_is_on(
+    sizes: dict[str, Any], change: Callable[[GPT], None], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cpu_kernels, "MIN_WIDE_LAYER", 0)
     model, adapters, _ = make_model(**sizes)
     losses, gradients = [], []
     for _ in range(2):

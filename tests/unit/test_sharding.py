@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from load import build_model
 from model import GPTConfig
-from nanogpt import sharding
+from nanogpt import cpu_kernels, sharding
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.distributed import World
 from nanogpt.errors import RunStopped
@@ -89,8 +89,11 @@ def test_copy_rows_fills_with_zeros_what_the_source_lacks(world: World):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"bias": False, "arch": "modern", "n_kv_head": 1, "tied": False}])
-def test_sharded_model_computes_what_a_plain_one_does(world: World, sizes: dict[str, Any]):
+def test_sharded_model_computes_what_a_plain_one_does(
+    world: World, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
     """In bfloat16, where gains are rounded too; the blocks' gradients differ by that alone."""
+    monkeypatch.setattr(cpu_kernels, "MIN_WIDE_LAYER", 0)
     plain_world = World(0, 1, torch.device("cpu"), torch.bfloat16)
     config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=70, block_size=16, **sizes)
     gradients = []
