@@ -128,7 +128,7 @@ def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
     if config.json and (Path(config.json).is_dir() or not Path(config.json).absolute().parent.is_dir()):
         problems.append(f"--json={config.json}: is a folder, or its folder is missing; give another file")
     if config.json and not problems:
-        existed = os.path.exists(config.json)
+        existed = os.path.lexists(config.json)
         try:
             open(config.json, "a").close()
             if not existed:

@@ -173,6 +173,7 @@ class Attention(nn.Module):
         if cos_sin is not None:
             q = rotate(self.q_norm(q), *cos_sin)
             k = rotate(self.k_norm(k), *cos_sin)
+            v = v.contiguous()  # a copy: a view would keep all of `heads` for backward
         y = (attention or self.causal_attention)(q, k, v)  # (B, n_head, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -1,7 +1,7 @@
 """Kernels for training on a CPU, swapped into a GPT: they compute the functions of model.py.
 
-Attention and RMSNorm are faster, the MLP keeps half as much for backward, and LayerNorm takes sharded gains.
-runs/cpu_step has their gain.
+Attention and RMSNorm are faster (runs/cpu_step), LayerNorm takes sharded gains, and a wide MLP keeps half as much for
+backward (docs/optimizations.md).
 """
 
 import math
@@ -65,7 +65,8 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def mlp_forward(mlp: Any, x: Tensor) -> Tensor:
-    if type(mlp.down) is not nn.Linear:  # LoRA's, or one that packs its weights
+    is_plain = type(mlp.down) is nn.Linear  # not LoRA's, nor one that packs its weights
+    if not is_plain or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return type(mlp).forward(mlp, x)
     if hasattr(mlp, "gate"):
         return ActivatedLinear.apply(silu_product, mlp.down.weight, None, mlp.gate(x), mlp.up(x))
@@ -78,7 +79,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class ActivatedLinear(torch.autograd.Function):
-    """activate(*inputs) Wᵀ + b, each input (B, T, inner); backward activates again instead of keeping the result."""
+    """activate(*inputs) Wᵀ + b, each input (..., inner); backward activates again instead of keeping the result."""
 
     @staticmethod
     def forward(ctx, activate: Any, weight: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:  # type: ignore[override]
@@ -93,8 +94,8 @@ class ActivatedLinear(torch.autograd.Function):
         with torch.enable_grad():
             activated = ctx.activate(*inputs)
         grads = torch.autograd.grad(activated, inputs, grad @ weight.to(grad.dtype))  # the dtype is autocast's
-        rows = grad.flatten(0, 1)
-        grad_weight = rows.mT @ activated.detach().flatten(0, 1) if ctx.needs_input_grad[1] else None
+        rows = grad.flatten(0, -2)
+        grad_weight = rows.mT @ activated.detach().flatten(0, -2) if ctx.needs_input_grad[1] else None
         return None, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, *grads
 
 
@@ -105,8 +106,7 @@ def causal_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     B, n_head, T, head_dim = q.shape
     if T > MAX_PLAIN_ATTENTION:
-        # Backward keeps v alone, not the queries and keys beside it.
-        return type(attention).causal_attention(attention, q, k, v.contiguous())
+        return type(attention).causal_attention(attention, q, k, v)
     n_kv_head = k.shape[1]
     group = n_head // n_kv_head  # query heads that share a key head: more rows of the same product
     # Heads come first, as in version 0.1: the order decides which probabilities dropout drops.

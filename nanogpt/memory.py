@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nanogpt.console import format_bytes, print0
+from nanogpt.cpu_kernels import MIN_WIDE_LAYER
 from nanogpt.device import free_memory, is_out_of_memory
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
@@ -67,11 +68,13 @@ def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: 
     c = model.config
     itemsize = dtype.itemsize
     # Bytes a token: 4/3 of the activations that a block saves for backward, a third more for temporaries.
+    recomputes = model.token_embedding.weight.device.type == "cpu" and c.n_embd * c.n_inner >= MIN_WIDE_LAYER
+    wide = (1 if recomputes else 2) * itemsize * c.n_inner
     if c.arch == "gpt2":
-        block = 4 / 3 * ((8 + 6 * itemsize) * c.n_embd + 2 * itemsize * c.n_inner)
+        block = 4 / 3 * ((8 + 6 * itemsize) * c.n_embd + wide)
     else:
         head_channels = (c.n_head + c.n_kv_head) * c.head_dim
-        block = 4 / 3 * (18 * c.n_embd + (8 + 2 * itemsize) * head_channels + 4 * itemsize * c.n_inner)
+        block = 4 / 3 * (18 * c.n_embd + (8 + 2 * itemsize) * head_channels + 2 * wide)
     if c.dropout:  # masks; and off CUDA attention is not fused then: 12 bytes for each of T × T probabilities
         block += 10 * c.n_embd
         block += 16 * c.n_head * T if model.token_embedding.weight.device.type != "cuda" else 0

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     import tokenizers
 
 # "gpt2" is GPT-2's pattern. In "words", a word includes its accents and any one character before it ("'s", "(no" and
-# "\tx" are words), and numbers are split into groups of at most three digits. They are spelled as GPT-2's code and
-# Qwen3.5's files do, because ONNX Runtime GenAI finds other words for other spellings of the same.
+# "\tx" are words), and numbers are split into groups of at most three digits. They are spelled as in GPT-2's code
+# and Qwen3.5's files, because ONNX Runtime GenAI finds other words for other spellings of the same.
 PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "words": r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-# Patterns as tiktoken and earlier versions of this program write them (by `to_oniguruma`), and as gigatoken and exports
-# do (`SAME_WORDS`). They find the same words.
+# Other spellings, which find the same words: those of earlier versions of this program, and tiktoken's after
+# `to_oniguruma`. `SAME_WORDS` maps them to those of published files, for gigatoken, GGUF files and exports.
 EARLIER_GPT2_PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+EARLIER_WORDS_PATTERN = PATTERNS["words"].replace(r"[^\r\n\p{L}\p{N}]?", r"[^\r\n\p{L}\p{M}\p{N}]?")
 TIKTOKEN_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 TIKTOKEN_CL100K_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|(?>\p{N}{1,3})| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
@@ -39,6 +40,7 @@ LLAMA_3_PATTERN = (
 )
 SAME_WORDS = {
     EARLIER_GPT2_PATTERN: PATTERNS["gpt2"],
+    EARLIER_WORDS_PATTERN: PATTERNS["words"],
     TIKTOKEN_GPT2_PATTERN: PATTERNS["gpt2"],
     TIKTOKEN_CL100K_PATTERN: LLAMA_3_PATTERN,
 }

@@ -36,6 +36,7 @@ from nanogpt.errors import InputError
 from nanogpt.files import atomic_write, lock_file, output_directory
 from nanogpt.text.chat import Chat, template_for
 from nanogpt.text.documents import Document, DocumentParser
+from nanogpt.text.fast_bpe import EARLIER_GPT2_PATTERN, PATTERNS
 from nanogpt.text.omissions import Omissions
 from nanogpt.text.reading import CHUNK_BYTES, Chunk, ReadOptions, ValSplit, hash_fraction, read_chunks, split_pieces
 from nanogpt.text.sources import InputFile
@@ -43,8 +44,8 @@ from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 NO_TEXT = "the input holds no text: give other files, folders or rows with --input"
 SPLIT_SHARE = 0.01  # of documents, for validation
-USUAL_CONTEXT = 1024  # train.py's default block_size
 TAIL_SHARE = 0.1  # of a single text
+DEFAULT_BLOCK_SIZE = 1024  # train.py's
 Result = TypeVar("Result")
 
 
@@ -407,7 +408,7 @@ def prepare(
     if meta["dtype"] == "uint32":
         print("the vocabulary is larger than 65,536, so each id takes four bytes (uint32)")
     tokens = meta["splits"]["val"]["tokens"]
-    if tokens <= USUAL_CONTEXT:
+    if tokens <= DEFAULT_BLOCK_SIZE:
         print(
             f"warning: val has only {tokens:,} tokens, so it has no row for a block_size of {tokens:,} or more: give "
             "more text, or a larger --val_share"
@@ -534,7 +535,10 @@ def check_disk(job: Job, tokenizer: Tokenizer, out: Path) -> None:
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
     settings = [tokenizer.template, tokenizer.named_tokens, tokenizer.end_of_text]
-    return _hash(tokenizer._inner.to_str() + json.dumps(settings))
+    content = tokenizer._inner.to_str()
+    # In a GGUF file the split has a name alone; earlier versions spelled it otherwise.
+    content = content.replace(json.dumps(PATTERNS["gpt2"]), json.dumps(EARLIER_GPT2_PATTERN))
+    return _hash(content + json.dumps(settings))
 
 
 def _hash(text: str) -> str:

@@ -255,14 +255,17 @@ class Tokenizer:
         context: tokens of the longest text that the model reads. names_unk: the end of text is the unk_token too, if
         there is no other and no text is unknown. Raises OSError if the disk refuses.
         """
-        plain = copy.deepcopy(self)
-        plain._inner.post_processor = None  # it could add tokens around a text, which `encode` does not
+        import tokenizers
+
+        content = self.to_json()
+        content["post_processor"] = None  # it could add tokens around a text, which `encode` does not
+        split = json.dumps(content["pre_tokenizer"])
+        for pattern, published in SAME_WORDS.items():  # the spellings that other programs know
+            split = split.replace(json.dumps(pattern), json.dumps(published))
+        content["pre_tokenizer"] = json.loads(split)
+        plain = copy.copy(self)
+        plain._inner = tokenizers.Tokenizer.from_str(json.dumps(content))
         plain.save(folder)
-        path = Path(folder, "tokenizer.json")
-        content = path.read_text(encoding="utf-8")
-        for pattern, published in SAME_WORDS.items():
-            content = content.replace(json.dumps(pattern), json.dumps(published))
-        path.write_text(content, encoding="utf-8")
 
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -254,19 +254,22 @@ def unit_bytes(c: Any, shards: int, itemsize: int) -> float:
 
 
 def update_bytes(c: Any, shards: int, step: Step) -> float:
-    """Bytes of the temporaries of Muon's update, which treats all maps of one shape together; of AdamW's, none.
+    """Bytes of the temporaries of Muon's update; of AdamW's, none.
 
-    Beside gradients and momenta it needs two copies of the gradients, then two iterates with their squares. The update
-    of the shape before is still in memory.
+    First gradients and momenta are copied in float32. Then there are, in the products' dtype, all gradients, the
+    updates of the shapes that are done, and of each map of the present shape three iterates and two Gram matrices; at
+    the end gradients, updates, and a copy of these. Shards divide the maps.
     """
     if step.optimizer != "muon":
         return 0
-    peak = previous = 0.0
-    for (r, s), count in Counter(maps(c) * c.n_layer).items():
-        count = -(-count // shards)
-        stacks = 2 * FLOAT32 * r * s
-        peak = max(peak, previous + count * (stacks + max(stacks, 2 * step.itemsize * (r * s + r * r))))
-        previous = FLOAT32 * count * r * s
+    counts = {shape: -(-count // shards) for shape, count in Counter(maps(c) * c.n_layer).items()}
+    total = sum(count * r * s for (r, s), count in counts.items())
+    peak = max(2 * FLOAT32, 3 * step.itemsize) * total
+    done = 0
+    for r, s in sorted(counts, key=lambda shape: shape[0] ** 2 * shape[1], reverse=True):
+        count = counts[r, s]
+        peak = max(peak, step.itemsize * (total + done + count * (3 * r * s + 2 * r * r)))
+        done += count * r * s
     return peak
 
 
@@ -275,8 +278,9 @@ def activation_bytes(c: Any, step: Step) -> float:
     a, channels, tokens = step.itemsize, c.n_embd, step.rows * c.block_size
     is_modern = c.arch == "modern"
     norm = FLOAT32 * channels + (4 if is_modern else 8)
-    qkv = (c.n_head + 2 * c.n_kv_head) * c.head_dim
-    block = 2 * norm + a * (2 * channels + qkv + c.n_head * c.head_dim) + 4 * c.n_head
+    kept = c.n_kv_head * c.head_dim  # values; GPT-2 also keeps queries and keys, which rotation makes anew
+    kept += 0 if is_modern else (c.n_head + c.n_kv_head) * c.head_dim
+    block = 2 * norm + a * (2 * channels + kept + c.n_head * c.head_dim) + 4 * c.n_head
     block += a * (4 if is_modern else 2) * c.n_inner
     if is_modern:  # queries and keys are normalized in float32 and rotated; gate and up cast their input
         rotated = (c.n_head + c.n_kv_head) * c.head_dim

@@ -26,7 +26,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen3": {"arch": "modern", "n_head": 4, "n_kv_head": 2, "head_dim": 32, "tied": False, "rope_theta": 500_000},
     "Llama": {"arch": "modern", "qk_norm": False, "n_head": 2, "n_kv_head": 1, "rope_theta": 500_000},
 }
-# Models with random weights, of what an engine may not know.
+# Models with random weights, of what an engine may not know. vLLM's attention needs heads of at least 32 channels.
 MODERN = {"arch": "modern", "qk_norm": False, "bias": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "GPT-2, gelu=erf": {"gelu": "erf"},

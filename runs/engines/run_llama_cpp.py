@@ -35,8 +35,8 @@ class LlamaCpp:
         return self.ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
 
     def logprobs(self, ids):
-        # The server gives no probabilities with a token that ends within a character. So it is made to choose " a";
-        # the probabilities are those before that.
+        # Force the first token of " a", a whole character: the server gives no probabilities with a part of one. Those
+        # that it gives are from before the bias.
         bias = [[token, 1e3] for token in self.encode(" a")[:1]]
         options = {"n_predict": 1, "n_probs": 50, "temperature": 0, "cache_prompt": False, "logit_bias": bias}
         replies = [self.ask("/completion", prompt=ids[: end + 1], **options) for end in range(len(ids))]

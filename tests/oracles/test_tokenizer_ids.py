@@ -63,7 +63,7 @@ def test_exports_spell_a_pattern_as_published_files_do(pattern: str, published: 
     tokenizer.save_pretrained(tmp_path, context=16)
     exported = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert json.loads(exported.to_str())["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": published}
-    characters = [f"a {chr(code)}1 {chr(code)}'s" for code in range(0x3000)]
+    characters = [f"a {chr(code)}1 {chr(code)}'s {chr(code)}'LL'Re{chr(code)}'ſ" for code in range(0x3000)]
     for text in [*TEXTS, "".join(characters)]:
         assert exported.pre_tokenizer.pre_tokenize_str(text) == tokenizer._inner.pre_tokenizer.pre_tokenize_str(text)
 

@@ -52,26 +52,29 @@ def test_model_with_cpu_kernels_equals_the_plain_model(sizes: dict[str, Any], T:
         assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "modern"])
-def test_backward_keeps_half_of_a_wide_mlp(arch: str):
-    saved: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor)
-        return tensor
-
-    model = GPT(GPTConfig(**SIZES | {"arch": arch, "bias": False, "n_layer": 1, "n_embd": 256, "n_inner": 1024}))
-    use_cpu_kernels(model)
+@pytest.mark.parametrize(
+    ("arch", "n_embd", "arrays"), [("gpt2", 256, (2, 1)), ("modern", 256, (4, 2)), ("modern", 128, (4, 4))]
+)
+def test_backward_keeps_half_of_a_wide_mlp(arch: str, n_embd: int, arrays: tuple[int, int]):
+    """arrays: as wide as the MLP, in the plain model and with the kernels. A narrow one stays as it is."""
+    model = GPT(GPTConfig(**SIZES | {"arch": arch, "bias": arch == "gpt2", "n_embd": n_embd, "n_inner": 1030}))
     idx = torch.randint(70, (2, 16))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(idx, idx)
-    wide = {tensor.data_ptr() for tensor in saved if tensor.shape == (2, 16, 1024)}
-    assert len(wide) == {"gpt2": 1, "modern": 2}[arch]
+    for expected, change in zip(arrays, (lambda _: None, use_cpu_kernels), strict=True):
+        saved: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, torch.Tensor] = saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        change(model)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(idx, idx)
+        wide = [tensor for tensor in saved.values() if tensor.numel() == 2 * 16 * 1030]
+        assert len(wide) == expected * model.config.n_layer
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
-def test_mlp_under_autocast_has_torchs_gradients(arch: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu_kernels, "MIN_WIDE_LAYER", 0)
+def test_mlp_under_autocast_has_torchs_gradients(arch: str):
     torch.manual_seed(0)
     mlp = GPT(GPTConfig(**SIZES | {"arch": arch, "bias": arch == "gpt2"})).blocks[0].mlp
     x = torch.randn(2, 5, 32, requires_grad=True)

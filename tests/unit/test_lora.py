@@ -92,12 +92,13 @@ def with_checkpointing(model: GPT) -> None:
 
 
 @pytest.mark.parametrize("sizes", [SMALL, GROUPED | {"qk_norm": False, "qkv_bias": True}])
+@pytest.mark.parametrize("targets", ["attention,mlp", "attention"])
 @pytest.mark.parametrize("change", [with_checkpointing, use_cpu_kernels])
 def test_gradients_are_equal_whatever_else_is_on(
-    sizes: dict[str, Any], change: Callable[[GPT], None], monkeypatch: pytest.MonkeyPatch
+    sizes: dict[str, Any], targets: str, change: Callable[[GPT], None], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(cpu_kernels, "MIN_WIDE_LAYER", 0)
-    model, adapters, _ = make_model(**sizes)
+    model, adapters, _ = make_model(targets, **sizes)
     losses, gradients = [], []
     for _ in range(2):
         loss = model(IDX, IDX)[1]

@@ -88,6 +88,15 @@ def test_estimate_has_what_dropout_keeps(sizes: dict[str, Any]):
     assert estimates[1] - estimates[0] == pytest.approx(4 / 3 * (kept[1] - kept[0]), rel=0.2)
 
 
+@pytest.mark.parametrize(("arch", "arrays"), [("gpt2", 1), ("modern", 2)])
+def test_estimate_leaves_out_what_a_cpu_computes_again(arch: str, arrays: int):
+    config = GPTConfig(**SIZES | {"arch": arch, "bias": False, "n_embd": 256, "n_inner": 1024})
+    with torch.device("meta"):
+        other = GPT(config)
+    estimates = [estimate_training_memory(model, "adamw", 8, 16, torch.float32) for model in (other, GPT(config))]
+    assert estimates[0] - estimates[1] == pytest.approx(4 / 3 * 8 * 16 * 2 * arrays * 4 * 1024)  # two layers
+
+
 @pytest.mark.parametrize("sharing", [1, 2])  # processes on this machine
 def test_pick_micro_batch_takes_the_largest_that_fits(sharing: int, monkeypatch: pytest.MonkeyPatch):
     model = GPT(GPTConfig(**SIZES))

@@ -31,6 +31,7 @@ from nanogpt.text.prepare import Job, Position, find_earlier, prepare
 from nanogpt.text.reading import ReadOptions, hash_fraction, split_pieces
 from nanogpt.text.sources import find_inputs
 from nanogpt.text.tokenizer import Tokenizer
+from train import TrainConfig
 
 
 @pytest.fixture(autouse=True)
@@ -292,7 +293,8 @@ def test_a_normalizer_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_validation_split_without_a_row_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text = tmp_path / "a.txt"
-    for length, warning in ((10_240, "no row for a block_size of 1,024 or more"), (10_250, None)):
+    tenth = TrainConfig.block_size
+    for length, warning in ((10 * tenth, f"no row for a block_size of {tenth:,} or more"), (10 * (tenth + 1), None)):
         text.write_text("ab" * (length // 2))
         make(tmp_path / str(length), text, tokenizer="char")
         printed = capsys.readouterr().out
