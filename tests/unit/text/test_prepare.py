@@ -26,6 +26,7 @@ from nanogpt.errors import InputError
 from nanogpt.text import prepare as prepare_module
 from nanogpt.text import reading, streams
 from nanogpt.text.chat import Chat
+from nanogpt.text.fast_bpe import BYTE_DECODER, EARLIER_GPT2_PATTERN, SAME_WORDS, make_byte_level_bpe
 from nanogpt.text.omissions import Omissions
 from nanogpt.text.prepare import Job, Position, find_earlier, prepare
 from nanogpt.text.reading import ReadOptions, hash_fraction, split_pieces
@@ -289,6 +290,14 @@ def test_a_normalizer_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "a.txt").write_text("abAB" * 100)
     make(tmp_path / "out", tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json"))
     assert "the tokenizer's normalizer changes some characters: Lowercase" in capsys.readouterr().out
+
+
+def test_a_tokenizer_has_the_hash_that_it_had_with_the_earlier_spelling():
+    """Or a dataset with the tokenizer of a GGUF file would be prepared again."""
+    spellings = (EARLIER_GPT2_PATTERN, SAME_WORDS[EARLIER_GPT2_PATTERN])
+    made = [Tokenizer(make_byte_level_bpe(BYTE_DECODER, [], [pattern], [])) for pattern in spellings]
+    assert made[0]._inner.to_str() != made[1]._inner.to_str()
+    assert prepare_module._fingerprint(made[0]) == prepare_module._fingerprint(made[1])
 
 
 def test_a_validation_split_without_a_row_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
