@@ -407,12 +407,13 @@ def prepare(
     Omissions(meta["omitted"]).print_lines()
     if meta["dtype"] == "uint32":
         print("the vocabulary is larger than 65,536, so each id takes four bytes (uint32)")
-    tokens = meta["splits"]["val"]["tokens"]
-    if tokens <= DEFAULT_BLOCK_SIZE:
-        print(
-            f"warning: val has only {tokens:,} tokens, so it has no row for a block_size of {tokens:,} or more: give "
-            "more text, or a larger --val_share"
-        )
+    for split, facts in meta["splits"].items():
+        tokens = facts["tokens"]
+        if tokens <= DEFAULT_BLOCK_SIZE:
+            print(
+                f"warning: {split} has only {tokens:,} tokens, so it has no row for a block_size of {tokens:,} or "
+                "more: give more text, or another --val_share"
+            )
     return meta
 
 

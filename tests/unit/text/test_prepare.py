@@ -300,7 +300,7 @@ def test_a_tokenizer_has_the_hash_that_it_had_with_the_earlier_spelling():
     assert prepare_module._fingerprint(made[0]) == prepare_module._fingerprint(made[1])
 
 
-def test_a_validation_split_without_a_row_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_split_without_a_row_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text = tmp_path / "a.txt"
     tenth = TrainConfig.block_size
     for length, warning in ((10 * tenth, f"no row for a block_size of {tenth:,} or more"), (10 * (tenth + 1), None)):
@@ -308,6 +308,9 @@ def test_a_validation_split_without_a_row_is_a_warning(tmp_path: Path, capsys: p
         make(tmp_path / str(length), text, tokenizer="char")
         printed = capsys.readouterr().out
         assert warning in printed if warning else "warning" not in printed
+    (tmp_path / "documents.jsonl").write_bytes(json_lines(["a", "b" * 20_000]))
+    make(tmp_path / "documents", tmp_path / "documents.jsonl", tokenizer="char")
+    assert re.search("warning: (train|val) has only 1 tokens", capsys.readouterr().out)
 
 
 def test_too_little_disk_space_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
