@@ -81,6 +81,7 @@ IMPORT_S = 2.0  # before the program's first line, where the system does not kno
 DEFAULTS: dict[str, Any] = {
     "n_kv_head": 0,
     "head_dim": 0,
+    "gelu": "tanh",
     "tied": True,
     "bias": False,
     "dropout": 0.0,

@@ -40,7 +40,7 @@ KEYS_WITHOUT_EFFECT = {
     *("activation_checkpointing", "loss_chunk", "deterministic"),
 }
 # The values of keys that checkpoints of version 0.1 lack.
-ADDED_LATER: dict[str, Any] = {"qk_norm": True, "look_back": False, "ngram_targets": 0}
+ADDED_LATER: dict[str, Any] = {"gelu": "tanh", "qk_norm": True, "look_back": False, "ngram_targets": 0}
 ADDED_LATER |= {"lora_rank": 0, "lora_alpha": 32.0, "lora_targets": "attention,mlp"}
 # Keys that --minutes derives from measured speed and free memory, so repeats may differ in them.
 MEASURED_KEYS = {"max_iters", "decay_iters", "eval_iters", "micro_batch_size"}

@@ -35,7 +35,7 @@ from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 from nanogpt.trials import try_dtypes
 
 # Keys of TrainConfig that are sizes of GPTConfig; the others come from the data or from weights, and dropout may vary.
-OTHER_SIZES = ("dropout", "vocab_size", "gelu", "qkv_bias", "rope_scaling")
+OTHER_SIZES = ("dropout", "vocab_size", "qkv_bias", "rope_scaling")
 MODEL_KEYS = [f.name for f in fields(GPTConfig) if f.name not in OTHER_SIZES]
 FIXED_KEYS = ("look_back", "lora_rank", "lora_alpha", "lora_targets")  # that also cannot change on resume
 # Keys that are about one start of a run and are not taken from its checkpoint.
@@ -157,10 +157,9 @@ def is_unset_size(name: str, value: Any) -> bool:
 
 def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """Names of explicit model keys that differ from those in `actual`. A 0 leaves a size open."""
-    names = [
-        name for name in (*MODEL_KEYS, *FIXED_KEYS) if name in explicit and not is_unset_size(name, explicit[name])
-    ]
-    return [name for name in names if explicit[name] != actual.get(name, explicit[name])]
+    keys = (*MODEL_KEYS, *FIXED_KEYS)
+    sizes = {name: value for name, value in explicit.items() if name in keys and not is_unset_size(name, value)}
+    return [name for name, value in sizes.items() if value != actual.get(name, value)]
 
 
 def raise_for_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any], where: str) -> None:

@@ -56,6 +56,8 @@ class GPTConfig:
             raise ValueError(f"arch={self.arch!r}: must be 'gpt2' or 'modern'")
         if self.gelu not in ("tanh", "erf"):
             raise ValueError(f"gelu={self.gelu!r}: must be 'tanh' or 'erf'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta={self.rope_theta}: must be above 0")
         if self.rope_scaling and (len(self.rope_scaling) != 4 or min(self.rope_scaling) <= 0):
@@ -265,13 +267,13 @@ def summed_cross_entropy(
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """`summed_cross_entropy` of the logits of x (N, C) under a matrix (V, C), `chunk` tokens at a time.
+    """`summed_cross_entropy` of the logits of x (N, C) under a padded matrix (≥ V, C), `chunk` tokens at a time.
 
     Forward computes both gradients too, so that logits are neither kept nor computed twice (Hsu et al. 2024).
     """
 
     @staticmethod
-    def forward(ctx, x, matrix, chunk, targets, soft_ids=None, soft_probs=None):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, matrix, vocab_size, chunk, targets, soft_ids=None, soft_probs=None):  # type: ignore[no-untyped-def]
         if soft_ids is None or soft_probs is None:
             soft_ids = targets[:, None].clamp(min=0)
             soft_probs = torch.ones_like(soft_ids, dtype=torch.float32)
@@ -279,27 +281,35 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         grad_x = torch.zeros_like(x) if any(ctx.needs_input_grad) else None
         grad_matrix = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
-        matrix = matrix.to(F.linear(x[:1], matrix[:1]).dtype)  # as autocast would, but once
+        dtype = F.linear(x[:1], matrix[:1]).dtype
+        x, weight = x.to(dtype), matrix[:vocab_size].to(dtype)  # as autocast would, but once
         for first in range(0, len(x), chunk):
             part = slice(first, first + chunk)
             ids, probs = soft_ids[part], soft_probs[part]
-            log_probs = F.linear(x[part], matrix).float().log_softmax(-1)
+            log_probs = F.linear(x[part], weight).float().log_softmax(-1)
             loss -= (probs * log_probs.gather(-1, ids)).sum()
             if grad_x is not None:
-                grad = log_probs.exp_().mul_(probs.sum(-1, keepdim=True)).scatter_add_(-1, ids, -probs).to(x.dtype)
-                grad_x[part] = grad @ matrix
+                grad = log_probs.exp_().mul_(probs.sum(-1, keepdim=True)).scatter_add_(-1, ids, -probs).to(dtype)
+                grad_x[part] = grad @ weight
                 if grad_matrix is not None:
-                    if matrix.dtype == grad_matrix.dtype:
-                        grad_matrix.addmm_(grad.mT, x[part])
-                    else:  # by autocast
-                        grad_matrix += grad.mT @ x[part]
+                    add_product(grad_matrix[:vocab_size], grad.mT, x[part])
         ctx.save_for_backward(grad_x, grad_matrix)
         return loss
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_x, grad_matrix = ctx.saved_tensors
-        return grad_x * grad, None if grad_matrix is None else grad_matrix.mul_(grad), None, None, None, None
+        return grad_x * grad, None if grad_matrix is None else grad_matrix.mul_(grad), *[None] * 5
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in place; a and b may have a lower precision."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return
+    rows = 4096 if total.device.type == "cpu" else len(total)  # a CPU makes a float32 copy of what it adds
+    for part, a_part in zip(total.split(rows), a.split(rows), strict=True):
+        part += a_part @ b
 
 
 def make_embedding(num_rows: int, channels: int) -> nn.Embedding:
@@ -387,8 +397,9 @@ class GPT(nn.Module):
             # Drop ignored positions. On a GPU the boolean index would make the host wait.
             if x.device.type == "cpu" and not torch.compiler.is_compiling():
                 x, targets, *soft = (t[is_target] for t in (x, targets, *soft))
-            matrix = self.lm_head_weight[: self.config.vocab_size]
-            return None, ChunkedCrossEntropy.apply(x, matrix, self.loss_chunk, targets, *soft) / num_targets
+            V = self.config.vocab_size
+            loss = ChunkedCrossEntropy.apply(x, self.lm_head_weight, V, self.loss_chunk, targets, *soft)
+            return None, loss / num_targets
         logits = self.logits(x)
         return logits.view(*idx.shape, -1), summed_cross_entropy(logits, targets, *soft) / num_targets
 

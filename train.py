@@ -76,9 +76,7 @@ class TrainConfig:
     """Every key of a run. Config files and --key=value flags set them; --help lists them."""
 
     out_dir: str = key("out", "directory for checkpoints and metrics", group="Run")
-    init_from: str = key(
-        "scratch", "weights of a new run: scratch, gpt2*, a hub id, a directory, a .gguf, nanoGPT's ckpt.pt"
-    )
+    init_from: str = key("scratch", "first weights: scratch, gpt2*, a hub id, a directory, a .gguf, nanoGPT's ckpt.pt")
     resume: Literal["auto", True, False] = key(False, "resume the run in out_dir; auto: resume if there is one")
     seed: int = key(1337, "seed of initialization, row order and dropout", ge=0)
     eval_only: bool = key(False, "evaluate once and exit; writes nothing")
@@ -92,13 +90,9 @@ class TrainConfig:
     mask_documents: bool = key(False, "restrict attention and positions to each document")
     batch_size: int = key(12, "rows per micro-batch", ge=1, le=2**20)
     gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", ge=1, le=2**20)
-    batch_growth_tokens: int = key(
-        0, "tokens over which the batch grows from batch_size to its full size; 0: no growth", ge=0
-    )
+    batch_growth_tokens: int = key(0, "tokens over which the batch grows from batch_size to full size; 0: off", ge=0)
     block_size: int = key(1024, "context length: tokens per row", ge=1, le=MAX_SIZE)
-    ngram_targets: int = key(
-        0, "soft targets from n-grams of this order, counted in the train split; 0: off", ge=0, le=64
-    )
+    ngram_targets: int = key(0, "soft targets by n-grams of this order, counted in train; 0: off", ge=0, le=64)
 
     arch: Literal["gpt2", "modern"] = key("gpt2", "gpt2, or modern: that of Qwen3 and Llama", group="Model")
     n_layer: int = key(12, "number of blocks", ge=1, le=1000)
@@ -107,6 +101,7 @@ class TrainConfig:
     head_dim: int = key(0, "modern: channels per head; 0: n_embd / n_head", ge=0, le=MAX_SIZE)
     n_embd: int = key(768, "channels (embedding size)", ge=1, le=MAX_SIZE)
     n_inner: int = key(0, "width of the MLP; 0: 4 n_embd, modern 8/3 n_embd rounded up to 64", ge=0, le=MAX_SIZE)
+    gelu: Literal["tanh", "erf"] = key("tanh", "gpt2: tanh, GPT-2's; or erf, nanoGPT's, which is faster on a CPU")
     qk_norm: bool = key(True, "modern: normalize queries and keys, as Qwen3; False: as Llama")
     rope_theta: float = key(1e4, "modern: base (theta) of RoPE", gt=0)
     norm_eps: float = key(0.0, "epsilon of the norms; 0: 1e-5, modern 1e-6", ge=0)

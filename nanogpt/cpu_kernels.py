@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 MIN_WIDE_LAYER = 2**18  # weights; narrower layers have small activations, and a step would be 1 to 2% slower
 MAX_PLAIN_ATTENTION = 128  # positions; for longer rows torch's fused kernel is faster
+MAX_PLAIN_BACKWARD = 512  # positions; up to here, in bfloat16, its backward pass is slower than the plain one
 
 
 def use_cpu_kernels(model: Any) -> None:
@@ -100,13 +101,20 @@ class ActivatedLinear(torch.autograd.Function):
 
 
 def causal_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v under the causal mask, q (B, n_head, T, D), k and v (B, n_kv_head, T, D).
+    """softmax(q kᵀ / √D) v under the causal mask, q (B, n_head, T, D), k and v (B, n_kv_head, T, D)."""
+    T = q.shape[2]
+    dropout = attention.dropout if attention.training else 0.0
+    if T <= MAX_PLAIN_ATTENTION:
+        return plain_attention(q, k, v, dropout)
+    trains_in_bfloat16 = v.dtype == torch.bfloat16 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if trains_in_bfloat16 and T <= MAX_PLAIN_BACKWARD and not dropout:
+        return FusedForwardAttention.apply(q.type_as(v), k.type_as(v), v)
+    return type(attention).causal_attention(attention, q, k, v)
 
-    For short rows, three plain batched operations: in bfloat16 several times as fast as torch's fused kernel.
-    """
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Causal attention in three batched operations: for short rows in bfloat16 several times as fast as torch's."""
     B, n_head, T, head_dim = q.shape
-    if T > MAX_PLAIN_ATTENTION:
-        return type(attention).causal_attention(attention, q, k, v)
     n_kv_head = k.shape[1]
     group = n_head // n_kv_head  # query heads that share a key head: more rows of the same product
     # Heads come first, as in version 0.1: the order decides which probabilities dropout drops.
@@ -115,6 +123,21 @@ def causal_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     v = v.transpose(0, 1).reshape(n_kv_head * B, T, head_dim)
     mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(group, 1)
     probs = torch.baddbmm(mask, q, k.mT, alpha=head_dim**-0.5).softmax(-1)  # (n_kv_head · B, group · T, T)
-    dropout = attention.dropout if attention.training else 0.0
     y = (F.dropout(probs, dropout) @ v).view(n_kv_head, B, group, T, head_dim)
     return y.transpose(0, 1).reshape(B, n_head, T, head_dim)
+
+
+class FusedForwardAttention(torch.autograd.Function):
+    """torch's fused causal attention, with the backward pass of `plain_attention`, whose forward is computed again."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            y = plain_attention(*inputs)
+        return torch.autograd.grad(y, inputs, grad)

@@ -81,7 +81,8 @@ def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: 
     blocks = c.n_layer * 4 * c.n_embd + block if model.activation_checkpointing else c.n_layer * block
     logits = 12 * c.vocab_size * min(B * T, model.loss_chunk or B * T)  # log-probabilities and two of their gradients
     if model.loss_chunk:
-        logits += 8 * c.vocab_size * c.n_embd  # the output layer's gradient, and its padded copy in backward
+        # The output layer's gradient, and with autocast a copy of its weights.
+        logits += (4 + itemsize % 4) * c.vocab_size * c.n_embd
     state = 4 * (model.count_parameters() + trained_numel(model) + optimizer_state_numel(model, optimizer))
     step = 1.1 * optimizer_step_bytes(model, optimizer, itemsize)
     if shards > 1:

@@ -78,7 +78,7 @@ def run_ours(recipe: str, init_from: str, dataset: str, steps: int, dtype: str) 
     print(json.dumps({"seconds": times, "losses": losses, "peak_mb": peaks[-1]}))
 
 
-def run_trainer(model: str, rows: str, rate: float, rows_per_step: int) -> None:
+def run_trainer(model: str, rows: str, rate: float, rows_per_step: int, dtype: str) -> None:
     """The Trainer in this process, on the inputs and targets in a file."""
     import torch
     import transformers
@@ -111,6 +111,7 @@ def run_trainer(model: str, rows: str, rate: float, rows_per_step: int) -> None:
             report_to="none",
             remove_unused_columns=False,
             use_cpu=True,
+            bf16=dtype == "bfloat16",
         )
         trainer = transformers.Trainer(
             transformers.AutoModelForCausalLM.from_pretrained(model),
@@ -144,7 +145,9 @@ def main() -> None:
     parser.add_argument("--config", default="config/finetune_smollm2.py")
     parser.add_argument("--to", type=Path, default=HERE / "trainer.json")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--dtype", default="float32", help="ours; the Trainer's default is float32")
+    parser.add_argument(
+        "--dtypes", default="float32", help="in turn: float32, the Trainer's default, and bfloat16, its autocast"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     from compare_with_nanogpt import machine
@@ -154,13 +157,15 @@ def main() -> None:
 
     sys.argv = ["train.py", arguments.config, f"--dataset={arguments.dataset.resolve()}"]
     config, _ = parse(TrainConfig, description="")
-    report: dict[str, Any] = {"machine": machine(), "ours": [], "trainer": []}
+    dtypes = arguments.dtypes.split(",")
+    report: dict[str, Any] = {"machine": machine()}
+    report |= {dtype: {"ours": [], "trainer": []} for dtype in dtypes}
     with tempfile.TemporaryDirectory() as folder:
         export = [sys.executable, "export.py", f"--init_from={arguments.init_from}", f"--to={folder}/model"]
         subprocess.run(export, cwd=ROOT, check=True)
         write_rows(config, f"{folder}/rows.pt", arguments.steps)
-        ours = ["ours", arguments.config, arguments.init_from, str(arguments.dataset.resolve()), str(arguments.steps)]
-        ours.append(arguments.dtype)
+        dataset = str(arguments.dataset.resolve())
+        ours = ["ours", arguments.config, arguments.init_from, dataset, str(arguments.steps)]
         theirs = [
             "trainer",
             f"{folder}/model",
@@ -168,26 +173,31 @@ def main() -> None:
             str(config.learning_rate),
             str(config.rows_per_step),
         ]
-        for _ in range(arguments.rounds):
+        for _, dtype in itertools.product(range(arguments.rounds), dtypes):
             for name, flags in (("ours", ours), ("trainer", theirs)):
-                outcome = measure([sys.executable, __file__, *flags])
+                outcome = measure([sys.executable, __file__, *flags, dtype])
                 outcome["step_s"] = statistics.median(outcome["seconds"][1:])
-                report[name].append(outcome)
-                print(name, outcome, flush=True)
-    pairs = list(zip(report["ours"], report["trainer"], strict=True))
-    tolerance = 1e-4 if arguments.dtype == "float32" else 0.02
-    for ours, theirs in pairs:
-        assert all(abs(a - b) < tolerance for a, b in zip(ours["losses"], theirs["losses"], strict=True)), "other rows"
-    report["time_ratio"] = statistics.median(theirs["step_s"] / ours["step_s"] for ours, theirs in pairs)
-    report["memory_ratio"] = statistics.median(ours["peak_mb"] / theirs["peak_mb"] for ours, theirs in pairs)
+                report[dtype][name].append(outcome)
+                print(dtype, name, outcome, flush=True)
+    for dtype in dtypes:
+        sides = report[dtype]
+        pairs = list(zip(sides["ours"], sides["trainer"], strict=True))
+        tolerance = 1e-4 if dtype == "float32" else 0.02
+        for ours, theirs in pairs:
+            assert all(abs(a - b) < tolerance for a, b in zip(ours["losses"], theirs["losses"], strict=True)), (
+                "other rows"
+            )
+        sides["time_ratios"] = [theirs["step_s"] / ours["step_s"] for ours, theirs in pairs]
+        sides["memory_ratios"] = [ours["peak_mb"] / theirs["peak_mb"] for ours, theirs in pairs]
+        fast, memory = (statistics.median(sides[name]) for name in ("time_ratios", "memory_ratios"))
+        print(f"{dtype}: times as fast: {fast:.2f}; of the memory: {memory:.2f}")
     arguments.to.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"times as fast: {report['time_ratio']:.2f}; of the memory: {report['memory_ratio']:.2f}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["ours"]:
         run_ours(*sys.argv[2:5], int(sys.argv[5]), sys.argv[6])
     elif sys.argv[1:2] == ["trainer"]:
-        run_trainer(sys.argv[2], sys.argv[3], float(sys.argv[4]), int(sys.argv[5]))
+        run_trainer(sys.argv[2], sys.argv[3], float(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
     else:
         main()

@@ -11,6 +11,7 @@ from model import GPT, GPTConfig
 from nanogpt import cpu_kernels
 from nanogpt.cpu_kernels import (
     MAX_PLAIN_ATTENTION,
+    MAX_PLAIN_BACKWARD,
     causal_attention,
     mlp_forward,
     use_cpu_kernels,
@@ -86,6 +87,22 @@ def test_mlp_under_autocast_has_torchs_gradients(arch: str):
     for expected, actual in zip(*results, strict=True):
         assert actual.dtype == expected.dtype
         assert (actual - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("T", "backward"), [(MAX_PLAIN_BACKWARD, "FusedForward"), (MAX_PLAIN_BACKWARD + 1, "Scaled")])
+def test_attention_in_bfloat16_has_the_gradients_of_float32(T: int, backward: str):
+    torch.manual_seed(0)
+    attention = GPT(GPTConfig(**MODERN | {"n_kv_head": 2})).blocks[0].attention
+    inputs = [torch.randn(2, heads, T, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
+    weights = torch.randn(2, 4, T, 8)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    y = causal_attention(attention, *inputs)
+    assert y.grad_fn is not None
+    assert backward in y.grad_fn.name()
+    expected = torch.autograd.grad((attention.causal_attention(*exact) * weights).sum(), exact)
+    for actual, grad in zip(torch.autograd.grad((y * weights).sum(), inputs), expected, strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert (actual - grad).norm() <= 0.01 * grad.norm()
 
 
 def test_attention_dropout_drops_probabilities_and_keeps_their_mean():

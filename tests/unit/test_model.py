@@ -49,7 +49,7 @@ def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 
 
 WRONG_GPT2 = {"n_head": 5, "n_layer": 0, "vocab_size": -1, "gelu": "fast", "arch": "gpt3", "norm_eps": -1.0}
-WRONG_GPT2 |= {"rope_theta": 0.0, "n_kv_head": 2, "head_dim": 16, "tied": False}
+WRONG_GPT2 |= {"dropout": -1.0, "rope_theta": 0.0, "n_kv_head": 2, "head_dim": 16, "tied": False}
 WRONG_MODERN = {"bias": True, "n_kv_head": 3, "head_dim": 7}
 
 
