@@ -49,9 +49,7 @@ START_KEYS = ("out_dir", "resume", "eval_only", "dry_run", "verify_data", "new_d
 class ModelKeys:
     """The keys that name a trained model, shared by the scripts that use one."""
 
-    init_from: str = key(
-        "resume", "resume: out_dir's run; or gpt2*, a hub id, a directory, a .gguf, nanoGPT's ckpt.pt", group="Model"
-    )
+    init_from: str = key("resume", "resume: out_dir's run; gpt2*, a hub id, a directory, .gguf, ckpt.pt", group="Model")
     out_dir: str = key("out", "directory of the run")
     checkpoint: str = key("best", "checkpoint of the run: best, latest, step-NNNNNN or its directory")
 
@@ -268,12 +266,17 @@ def build_model(
         model.crop_block_size(block_size)
     if world.mesh:
         shard_model(model, world.mesh, world.dtype)
-    model.to_empty(device=world.device if world.mesh else "cpu")
+        model.to_empty(device=world.device)  # alone, this would import much of torch's compiler
+    drawn: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         whole = model.initial_value(name, parameter.shape) if tensors is None else tensors[name]
         if adjust:
             adjust(config, name, whole)
-        copy_rows(parameter, whole)
+        if world.mesh:
+            copy_rows(parameter, whole)
+        else:
+            drawn[name] = whole
+    model.load_state_dict(drawn, strict=not world.mesh, assign=True)
     return model
 
 

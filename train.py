@@ -113,9 +113,7 @@ class TrainConfig:
     lora_alpha: float = key(32.0, "LoRA alpha: adapters are scaled by lora_alpha / lora_rank", gt=0)
     lora_targets: str = key("attention,mlp", "LoRA: the layers with adapters; also by name, as in q_proj,v_proj")
 
-    optimizer: Literal["adamw", "muon"] = key(
-        "adamw", "muon: Muon for the blocks' matrices, AdamW elsewhere", group="Optimizer"
-    )
+    optimizer: Literal["adamw", "muon"] = key("adamw", "muon: for blocks' matrices, AdamW elsewhere", group="Optimizer")
     learning_rate: float = key(6e-4, "maximum learning rate", gt=0)
     muon_lr: float | None = key(None, "maximum learning rate of Muon; None: learning_rate", gt=0)
     muon_momentum: float = key(0.95, "Muon momentum", ge=0, lt=1)

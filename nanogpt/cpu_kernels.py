@@ -121,10 +121,13 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
     q = q.unflatten(1, (n_kv_head, group)).transpose(0, 1).reshape(n_kv_head * B, group * T, head_dim)
     k = k.transpose(0, 1).reshape(n_kv_head * B, T, head_dim)
     v = v.transpose(0, 1).reshape(n_kv_head * B, T, head_dim)
-    mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(group, 1)
-    probs = torch.baddbmm(mask, q, k.mT, alpha=head_dim**-0.5).softmax(-1)  # (n_kv_head · B, group · T, T)
+    mask = torch.full((group, T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1).view(group * T, T)
+    # With beta=0 baddbmm does not read its first argument. To add the mask by it would take longer.
+    scores = torch.baddbmm(mask, q, k.mT, beta=0, alpha=head_dim**-0.5).add_(mask)
+    probs = scores.softmax(-1)  # (n_kv_head · B, group · T, T)
     y = (F.dropout(probs, dropout) @ v).view(n_kv_head, B, group, T, head_dim)
-    return y.transpose(0, 1).reshape(B, n_head, T, head_dim)
+    # In memory the heads of a position come together, as the output layer reads them.
+    return y.permute(1, 3, 0, 2, 4).reshape(B, T, n_head, head_dim).transpose(1, 2)
 
 
 class FusedForwardAttention(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """Import torch in three quarters of the time; a script imports this before anything that imports torch.
 
 `torch._meta_registrations`, a quarter of the whole, holds Python functions that compute the shapes of results: for the
-compiler, torch.export and meta tensors, which a plain run does not use. It is left out until anything imports a module
-of torch that `import torch` does not load, as all those parts of torch do (runs/start).
+compiler, torch.export and most operations on meta tensors, which a plain run does not use. It is left out until
+anything imports a module of torch that `import torch` does not load, as all those parts of torch do (runs/start).
 """
 
 import gc
@@ -45,6 +45,7 @@ if "torch" not in sys.modules:
     gc.disable()  # modules leave little garbage, and looking for it takes a tenth of the time
     try:
         import torch
+        import torch.utils._device  # for `with torch.device(...)`, which needs nothing else
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
@@ -53,4 +54,7 @@ if "torch" not in sys.modules:
         gc.enable()
     gc.freeze()
     del torch._meta_registrations
+    # What is deferred sets this too; before it, torch 2.13 makes no Generator.
+    if hasattr(torch._C, "_set_generator_metaclass"):
+        torch._C._set_generator_metaclass(torch._opaque_base.OpaqueBaseMeta)
     sys.meta_path.insert(0, DeferredImport())

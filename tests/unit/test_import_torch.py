@@ -2,9 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+from conftest import ROOT
 
 DEFERS = """
 torch.nn.Linear(2, 2)(torch.ones(2)).sum().backward()
+with torch.device("meta"):
+    torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)
+assert torch.Generator().manual_seed(3).initial_seed() == 3
 assert not {"torch._meta_registrations", "torch._decomp"} & {*sys.modules}
 """
 STATE = """
@@ -45,4 +51,25 @@ for code in {[DEFERS + STATE, FAKE_TENSORS, COMPILE, CHECKPOINTING]}:  # each in
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 """)
-    assert output == run("import sys, torch" + STATE)
+    assert output == run("import sys, torch, torch.utils._device" + STATE)
+
+
+RUNS = """
+import sys
+import nanogpt.import_torch
+import sample, train
+
+small = ["--arch=modern", "--look_back=True", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8"]
+run = ["train.py", f"--dataset={sys.argv[1]}", f"--out_dir={sys.argv[2]}", "--device=cpu", "--eval_iters=1"]
+source = [f"--out_dir={sys.argv[2]}", "--device=cpu"]
+for sys.argv in ([*run, *small, "--max_iters=2"], [*run, "--resume=True", "--max_iters=3"]):
+    assert train.main() == 0
+sys.argv = ["sample.py", *source, "--num_samples=1", "--max_new_tokens=9", "--dtype=float32", "--start=a"]
+sample.main()
+late = {"torch._meta_registrations", "torch._decomp", "torch._dynamo", "sympy"} & {*sys.modules}
+assert not late, late
+"""
+
+
+def test_a_run_on_a_cpu_starts_without_torchs_compiler(letters: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", RUNS, letters, tmp_path / "out"], cwd=ROOT, check=True, timeout=120)
