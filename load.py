@@ -131,10 +131,9 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
     """
     resumed.state["model"] = asdict(resumed.build_model(GPT, GPTConfig).config)
     actual = resumed.state["model"] | {name: resumed.state["config"][name] for name in FIXED_KEYS}
-    saved = {**resumed.state["config"], **{name: getattr(config, name) for name in START_KEYS}}
-    relevant = {
-        name: value for name, value in explicit.items() if name != "init_from" and not is_unset_size(name, value)
-    }
+    sizes = {name: actual[name] for name in MODEL_KEYS}  # also those that were no keys when the run began
+    saved = {**resumed.state["config"], **sizes, **{name: getattr(config, name) for name in START_KEYS}}
+    relevant = {n: value for n, value in explicit.items() if n != "init_from" and not is_unset_size(n, value)}
     changed = {name: value for name, value in relevant.items() if saved.get(name) != value}
     conflicts = conflicting_sizes(changed, actual)
     flags = {name: changed[name] for name in conflicts if name in explicit.flags}
@@ -163,7 +162,7 @@ def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) ->
 def raise_for_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any], where: str) -> None:
     """Raise InputError for explicit model keys that contradict the sizes of existing weights."""
     raise_problems(
-        f"{name}={explicit[name]}: {where} has {name}={actual[name]}, which cannot change; leave it out"
+        f"{name}={explicit[name]}: {where} has {name}={actual[name]}, which cannot change; leave it out, or give that"
         for name in conflicting_sizes(explicit, actual)
     )
 
@@ -264,19 +263,20 @@ def build_model(
         model = GPT(config)
     if block_size is not None:
         model.crop_block_size(block_size)
-    if world.mesh:
-        shard_model(model, world.mesh, world.dtype)
-        model.to_empty(device=world.device)  # alone, this would import much of torch's compiler
-    drawn: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        whole = model.initial_value(name, parameter.shape) if tensors is None else tensors[name]
+
+    def whole_tensor(name: str, shape: Sequence[int]) -> Tensor:
+        whole = model.initial_value(name, shape) if tensors is None else tensors[name]
         if adjust:
             adjust(config, name, whole)
-        if world.mesh:
-            copy_rows(parameter, whole)
-        else:
-            drawn[name] = whole
-    model.load_state_dict(drawn, strict=not world.mesh, assign=True)
+        return whole
+
+    if not world.mesh:  # without to_empty, which would import much of torch's compiler
+        model.load_state_dict({name: whole_tensor(name, p.shape) for name, p in model.named_parameters()}, assign=True)
+        return model
+    shard_model(model, world.mesh, world.dtype)
+    model.to_empty(device=world.device)
+    for name, p in model.named_parameters():
+        copy_rows(p, whole_tensor(name, p.shape))
     return model
 
 

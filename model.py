@@ -39,7 +39,7 @@ class GPTConfig:
     block_size: int = 1024  # context length in tokens
     bias: bool = True  # gpt2: in linear layers and norms
     dropout: float = 0.0
-    gelu: str = "tanh"  # "tanh" as in GPT-2; "erf" for weights trained with nanoGPT
+    gelu: str = "tanh"  # "tanh" as in GPT-2; "erf" as in nanoGPT
     arch: str = "gpt2"  # or "modern"
     n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head query heads; 0: n_head
     head_dim: int = 0  # channels of a head; 0: n_embd / n_head
@@ -299,7 +299,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_x, grad_matrix = ctx.saved_tensors
-        return grad_x * grad, None if grad_matrix is None else grad_matrix.mul_(grad), *[None] * 5
+        return grad_x * grad, None if grad_matrix is None else grad_matrix.mul_(grad), None, None, None, None, None
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -307,7 +307,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
-    rows = 4096 if total.device.type == "cpu" else len(total)  # a CPU makes a float32 copy of what it adds
+    makes_copy = total.device.type == "cpu" and not torch.compiler.is_compiling()  # in float32, of what it adds
+    rows = 4096 if makes_copy else len(total)
     for part, a_part in zip(total.split(rows), a.split(rows), strict=True):
         part += a_part @ b
 
@@ -397,9 +398,9 @@ class GPT(nn.Module):
             # Drop ignored positions. On a GPU the boolean index would make the host wait.
             if x.device.type == "cpu" and not torch.compiler.is_compiling():
                 x, targets, *soft = (t[is_target] for t in (x, targets, *soft))
-            V = self.config.vocab_size
-            loss = ChunkedCrossEntropy.apply(x, self.lm_head_weight, V, self.loss_chunk, targets, *soft)
-            return None, loss / num_targets
+            weight = self.lm_head_weight if torch.is_grad_enabled() else self.lm_head_weight.detach()
+            arguments = (x, weight, self.config.vocab_size, self.loss_chunk, targets, *soft)
+            return None, ChunkedCrossEntropy.apply(*arguments) / num_targets
         logits = self.logits(x)
         return logits.view(*idx.shape, -1), summed_cross_entropy(logits, targets, *soft) / num_targets
 

@@ -162,9 +162,7 @@ class TrainConfig:
     shards: int = key(1, "processes that share a copy of the model (FSDP2), 0: all; 1: each has its own (DDP)", ge=0)
     timeout_s: float = key(600.0, "seconds that a process waits for the others", gt=0, le=86_400)
     deterministic: bool = key(False, "reproducible results on CUDA; slower")
-    micro_batch_size: int | Literal["auto"] | None = key(
-        None, "rows per forward pass, same steps; None: batch_size; auto: the most that fit", ge=1
-    )
+    micro_batch_size: int | Literal["auto"] | None = key(None, "rows per pass; None: batch_size; auto: what fits", ge=1)
     activation_checkpointing: bool = key(False, "recompute activations in backward: less memory, +1/3 compute")
     loss_chunk: int = key(0, "compute the loss in chunks of this many tokens: less memory; 0: off", ge=0)
 

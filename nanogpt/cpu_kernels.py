@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 MIN_WIDE_LAYER = 2**18  # weights; narrower layers have small activations, and a step would be 1 to 2% slower
 MAX_PLAIN_ATTENTION = 128  # positions; for longer rows torch's fused kernel is faster
-MAX_PLAIN_BACKWARD = 512  # positions; up to here, in bfloat16, its backward pass is slower than the plain one
+MAX_PLAIN_BACKWARD = 512  # positions; up to here, in bfloat16, the fused kernel's backward is slower than a plain one
 
 
 def use_cpu_kernels(model: Any) -> None:
@@ -32,7 +32,16 @@ def use_cpu_kernels(model: Any) -> None:
 
 
 def rms_norm_forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    return RMSNormFunction.apply(x, norm.weight, norm.eps)
+    if torch.is_grad_enabled():
+        return RMSNormFunction.apply(x, norm.weight, norm.eps)
+    return normalize(x, norm.eps)[0].mul_(norm.weight).to(torch.promote_types(x.dtype, norm.weight.dtype))
+
+
+def normalize(x: Tensor, eps: Any) -> tuple[Tensor, Tensor]:
+    """x over its root mean square along the last dimension, at least in float32, and one over that root."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse_rms = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return x * inverse_rms, inverse_rms
 
 
 def layer_norm_forward(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -49,12 +58,9 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        dtype = torch.promote_types(x.dtype, gain.dtype)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse_rms = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        normed = x * inverse_rms
+        normed, inverse_rms = normalize(x, eps)
         ctx.save_for_backward(normed, inverse_rms, gain)
-        return (normed * gain).to(dtype)
+        return (normed * gain).to(torch.promote_types(x.dtype, gain.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
@@ -104,16 +110,17 @@ def causal_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v under the causal mask, q (B, n_head, T, D), k and v (B, n_kv_head, T, D)."""
     T = q.shape[2]
     dropout = attention.dropout if attention.training else 0.0
-    if T <= MAX_PLAIN_ATTENTION:
-        return plain_attention(q, k, v, dropout)
-    trains_in_bfloat16 = v.dtype == torch.bfloat16 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if trains_in_bfloat16 and T <= MAX_PLAIN_BACKWARD and not dropout:
-        return FusedForwardAttention.apply(q.type_as(v), k.type_as(v), v)
+    if torch.is_grad_enabled():  # without backward torch's fused kernel is always faster
+        if T <= MAX_PLAIN_ATTENTION:
+            return plain_attention(q, k, v, dropout)
+        is_eager_bfloat16 = v.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        if is_eager_bfloat16 and T <= MAX_PLAIN_BACKWARD and not dropout:
+            return FusedForwardAttention.apply(q.type_as(v), k.type_as(v), v)
     return type(attention).causal_attention(attention, q, k, v)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Causal attention in three batched operations: for short rows in bfloat16 several times as fast as torch's."""
+    """Causal attention in four batched operations: for short rows in bfloat16 several times as fast as torch's."""
     B, n_head, T, head_dim = q.shape
     n_kv_head = k.shape[1]
     group = n_head // n_kv_head  # query heads that share a key head: more rows of the same product
@@ -121,7 +128,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
     q = q.unflatten(1, (n_kv_head, group)).transpose(0, 1).reshape(n_kv_head * B, group * T, head_dim)
     k = k.transpose(0, 1).reshape(n_kv_head * B, T, head_dim)
     v = v.transpose(0, 1).reshape(n_kv_head * B, T, head_dim)
-    mask = torch.full((group, T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1).view(group * T, T)
+    mask = torch.full((group, T, T), -math.inf, dtype=v.dtype, device=v.device).triu(1).view(group * T, T)
     # With beta=0 baddbmm does not read its first argument. To add the mask by it would take longer.
     scores = torch.baddbmm(mask, q, k.mT, beta=0, alpha=head_dim**-0.5).add_(mask)
     probs = scores.softmax(-1)  # (n_kv_head · B, group · T, T)

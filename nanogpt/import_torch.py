@@ -45,7 +45,7 @@ if "torch" not in sys.modules:
     gc.disable()  # modules leave little garbage, and looking for it takes a tenth of the time
     try:
         import torch
-        import torch.utils._device  # for `with torch.device(...)`, which needs nothing else
+        import torch.utils._device  # for `with torch.device(...)`; later it would end the deferral
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
@@ -54,7 +54,7 @@ if "torch" not in sys.modules:
         gc.enable()
     gc.freeze()
     del torch._meta_registrations
-    # What is deferred sets this too; before it, torch 2.13 makes no Generator.
+    # Without this, torch 2.13 cannot make a Generator; what is deferred would do it.
     if hasattr(torch._C, "_set_generator_metaclass"):
         torch._C._set_generator_metaclass(torch._opaque_base.OpaqueBaseMeta)
     sys.meta_path.insert(0, DeferredImport())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nanogpt.console import format_bytes, print0
-from nanogpt.cpu_kernels import MIN_WIDE_LAYER
+from nanogpt.cpu_kernels import MAX_PLAIN_BACKWARD, MIN_WIDE_LAYER
 from nanogpt.device import free_memory, is_out_of_memory
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
@@ -68,7 +68,8 @@ def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: 
     c = model.config
     itemsize = dtype.itemsize
     # Bytes a token: 4/3 of the activations that a block saves for backward, a third more for temporaries.
-    recomputes = model.token_embedding.weight.device.type == "cpu" and c.n_embd * c.n_inner >= MIN_WIDE_LAYER
+    device = model.token_embedding.weight.device.type
+    recomputes = device == "cpu" and c.n_embd * c.n_inner >= MIN_WIDE_LAYER
     wide = (1 if recomputes else 2) * itemsize * c.n_inner
     if c.arch == "gpt2":
         block = 4 / 3 * ((8 + 6 * itemsize) * c.n_embd + wide)
@@ -77,12 +78,14 @@ def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: 
         block = 4 / 3 * (18 * c.n_embd + (8 + 2 * itemsize) * head_channels + 2 * wide)
     if c.dropout:  # masks; and off CUDA attention is not fused then: 12 bytes for each of T × T probabilities
         block += 10 * c.n_embd
-        block += 16 * c.n_head * T if model.token_embedding.weight.device.type != "cuda" else 0
+        block += 16 * c.n_head * T if device != "cuda" else 0
     blocks = c.n_layer * 4 * c.n_embd + block if model.activation_checkpointing else c.n_layer * block
+    if device == "cpu" and dtype == torch.bfloat16 and T <= MAX_PLAIN_BACKWARD:
+        blocks += 6 * c.n_head * T  # while one block's attention is differentiated: T × T probabilities, two gradients
     logits = 12 * c.vocab_size * min(B * T, model.loss_chunk or B * T)  # log-probabilities and two of their gradients
     if model.loss_chunk:
-        # The output layer's gradient, and with autocast a copy of its weights.
-        logits += (4 + itemsize % 4) * c.vocab_size * c.n_embd
+        copy = itemsize if itemsize < 4 else 0  # of the output layer's weights, beside its gradient
+        logits += (4 + copy) * c.vocab_size * c.n_embd
     state = 4 * (model.count_parameters() + trained_numel(model) + optimizer_state_numel(model, optimizer))
     step = 1.1 * optimizer_step_bytes(model, optimizer, itemsize)
     if shards > 1:

@@ -3,7 +3,7 @@
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -11,7 +11,7 @@ from nanogpt.errors import InputError, first_line
 from nanogpt.files import regular_file_size, utf8_path
 from nanogpt.interop.names import Weights, strip_wrappers, translate, validate_sizes
 from nanogpt.interop.safe_pickle import refuse_code
-from nanogpt.schema import matches
+from nanogpt.schema import Limits, matches
 from nanogpt.text.tokenizer import GPT2_VOCAB
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -39,8 +39,8 @@ def read_nanogpt(path: str | Path) -> Weights:
     config = {name: model_args.get(name) for name in SIZES}
     validate_sizes(str(path), config)
     config |= {"dropout": model_args.get("dropout", 0.0), "bias": model_args.get("bias", True), "gelu": "erf"}
-    if not matches(config["dropout"], float) or not matches(config["bias"], bool):
-        raise InputError(f"{path}: dropout or bias in 'model_args' is not a number or a boolean; {HINT}")
+    if not matches(config["dropout"], Annotated[float, Limits(ge=0, lt=1)]) or not matches(config["bias"], bool):
+        raise InputError(f"{path}: dropout or bias in 'model_args' is not a number from 0 to 1 or a boolean; {HINT}")
 
     has_dataset = isinstance(train_config, dict) and isinstance(train_config.get("dataset"), str)
     weights = Weights(

@@ -31,7 +31,7 @@ import plan  # noqa: E402
 
 import train  # noqa: E402
 from model import GPTConfig  # noqa: E402
-from nanogpt import distributed  # noqa: E402
+from nanogpt import cpu_kernels, distributed  # noqa: E402
 
 T = 192  # torch fuses attention beyond 128 positions
 ROWS = 1  # of a micro-batch
@@ -109,6 +109,7 @@ def run_rank(out: Path) -> None:
 
     train.train_step = measured_step
     distributed.disable_malloc_trim = lambda: None
+    cpu_kernels.MAX_PLAIN_BACKWARD = 0  # so that bfloat16 keeps what torch's fused attention keeps, as on a GPU
     train.main()
 
 

@@ -132,14 +132,15 @@ def test_resume_takes_more_steps_and_another_rate(run: Run):
 
 def test_sizes_come_from_the_checkpoint(run: Run, capsys: pytest.CaptureFixture[str]):
     """A config file that names others is overruled with a printed line; a flag that contradicts is an error."""
-    run(out_dir="out", n_layer=2, max_iters=1)
+    run(out_dir="out", n_layer=2, max_iters=1, gelu="erf")
     sizes = NO_SIZES | {"block_size": ...}
-    Path("wider.py").write_text("n_embd = 32\nn_layer = 2\nn_head = 2\nn_inner = 0\nlook_back = True\n")
+    Path("wider.py").write_text("n_embd = 32\nn_layer = 2\nn_head = 2\nn_inner = 0\nlook_back = True\ngelu = 'tanh'\n")
     capsys.readouterr()
     assert run("wider.py", out_dir="out", resume=True, max_iters=3, **sizes) == 0
     output = capsys.readouterr().out
     assert "n_embd: 32 in a config file is ignored; the run has 16" in output
     assert "look_back: True in a config file is ignored; the run has False" in output
+    assert "gelu: tanh in a config file is ignored; the run has erf" in output
     assert "n_layer" not in output
     assert "n_inner" not in output  # 0 leaves it open
     saved = checkpoint.load(Path("out/ckpt/step-000003"))

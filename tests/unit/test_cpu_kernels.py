@@ -48,7 +48,9 @@ def test_model_with_cpu_kernels_equals_the_plain_model(sizes: dict[str, Any], T:
     for model in (plain, fast):
         logits, loss = model(idx, idx.roll(-1, 1))
         loss.backward()
-        results.append([logits, loss, *(p.grad for p in model.parameters())])
+        with torch.no_grad():
+            evaluated = model(idx, idx.roll(-1, 1))[0]
+        results.append([logits, loss, evaluated, *(p.grad for p in model.parameters())])
     for expected, actual in zip(*results, strict=True):
         assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
 
@@ -103,6 +105,34 @@ def test_attention_in_bfloat16_has_the_gradients_of_float32(T: int, backward: st
     for actual, grad in zip(torch.autograd.grad((y * weights).sum(), inputs), expected, strict=True):
         assert actual.dtype == torch.bfloat16
         assert (actual - grad).norm() <= 0.01 * grad.norm()
+
+
+def test_model_in_bfloat16_has_the_gradients_of_float32():
+    """Under autocast QK norm leaves queries and keys in float32. The vocabulary has two slices of gradients."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**MODERN | {"n_kv_head": 2, "vocab_size": 5000}))
+    idx = torch.randint(5000, (2, MAX_PLAIN_ATTENTION + 9))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            loss = model(idx, idx.roll(-1, 1))[1]
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        use_cpu_kernels(model)
+        model.loss_chunk = 100
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_evaluation_with_a_chunked_loss_computes_no_gradients(monkeypatch: pytest.MonkeyPatch):
+    model = GPT(GPTConfig(**MODERN))
+    model.loss_chunk = 5
+    monkeypatch.setattr("model.add_product", None)
+    idx = torch.randint(70, (2, 16))
+    with torch.no_grad():
+        model(idx, idx)
+    with pytest.raises(TypeError):
+        model(idx, idx)
 
 
 def test_attention_dropout_drops_probabilities_and_keeps_their_mean():

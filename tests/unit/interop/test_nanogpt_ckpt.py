@@ -48,6 +48,7 @@ def test_read_nanogpt_runs_no_code(tmp_path: Path, good: dict[str, Any], zipped:
         ({"model_args": None}, "no 'model_args'"),
         ({"model_args": {}}, "n_layer=None"),
         ({"model_args": ARGS | {"dropout": "0.1"}}, "dropout or bias"),
+        ({"model_args": ARGS | {"dropout": 1.5}}, "dropout or bias"),
         ({"model_args": ARGS | {"bias": 1}}, "dropout or bias"),
     ],
 )
