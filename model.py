@@ -293,6 +293,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_x[part] = grad @ weight
                 if grad_matrix is not None:
                     add_product(grad_matrix[:vocab_size], grad.mT, x[part])
+                del grad
+            del log_probs  # or it would live until the next chunk's are made
         ctx.save_for_backward(grad_x, grad_matrix)
         return loss
 
@@ -303,12 +305,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in place; a and b may have a lower precision."""
+    """total += a @ b, in place; in a lower precision in slices, because a CPU makes a float32 copy of what it adds."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
-    makes_copy = total.device.type == "cpu" and not torch.compiler.is_compiling()  # in float32, of what it adds
-    rows = 4096 if makes_copy else len(total)
+    rows = 4096 if total.device.type == "cpu" and not torch.compiler.is_compiling() else len(total)
     for part, a_part in zip(total.split(rows), a.split(rows), strict=True):
         part += a_part @ b
 
