@@ -12,7 +12,7 @@ the memory, for the logits of all tokens. Conversations: 1.15 times, since ours 
 counts, and they are a fifth of the arithmetic.
 Outcome in float32, three pairs each: 1.37 and 1.43 times the speed, 0.88 and 0.86 of the memory. A day before, on the
 same kind of machine, 0.97 and 1.15: probably the Trainer's page faults, two million more in six steps, cost less there.
-Since the MLP's activation is computed again in backward: 0.78 of the memory; another day, 1.05 and 1.21 times the speed.
+Since the MLP's activation is computed again in backward: 0.78 of the memory; another day 1.05 and 1.21 times the speed.
 On a Xeon with AMX, plays: 1.24 times the speed in float32 and 1.43 in bfloat16, 0.78 and 0.80 of the memory. There was
 no prediction for bfloat16; a first run gave 1.31 and 0.84, after which attention and the chunked loss were changed.
 """
