@@ -76,7 +76,7 @@ class TrainConfig:
     """Every key of a run. Config files and --key=value flags set them; --help lists them."""
 
     out_dir: str = key("out", "directory for checkpoints and metrics", group="Run")
-    init_from: str = key("scratch", "first weights: scratch, gpt2*, a hub id, a directory, a .gguf, nanoGPT's ckpt.pt")
+    init_from: str = key("scratch", "initial weights: scratch, gpt2*, hub id, a directory, a .gguf, nanoGPT's ckpt.pt")
     resume: Literal["auto", True, False] = key(False, "resume the run in out_dir; auto: resume if there is one")
     seed: int = key(1337, "seed of initialization, row order and dropout", ge=0)
     eval_only: bool = key(False, "evaluate once and exit; writes nothing")
