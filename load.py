@@ -263,20 +263,14 @@ def build_model(
         model = GPT(config)
     if block_size is not None:
         model.crop_block_size(block_size)
-
-    def whole_tensor(name: str, shape: Sequence[int]) -> Tensor:
-        whole = model.initial_value(name, shape) if tensors is None else tensors[name]
+    if world.mesh:
+        shard_model(model, world.mesh, world.dtype)
+    model.to_empty(device=world.device if world.mesh else "cpu")
+    for name, parameter in model.named_parameters():
+        whole = model.initial_value(name, parameter.shape) if tensors is None else tensors[name]
         if adjust:
             adjust(config, name, whole)
-        return whole
-
-    if not world.mesh:  # without to_empty, which would import much of torch's compiler
-        model.load_state_dict({name: whole_tensor(name, p.shape) for name, p in model.named_parameters()}, assign=True)
-        return model
-    shard_model(model, world.mesh, world.dtype)
-    model.to_empty(device=world.device)
-    for name, p in model.named_parameters():
-        copy_rows(p, whole_tensor(name, p.shape))
+        copy_rows(parameter, whole)
     return model
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import MIXTURE, NO_SIZES, Run, SignalAt, assert_same_checkpoint, call_main, flags, metrics, steps
 
 import train
+from configurator import ExplicitKeys
 from nanogpt import checkpoint
 from nanogpt.data.rows import EvalWindows, Rows
 from nanogpt.errors import InputError
@@ -128,6 +129,16 @@ def test_resume_takes_more_steps_and_another_rate(run: Run):
     before, after = (checkpoint.load(Path(f"out/ckpt/step-{step:06d}")).state for step in (20, 24))
     assert (after["config"]["max_iters"], after["config"]["n_embd"]) == (24, 16)
     assert after["time_s"] > before["time_s"]
+
+
+def test_gelu_comes_from_a_checkpoint_that_is_older_than_its_key(run: Run):
+    run(out_dir="out", max_iters=1, gelu="erf")
+    resumed = checkpoint.load(Path("out/ckpt/step-000001"))
+    resumed.state["config"]["gelu"] = "tanh"  # the default, which train.main fills in
+    config = train.TrainConfig(out_dir="out")
+    assert train.resume_config(config, ExplicitKeys({}, flags=set()), resumed).gelu == "erf"
+    with pytest.raises(InputError, match="gelu=tanh"):
+        train.resume_config(config, ExplicitKeys({"gelu": "tanh"}, flags={"gelu"}), resumed)
 
 
 def test_sizes_come_from_the_checkpoint(run: Run, capsys: pytest.CaptureFixture[str]):

@@ -107,6 +107,14 @@ def test_attention_in_bfloat16_has_the_gradients_of_float32(T: int, backward: st
         assert (actual - grad).norm() <= 0.01 * grad.norm()
 
 
+def test_attention_with_dropout_is_torchs_own_in_long_rows():
+    attention = GPT(GPTConfig(**MODERN | {"dropout": 0.1})).blocks[0].attention
+    q, k, v = torch.randn(3, 1, 4, MAX_PLAIN_BACKWARD, 8, dtype=torch.bfloat16, requires_grad=True).unbind()
+    grad_fn = causal_attention(attention, q, k, v).grad_fn
+    assert grad_fn is not None
+    assert "FusedForward" not in grad_fn.name()
+
+
 def test_model_in_bfloat16_has_the_gradients_of_float32():
     """Under autocast QK norm leaves queries and keys in float32. The vocabulary has two slices of gradients."""
     torch.manual_seed(0)

@@ -72,6 +72,14 @@ def test_estimate_grows_with_what_a_step_keeps():
         assert saved == pytest.approx(12 * 50_000 * (8 * 16 - 64) - gradients * 50_000 * SIZES["n_embd"])
 
 
+def test_estimate_has_the_squares_of_attentions_backward(monkeypatch: pytest.MonkeyPatch):
+    model = GPT(GPTConfig(**SIZES | {"block_size": 256}))
+    with_squares = estimate_training_memory(model, "adamw", 2, 256, torch.bfloat16)
+    monkeypatch.setattr("nanogpt.memory.MAX_PLAIN_BACKWARD", 0)
+    without = estimate_training_memory(model, "adamw", 2, 256, torch.bfloat16)
+    assert with_squares - without == 2 * 256 * 6 * SIZES["n_head"] * 256
+
+
 @pytest.mark.parametrize("sizes", [SIZES, MODERN])
 def test_estimate_has_what_dropout_keeps(sizes: dict[str, Any]):
     """A third more than autograd saves, as of all activations."""
