@@ -32,9 +32,12 @@ def use_cpu_kernels(model: Any) -> None:
 
 
 def rms_norm_forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """RMSNorm; of the residual stream, which is float32, in the dtype that autocast gives the linear layers behind."""
+    is_autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if is_autocast else torch.promote_types(x.dtype, norm.weight.dtype)
     if torch.is_grad_enabled():
-        return RMSNormFunction.apply(x, norm.weight, norm.eps)
-    return normalize(x, norm.eps)[0].mul_(norm.weight).to(torch.promote_types(x.dtype, norm.weight.dtype))
+        return RMSNormFunction.apply(x, norm.weight, norm.eps, dtype)
+    return normalize(x, norm.eps)[0].mul_(norm.weight).to(dtype)
 
 
 def normalize(x: Tensor, eps: Any) -> tuple[Tensor, Tensor]:
@@ -51,24 +54,25 @@ def layer_norm_forward(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """RMSNorm over the last dimension, with a gain of any shape that broadcasts to x.
+    """RMSNorm over the last dimension, with a gain of any shape that broadcasts to x; returns and keeps `dtype`.
 
     Its backward pass makes five sweeps over memory; torch's own takes twice the time on a CPU.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         normed, inverse_rms = normalize(x, eps)
-        ctx.save_for_backward(normed, inverse_rms, gain)
-        return (normed * gain).to(torch.promote_types(x.dtype, gain.dtype))
+        ctx.save_for_backward(normed.to(dtype), inverse_rms, gain)
+        return (normed * gain).to(dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         normed, inverse_rms, gain = ctx.saved_tensors
+        normed, grad = normed.to(inverse_rms.dtype), grad.to(inverse_rms.dtype)
         product = grad * normed
         radial = (product * gain).mean(-1, keepdim=True)  # the part of the gradient along x, which the norm removes
         grad_x = (grad * gain).addcmul_(normed, radial, value=-1).mul_(inverse_rms)
-        return grad_x, product.sum_to_size(gain.shape) if ctx.needs_input_grad[1] else None, None
+        return grad_x, product.sum_to_size(gain.shape) if ctx.needs_input_grad[1] else None, None, None
 
 
 def mlp_forward(mlp: Any, x: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def disable_malloc_trim() -> None:
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         library = ctypes.CDLL(None)
         library.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        library.mallopt(-3, 2**30) or library.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older glibc takes 32 MB at most
 
 
 def describe_device(device: torch.device) -> str:

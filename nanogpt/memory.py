@@ -75,7 +75,8 @@ def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: 
         block = 4 / 3 * ((8 + 6 * itemsize) * c.n_embd + wide)
     else:
         head_channels = (c.n_head + c.n_kv_head) * c.head_dim
-        block = 4 / 3 * (18 * c.n_embd + (8 + 2 * itemsize) * head_channels + 2 * wide)
+        norms = 2 + 4 * (itemsize if device == "cpu" else 4)  # a copy of the input, and the output, of each of two
+        block = 4 / 3 * (norms * c.n_embd + (8 + 2 * itemsize) * head_channels + 2 * wide)
     if c.dropout:  # masks; and off CUDA attention is not fused then: 12 bytes for each of T × T probabilities
         block += 10 * c.n_embd
         block += 16 * c.n_head * T if device != "cuda" else 0

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, RMSNorm
 from nanogpt import cpu_kernels
 from nanogpt.cpu_kernels import (
     MAX_PLAIN_ATTENTION,
     MAX_PLAIN_BACKWARD,
     causal_attention,
     mlp_forward,
+    rms_norm_forward,
     use_cpu_kernels,
 )
 
@@ -89,6 +90,28 @@ def test_mlp_under_autocast_has_torchs_gradients(arch: str):
     for expected, actual in zip(*results, strict=True):
         assert actual.dtype == expected.dtype
         assert (actual - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("of", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_rms_norm_under_autocast(of: torch.dtype, dtype: torch.dtype):
+    """Of the residual stream it returns and keeps bfloat16, as the next layer does; of queries and keys float32."""
+    torch.manual_seed(0)
+    norm = RMSNorm(32, eps=1e-6)
+    with torch.no_grad():
+        norm.weight.normal_()
+    x = torch.randn(5, 32, dtype=of, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = rms_norm_forward(norm, x), norm(x)
+        with torch.no_grad():
+            assert torch.equal(rms_norm_forward(norm, x), y)
+    assert y.dtype == y.grad_fn.saved_tensors[0].dtype == dtype  # type: ignore[union-attr]
+    assert (y - expected).abs().max() <= 0.01 * expected.abs().max()
+    for inputs in (x, norm.weight):
+        actual, grad = (
+            torch.autograd.grad(out.float().square().sum(), inputs, retain_graph=True)[0] for out in (y, expected)
+        )
+        assert actual.dtype == grad.dtype
+        assert (actual - grad).norm() <= 0.01 * grad.norm()
 
 
 @pytest.mark.parametrize(("T", "backward"), [(MAX_PLAIN_BACKWARD, "FusedForward"), (MAX_PLAIN_BACKWARD + 1, "Scaled")])
