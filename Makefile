@@ -31,7 +31,7 @@ finetune-demo: $(VENV)/smollm2
 	$(PY) train.py config/finetune_smollm2.py --init_from=$$model --dataset=$$text --out_dir=out-finetune-demo; \
 	$(PY) sample.py --out_dir=out-finetune-demo --start="$$prompt" --num_samples=1 --max_new_tokens=100; \
 	$(PY) data/lighthouse_chat/prepare.py; \
-	$(PY) data/prepare.py --input=data/lighthouse_chat/conversations.jsonl --chat=True --val_share=0.1 \
+	$(PY) data/prepare.py data/lighthouse_chat/conversations.jsonl --chat=True --val_share=0.1 \
 	  --tokenizer=$$model --out=data/lighthouse_smollm2; \
 	$(PY) sample.py --init_from=$$model --chat=True --start="Why is the moon round?" --num_samples=1; \
 	$(PY) train.py config/finetune_smollm2_chat.py --init_from=$$model --out_dir=out-finetune-demo-chat; \

@@ -1,5 +1,5 @@
 # Fine-tune a pretrained model on your own conversations: JSON lines with messages, or with prompt and completion.
-#   python data/prepare.py --input talks.jsonl --chat=True --tokenizer=gpt2 --out=data/chat
+#   python data/prepare.py talks.jsonl --chat=True --tokenizer=gpt2 --out=data/chat
 #   python train.py config/finetune_chat.py
 #   python sample.py --out_dir=out-chat --chat=True --interactive=True
 # Another model needs its own tokenizer, which brings its chat template: --tokenizer=Qwen/Qwen3-0.6B above, and here

@@ -1,6 +1,6 @@
 # Teach SmolLM2-135M-Instruct to answer like a lighthouse keeper: about five minutes on two CPU cores.
 #   python data/lighthouse_chat/prepare.py
-#   python data/prepare.py --input=data/lighthouse_chat/conversations.jsonl --chat=True --val_share=0.1 \
+#   python data/prepare.py data/lighthouse_chat/conversations.jsonl --chat=True --val_share=0.1 \
 #       --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct --out=data/lighthouse_smollm2
 #   python train.py config/finetune_smollm2_chat.py
 

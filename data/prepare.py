@@ -1,4 +1,4 @@
-"""Turn any text into a dataset: python data/prepare.py --input PATH ... --out=data/mine [--tokenizer=gpt2]
+"""Turn any text into a dataset: python data/prepare.py PATH ... --out=data/mine [--tokenizer=gpt2]
 
 A document is a file, a line of JSON lines or a row. Each ends with the end-of-text token, if the tokenizer has one.
 Some are for validation, by their hash; of a single text it is the last tenth. What is left out is printed, and is in
@@ -48,9 +48,9 @@ class PrepareConfig:
 
 
 def main() -> None:
-    config, _ = parse(PrepareConfig, description="Turn any text into a dataset.")
+    config, _ = parse(PrepareConfig, description="Turn any text into a dataset.", positional="input")
     if not config.input or not config.out:
-        raise InputError("give the text with --input=PATH and the folder to write to with --out=FOLDER")
+        raise InputError("give the text, and the folder to write to with --out=FOLDER")
     try:
         "".encode(config.encoding)
     except (LookupError, ValueError) as error:

@@ -335,7 +335,7 @@ def _find(dataset: str | Path) -> Path:
     names = sorted({path.name for parent in data_folders for path in parent.glob("*/")})
     hint = suggest(str(dataset), names, f"give a folder, or one of data/: {', '.join(names)}")
     if os.path.exists(dataset):
-        hint = f"make one of texts: `python data/prepare.py --input {shlex.quote(str(dataset))} --out=data/mine`"
+        hint = f"make one of texts: `python data/prepare.py {shlex.quote(str(dataset))} --out=data/mine`"
     raise InputError(f"there is no dataset {str(dataset)!r} (a folder with train.bin and val.bin): {hint}")
 
 
