@@ -39,9 +39,8 @@ def optimizer_state_numel(model: Any, optimizer: str) -> int:
 def optimizer_step_bytes(model: Any, optimizer: str, itemsize: int) -> int:
     """Peak of the temporary memory of Muon's step; itemsize: bytes of a number in its matrix products.
 
-    First gradients and momenta are copied in float32. Then there are, in the dtype of the products, all gradients, the
-    updates of the shapes that are done, and of each map of the present shape three iterates and two Gram matrices; at
-    the end gradients, updates, and a copy of these.
+    In the dtype of the products there are all gradients, the updates of the shapes that are done, and of each map of
+    the present shape three iterates and two Gram matrices; at the end gradients, updates, and a copy of these.
     """
     if optimizer != "muon":
         return 0
@@ -51,7 +50,7 @@ def optimizer_step_bytes(model: Any, optimizer: str, itemsize: int) -> int:
         for num_rows in rows:
             shapes[min(num_rows, columns), max(num_rows, columns)] += 1
     total = sum(count * r * s for (r, s), count in shapes.items())
-    peak = max(8 * total, 3 * itemsize * total)
+    peak = 3 * itemsize * total
     done = 0
     for (r, s), count in sorted(shapes.items(), key=lambda item: item[0][0] ** 2 * item[0][1], reverse=True):
         peak = max(peak, itemsize * (total + done + count * (3 * r * s + 2 * r * r)))

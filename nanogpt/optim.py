@@ -119,17 +119,16 @@ class Optimizer:
         gradients = self.maps.views(grads)
         momenta = self.maps.views({name: local(self.state[name]["momentum"]) for name in grads})
         weights = self.maps.views({name: local(self.parameters[name]) for name in grads})
-        grad = torch.cat([g.flatten() for g in gradients]).div_(grad_divisor).masked_fill_(skip_update > 0, 0.0)
-        momentum = torch.cat([m.flatten() for m in momenta]).lerp_(grad, (1 - self.muon_momentum) * (1 - skip_update))
-        torch._foreach_copy_(momenta, unflatten(momentum, momenta))
-        grad.lerp_(momentum, self.muon_momentum)
-        del momentum
+        weight = (1 - self.muon_momentum) * (1 - skip_update)
+        for grad, momentum in zip(gradients, momenta, strict=True):
+            grad.div_(grad_divisor).masked_fill_(skip_update > 0, 0.0)
+            momentum.lerp_(grad, weight)
+            grad.lerp_(momentum, self.muon_momentum)
         dtype = torch.float32 if self.world.dtype == torch.float16 else self.world.dtype  # float16 lacks the range
-        grad = grad.to(dtype)
-        update = self.maps.apply(self._orthogonalize, grad).float()
-        del grad
-        update *= -0.2 * lr * (1 - skip_update)
-        updates = unflatten(update, weights)
+        rows = torch.cat([grad.to(dtype).flatten() for grad in gradients])
+        rows = self.maps.apply(self._orthogonalize, rows)
+        rows = rows.float().mul_(-0.2 * lr * (1 - skip_update))
+        updates = unflatten(rows, weights)
         torch._foreach_mul_(updates, [math.sqrt(max(one.rows, one.columns)) for one in self.maps.order])
         torch._foreach_mul_(weights, 1 - lr * self.weight_decay * (1 - skip_update))
         torch._foreach_add_(weights, updates)
