@@ -82,13 +82,6 @@ def main() -> None:
     print(f"wrote {config.to}: {summary}")
 
 
-def load_for_export(config: ExportConfig) -> LoadedModel:
-    """Load the model. Raises InputError if it has no tokenizer, or weights that float16 makes infinite."""
-    loaded = load_model(config, "exporting")
-    raise_if_infinite(loaded.model.state_dict(), config.dtype)
-    return loaded
-
-
 def raise_if_infinite(tensors: Mapping[str, Tensor], dtype: str) -> None:
     """Raise InputError for weights that float16 makes infinite."""
     for name, tensor in tensors.items():
@@ -99,7 +92,8 @@ def raise_if_infinite(tensors: Mapping[str, Tensor], dtype: str) -> None:
 def export_folder(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
     """Write a folder for transformers; return the model and the number of bytes."""
     with atomic_directory(target) as folder:
-        loaded = load_for_export(config)
+        loaded = load_model(config, "exporting")
+        raise_if_infinite(loaded.model.state_dict(), config.dtype)
         card = model_card(target.name, loaded, config.dtype)  # first: a run in progress may delete its checkpoint
         write_huggingface(
             folder,
@@ -116,7 +110,7 @@ def export_folder(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]
 
 def export_gguf(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
     """Write a file for llama.cpp; return the model and the number of bytes."""
-    loaded = load_for_export(config)
+    loaded = load_model(config, "exporting")
     with created_parents(target), atomic_write(target) as path:
         write_gguf(
             path,
@@ -137,14 +131,14 @@ def export_gguf(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
 def write_adapters(folder: Path, config: ExportConfig) -> str:
     """Write the adapters of a run as PEFT's folder; return a summary."""
     source = Path(config.out_dir if config.init_from == "resume" else config.init_from)
+    if os.path.exists(source) and not checkpoint.has_adapters(source):
+        raise InputError(f"--adapters=True: {source} is not a run with LoRA; leave it out")
     run = checkpoint.load(checkpoint.find(source, config.checkpoint), with_optimizer=False)
-    if not run.state["lora"]:
-        raise InputError(f"--adapters=True: {source} is a run without LoRA; leave it out")
     raise_if_infinite(run.model, config.dtype)
     adapters = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in run.model.items()}
     base = run.state["lora"]["base"]
     sizes = asdict(run.build_config(GPTConfig, "model"))
-    write_peft(folder, adapters, run.state["lora"]["alpha"], base, sizes)
+    write_peft(folder, adapters, run.state["lora"], sizes)
     if tokenizer := Tokenizer.load(run.path):  # with the chat template, which the base may lack
         tokenizer.save_pretrained(folder, sizes["block_size"])
     facts = "\n".join(f"| {fact} | {value} |" for fact, value in run_facts(run.path).items())

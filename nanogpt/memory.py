@@ -68,7 +68,8 @@ def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: 
     itemsize = dtype.itemsize
     # Bytes a token: 4/3 of the activations that a block saves for backward, a third more for temporaries.
     device = model.token_embedding.weight.device.type
-    recomputes = device == "cpu" and c.n_embd * c.n_inner >= MIN_WIDE_LAYER
+    is_plain = type(model.blocks[0].mlp.down) is torch.nn.Linear  # without adapters
+    recomputes = device == "cpu" and is_plain and c.n_embd * c.n_inner >= MIN_WIDE_LAYER
     wide = (1 if recomputes else 2) * itemsize * c.n_inner
     if c.arch == "gpt2":
         block = 4 / 3 * ((8 + 6 * itemsize) * c.n_embd + wide)

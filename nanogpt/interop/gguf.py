@@ -55,6 +55,7 @@ MODERN_SIZES = SIZES | {
 ORIGINAL_CONTEXT = "rope.scaling.original_context_length"  # llama.cpp uses it for YaRN alone
 IGNORED = (ORIGINAL_CONTEXT, "rope.scaling.finetuned", "tensor_data_layout")
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling: a divisor of each frequency
+LARGEST = {"F16": 65_504.0, "Q8_0": 127 * 65_504.0}  # Q8_0: whole numbers up to 127 times a float16
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # of written matrices
 
 
@@ -160,7 +161,7 @@ def read_gguf(path: Path) -> Weights:
         weights.cut_vocabulary(config["vocab_size"] - 1)
         return weights
     ends: list[Any] = [settings.get(f"{end}_token_id") for end in ("eos", "eot", "eom")]
-    weights.end_ids = sorted({end for end in ends if matches(end, int) and 0 <= end < config["vocab_size"]})
+    weights.set_end_ids(end for end in ends if matches(end, int))
     bos_token = tokenizer.named_tokens.get("bos_token") if tokenizer else None
     if settings.get("add_bos_token", settings.get("model") == "llama") and bos_token:
         weights.notes.append(f"{source}: its texts begin with {bos_token}; begin a prompt with it, too")
@@ -314,7 +315,7 @@ def write_gguf(
     padding. extra_end_ids: those that end a text, beside the tokenizer's. dtype: of the matrices, a name in DTYPES;
     vectors and positions are float32, and of q8_0 those matrices float16 whose rows are no multiple of 32.
     llama.cpp computes GELU's tanh approximation, whichever the model has. Raises InputError for what else it does not
-    compute, OSError if the disk is full.
+    compute and for weights too large for the dtype, OSError if the disk is full.
     """
     check_installed("--to")
     import gguf
@@ -348,6 +349,8 @@ def write_gguf(
             quantization = gguf.GGMLQuantizationType.F32
         elif dtype == "q8_0" and tensor.shape[1] % 32:
             quantization = gguf.GGMLQuantizationType.F16
+        if tensor.abs().max() > LARGEST.get(quantization.name, math.inf):
+            raise InputError(f"--dtype={dtype}: {stored_name} has weights too large for it; give bfloat16 or float32")
         data = gguf.quantize(tensor.float().contiguous().numpy(), quantization)
         writer.add_tensor(stored_name, data, raw_dtype=quantization)
     if model_config["rope_scaling"]:

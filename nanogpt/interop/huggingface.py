@@ -76,7 +76,7 @@ def read_huggingface(source: str) -> Weights:
         settings |= _read_json(folder / "generation_config.json")
     ends: Any = settings.get("eos_token_id")
     if matches(ends, int | list[int]):
-        weights.end_ids = ends if isinstance(ends, list) else [ends]
+        weights.set_end_ids(ends if isinstance(ends, list) else [ends])
 
     if (folder / "tokenizer.json").exists():
         weights.tokenizer = Tokenizer.load(folder)
@@ -94,13 +94,17 @@ def _read_adapters(source: str, folder: Path) -> Weights:
     """Read a folder of PEFT, and the base that it names; merged."""
     settings = _read_json(folder / peft.CONFIG)
     base = settings.get("base_model_name_or_path")
-    if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
+    if not matches(base, str) or os.path.abspath(base) == os.path.abspath(folder):
         raise InputError(f"{source}: {peft.CONFIG} does not name the model that its adapters belong to; add its path")
-    if (Path(base) / peft.CONFIG).exists():  # two folders could name each other
+    if os.path.exists(os.path.join(base, peft.CONFIG)):  # two folders could name each other
         raise InputError(f"{source}: its base {base} has adapters itself; export that one, which merges them")
+    if os.path.exists(os.path.join(base, "ckpt")):
+        raise InputError(f"{source}: its base {base} is a run; export that, and put its folder into {peft.CONFIG}")
     weights = read_weights(base)
     weights.tensors = dict(weights.tensors)  # to be changed in place
-    peft.merge_peft(source, weights.tensors, weights.config, settings, _read_safetensors(folder, peft.TENSORS))
+    stored = _read_safetensors(folder, peft.TENSORS)
+    peft.raise_for_other_base(source, folder, weights.tensors, weights.config)
+    peft.merge_peft(source, weights.tensors, weights.config, settings, stored)
     return replace(weights, source=source, tokenizer=Tokenizer.load(folder) or weights.tokenizer)
 
 
@@ -223,11 +227,15 @@ def _read_config(source: str, stored: dict[str, Any]) -> dict[str, Any]:
 def _flatten_rope(stored: dict[str, Any]) -> dict[str, Any]:
     """Return config.json with its rotary settings at the top level, and one layer type for all layers."""
     rope: dict[str, Any] = {}
+    rope_types = []
     for key in ("rope_parameters", "rope_scaling"):  # since transformers 5, and before
         value = stored.get(key) or {}
         value = value if isinstance(value, dict) else {"type": value}
-        rope |= {"rope_type": value["type"]} | value if "type" in value else value
-    settings = {"rope_type": "default"} | stored | rope
+        rope |= value
+        unnamed = value if value.keys() - {"rope_theta", "partial_rotary_factor"} else "default"
+        rope_types.append(value.get("rope_type", value.get("type", unnamed)))
+    scaling = [rope_type for rope_type in rope_types if rope_type != "default"]
+    settings = stored | rope | {"rope_type": scaling[0] if scaling else "default"}
 
     layer_types = settings.get("layer_types")
     if isinstance(layer_types, list):
@@ -296,7 +304,8 @@ def _to_their_config(model_config: dict[str, Any], dtype: torch.dtype) -> dict[s
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": model_config["rope_theta"]}
         if model_config["rope_scaling"]:
             scaling = dict(zip(ROPE_SCALING, model_config["rope_scaling"], strict=True))
-            scaling[ROPE_SCALING[-1]] = int(scaling[ROPE_SCALING[-1]])  # transformers 4 warns of a float
+            context = scaling[ROPE_SCALING[-1]]
+            scaling[ROPE_SCALING[-1]] = int(context) if context == int(context) else context  # 4.x warns of a float
             config["rope_scaling"] = {"rope_type": "llama3"} | scaling
             config["rope_parameters"] |= config["rope_scaling"]
     return config

@@ -10,7 +10,7 @@ To add an architecture of Hugging Face:
 import math
 import re
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -194,6 +194,13 @@ class Weights:
     train_config: dict[str, Any] = field(default_factory=dict)
     end_ids: list[int] = field(default_factory=list)
 
+    def set_end_ids(self, ids: Iterable[int]) -> None:
+        """Keep the ids that the vocabulary has, and note the others."""
+        stated = sorted({*ids})
+        self.end_ids = [i for i in stated if 0 <= i < self.config["vocab_size"]]
+        if others := [i for i in stated if i not in self.end_ids]:
+            self.notes.append(f"{self.source}: its end of a text {others} is not in the vocabulary, and is ignored")
+
     def cut_vocabulary(self, size: int) -> None:
         """Keep the first rows of the token embedding, and of an output layer of its own."""
         self.config["vocab_size"] = size
@@ -281,7 +288,7 @@ def validate_sizes(source: str, sizes: dict[str, Any]) -> None:
     for name, value in sizes.items():
         types = (int, float) if name in ("rope_theta", "norm_eps") else (int,)
         limit = MAX_LAYERS if name == "n_layer" else math.inf
-        if type(value) not in types or not 0 < value <= limit or (name == "head_dim" and value % 2):
+        if type(value) not in types or not 0 < value <= limit or value == math.inf or (name == "head_dim" and value % 2):
             wrong.append(f"{name}={value!r}")
 
     whole, part = ("n_head", "n_kv_head") if "n_kv_head" in sizes else ("n_embd", "n_head")

@@ -3,13 +3,14 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, first_line
 from nanogpt.interop.names import find_architecture, shorten
-from nanogpt.lora import list_parts, merge
+from nanogpt.lora import base_sha256, list_parts, merge
+from nanogpt.schema import Limits, matches
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -37,10 +38,8 @@ def tensor_names(model_config: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def write_peft(
-    folder: Path, adapters: dict[str, Tensor], alpha: float, base: str, model_config: dict[str, Any]
-) -> None:
-    """Write adapters for transformers' class of these sizes. base: the place that PEFT will read it from."""
+def write_peft(folder: Path, adapters: dict[str, Tensor], lora: Any, model_config: dict[str, Any]) -> None:
+    """Write adapters for transformers' class of these sizes. lora: a run's alpha, base and the base's hash."""
     from safetensors.torch import save_file
 
     names = tensor_names(model_config)
@@ -50,15 +49,29 @@ def write_peft(
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": lora["base"],
         "r": next(len(tensor) for name, tensor in stored.items() if ".lora_A." in name),
-        "lora_alpha": alpha,
+        "lora_alpha": lora["alpha"],
         "target_modules": sorted(layers),
         "fan_in_fan_out": model_config["arch"] == "gpt2",  # its layers store their matrices as (in, out)
         "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(stored, folder / TENSORS, {"format": "pt"})
+    # PEFT does not check the base, and leaves other metadata alone.
+    of_base = {"base_sha256": lora["base_sha256"], "block_size": str(model_config["block_size"])}
+    save_file(stored, folder / TENSORS, {"format": "pt"} | of_base)
+
+
+def raise_for_other_base(source: str, folder: Path, tensors: dict[str, Tensor], model_config: dict[str, Any]) -> None:
+    """Raise InputError where adapters of ours state the hash of another base than these tensors."""
+    from safetensors import safe_open
+
+    with safe_open(folder / TENSORS, "pt") as file:
+        metadata = file.metadata() or {}
+    if "base_sha256" in metadata and metadata.get("block_size", "").isdecimal():
+        sizes = model_config | {"block_size": int(metadata["block_size"])}
+        if base_sha256(tensors, sizes) != metadata["base_sha256"]:
+            raise InputError(f"{source}: its base has changed since the adapters were trained; give the one of then")
 
 
 def merge_peft(
@@ -82,8 +95,18 @@ def merge_peft(
     unknown = [name for name in stored if name not in ours]
     if unknown or not stored:
         raise InputError(f"{source}: adapters of other layers than the blocks': {shorten(unknown)}; use another")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if not matches(rank, Annotated[int, Limits(ge=1)]) or not matches(alpha, float):
+        raise InputError(f"{source}: {CONFIG} has r={rank!r:.40} and lora_alpha={alpha!r:.40}; restore it")
+    misfits = []
+    for name, tensor in stored.items():
+        is_matrix = tensor.dim() == 2 and tensor.is_floating_point()
+        if not is_matrix or tensor.shape[1 if ".lora_B." in name else 0] != rank:
+            misfits.append(name)
+    if misfits:
+        raise InputError(f"{source}: adapters that are no matrices of rank r={rank}: {shorten(misfits)}; use another")
+    alpha = alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
     try:
-        alpha = settings["lora_alpha"] * (math.sqrt(settings["r"]) if settings.get("use_rslora") else 1)
         merge(tensors, {ours[name]: tensor.float() for name, tensor in stored.items()}, alpha, model_config)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{source}: its adapters do not fit its base ({error!r}); use another") from error
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{source}: its adapters do not fit its base ({first_line(error)}); use another") from error

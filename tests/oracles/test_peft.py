@@ -52,7 +52,7 @@ def build(kind: str, folder: Path) -> tuple[Any, GPT, dict[str, torch.Tensor]]:
         p.data.normal_(std=0.1)
     assert (model(IDX, IDX)[0] - before).abs().max() > 0.1
     (folder / "adapters").mkdir()
-    write_peft(folder / "adapters", adapters, 10.0, str(folder / "base"), asdict(model.config))
+    write_peft(folder / "adapters", adapters, model.lora, asdict(model.config))
     return oracle, model, adapters
 
 
@@ -124,6 +124,29 @@ def test_adapters_that_compute_something_else_are_refused(tmp_path: Path):
     refuse("other layers than the blocks'", {}, tensors | {name.replace("q_proj", "x_proj"): tensors[name].clone()})
     refuse("do not fit its base", {}, tensors | {name: tensors[name][:, :-1].clone()})
     refuse("do not fit its base", {}, {other: tensor for other, tensor in tensors.items() if other != name})
-    refuse("do not fit its base", {"lora_alpha": None}, tensors)
+    for changes in ({"lora_alpha": None}, {"lora_alpha": int("9" * 400)}, {"r": 0}, {"r": "4"}):
+        refuse("has r=.* and lora_alpha=.*; restore it", changes, tensors)
+    refuse("no matrices of rank r=8", {"r": 8}, tensors)
+    refuse("no matrices of rank", {}, tensors | {name: tensors[name] + 1j})
+    refuse("does not name the model", {"base_model_name_or_path": "a\0b"}, tensors)
+    refuse("was not downloaded", {"base_model_name_or_path": "a" * 5000}, tensors)
+    (other / CONFIG).rename(other / "ckpt")
+    refuse("is a run; export that", {"base_model_name_or_path": str(other)}, tensors)
     wide = {other: t[:1].clone() if "lora_B" in other else t for other, t in tensors.items()}  # would broadcast
     refuse("do not fit its base", {}, wide)
+
+
+def test_adapters_of_another_base_are_refused(tmp_path: Path):
+    """The hash of their base is in the file. The run may have had a shorter context."""
+    build("GPT-2", tmp_path)
+    model = GPT.from_pretrained(tmp_path / "base", block_size=8)
+    add_lora(model, str(tmp_path / "base"), rank=4, alpha=10.0, targets="attention")
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    write_peft(tmp_path / "adapters", adapters, model.lora, asdict(model.config))
+    assert read_weights(tmp_path / "adapters").config["block_size"] == 16
+    weights = tmp_path / "base/model.safetensors"
+    changed = load_file(weights)
+    changed["transformer.h.1.mlp.c_fc.weight"][0, 0] += 1e-3
+    save_file(changed, weights, {"format": "pt"})
+    with pytest.raises(InputError, match="its base has changed since"):
+        read_weights(tmp_path / "adapters")

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -174,15 +175,30 @@ def test_weights_that_are_not_finite_are_refused_by_name(run_export: Export, val
         load_weights(TrainConfig(init_from="new"), {}, World(0, 1, torch.device("cpu"), torch.float32))
 
 
-@pytest.mark.parametrize("to", ["again", "again.gguf"])
-def test_weights_that_float16_makes_infinite_are_refused(run_export: Export, to: str):
-    folder = run_export("new")
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    tensors["ln_f.weight"][3] = -7e4
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"--dtype=float16: norm\.weight has weights beyond 65,504; give"):
-        run_export(to, "--init_from=new", "--dtype=float16")
-    assert not Path(to).exists()
+def test_weights_that_a_dtype_makes_infinite_are_refused(run_export: Export):
+    """In a GGUF file norms are float32, and numbers of q8_0 are up to 127 times a float16."""
+
+    def change(name: str, value: float) -> None:
+        folder = run_export("new")
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        tensors[name].view(-1)[3] = value
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+    def refuse(to: str, dtype: str, message: str) -> None:
+        with pytest.raises(InputError, match=f"--dtype={dtype}: {message}"):
+            run_export(to, "--init_from=new", f"--dtype={dtype}")
+        assert not Path(to).exists()
+
+    change("ln_f.weight", -7e4)
+    refuse("again", "float16", r"norm\.weight has weights beyond 65,504; give")
+    run_export("norm.gguf", "--init_from=new", "--dtype=float16")
+    shutil.rmtree("new")
+    change("h.1.mlp.c_fc.weight", 7e4)
+    refuse("again.gguf", "float16", r"blk\.1\.ffn_up\.weight has weights too large for it; give")
+    run_export("blocks.gguf", "--init_from=new", "--dtype=q8_0")
+    shutil.rmtree("new")
+    change("h.1.mlp.c_fc.weight", 9e6)
+    refuse("again.gguf", "q8_0", r"blk\.1\.ffn_up\.weight has weights too large for it; give")
 
 
 def test_gguf_export_names_the_normalizer_that_llama_cpp_lacks(run_export: Export, capsys: pytest.CaptureFixture[str]):

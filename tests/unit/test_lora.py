@@ -125,3 +125,14 @@ def test_the_hash_is_of_the_weights_alone(sizes: dict[str, Any]):
     assert base_sha256(longer, config) == hashed
     for name, tensor in unpadded.items():
         assert base_sha256(unpadded | {name: tensor + tensor.abs().max() / 2**20}, config) != hashed, name
+
+
+def test_memory_includes_the_activation_of_an_mlp_with_adapters(monkeypatch: pytest.MonkeyPatch):
+    """Backward computes it again only where `down` has none."""
+    monkeypatch.setattr("nanogpt.memory.MIN_WIDE_LAYER", 0)
+    gate, down = (
+        estimate_training_memory(make_model(target, **GROUPED)[0], "adamw", 2, 24, torch.float32)
+        for target in ("gate", "down")
+    )
+    n_inner = GPTConfig(**GROUPED).n_inner
+    assert down - gate == pytest.approx(2 * 2 * 24 * 4 / 3 * 2 * 4 * n_inner)  # layers, tokens, bytes

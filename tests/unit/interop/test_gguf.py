@@ -1,6 +1,7 @@
 """GGUF files: what the package writes is read as it is, what we write too, and what is refused with which message."""
 
 import itertools
+import math
 import os
 import random
 from collections.abc import Callable
@@ -128,6 +129,7 @@ def test_read_gguf_has_the_values_of_the_package_in_blocks_of_256(tmp_path: Path
         ({"llama.attention.head_count_kv": 3}, {}, "n_head=2 is not divisible by n_kv_head=3"),
         ({"llama.block_count": 2}, {}, r"missing: layers\.1\.input_layernorm\.weight, .* and 5 more"),
         ({"llama.block_count": 10**6}, {}, r"impossible sizes \(n_layer=1000000\)"),
+        ({"llama.rope.freq_base": math.inf}, {}, r"impossible sizes \(rope_theta=inf\)"),
         ({"llama.attention.head_count": [2, 2]}, {}, r"impossible sizes \(n_head=\[2, 2\]"),
         ({"llama.vocab_size": 299}, {}, r"llama\.vocab_size=299 is not supported"),
         ({}, {"token_embd": (301, 32)}, r"embed_tokens\.weight \(torch\.float32 \(301, 32\) instead of float"),
