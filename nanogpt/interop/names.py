@@ -288,7 +288,8 @@ def validate_sizes(source: str, sizes: dict[str, Any]) -> None:
     for name, value in sizes.items():
         types = (int, float) if name in ("rope_theta", "norm_eps") else (int,)
         limit = MAX_LAYERS if name == "n_layer" else math.inf
-        if type(value) not in types or not 0 < value <= limit or value == math.inf or (name == "head_dim" and value % 2):
+        is_possible = type(value) in types and 0 < value <= limit and value < math.inf
+        if not is_possible or (name == "head_dim" and value % 2):
             wrong.append(f"{name}={value!r}")
 
     whole, part = ("n_head", "n_kv_head") if "n_kv_head" in sizes else ("n_embd", "n_head")
