@@ -36,10 +36,10 @@ while kill -0 "$step" 2>/dev/null; do # the signal interrupted the wait
   status=$?
 done
 
-# 0: done. 2, 3: wrong usage, or stopped to protect the run; another start would end so too. Others: resume.
+# 0: done. 2: wrong usage; another start would end so too. Others: resume. A run that diverged ends at once, each time.
 echo "status $status after restart ${SLURM_RESTART_COUNT:-0}"
 case "$status" in
-  0 | 2 | 3) exit "$status" ;;
+  0 | 2) exit "$status" ;;
 esac
 if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
   exit "$status"

@@ -1,6 +1,5 @@
 """Distributed training: rank, world size, collectives."""
 
-import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,11 +42,9 @@ class World:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         """Mixed precision: weights stay float32, matrix products run in `dtype`."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The elementwise sum of `values` (any shape) over all ranks, in place."""
@@ -72,16 +69,14 @@ class World:
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
         """Host tensors on this process's device; a copy to a GPU does not wait."""
-        if self.device.type != "cuda":
-            return [t.to(self.device) for t in tensors]
-        return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        is_cuda = self.device.type == "cuda"
+        return [(t.pin_memory() if is_cuda else t).to(self.device, non_blocking=is_cuda) for t in tensors]
 
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
         """`model` if alone or sharded, else DistributedDataParallel, which averages its gradients."""
         if self.size == 1 or self.mesh:
             return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def set_gradient_sync(self, model: Any, is_last: bool) -> None:
         """Average gradients over the copies of the model in the step's last backward pass alone."""
@@ -107,14 +102,14 @@ def start(
 ) -> World:
     """Form the process group of the ranks that torchrun started, or run alone; pick device and dtype.
 
-    device: auto, cpu, cuda, cuda:N or mps. dtype: auto (see `trials.try_dtypes`), or one of torch. backend: auto,
-    nccl or gloo. shards: ranks that share a copy of the model, 0 for all. Raises InputError for a device, dtype or
-    backend that this machine lacks.
+    device: auto, cpu, cuda, cuda:N or mps. dtype: auto (see `trials.try_dtypes`) or torch's. backend: auto, nccl, gloo.
+    shards: ranks that share a copy of the model, 0 for all. Raises InputError for what a machine lacks.
     """
     ranks = ranks or join()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    torch_device = pick_device(device, local_rank if ranks.size > 1 else None)
-    torch_dtype = pick_dtype(dtype, torch_device)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if ranks.size > 1 else None
+    torch_device = ranks.run_on_all(lambda: pick_device(device, local_rank))
+    torch_dtype = ranks.run_on_all(lambda: pick_dtype(dtype, torch_device))
+    ranks.raise_unless_equal({"device": torch_device.type, "dtype": str(torch_dtype)})  # auto depends on the machine
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
         torch.set_float32_matmul_precision("high")  # TensorFloat-32 where a product stays in float32
@@ -126,15 +121,12 @@ def start(
         if backend == "auto":
             backend = "nccl" if torch_device.type == "cuda" else "gloo"
         if backend == "nccl" and torch_device.type != "cuda":
-            raise InputError(
-                f"backend=nccl: needs CUDA devices, this process has {torch_device.type}; use --backend=gloo"
-            )
+            raise InputError(f"backend=nccl: needs CUDA, this process has {torch_device.type}; use --backend=gloo")
         if shards != 1 and torch_dtype == torch.float16:
             raise InputError("shards: this GPU would use float16, which shards do not support; set --dtype=float32")
         device_id = torch_device if backend == "nccl" else None
-        place: Any = {"store": ranks.store, "rank": ranks.rank, "world_size": ranks.size}
         timeout = timedelta(seconds=ranks.timeout_s)
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id, **place)
+        dist.init_process_group(backend, None, timeout, ranks.size, ranks.rank, ranks.store, device_id=device_id)
         if shards != 1:
             shards = shards or ranks.size
             # Only its members form it: on all ranks, new_group would split NCCL's communicator, which all must join.

@@ -40,7 +40,7 @@ def optimizer_step_bytes(model: Any, optimizer: str, itemsize: int) -> int:
     """Peak of the temporary memory of Muon's step; itemsize: bytes of a number in its matrix products.
 
     In the dtype of the products there are all gradients, the updates of the shapes that are done, and of each map of
-    the present shape three iterates and two Gram matrices; at the end gradients, updates, and a copy of these.
+    the present shape three iterates and two Gram matrices; at the end, while results are converted, three times all.
     """
     if optimizer != "muon":
         return 0

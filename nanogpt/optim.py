@@ -53,7 +53,7 @@ class Optimizer:
         self.parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.param_groups = [{"params": list(self.parameters.values())}]  # where torch's GradScaler finds gradients
         self.row_splits: dict[str, list[int]] = model.muon_params() if kind == "muon" else {}
-        self.maps = MapExchange(self.parameters, self.row_splits)
+        self.maps = MapExchange(self.parameters, self.row_splits, world.mesh)
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, p in self.parameters.items():
             if name in self.row_splits:

@@ -76,8 +76,8 @@ class Ranks:
                 raise
             self.store.set(key, json.dumps({"value": value}))
             return value
-        # The main process may itself wait for a lost rank.
-        answer = json.loads(self._wait_for(key, 0, self.timeout_s + ANSWER_S))
+        # The main process may come late, and then wait for a lost rank.
+        answer = json.loads(self._wait_for(key, 0, 2 * self.timeout_s + ANSWER_S))
         if "error" in answer:
             self.leave()
             if os.environ.get("GROUP_RANK", "0") == "0":  # on the node of the main process
@@ -103,8 +103,9 @@ class Ranks:
         def collect() -> None:
             if failure:
                 raise failure
+            deadline = time.monotonic() + self.timeout_s
             for rank in range(1, self.size):
-                problem = json.loads(self._wait_for(f"{key}/{rank}", rank, self.timeout_s))
+                problem = json.loads(self._wait_for(f"{key}/{rank}", rank, max(deadline - time.monotonic(), POLL_S)))
                 if problem:
                     is_stopped, text = problem
                     raise (RunStopped if is_stopped else InputError)(f"{self.name(rank)}: {text}")
@@ -190,7 +191,7 @@ class Ranks:
             return self.store.get(key).decode()
         except dist.DistError as error:
             raise RunStopped(
-                f"{self.name(self.rank)}: {self.name(rank)} did not answer for {timeout_s:g} s or has ended; see "
+                f"{self.name(self.rank)}: {self.name(rank)} did not answer for {timeout_s:.3g} s or has ended; see "
                 "its output, then resume with --resume=auto"
             ) from error
 
@@ -222,17 +223,19 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     keys, and each rank knows the prefix to be of this start when it finds its own greeting answered.
     """
     ranks = Ranks(timeout_s)
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
         return ranks
-    ranks.rank = int(os.environ.get("RANK", 0))
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise InputError(f"RANK={rank}, WORLD_SIZE={size}: are not the number of a process and of all; use torchrun")
+    ranks.rank = int(rank)
     greeting = [os.urandom(8).hex(), socket.gethostname()]
     runs_already = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     timeout = timedelta(seconds=min(timeout_s, STORE_S) if runs_already else timeout_s)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timedelta(seconds=timeout_s))
-        greetings = (_gather if ranks.is_main else _greet)(store, ranks, size, greeting)
+        greetings = (_gather if ranks.is_main else _greet)(store, ranks, int(size), greeting)
     except (dist.DistError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(
@@ -255,7 +258,7 @@ def _gather(store: Any, ranks: Ranks, size: int, greeting: list[str]) -> list[li
         ranks.store.wait(keys, timedelta(seconds=ranks.timeout_s))
     except dist.DistError as error:
         missing = [str(rank) for rank, key in enumerate(keys, 1) if not ranks.store.check([key])]
-        raise ValueError(f"no sign of rank {', '.join(missing)} for {ranks.timeout_s:g} s") from error
+        raise ValueError(f"no sign of rank {_shorten(missing)} for {ranks.timeout_s:g} s") from error
     greetings = [greeting, *(json.loads(ranks.store.get(key)) for key in keys)]
     ranks.store.set("greetings", json.dumps(greetings))
     return greetings

@@ -37,8 +37,7 @@ def shard_model(model: Any, mesh: Any, dtype: torch.dtype) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = mesh if mesh.size(0) > 1 else mesh[SHARDS]
-    gathered = None if dtype == torch.float32 else dtype
-    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)  # what is left, in float32: so is the residual stream
@@ -85,11 +84,10 @@ def gather_rows(copy: Tensor, group: Any) -> None:
                 dist.send(copy, peer, group)
             return
         shards = dist.get_world_size(group)
-        parts = {rank: copy[own_rows(len(copy), rank, shards)] for rank in range(1, shards)}
-        receives: dict[int, Any] = {rank: dist.irecv(rows, rank, group) for rank, rows in parts.items() if len(rows)}
-        for rank, receive in receives.items():
-            peer = rank
-            receive.wait()
+        for peer in range(1, shards):
+            rows = copy[own_rows(len(copy), peer, shards)]
+            if len(rows):
+                dist.recv(rows, peer, group)
     except RuntimeError as error:
         task = "send its part of a checkpoint" if peer else "receive a part of a checkpoint"
         raise RunStopped(
@@ -136,92 +134,81 @@ def copy_rows(target: Tensor, source: Tensor) -> None:
 
 
 class Map(NamedTuple):
-    """One linear map, which Muon orthogonalizes separately: `rows` rows from `first` on of the matrix `name`."""
+    """One linear map, which Muon orthogonalizes separately: some of the rows of the matrix `name`."""
 
     name: str
-    first: int
     rows: int
     columns: int
-    num_rows: int
+    parts: list[slice]  # the rows that each rank keeps, counted in that rank's part of the matrix
+
+    def work(self) -> int:
+        """Multiplications of the map with its own transpose."""
+        return self.rows * self.columns * min(self.rows, self.columns)
+
+    def numel(self, rank: int) -> int:
+        return (self.parts[rank].stop - self.parts[rank].start) * self.columns
 
 
 class MapExchange:
     """Sends the rows of each of Muon's maps to one rank, its owner, and the results back.
 
     Gathering would send every row to every rank. Owners are chosen so that all have about the same work. row_splits:
-    the rows of the maps in each matrix.
+    the rows of the maps in each matrix. mesh: None for matrices that are not sharded.
     """
 
-    def __init__(self, matrices: Mapping[str, Tensor], row_splits: Mapping[str, Sequence[int]]):
-        self.rank = 0
-        self.ranks = range(1)
-        first_matrix: Any = next((matrices[name] for name in row_splits), None)
-        if first_matrix is not None and is_sharded(first_matrix):
-            mesh = first_matrix.device_mesh[SHARDS]
-            self.group = mesh.get_group()
-            self.rank = mesh.get_local_rank()
-            self.ranks = range(mesh.size())
-        self.plan(matrices, row_splits)
-
-    def plan(self, matrices: Mapping[str, Tensor], row_splits: Mapping[str, Sequence[int]]) -> None:
-        """Choose the owner of each map: the largest first, to the rank with the least work so far."""
+    def __init__(self, matrices: Mapping[str, Tensor], row_splits: Mapping[str, Sequence[int]], mesh: Any = None):
+        self.group = mesh and mesh.get_group(SHARDS)
+        self.rank = mesh.get_local_rank(SHARDS) if mesh else 0
+        shards = mesh.size(1) if mesh else 1
         maps = []
         for name, splits in row_splits.items():
             num_rows, columns = matrices[name].shape
-            for first, rows in zip(itertools.accumulate(splits, initial=0), splits, strict=False):
-                maps.append(Map(name, first, rows, columns, num_rows))
-        self.owned: list[list[Map]] = [[] for _ in self.ranks]
-        work = [0 for _ in self.ranks]
-        for one in sorted(maps, key=_work, reverse=True):
+            own = [own_rows(num_rows, rank, shards) for rank in range(shards)]
+            for last, rows in zip(itertools.accumulate(splits), splits, strict=True):
+                maps.append(Map(name, rows, columns, [_overlap(part, last - rows, last) for part in own]))
+
+        # The largest first, to the rank with the least work so far.
+        self.owned: list[list[Map]] = [[] for _ in range(shards)]
+        work = [0] * shards
+        for one in sorted(maps, key=Map.work, reverse=True):
             owner = work.index(min(work))
             self.owned[owner].append(one)
-            work[owner] += _work(one)
+            work[owner] += one.work()
         self.order = list(itertools.chain.from_iterable(self.owned))  # of the rows that a rank sends
 
     def views(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
         """This rank's rows of each map, in `order`. parts: its parts of the matrices."""
-        return [parts[one.name][self._own_rows(one, self.rank)] for one in self.order]
+        return [parts[one.name][one.parts[self.rank]] for one in self.order]
 
     def apply(self, function: Callable[[list[Tensor]], list[Tensor]], rows: Tensor) -> Tensor:
         """Apply a function of whole maps (rows, columns), each on its owner; return the results laid out as `rows`.
 
-        rows: `views`, flattened into one tensor.
+        rows: `views`, flattened into one tensor, which is overwritten.
         """
         mine = self.owned[self.rank]
-        sent = [sum(self._numel(one, self.rank) for one in owned) for owned in self.owned]
-        sizes = [[self._numel(one, rank) for one in mine] for rank in self.ranks]
+        sent = [sum(one.numel(self.rank) for one in owned) for owned in self.owned]
+        sizes = [[one.numel(rank) for one in mine] for rank in range(len(self.owned))]
         received = [sum(numels) for numels in sizes]
-        pieces = self._all_to_all(rows, sent, received).split(list(itertools.chain.from_iterable(sizes)))
-        maps = []
-        for i, one in enumerate(mine):
-            parts = pieces[i :: len(mine)]  # one from each rank
-            maps.append((torch.cat(parts) if len(parts) > 1 else parts[0]).view(one.rows, one.columns))
-
-        numels_by_map = [list(numels) for numels in zip(*sizes, strict=True)]
-        by_map = [result.reshape(-1).split(n) for result, n in zip(function(maps), numels_by_map, strict=True)]
-        back = [parts[rank] for rank in self.ranks for parts in by_map]
-        return self._all_to_all(torch.cat(back) if back else rows[:0], received, sent)
+        whole = self._all_to_all(rows, sent, received)
+        pieces = whole.split(list(itertools.chain.from_iterable(sizes)))
+        by_map = [pieces[i :: len(mine)] for i in range(len(mine))]  # a piece from each rank
+        maps = [
+            (torch.cat(parts) if len(parts) > 1 else parts[0]).view(one.rows, one.columns)
+            for one, parts in zip(mine, by_map, strict=True)
+        ]
+        for parts, result in zip(by_map, function(maps), strict=True):
+            torch._foreach_copy_(parts, result.reshape(-1).split([len(part) for part in parts]))
+        return self._all_to_all(whole, received, sent)
 
     def _all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send a part of `rows` to each rank; return what they sent. The lists: numbers of elements."""
-        if len(self.ranks) == 1:
+        if len(self.owned) == 1:
             return rows
         result = rows.new_empty(sum(received))
         dist.all_to_all_single(result, rows, received, sent, group=self.group)
         return result
 
-    def _own_rows(self, one: Map, rank: int) -> slice:
-        """The rows of a map that a rank keeps, counted in that rank's part of the matrix."""
-        own = own_rows(one.num_rows, rank, len(self.ranks))
-        first = min(max(one.first, own.start), own.stop)
-        last = max(min(one.first + one.rows, own.stop), first)
-        return slice(first - own.start, last - own.start)
 
-    def _numel(self, one: Map, rank: int) -> int:
-        rows = self._own_rows(one, rank)
-        return (rows.stop - rows.start) * one.columns
-
-
-def _work(one: Map) -> int:
-    """Multiplications of a map with its own transpose."""
-    return one.rows * one.columns * min(one.rows, one.columns)
+def _overlap(part: slice, first: int, last: int) -> slice:
+    """The rows from `first` to `last` of a matrix that lie in a part of it, counted in the part."""
+    return slice(*(min(max(row, part.start), part.stop) - part.start for row in (first, last)))

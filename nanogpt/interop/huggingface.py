@@ -93,7 +93,7 @@ def read_huggingface(source: str) -> Weights:
 def _read_adapters(source: str, folder: Path) -> Weights:
     """Read a folder of PEFT, and the base that it names; merged."""
     settings = _read_json(folder / peft.CONFIG)
-    base = settings.get("base_model_name_or_path")
+    base: Any = settings.get("base_model_name_or_path")
     if not matches(base, str) or os.path.abspath(base) == os.path.abspath(folder):
         raise InputError(f"{source}: {peft.CONFIG} does not name the model that its adapters belong to; add its path")
     if os.path.exists(os.path.join(base, peft.CONFIG)):  # two folders could name each other

@@ -95,7 +95,8 @@ def merge_peft(
     unknown = [name for name in stored if name not in ours]
     if unknown or not stored:
         raise InputError(f"{source}: adapters of other layers than the blocks': {shorten(unknown)}; use another")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    rank: Any = settings.get("r")
+    alpha: Any = settings.get("lora_alpha")
     if not matches(rank, Annotated[int, Limits(ge=1)]) or not matches(alpha, float):
         raise InputError(f"{source}: {CONFIG} has r={rank!r:.40} and lora_alpha={alpha!r:.40}; restore it")
     misfits = []

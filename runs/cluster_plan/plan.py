@@ -256,15 +256,15 @@ def unit_bytes(c: Any, shards: int, itemsize: int) -> float:
 def update_bytes(c: Any, shards: int, step: Step) -> float:
     """Bytes of the temporaries of Muon's update; of AdamW's, none.
 
-    First gradients and momenta are copied in float32. Then there are, in the products' dtype, all gradients, the
-    updates of the shapes that are done, and of each map of the present shape three iterates and two Gram matrices; at
-    the end gradients, updates, and a copy of these. Shards divide the maps.
+    In the products' dtype there are all gradients, the updates of the shapes that are done, and of each map of the
+    present shape three iterates and two Gram matrices; at the end, while results are sent or converted, three times
+    all updates. Shards divide the maps.
     """
     if step.optimizer != "muon":
         return 0
     counts = {shape: -(-count // shards) for shape, count in Counter(maps(c) * c.n_layer).items()}
     total = sum(count * r * s for (r, s), count in counts.items())
-    peak = max(2 * FLOAT32, 3 * step.itemsize) * total
+    peak = 3 * step.itemsize * total
     done = 0
     for r, s in sorted(counts, key=lambda shape: shape[0] ** 2 * shape[1], reverse=True):
         count = counts[r, s]

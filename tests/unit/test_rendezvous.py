@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanogpt import pace, rendezvous
+from nanogpt import distributed, pace, rendezvous
 from nanogpt.errors import InputError, RunStopped
 from nanogpt.rendezvous import Ranks
 from nanogpt.run_dir import RunDir
@@ -92,6 +92,36 @@ def test_an_error_of_one_rank_ends_all_and_is_printed_once_a_node(three: list[Ra
     main, *others = call(three, lambda ranks: ranks.run_on_main(lambda: fail(ranks, 0, InputError)))
     assert {type(main), *map(type, others)} == {InputError}
     assert str(main) == "why"
+
+
+def test_a_rank_that_does_not_come_is_named_though_others_come_late():
+    all_ranks = meet(dist.HashStore(), 3, {}, timeout_s=0.5)
+
+    def come(ranks: Ranks) -> None:
+        if ranks.rank < 2:
+            time.sleep((0.4, 0.0)[ranks.rank])
+            ranks.run_on_all(lambda: None)
+
+    main, other, _ = call(all_ranks, come)
+    assert str(main).startswith("rank 0 on host0: rank 2 on host2 did not answer for 0.5 s")
+    assert str(other) == str(main)
+
+
+@pytest.mark.parametrize(("rank", "size"), [("", "2"), ("0", ""), ("2", "2"), ("-1", "2"), ("a", "2")])
+def test_an_environment_without_a_place_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str, size: str):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(InputError, match=rf"^RANK={rank}, WORLD_SIZE={size}: are not the number of"):
+        rendezvous.join()
+
+
+def test_auto_must_mean_the_same_on_all_ranks(three: list[Ranks], monkeypatch: pytest.MonkeyPatch):
+    dtypes = iter((torch.float32, torch.bfloat16, torch.float32))
+    monkeypatch.setattr(distributed, "pick_dtype", lambda *_: next(dtypes))
+    main, *others = call(three, lambda ranks: distributed.start("cpu", ranks=ranks))
+    assert "dtype=torch." in str(main)
+    assert str(main).endswith("start all processes with the same settings and data")
+    assert {type(main), *map(type, others)} == {InputError}
 
 
 def test_settings_that_differ_are_named(three: list[Ranks]):

@@ -35,15 +35,12 @@ def mailbox(sent: dict[int, list[torch.Tensor]], rank: int) -> SimpleNamespace:
         assert to == 0
         sent.setdefault(rank, []).append(tensor)
 
-    def irecv(target: torch.Tensor, source: int, group: object) -> SimpleNamespace:
-        def wait() -> None:
-            if source not in sent:
-                raise RuntimeError("[pair.cc:534] Connection closed by peer\nmore")
-            target.copy_(sent[source].pop(0))
+    def recv(target: torch.Tensor, source: int, group: object) -> None:
+        if source not in sent:
+            raise RuntimeError("[pair.cc:534] Connection closed by peer\nmore")
+        target.copy_(sent[source].pop(0))
 
-        return SimpleNamespace(wait=wait)
-
-    return SimpleNamespace(get_rank=lambda: rank, get_world_size=lambda _: 4, send=send, irecv=irecv)
+    return SimpleNamespace(get_rank=lambda: rank, get_world_size=lambda _: 4, send=send, recv=recv)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (8, 2), (9, 2), (50, 3)])
@@ -117,14 +114,17 @@ class Exchange(MapExchange):
     """The exchange of one rank among several, each a thread, without a process group."""
 
     def __init__(self, rank: int, barrier: threading.Barrier, sent: dict[int, Any]):
-        self.rank, self.ranks = rank, range(barrier.parties)
+        ranks = barrier.parties
+        mesh = SimpleNamespace(get_group=lambda _: None, get_local_rank=lambda _: rank, size=lambda _: ranks)
+        super().__init__(MATRICES, SPLITS, mesh if ranks > 1 else None)
         self.barrier, self.sent = barrier, sent
-        self.plan(MATRICES, SPLITS)
 
     def _all_to_all(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        if len(self.owned) == 1:
+            return super()._all_to_all(rows, sent, received)
         self.sent[self.rank] = rows.split(sent)
         self.barrier.wait()
-        parts = [self.sent[source][self.rank] for source in self.ranks]
+        parts = [self.sent[source][self.rank] for source in range(len(self.owned))]
         self.barrier.wait()
         assert [len(part) for part in parts] == received
         return torch.cat(parts)
@@ -145,11 +145,15 @@ def test_exchange_sends_each_row_to_one_owner_and_back(ranks: int):
         parts = {name: matrix[own_rows(len(matrix), rank, ranks)] for name, matrix in MATRICES.items()}
         rows = torch.cat([view.reshape(-1) for view in exchange.views(parts)])
         maps: list[torch.Tensor] = []
-        result = exchange.apply(lambda whole: maps.extend(whole) or [2 * one for one in whole], rows)
-        assert torch.equal(result, 2 * rows)
+        expected = 2 * rows
+        result = exchange.apply(lambda whole: maps.extend(w.clone() for w in whole) or [2 * w for w in whole], rows)
+        assert torch.equal(result, expected)
+        owned = []
         for one, whole in zip(exchange.owned[rank], maps, strict=True):
-            assert torch.equal(whole, MATRICES[one.name][one.first : one.first + one.rows])
-        return [(one.name, one.first, one.rows) for one in exchange.owned[rank]]
+            first = int(whole[0, 0] - MATRICES[one.name][0, 0]) // 6
+            assert torch.equal(whole, MATRICES[one.name][first : first + one.rows])
+            owned.append((one.name, first, one.rows))
+        return owned
 
     with ThreadPoolExecutor(ranks) as pool:
         futures = [pool.submit(double, rank) for rank in range(ranks)]
