@@ -78,7 +78,7 @@ def train(arguments: argparse.Namespace, steps: int, rate: float, lora: bool) ->
             "last": losses[-1],
             "s_per_step": (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1),  # without the first, which warms up
             "seconds": seconds[-1],
-            "peak_mb": usage.ru_maxrss / 1e3,
+            "peak_mb": usage.ru_maxrss * 1024 / 1e6,
             "checkpoint_mb": sum(file.stat().st_size for file in last.iterdir()) / 1e6,
             "trained": int(trained[1].replace(",", "")),
         }

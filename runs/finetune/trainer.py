@@ -43,7 +43,7 @@ def measure(command: list[str]) -> dict[str, Any]:
 
 def peak_mb() -> float:
     """The process's peak so far: after the last step it includes loading, and no checkpoint."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def run_ours(recipe: str, init_from: str, dataset: str, steps: int, dtype: str) -> None:

@@ -45,7 +45,7 @@ def run(root: Path, dataset: str) -> dict[str, float]:
         assert status == 0, status
         end = time.perf_counter()
     cpu = usage.ru_utime + usage.ru_stime
-    return {**stages, "exit": end - last, "whole": end - start, "cpu": cpu, "peak_mb": usage.ru_maxrss / 1e3}
+    return {**stages, "exit": end - last, "whole": end - start, "cpu": cpu, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
 
 
 def main() -> None:
