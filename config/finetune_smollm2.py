@@ -1,7 +1,7 @@
 # Fine-tune SmolLM2-135M on Shakespeare's plays, in its own tokens: about five minutes on two CPU cores.
 #   python data/shakespeare/prepare.py --tokenizer=HuggingFaceTB/SmolLM2-135M --out=data/shakespeare_smollm2
 #   python train.py config/finetune_smollm2.py
-# Rate, steps and warmup were searched in runs/finetune.
+# The rate, and the rows of a step, were searched in runs/finetune; the steps are what five minutes allow.
 
 init_from = "HuggingFaceTB/SmolLM2-135M"  # or a GGUF file
 dataset = "shakespeare_smollm2"

@@ -28,8 +28,9 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE), str(HERE.parent / "shakespeare_char_cpu")]
 
+from compare_with_nanogpt import commit  # noqa: E402
 from models import (  # noqa: E402
     ARCHITECTURES,
     TOKENIZERS,
@@ -214,6 +215,7 @@ def measure(names: list[str], kinds: list[str], args: argparse.Namespace) -> Non
     for name in names:
         answers = ask(name, make_environment(name, args.work, args.torch_index), jobs, args.work)
         entry = results.setdefault("engines", {}).setdefault(name, {"versions": {}, "models": {}})
+        entry["commit"] = commit(ROOT)
         for model, theirs in answers.items():
             entry["versions"] |= theirs["versions"]
             verdict = entry["models"][model] = compare(jobs[model], ours[model], theirs)
