@@ -11,6 +11,7 @@ import sys
 import pytest
 from conftest import ROOT, Run, call_main, environment
 
+import export
 import play
 from nanogpt.errors import InputError
 from nanogpt.text.chat import PLAIN_TEMPLATE
@@ -44,9 +45,13 @@ def test_play_chats_where_a_template_works(capsys: pytest.CaptureFixture[str]):
         assert re.search(problem, capsys.readouterr().err)
 
 
-def test_play_stops_on_ctrl_c(run: Run):
+@pytest.mark.parametrize(
+    ("source", "place"), [("--out_dir=out", "out/ckpt/step-000002"), ("--init_from=out.gguf", "out.gguf")]
+)
+def test_play_stops_on_ctrl_c(run: Run, source: str, place: str):
     run(out_dir="out", max_iters=2, eval_interval=2)
-    command = [sys.executable, ROOT / "play.py", "--out_dir=out", "--port=0", "--device=cpu"]
+    call_main(export.main, "--out_dir=out", "--to=out.gguf")
+    command = [sys.executable, ROOT / "play.py", source, "--port=0", "--device=cpu"]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stderr
@@ -58,7 +63,7 @@ def test_play_stops_on_ctrl_c(run: Run):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
     lines = process.stderr.read().splitlines()
-    assert (lines[0], lines[-1]) == ("playing with out/ckpt/step-000002", "interrupted")
+    assert (lines[0], lines[-1]) == (f"playing with {place}", "interrupted")
     assert "Traceback" not in "".join(lines)
     assert process.stdout.read() == ""
     connection.close()
