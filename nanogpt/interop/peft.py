@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from nanogpt.errors import InputError, first_line
+from nanogpt.files import utf8_path
 from nanogpt.interop.names import find_architecture, shorten
 from nanogpt.lora import base_sha256, list_parts, merge
 from nanogpt.schema import Limits, matches
@@ -66,7 +67,9 @@ def raise_for_other_base(source: str, folder: Path, tensors: dict[str, Tensor], 
     """Raise InputError where adapters of ours state the hash of another base than these tensors."""
     from safetensors import safe_open
 
-    with safe_open(folder / TENSORS, "pt") as file:
+    if not (folder / TENSORS).exists():  # but its parts, which are PEFT's
+        return
+    with utf8_path(folder / TENSORS) as name, safe_open(name, "pt") as file:
         metadata = file.metadata() or {}
     if "base_sha256" in metadata and metadata.get("block_size", "").isdecimal():
         sizes = model_config | {"block_size": int(metadata["block_size"])}
