@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -42,9 +43,9 @@ class World:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager:
         """Mixed precision: weights stay float32, matrix products run in `dtype`."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The elementwise sum of `values` (any shape) over all ranks, in place."""
@@ -63,8 +64,7 @@ class World:
         if self.size == 1:
             return values
         gathered = values.new_empty(self.size * len(values), *values.shape[1:])
-        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name
-        all_gather(gathered, values.contiguous())
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, values.contiguous())  # 2.13's name
         return gathered
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:

@@ -118,7 +118,7 @@ def test_every_script_takes_a_run_with_lora(run: Run, capsys: pytest.CaptureFixt
         run(out_dir="chain", **LORA | {"init_from": "out", "max_iters": 2})
     a, b = (GPT.from_checkpoint(name, "step-000002") for name in ("tuned", "again"))
     assert a.config == b.config
-    with pytest.raises(InputError, match="--adapters=True: tuned is a run without LoRA"):
+    with pytest.raises(InputError, match="--adapters=True: tuned is not a run with LoRA"):
         call_main(export.main, "--out_dir=tuned", "--to=new", "--adapters=True")
 
 

@@ -315,7 +315,7 @@ def test_a_file_of_both_splits_that_is_cut_is_an_error(tmp_path: Path):
         ("york:0", "not a valid mixture entry"),
         ("york:1e308,other:1e308", "not a valid mixture entry"),
         ("york:0.5,nowhere:1,york/no:1", r"^there is no dataset 'nowhere'.*\nthere is no dataset 'york/no'"),
-        ("york.txt:1,york:1", r"there is no dataset 'york\.txt' .*`python data/prepare\.py --input york\.txt --out="),
+        ("york.txt:1,york:1", r"there is no dataset 'york\.txt' .*`python data/prepare\.py york\.txt --out="),
     ],
 )
 def test_a_wrong_mixture_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, mixture: str, message: str):
