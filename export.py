@@ -131,9 +131,12 @@ def export_gguf(config: ExportConfig, target: Path) -> tuple[LoadedModel, int]:
 def write_adapters(folder: Path, config: ExportConfig) -> str:
     """Write the adapters of a run as PEFT's folder; return a summary."""
     source = Path(config.out_dir if config.init_from == "resume" else config.init_from)
-    if os.path.exists(source) and not checkpoint.has_adapters(source):
-        raise InputError(f"--adapters=True: {source} is not a run with LoRA; leave it out")
+    no_run = InputError(f"--adapters=True: {source} is not a run with LoRA; leave it out")
+    if source.is_file():
+        raise no_run
     run = checkpoint.load(checkpoint.find(source, config.checkpoint), with_optimizer=False)
+    if not run.state["lora"]:
+        raise no_run
     raise_if_infinite(run.model, config.dtype)
     adapters = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in run.model.items()}
     base = run.state["lora"]["base"]

@@ -36,10 +36,12 @@ while kill -0 "$step" 2>/dev/null; do # the signal interrupted the wait
   status=$?
 done
 
-# 0: done. 2: wrong usage; another start would end so too. Others: resume. A run that diverged ends at once, each time.
+# 0: done. 2: wrong usage; another start would end so too. 3: perhaps a network that failed, perhaps a run that diverged,
+# which ends at once at each start: resume a few times. Others: resume.
 echo "status $status after restart ${SLURM_RESTART_COUNT:-0}"
 case "$status" in
   0 | 2) exit "$status" ;;
+  3) MAX_RESTARTS=10 ;;
 esac
 if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
   exit "$status"

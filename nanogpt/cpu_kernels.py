@@ -32,7 +32,7 @@ def use_cpu_kernels(model: Any) -> None:
 
 
 def rms_norm_forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """RMSNorm; of the residual stream, which is float32, in the dtype that autocast gives the linear layers behind."""
+    """RMSNorm. Under autocast the norm of the residual stream, which is float32, has the next linear layer's dtype."""
     is_autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if is_autocast else torch.promote_types(x.dtype, norm.weight.dtype)
     if torch.is_grad_enabled():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nanogpt import sharding
 from nanogpt.device import disable_malloc_trim, pick_device, pick_dtype
 from nanogpt.errors import InputError
-from nanogpt.rendezvous import Ranks, join
+from nanogpt.rendezvous import Ranks, join, read_place
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class World:
 
 def world_size() -> int:
     """The number of processes that torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return read_place()[1]
 
 
 def start(
@@ -109,7 +109,7 @@ def start(
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if ranks.size > 1 else None
     torch_device = ranks.run_on_all(lambda: pick_device(device, local_rank))
     torch_dtype = ranks.run_on_all(lambda: pick_dtype(dtype, torch_device))
-    ranks.raise_unless_equal({"device": torch_device.type, "dtype": str(torch_dtype)})  # auto depends on the machine
+    ranks.raise_unless_equal({"device": torch_device.type, "dtype": str(torch_dtype)}, hint="set --device and --dtype")
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
         torch.set_float32_matmul_precision("high")  # TensorFloat-32 where a product stays in float32

@@ -36,8 +36,8 @@ def optimizer_state_numel(model: Any, optimizer: str) -> int:
     return 2 * trained_numel(model) - muon_numel
 
 
-def optimizer_step_bytes(model: Any, optimizer: str, itemsize: int) -> int:
-    """Peak of the temporary memory of Muon's step; itemsize: bytes of a number in its matrix products.
+def optimizer_step_bytes(model: Any, optimizer: str, dtype: torch.dtype) -> int:
+    """Peak of the temporary memory of Muon's step; dtype: of training, float32 in its products for float16.
 
     In the dtype of the products there are all gradients, the updates of the shapes that are done, and of each map of
     the present shape three iterates and two Gram matrices; at the end, while results are converted, three times all.
@@ -50,6 +50,7 @@ def optimizer_step_bytes(model: Any, optimizer: str, itemsize: int) -> int:
         for num_rows in rows:
             shapes[min(num_rows, columns), max(num_rows, columns)] += 1
     total = sum(count * r * s for (r, s), count in shapes.items())
+    itemsize = 2 if dtype == torch.bfloat16 else 4
     peak = 3 * itemsize * total
     done = 0
     for (r, s), count in sorted(shapes.items(), key=lambda item: item[0][0] ** 2 * item[0][1], reverse=True):
@@ -88,7 +89,7 @@ def estimate_training_memory(model: Any, optimizer: str, B: int, T: int, dtype: 
         copy = itemsize if itemsize < 4 else 0  # of the output layer's weights, beside its gradient
         logits += (4 + copy) * c.vocab_size * c.n_embd
     state = 4 * (model.count_parameters() + trained_numel(model) + optimizer_state_numel(model, optimizer))
-    step = 1.1 * optimizer_step_bytes(model, optimizer, itemsize)
+    step = 1.1 * optimizer_step_bytes(model, optimizer, dtype)
     if shards > 1:
         state = state / shards + gathered_bytes(model, itemsize)
     return state + max(B * T * blocks + logits, step / shards)

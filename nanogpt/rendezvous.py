@@ -113,7 +113,9 @@ class Ranks:
         self.run_on_main(collect)
         return value
 
-    def raise_unless_equal(self, settings: dict[str, Any], of: str = "") -> None:
+    def raise_unless_equal(
+        self, settings: dict[str, Any], of: str = "", hint: str = "start all processes with the same settings and data"
+    ) -> None:
         """Raise InputError for settings that differ from the main process's. of: a prefix of their names."""
         theirs = self.run_on_main(lambda: settings)
 
@@ -122,7 +124,7 @@ class Ranks:
             different = [name for name in own if own[name] != theirs.get(name)]
             if different:
                 lines = [f"{of}{name}={own[name]}, but {theirs.get(name)} on {self.name(0)}" for name in different]
-                raise InputError("; ".join(lines) + ": start all processes with the same settings and data")
+                raise InputError("; ".join(lines) + ": " + hint)
 
         self.run_on_all(compare)
 
@@ -191,7 +193,7 @@ class Ranks:
             return self.store.get(key).decode()
         except dist.DistError as error:
             raise RunStopped(
-                f"{self.name(self.rank)}: {self.name(rank)} did not answer for {timeout_s:.3g} s or has ended; see "
+                f"{self.name(self.rank)}: {self.name(rank)} did not answer for {self.timeout_s:g} s or has ended; see "
                 "its output, then resume with --resume=auto"
             ) from error
 
@@ -216,6 +218,19 @@ def _shorten(items: list[str]) -> str:
     return ", ".join(items[:8]) + more
 
 
+def read_place() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun sets them; (0, 1) alone. Raises InputError."""
+    rank, local_rank, size = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if "WORLD_SIZE" not in os.environ or size == "1":
+        return 0, 1
+    if not (rank.isdecimal() and local_rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise InputError(
+            f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={size}: must be numbers, RANK below WORLD_SIZE; start "
+            "the processes by torchrun"
+        )
+    return int(rank), int(size)
+
+
 def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     """Meet the other processes of the run, if there are any. Raises InputError where one does not come.
 
@@ -223,19 +238,16 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     keys, and each rank knows the prefix to be of this start when it finds its own greeting answered.
     """
     ranks = Ranks(timeout_s)
-    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
+    ranks.rank, size = read_place()
+    if size == 1:
         return ranks
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise InputError(f"RANK={rank}, WORLD_SIZE={size}: are not the number of a process and of all; use torchrun")
-    ranks.rank = int(rank)
     greeting = [os.urandom(8).hex(), socket.gethostname()]
     runs_already = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     timeout = timedelta(seconds=min(timeout_s, STORE_S) if runs_already else timeout_s)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timedelta(seconds=timeout_s))
-        greetings = (_gather if ranks.is_main else _greet)(store, ranks, int(size), greeting)
+        greetings = (_gather if ranks.is_main else _greet)(store, ranks, size, greeting)
     except (dist.DistError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(

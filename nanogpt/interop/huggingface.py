@@ -96,9 +96,10 @@ def _read_adapters(source: str, folder: Path) -> Weights:
     base: Any = settings.get("base_model_name_or_path")
     if not matches(base, str) or os.path.abspath(base) == os.path.abspath(folder):
         raise InputError(f"{source}: {peft.CONFIG} does not name the model that its adapters belong to; add its path")
-    if os.path.exists(os.path.join(base, peft.CONFIG)):  # two folders could name each other
+    is_local = base not in OPENAI_MODELS  # which are never read from a folder
+    if is_local and os.path.exists(os.path.join(base, peft.CONFIG)):  # two folders could name each other
         raise InputError(f"{source}: its base {base} has adapters itself; export that one, which merges them")
-    if os.path.exists(os.path.join(base, "ckpt")):
+    if is_local and os.path.exists(os.path.join(base, "ckpt")):
         raise InputError(f"{source}: its base {base} is a run; export that, and put its folder into {peft.CONFIG}")
     weights = read_weights(base)
     weights.tensors = dict(weights.tensors)  # to be changed in place
@@ -232,7 +233,8 @@ def _flatten_rope(stored: dict[str, Any]) -> dict[str, Any]:
         value = stored.get(key) or {}
         value = value if isinstance(value, dict) else {"type": value}
         rope |= value
-        unnamed = value if value.keys() - {"rope_theta", "partial_rotary_factor"} else "default"
+        scales = "factor" in value or any(isinstance(item, dict) for item in value.values())
+        unnamed = f"unstated, with {value}" if scales else "default"
         rope_types.append(value.get("rope_type", value.get("type", unnamed)))
     scaling = [rope_type for rope_type in rope_types if rope_type != "default"]
     settings = stored | rope | {"rope_type": scaling[0] if scaling else "default"}

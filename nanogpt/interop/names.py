@@ -199,7 +199,7 @@ class Weights:
         stated = sorted({*ids})
         self.end_ids = [i for i in stated if 0 <= i < self.config["vocab_size"]]
         if others := [i for i in stated if i not in self.end_ids]:
-            self.notes.append(f"{self.source}: its end of a text {others} is not in the vocabulary, and is ignored")
+            self.notes.append(f"{self.source}: ids {others} that end a text are not in the vocabulary: ignored")
 
     def cut_vocabulary(self, size: int) -> None:
         """Keep the first rows of the token embedding, and of an output layer of its own."""

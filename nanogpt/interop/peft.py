@@ -71,10 +71,11 @@ def raise_for_other_base(source: str, folder: Path, tensors: dict[str, Tensor], 
         return
     with utf8_path(folder / TENSORS) as name, safe_open(name, "pt") as file:
         metadata = file.metadata() or {}
-    if "base_sha256" in metadata and metadata.get("block_size", "").isdecimal():
-        sizes = model_config | {"block_size": int(metadata["block_size"])}
-        if base_sha256(tensors, sizes) != metadata["base_sha256"]:
-            raise InputError(f"{source}: its base has changed since the adapters were trained; give the one of then")
+    block_size = metadata.get("block_size", "")
+    if "base_sha256" not in metadata or not block_size.isdecimal() or len(block_size) > 18:
+        return  # not of ours
+    if base_sha256(tensors, model_config | {"block_size": int(block_size)}) != metadata["base_sha256"]:
+        raise InputError(f"{source}: its adapters were trained on another base than it names; give that, in float32")
 
 
 def merge_peft(
@@ -108,7 +109,7 @@ def merge_peft(
         if not is_matrix or tensor.shape[1 if ".lora_B." in name else 0] != rank:
             misfits.append(name)
     if misfits:
-        raise InputError(f"{source}: adapters that are no matrices of rank r={rank}: {shorten(misfits)}; use another")
+        raise InputError(f"{source}: adapters that are not matrices of rank r={rank}: {shorten(misfits)}; use another")
     alpha = alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
     try:
         merge(tensors, {ours[name]: tensor.float() for name, tensor in stored.items()}, alpha, model_config)

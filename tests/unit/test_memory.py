@@ -39,12 +39,13 @@ def test_optimizer_step_bytes_by_hand():
     """A block of two shapes: 2 maps of 8 × 16, then 4 of 8 × 8."""
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=64, block_size=4, n_inner=16))
-    assert optimizer_step_bytes(model, "muon", 4) == 4 * (512 + 256 + 4 * (3 * 64 + 2 * 64))  # amid the second shape
-    assert optimizer_step_bytes(model, "muon", 2) == optimizer_step_bytes(model, "muon", 4) / 2
-    assert optimizer_step_bytes(model, "adamw", 4) == 0
+    amid_second_shape = 512 + 256 + 4 * (3 * 64 + 2 * 64)
+    assert optimizer_step_bytes(model, "muon", torch.float32) == 4 * amid_second_shape
+    assert optimizer_step_bytes(model, "muon", torch.bfloat16) == 2 * amid_second_shape
+    assert optimizer_step_bytes(model, "adamw", torch.float32) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sizes", [SIZES, MODERN | {"n_kv_head": 1}])
 def test_optimizer_step_bytes_are_those_of_a_step(sizes: dict[str, Any], dtype: torch.dtype):
     model = GPT(GPTConfig(**sizes | {"n_embd": 128}))
@@ -55,7 +56,7 @@ def test_optimizer_step_bytes_are_those_of_a_step(sizes: dict[str, Any], dtype: 
         optimizer.step(1.0, torch.ones(()), torch.zeros(()))
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes_in_time = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    needed = optimizer_step_bytes(model, "muon", dtype.itemsize)
+    needed = optimizer_step_bytes(model, "muon", dtype)
     assert max(itertools.accumulate(sizes_in_time)) == pytest.approx(needed, rel=0.02)
 
 

@@ -94,7 +94,10 @@ def test_an_error_of_one_rank_ends_all_and_is_printed_once_a_node(three: list[Ra
     assert str(main) == "why"
 
 
-def test_a_rank_that_does_not_come_is_named_though_others_come_late():
+def test_a_rank_that_does_not_come_is_named_by_ranks_that_came_before_the_main_process(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 0.1)
     all_ranks = meet(dist.HashStore(), 3, {}, timeout_s=0.5)
 
     def come(ranks: Ranks) -> None:
@@ -107,12 +110,25 @@ def test_a_rank_that_does_not_come_is_named_though_others_come_late():
     assert str(other) == str(main)
 
 
+def test_the_main_process_waits_for_all_ranks_together(three: list[Ranks], monkeypatch: pytest.MonkeyPatch):
+    waits: list[float] = []
+
+    def wait_for(key: str, rank: int, timeout_s: float) -> str:
+        time.sleep(0.01)
+        waits.append(timeout_s)
+        return "null"
+
+    monkeypatch.setattr(three[0], "_wait_for", wait_for)
+    three[0].run_on_all(lambda: None)
+    assert three[0].timeout_s >= waits[0] > waits[1]
+
+
 @pytest.mark.parametrize(("rank", "size"), [("", "2"), ("0", ""), ("2", "2"), ("-1", "2"), ("a", "2")])
 def test_an_environment_without_a_place_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str, size: str):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
-    with pytest.raises(InputError, match=rf"^RANK={rank}, WORLD_SIZE={size}: are not the number of"):
-        rendezvous.join()
+    with pytest.raises(InputError, match=rf"^RANK={rank}, LOCAL_RANK=0, WORLD_SIZE={size}: must be numbers"):
+        distributed.world_size()
 
 
 def test_auto_must_mean_the_same_on_all_ranks(three: list[Ranks], monkeypatch: pytest.MonkeyPatch):
@@ -120,7 +136,7 @@ def test_auto_must_mean_the_same_on_all_ranks(three: list[Ranks], monkeypatch: p
     monkeypatch.setattr(distributed, "pick_dtype", lambda *_: next(dtypes))
     main, *others = call(three, lambda ranks: distributed.start("cpu", ranks=ranks))
     assert "dtype=torch." in str(main)
-    assert str(main).endswith("start all processes with the same settings and data")
+    assert str(main).endswith(": set --device and --dtype")
     assert {type(main), *map(type, others)} == {InputError}
 
 

@@ -65,8 +65,12 @@ def assert_refused(folder: Path, message: str) -> None:
         ("qwen3", {"rope_scaling": "yarn", "rope_theta": 1e6}, "rope_type='yarn'"),
         ("qwen3", {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_theta=None"),
-        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type={'full_attention'"),
-        ("llama", {"rope_scaling": {"factor": 8.0}}, r"rope_type={'factor': 8\.0}"),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            r"rope_type=.unstated, with {'full_attention'",
+        ),
+        ("llama", {"rope_scaling": {"factor": 8.0}}, r"rope_type=.unstated, with {'factor': 8\.0}"),
         ("llama", {"rope_parameters": YARN | {"rope_type": "yarn"}, "rope_scaling": {"type": "default"}}, "'yarn'"),
         ("qwen3", {"rms_norm_eps": 0.0, "vocab_size": 100.0}, r"vocab_size=100\.0, norm_eps=0\.0"),
         ("qwen3", {"head_dim": 15}, r"impossible sizes \(head_dim=15\)"),
@@ -139,7 +143,7 @@ def test_read_weights_keeps_the_end_tokens_that_the_vocabulary_has(folder: Path)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 7, 100]}))
     weights = read_weights(folder)
     assert weights.end_ids == [7]
-    assert weights.notes == [f"{folder}: its end of a text [-1, 100] is not in the vocabulary, and is ignored"]
+    assert weights.notes == [f"{folder}: ids [-1, 100] that end a text are not in the vocabulary: ignored"]
 
 
 def test_read_weights_names_a_token_that_begins_texts(folder: Path):
