@@ -50,7 +50,7 @@ class PrepareConfig:
 def main() -> None:
     config, _ = parse(PrepareConfig, description="Turn any text into a dataset.", positional="input")
     if not config.input or not config.out:
-        raise InputError("give texts and the folder to write to: prepare.py my.txt --out=data/mine")
+        raise InputError("give texts and where to write: prepare.py my.txt --out=FOLDER")
     try:
         "".encode(config.encoding)
     except (LookupError, ValueError) as error:
