@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_folders_of_peft_are_read_merged(kind: str, changes: dict[str, Any], tmp
         assert (merged(IDX, IDX)[0] - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
-def test_adapters_that_compute_something_else_are_refused(tmp_path: Path):
+def test_adapters_that_compute_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     build("Llama", tmp_path)
     folder = tmp_path / "adapters"
     settings = json.loads((folder / CONFIG).read_text())
@@ -134,6 +135,10 @@ def test_adapters_that_compute_something_else_are_refused(tmp_path: Path):
     refuse("is a run; export that", {"base_model_name_or_path": str(other)}, tensors)
     wide = {other: t[:1].clone() if "lora_B" in other else t for other, t in tensors.items()}  # would broadcast
     refuse("do not fit its base", {}, wide)
+    monkeypatch.chdir(tmp_path)
+    other.rename("gpt2")  # a name that never means a folder
+    monkeypatch.setattr("nanogpt.interop.huggingface.read_weights", Mock(side_effect=InputError("read as the hub's")))
+    refuse("read as the hub's", {"base_model_name_or_path": "gpt2"}, tensors)
 
 
 def test_adapters_of_another_base_are_refused(tmp_path: Path):

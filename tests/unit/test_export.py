@@ -201,6 +201,12 @@ def test_weights_that_a_dtype_makes_infinite_are_refused(run_export: Export):
     refuse("again.gguf", "q8_0", r"blk\.1\.ffn_up\.weight has weights too large for it; give")
 
 
+def test_a_file_has_no_adapters(run_export: Export):
+    run_export("new.gguf")
+    with pytest.raises(InputError, match=r"--adapters=True: new\.gguf is not a run with LoRA; leave it out"):
+        run_export("adapters", "--init_from=new.gguf", "--adapters=True")
+
+
 def test_gguf_export_names_the_normalizer_that_llama_cpp_lacks(run_export: Export, capsys: pytest.CaptureFixture[str]):
     words = Tokenizer.train_bpe(["to be or not to be"], 270)
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")

@@ -63,6 +63,21 @@ class OnMps(torch.Tensor):
     device: Any = property(lambda self: torch.device("mps"))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_skipped_update_changes_nothing(kind: str):
+    """Neither parameters nor state, though the gradients are NaN."""
+    model = make_model()
+    optimizer = make_optimizer(model, kind)
+    set_gradients(model, 1)
+    optimizer.step(1.0, torch.ones(()), torch.zeros(()))
+    tensors = {**dict(model.named_parameters()), **optimizer.state_tensors()}
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step(1.0, torch.ones(()), torch.ones(()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
+
+
 def test_mps_divides_and_skips_without_the_fused_kernel():
     model = make_model()
     twin = make_model()
