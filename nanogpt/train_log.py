@@ -3,6 +3,7 @@
 import math
 import shlex
 import time
+from collections import Counter
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,6 +191,22 @@ def print_model_summary(model: Any, world: World) -> None:
         f"{processes} on {describe_device(world.device)}, {describe_dtype(world)}",
         f"model       {parameters}",
     )
+    warn_of_slow_shards(world)
+
+
+def warn_of_slow_shards(world: World) -> None:
+    """Print a warning if ranks that share one of several copies of the model lie on more machines than they need."""
+    hosts, shards = world.ranks.hosts, world.shards
+    needed = math.ceil(shards / max(Counter(hosts).values()))
+    for first in range(0, world.size, shards):
+        used = len(set(hosts[first : first + shards]))
+        if used > needed and shards < world.size:
+            print0(
+                f"warning: ranks {first} to {first + shards - 1}, which share a copy of the model, lie on {used} "
+                f"machines where {needed} would do: rank the processes machine by machine, and let --shards divide "
+                "those of each"
+            )
+            return
 
 
 def print_run_summary(

@@ -4,8 +4,8 @@
 
 kills: one process, SIGKILL at random times and in random file operations, most of them of a save. pair_kills: two gloo
 processes under torchrun, of which one gets SIGKILL. sharded_kills: the same of four that share one copy of the model,
-or two. Prints a line for each kill. Ends at the first difference with
-status 1 and the reason, and leaves its folder for inspection. Needs Linux.
+or two; every other kill goes through PHASES, on each rank in turn. Prints a line for each kill. Ends at the first
+difference with status 1 and the reason, and leaves its folder for inspection. Needs Linux.
 """
 
 import argparse
@@ -36,13 +36,17 @@ import torch
 from conftest import ROOT, environment, flags, metrics, torchrun
 from small_data import LETTERS, Source, write_letters
 
+import load
 import train
+from model import GPT
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.errors import run_script
 from nanogpt.files import recover_directories
 from nanogpt.metrics import MetricsWriter
+from nanogpt.optim import Optimizer
 from nanogpt.schedule import StepSchedule
+from nanogpt.sharding import MapExchange
 
 EVERY = 4  # steps between saves
 STEPS = 32
@@ -67,9 +71,20 @@ OPERATIONS: dict[str, tuple[Any, int, int]] = {
     "log": (MetricsWriter, 0, 2 * EVERY),  # not of a save: a line of metrics.jsonl
 }
 
+# Functions before or after which any rank can be killed: owner, calls in two saves.
+PHASES: dict[str, tuple[Any, int]] = {
+    "copy_rows": (load, 20),  # building the model
+    "forward": (GPT, 10),
+    "backward": (torch.Tensor, 8),
+    "step": (Optimizer, 8),
+    "apply": (MapExchange, 8),  # Muon's exchange of rows
+    "evaluate": (train, 4),
+    "gather_rows": (checkpoint, 150),
+}
+
 
 class Kill(NamedTuple):
-    """SIGKILL in the `nth` operation `name`, after `share` of it.
+    """SIGKILL in the `nth` operation `name`, after `share` of it; in a phase before it, or after it from 0.5.
 
     "line": from outside, share × 50 ms after the `nth` line of the journal. "stop": SIGTERM at step `nth`.
     """
@@ -152,7 +167,23 @@ def instrument(journal: Path, kill: Kill | None) -> None:
 
         setattr(owner, name, operation)
 
-    save_and_prune, lr_scale, gather_rows = checkpoint.Writer._write, StepSchedule.lr_scale, checkpoint.gather_rows
+    def instrument_phase(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def phase(*args: Any, **keys: Any) -> Any:
+            nonlocal left
+            left -= bool(kill and kill.name == name)
+            share = kill.share if kill and kill.name == name and left == 0 else -1.0
+            if 0 <= share < 0.5:
+                die("before", name, Path(f"rank {rank}"))
+            result = original(*args, **keys)
+            if share >= 0.5:
+                die("after", name, Path(f"rank {rank}"))
+            return result
+
+        setattr(owner, name, phase)
+
+    save_and_prune, lr_scale = checkpoint.Writer._write, StepSchedule.lr_scale
 
     def watched_save(*args: Any) -> None:
         if rank:
@@ -163,15 +194,6 @@ def instrument(journal: Path, kill: Kill | None) -> None:
         save_and_prune(*args)
         report("phase", "between saves")
 
-    def watched_gather(*args: Any) -> None:
-        nonlocal left
-        left -= bool(kill and kill.name == "gather")
-        is_last = bool(kill and kill.name == "gather" and left == 0)
-        if not is_last or kill.share > 0.5:  # type: ignore[union-attr]
-            gather_rows(*args)
-        if is_last:
-            die("amid", "the gathering", Path("a checkpoint"))
-
     def watched_lr_scale(schedule: StepSchedule, step: int) -> float:
         if rank == 0:
             report("step", step)
@@ -181,8 +203,9 @@ def instrument(journal: Path, kill: Kill | None) -> None:
 
     for name, (owner, place, _) in OPERATIONS.items():
         instrument_operation(owner, name, place)
+    for name, (owner, _) in PHASES.items():
+        instrument_phase(owner, name)
     checkpoint.Writer._write = watched_save  # type: ignore[method-assign]
-    checkpoint.gather_rows = watched_gather
     StepSchedule.lr_scale = watched_lr_scale  # type: ignore[method-assign]
     report("born", rank, os.getpid())
 
@@ -334,15 +357,17 @@ def compare(ours: Checkpoint, theirs: Checkpoint, *keys: str) -> None:
         require(a == b, f"{ours.path}: {key} is {a}; undisturbed: {b}")
 
 
-def draw_kill(random: Random, processes: int) -> Kill:
+def draw_kill(random: Random, processes: int, done: int) -> Kill:
     """Half of them in an operation of a save, which only rank 0 makes; a quarter at any time; the others in a log.
 
-    Of four processes a fifth while one sends its shards, or receives them.
+    Of four processes every other kill is in a phase of a rank, in turn.
     """
+    if processes > 2 and done % 2 == 0:
+        rank, number = divmod(done // 2 % (processes * len(PHASES)), len(PHASES))
+        name, (_, calls) = [*PHASES.items()][number]
+        return Kill(name, random.randint(1, calls), random.random(), rank)
     amid = random.random()
     name = random.choice(["line", "log", *random.sample([name for name in OPERATIONS if name != "log"], 2)])
-    if processes > 2 and random.random() < 0.2:
-        return Kill("gather", random.randint(1, 150), random.random(), random.randrange(2))
     if name == "line":
         return Kill("line", random.randint(1, 60), random.random(), random.randrange(processes))
     return Kill(name, random.randint(1, OPERATIONS[name][2]), random.choice([0, amid, amid, 1]))
@@ -363,7 +388,7 @@ def trial(processes: int, recipes: dict[str, dict[str, Any]], kills: int, random
         last = min(kills, done + min(KILLS_PER_RUN, math.ceil(kills / len(recipes))))
         status, step = None, 0
         while status != 0:
-            kill: Kill | None = draw_kill(random, processes)
+            kill: Kill | None = draw_kill(random, processes, done)
             if status == 143:
                 kill = random.choice(SECOND_SAVES)
             elif done == last:

@@ -40,7 +40,7 @@ PATIENCE_S = 180.0
 
 
 class Node:
-    """A torchrun agent with one process, in a directory of its own."""
+    """A torchrun agent with its processes, in a directory of its own."""
 
     def __init__(
         self,
@@ -50,15 +50,18 @@ class Node:
         arguments: list[str],
         nnodes: str = "2",
         restarts: int = 0,
+        processes: int = 1,
         shares_store: bool = False,  # torchrun's default, with which a new agent cannot join the others (torch 2.13)
     ):
         self.port = port
+        self.processes = processes
         self.home = home / f"node{number}"
         self.log = home / f"node{number}.log"
         self.home.mkdir(exist_ok=True)
         if not (self.home / "letters").exists():
             (self.home / "letters").symlink_to(home / "letters")
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc_per_node=1"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}"]
+        launcher += [f"--nproc_per_node={processes}"]
         launcher += ["--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{port}"]
         launcher += ["--local_addr=127.0.0.1", f"--max-restarts={restarts}"]
         if nnodes != "2":
@@ -73,18 +76,18 @@ class Node:
                 start_new_session=True,
             )
 
-    def worker(self) -> int:
-        """The id of the agent's process that trains."""
+    def workers(self) -> list[int]:
+        """The ids of the agent's processes that train."""
         while True:
             children = Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children").read_text().split()
-            for child in children:
-                if "train.py" in Path(f"/proc/{child}/cmdline").read_text():
-                    return int(child)
+            pids = [int(pid) for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+            if len(pids) == self.processes:
+                return pids
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """End agent and worker as a power cut does."""
-        for pid in (self.agent.pid, self.worker()):
+        """End the agent and its processes as a power cut does."""
+        for pid in (self.agent.pid, *self.workers()):
             os.kill(pid, signal.SIGKILL)
         self.agent.wait()
 
@@ -124,9 +127,9 @@ def count_resumes(nodes: list[Node]) -> int:
     return sum(len(re.findall(r"^resuming ", node.text(), flags=re.MULTILINE)) for node in nodes)
 
 
-def assert_like_undisturbed(home: Path, out_dir: Path) -> None:
-    assert_same_checkpoint(home / "undisturbed", out_dir, STEPS)
-    assert metrics(out_dir) == metrics(home / "undisturbed")
+def assert_same_run(undisturbed: Path, out_dir: Path) -> None:
+    assert_same_checkpoint(undisturbed, out_dir, STEPS)
+    assert metrics(out_dir) == metrics(undisturbed)
 
 
 # ---- scenarios; each returns what it saw
@@ -158,10 +161,10 @@ def worker(home: Path) -> str:
         nodes = start_both(home, flags(**KEYS, out_dir=out_dir, resume="auto"), restarts=9, shares_store=shares_store)
         for step in (100, 200):
             wait_for_step(out_dir, step)
-            os.kill(nodes[1].worker(), signal.SIGKILL)
+            os.kill(nodes[1].workers()[0], signal.SIGKILL)
             wait_for_step(out_dir, step + 50)
         assert [node.wait() for node in nodes] == [0, 0], nodes[0].end() + nodes[1].end()
-        assert_like_undisturbed(home, out_dir)
+        assert_same_run(home / "undisturbed", out_dir)
     resumes = count_resumes(nodes)
     return f"SIGKILL of a process, twice, with and without a shared store: {resumes} resumes, the same bits"
 
@@ -173,7 +176,7 @@ def agent(home: Path) -> str:
     nodes[1].kill()
     nodes[1] = Node(home, 1, nodes[0].port, arguments, restarts=3)
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].end() + nodes[1].end()
-    assert_like_undisturbed(home, home / "agent")
+    assert_same_run(home / "undisturbed", home / "agent")
     return f"SIGKILL of an agent and its process, started again: {count_resumes(nodes)} resume(s), the same bits"
 
 
@@ -189,6 +192,24 @@ def elastic(home: Path) -> str:
     (ours,), (theirs,) = (metrics(home / name, "val_loss")[-1] for name in ("elastic", "undisturbed"))
     assert abs(ours - theirs) < 1e-2, (ours, theirs)
     return f"one node fewer (--nnodes=1:2): from 2 processes to 1, equal rows, loss {ours:.4f} after {theirs:.4f}"
+
+
+def sharded(home: Path) -> str:
+    """Two nodes of two processes: all four share a copy of the model, or those of each node do."""
+    for shards in (4, 2):
+        keys = KEYS | {"gradient_accumulation_steps": 4, "shards": shards}
+        undisturbed, out_dir = (home / f"{name}-{shards}" for name in ("undisturbed", "sharded"))
+        nodes = start_both(home, flags(**keys, out_dir=undisturbed, keep_every=50), processes=2)
+        assert [node.wait() for node in nodes] == [0, 0], nodes[0].end()
+        arguments = flags(**keys, out_dir=out_dir, resume="auto")
+        nodes = start_both(home, arguments, processes=2, restarts=3)
+        wait_for_step(out_dir, 100)
+        nodes[1].kill()
+        nodes[1] = Node(home, 1, nodes[0].port, arguments, processes=2, restarts=3)
+        assert [node.wait() for node in nodes] == [0, 0], nodes[0].end() + nodes[1].end()
+        assert_same_run(undisturbed, out_dir)
+    resumes = count_resumes(nodes)
+    return f"--shards=4, and 2, on two nodes of two processes, one of which is killed: {resumes} resumes, the same bits"
 
 
 def indivisible(home: Path) -> str:
@@ -226,20 +247,20 @@ def relative(home: Path) -> str:
 def hang(home: Path) -> str:
     nodes = start_both(home, flags(**KEYS, out_dir=home / "hang", timeout_s=5))
     wait_for_step(home / "hang", 50)
-    os.kill(nodes[1].worker(), signal.SIGSTOP)
+    os.kill(nodes[1].workers()[0], signal.SIGSTOP)
     start = time.monotonic()
     while "did not answer" not in nodes[0].text():
         assert time.monotonic() - start < PATIENCE_S, nodes[0].end()
         time.sleep(0.1)
     seconds = time.monotonic() - start
-    os.kill(nodes[1].worker(), signal.SIGKILL)
+    os.kill(nodes[1].workers()[0], signal.SIGKILL)
     assert 0 not in [node.wait() for node in nodes]
     (line,) = re.findall(r"^error.*did not answer.*$", nodes[0].text(), flags=re.MULTILINE)
     return f"SIGSTOP of a process with --timeout_s=5: named after {seconds:.0f} s: {line}"
 
 
 SCENARIOS: list[Callable[[Path], str]] = [
-    *(train, resume, worker, agent, elastic, indivisible, unshared, relative, hang),
+    *(train, resume, worker, agent, elastic, sharded, indivisible, unshared, relative, hang),
 ]
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import ROOT
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from model import GPT, GPTConfig
+from nanogpt.memory import estimate_training_memory
 
 sys.path.insert(0, str(ROOT / "runs/cluster_plan"))
 
@@ -69,6 +71,19 @@ def test_collective_seconds_by_hand():
         assert plan.collective_seconds(alone, Cluster(8), 8, flat) == 7e9 / 400e9
     swap = part._replace(kind="all-to-all")  # 7 of 64 parts stay in the node, 56 leave it
     assert plan.collective_seconds(swap, Cluster(64), 64) == pytest.approx(7 / 8e9 * 1e9 / 400 + 7 / 50)
+
+
+@pytest.mark.parametrize("shards", [1, 8, 64])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", tables.MODELS)
+def test_memory_is_what_a_run_foretells(name: str, optimizer: str, shards: int):
+    """train.py's estimate counts a third more activations, for temporaries, and knows dropout, LoRA and CPUs."""
+    c, step = tables.MODELS[name], replace(tables.STEPS[name], optimizer=optimizer)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{key: value for key, value in vars(c).items() if key != "padded_vocab_size"}))
+    model.activation_checkpointing, model.loss_chunk = step.checkpointing, step.loss_chunk
+    estimate = estimate_training_memory(model, optimizer, step.rows, c.block_size, torch.bfloat16, shards)
+    assert 0.9 < estimate / plan.memory_bytes(c, shards, step) < 1.25
 
 
 @pytest.mark.parametrize(("shards", "fewer"), [(4, 2), (64, 4)])

@@ -12,8 +12,9 @@ from nanogpt.console import format_bytes, format_duration
 from nanogpt.control import Control
 from nanogpt.distributed import World
 from nanogpt.metrics import StepStats
+from nanogpt.rendezvous import Ranks
 from nanogpt.schedule import RowSchedule
-from nanogpt.train_log import StepLogger, warn_of_schedule
+from nanogpt.train_log import StepLogger, warn_of_schedule, warn_of_slow_shards
 from train import TrainConfig
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
@@ -83,3 +84,31 @@ def test_schedules_that_do_not_fit_are_named(keys: dict[str, Any], warning: str,
     printed = capsys.readouterr().out
     assert warning in printed
     assert bool(printed) == bool(warning)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "shards", "warning"),
+    [
+        ("aaaabbbb", 4, ""),  # a node each
+        ("aaaabbbb", 2, ""),
+        ("aaaabbbbccccdddd", 8, ""),  # a copy needs two nodes
+        ("abababab", 4, "ranks 0 to 3, which share a copy of the model, lie on 2 machines where 1 would do"),  # in turn
+        (
+            "aaabbb",
+            2,
+            "ranks 2 to 3, which share a copy of the model, lie on 2 machines where 1 would do",
+        ),  # 2 divides no 3
+        ("abababab", 8, ""),  # one copy lies on all nodes
+        ("abababab", 1, ""),
+        ("a", 1, ""),
+    ],
+)
+def test_copies_of_a_model_on_more_machines_than_needed_are_named(
+    hosts: str, shards: int, warning: str, capsys: pytest.CaptureFixture[str]
+):
+    ranks = Ranks()
+    ranks.hosts = [*hosts]
+    mesh = SimpleNamespace(size=lambda _: shards)
+    warn_of_slow_shards(World(0, len(hosts), WORLD.device, WORLD.dtype, mesh=mesh, ranks=ranks))
+    output = capsys.readouterr().out
+    assert output.startswith(f"warning: {warning}") if warning else not output
