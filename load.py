@@ -1,9 +1,12 @@
 """Load what a script starts from: a model with its tokenizer, the data and the model of a training run."""
 
+import hashlib
 import math
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +27,13 @@ from nanogpt.errors import InputError, raise_problems
 from nanogpt.files import read_json
 from nanogpt.guard import MAX_OVERFLOWS, UpdateGuard
 from nanogpt.interop.huggingface import read_weights
+from nanogpt.interop.names import LazyTensors
 from nanogpt.look_back import look_back
 from nanogpt.lora import add_lora
 from nanogpt.memory import pick_micro_batch
 from nanogpt.optim import Optimizer
 from nanogpt.schedule import StepSchedule
-from nanogpt.sharding import copy_rows, local, shard_model
+from nanogpt.sharding import copy_rows, equalize_copies, local, shard_model
 from nanogpt.state import TrainState
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 from nanogpt.trials import try_dtypes
@@ -254,11 +258,13 @@ def build_model(
 ) -> GPT:
     """A GPT with these tensors, or with random weights for None; sharded if the world is.
 
-    Sharded, a rank reads a tensor at a time and keeps its rows. block_size: a shorter context, else ValueError.
+    Sharded, a rank reads its rows of a tensor at a time. block_size: a shorter context, else ValueError.
     adjust: changes each random weight.
     """
     if tensors is not None and not world.mesh:
-        return GPT.from_tensors(config, dict(tensors), block_size=block_size)
+        model = GPT.from_tensors(config, dict(tensors), block_size=block_size)
+        model.first_rows_hash = hash_tensors(parameter[:1] for parameter in model.parameters())
+        return model
     with torch.device("meta"):
         model = GPT(config)
     if block_size is not None:
@@ -266,12 +272,27 @@ def build_model(
     if world.mesh:
         shard_model(model, world.mesh, world.dtype)
     model.to_empty(device=world.device if world.mesh else "cpu")
+    first_rows = []
     for name, parameter in model.named_parameters():
-        whole = model.initial_value(name, parameter.shape) if tensors is None else tensors[name]
-        if adjust:
-            adjust(config, name, whole)
-        copy_rows(parameter, whole)
+        if tensors is None:
+            whole = model.initial_value(name, parameter.shape)
+            if adjust:
+                adjust(config, name, whole)
+            copy_rows(parameter, whole)
+        else:
+            read = partial(tensors.rows, name) if isinstance(tensors, LazyTensors) else tensors[name].__getitem__
+            copy_rows(parameter, read)
+            first_rows.append(read(slice(1)))
+    model.first_rows_hash = hash_tensors(first_rows)
     return model
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """The SHA-256 of float32 tensors, in order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_weights(config: Any, explicit: Mapping[str, Any], world: World) -> tuple[GPT, Tokenizer | None]:
@@ -284,7 +305,10 @@ def load_weights(config: Any, explicit: Mapping[str, Any], world: World) -> tupl
     try:
         if checkpoint.is_checkpoint(Path(init_from)):
             folder = checkpoint.find(Path(init_from))
-            loaded = checkpoint.load(folder, with_optimizer=False, is_mapped=world.mesh is not None)
+            is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of a machine compares the hashes
+            loaded = checkpoint.load(
+                folder, with_optimizer=False, is_verified=not is_first_here, is_mapped=world.mesh is not None
+            )
             whole = loaded.build_model(GPT, GPTConfig)
             sizes, tensors = whole.config, whole.state_dict()
             tokenizer = Tokenizer.load(folder)
@@ -308,6 +332,7 @@ def load_weights(config: Any, explicit: Mapping[str, Any], world: World) -> tupl
 def prepare_model(config: Any, model: GPT, world: World) -> None:
     """Move a model to its device and set the options of training; in place."""
     model.to(world.device)
+    equalize_copies(model, world.mesh)
     model.activation_checkpointing = config.activation_checkpointing
     model.loss_chunk = config.loss_chunk
     if world.device.type == "cpu":

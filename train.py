@@ -47,7 +47,7 @@ from nanogpt.generate.stream import sample_text
 from nanogpt.guard import UpdateGuard
 from nanogpt.layer_stats import LayerStats
 from nanogpt.lora import check_lora
-from nanogpt.memory import estimate_training_memory, memory_hint, raise_if_cpu_memory_is_short
+from nanogpt.memory import memory_hint, raise_if_memory_is_short
 from nanogpt.metrics import MetricsWriter, StepStats, check_trackers
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.pace import Pace
@@ -457,6 +457,7 @@ def prepare_and_train(
     seed_everything(config.seed, config.deterministic)
     dataset, gpt, tokenizer = world.ranks.run_on_all(lambda: load_data_and_model(config, explicit, resumed, world))
     world.ranks.raise_unless_equal(dataset.fingerprints, of="data.")
+    world.ranks.raise_unless_equal({"the hash of the weights": gpt.first_rows_hash})
     config = replace(config, **{name: getattr(gpt.config, name) for name in MODEL_KEYS})
     config, world = choose_dtype(config, gpt.config, world)
     gpt.document_separator_id = document_separator_id(dataset, config.mask_documents)
@@ -484,8 +485,8 @@ def prepare_and_train(
     print_run_summary(gpt, config.optimizer, row_schedule, micro_batch, config.max_iters, dataset, world)
     warn_of_schedule(schedule)
     hint = memory_hint(micro_batch, config.rows_per_step // world.size, T, free)
-    memory = estimate_training_memory(gpt, config.optimizer, micro_batch, T, world.dtype, world.shards)
-    raise_if_cpu_memory_is_short(memory, world.device, hint)
+    check = partial(raise_if_memory_is_short, gpt, config.optimizer, micro_batch, T, world, hint, not config.dry_run)
+    world.ranks.run_on_all(check)  # before any rank takes more
     with explain_errors(hint, world.ranks):  # compiling runs a micro-batch
         model, state = prepare_training(config, gpt, rows, micro_batch, world)
     if resumed:

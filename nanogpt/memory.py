@@ -13,6 +13,7 @@ from nanogpt.cpu_kernels import MAX_PLAIN_BACKWARD, MIN_WIDE_LAYER
 from nanogpt.device import free_memory, is_out_of_memory
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
+from nanogpt.sharding import local
 
 USABLE_SHARE = 0.7  # of free memory: what an estimate may fill
 MAX_TOKENS_PER_PASS = 2**14  # of a forward pass without backward: bounds the activations of many long texts
@@ -105,17 +106,40 @@ def gathered_bytes(model: Any, itemsize: int) -> float:
     return 2 * block * (2 * itemsize + 4) + rest * (4 + 4 + 4)
 
 
+def checkpoint_bytes(model: Any, optimizer: str) -> int:
+    """Weights and moments in a checkpoint; the main process copies them in host memory while it is written."""
+    return 4 * (trained_numel(model) + optimizer_state_numel(model, optimizer))
+
+
 def fits_in_memory(needed: float, device: torch.device, share: float = USABLE_SHARE) -> bool:
     """True if an estimate for each process on this machine fits into a share of its free memory."""
     free = free_memory(device)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    processes = local_processes() if device.type == "cpu" else 1
     return free is None or needed * processes < share * free
 
 
-def raise_if_cpu_memory_is_short(needed: float, device: torch.device, hint: str) -> None:
-    """Raise InputError with `hint` where an estimate exceeds all that is free on a CPU."""
-    if device.type == "cpu" and not fits_in_memory(needed, device, share=1.0):
-        raise InputError(f"{hint}; about {format_bytes(needed)} are needed")
+def local_processes() -> int:
+    """The run's processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def raise_if_memory_is_short(
+    model: Any, optimizer: str, B: int, T: int, world: World, hint: str, has_checkpoints: bool = True
+) -> None:
+    """Raise InputError with `hint` where this machine lacks the memory of training on micro-batches of B rows.
+
+    On a CPU its processes need what is estimated, beyond the weights, which they have. Beside any device the main
+    process needs the copy of a checkpoint, and with shards the others that of their parts.
+    """
+    needed = 0.0
+    if world.device.type == "cpu":
+        loaded = sum(local(p).nbytes for p in model.parameters())
+        needed = estimate_training_memory(model, optimizer, B, T, world.dtype, world.shards) - loaded
+        needed *= local_processes()
+    copy = checkpoint_bytes(model, optimizer) * (2 - 1 / world.shards) if has_checkpoints and world.is_main else 0
+    free = free_memory(torch.device("cpu"))
+    if free is not None and needed + copy > free:
+        raise InputError(f"{hint}; about {format_bytes(needed + copy)} are needed, with a checkpoint's copy")
 
 
 def pick_micro_batch(model: Any, optimizer: str, sizes: Sequence[int], world: World) -> int:

@@ -48,7 +48,7 @@ def shard_model(model: Any, mesh: Any, dtype: torch.dtype) -> None:
 def check_shards(shards: int, size: int, dtype: str, lora_rank: int, minutes: float | None) -> list[str]:
     """Return the problems of `shards` with other keys and `size` processes, a line each."""
     problems: list[str] = []
-    if shards == 1:
+    if (shards or size) == 1:
         return problems
     if size % (shards or size):
         problems.append(f"shards={shards}: does not divide {size} process(es); set 0 for all, 1 for none, or a divisor")
@@ -116,21 +116,30 @@ def own_rows(num_rows: int, rank: int, shards: int) -> slice:
 
 
 @torch.no_grad()
-def copy_rows(target: Tensor, source: Tensor) -> None:
+def copy_rows(target: Tensor, source: Tensor | Callable[[slice], Tensor]) -> None:
     """Copy a whole tensor, or what this rank keeps of it, into a parameter or a state.
 
-    Sharded, rows that the source lacks become zero: the padding of the vocabulary.
+    source: the tensor or, for a sharded target, what reads rows of it. Rows that it lacks become zero: the padding of
+    the vocabulary.
     """
     if not is_sharded(target):
-        target.copy_(source)
+        target.copy_(source)  # type: ignore[arg-type]
         return
-    if source.shape[1:] != target.shape[1:]:
-        raise RuntimeError(f"{tuple(source.shape)} does not fit into {tuple(target.shape)}")
     mesh: Any = target.device_mesh[SHARDS]  # type: ignore[attr-defined]
     own = local(target)
-    rows = source[own_rows(len(target), mesh.get_local_rank(), mesh.size())]
-    own[len(rows) :].zero_()
-    own[: len(rows)].copy_(rows)
+    rows = own_rows(len(target), mesh.get_local_rank(), mesh.size())
+    part = source[rows] if isinstance(source, Tensor) else source(rows)
+    if part.shape[1:] != own.shape[1:]:
+        raise RuntimeError(f"rows of {tuple(part.shape[1:])} do not fit into {tuple(target.shape)}")
+    own[len(part) :].zero_()
+    own[: len(part)].copy_(part)
+
+
+def equalize_copies(model: Any, mesh: Any) -> None:
+    """Give all copies of a sharded model the weights of the first, as DistributedDataParallel does."""
+    if mesh and mesh.size(0) > 1:  # random weights may differ between kinds of CPUs
+        for parameter in model.parameters():
+            dist.broadcast(local(parameter.detach()), group=mesh.get_group("copies"), group_src=0)
 
 
 class Map(NamedTuple):

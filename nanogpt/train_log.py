@@ -17,7 +17,7 @@ from nanogpt.device import describe_device, free_memory, peak_flops
 from nanogpt.distributed import World
 from nanogpt.errors import RunStopped
 from nanogpt.layer_stats import LayerStats
-from nanogpt.memory import estimate_training_memory, optimizer_state_numel, trained_numel
+from nanogpt.memory import checkpoint_bytes, estimate_training_memory, trained_numel
 from nanogpt.metrics import AFTER_A_STOP, DeferredRead, MetricsWriter, StepStats
 from nanogpt.schedule import RowSchedule, StepSchedule
 from nanogpt.state import TrainState
@@ -221,7 +221,7 @@ def print_run_summary(
     memory = estimate_training_memory(model, optimizer, micro_batch, rows.block_size, world.dtype, world.shards)
     free = free_memory(world.device)
     free_text = f", {format_bytes(free)} free" if free else ""
-    checkpoint = f"{format_bytes(4 * (trained_numel(model) + optimizer_state_numel(model, optimizer)))} each"
+    checkpoint = f"{format_bytes(checkpoint_bytes(model, optimizer))} each"
     if world.shards > 1:
         checkpoint += ", gathered in the host memory of the main process"
     print0(

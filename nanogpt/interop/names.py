@@ -210,11 +210,15 @@ class Weights:
 
 
 class LazyTensors(UserDict[str, Any]):
-    """Tensors by name; a function in place of one is called when it is looked up, each time anew."""
+    """Tensors by name; a function in place of one reads the given rows of it, each time anew."""
 
     def __getitem__(self, name: str) -> Tensor:
+        return self.rows(name, slice(None))
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor; of a mapped file no others are read."""
         value = self.data[name]
-        return value() if callable(value) else value
+        return value(rows) if callable(value) else value[rows]
 
 
 class Unread(NamedTuple):
@@ -329,11 +333,17 @@ def translate(
     for their_name, place in layout.items():
         parts.setdefault(place.name, []).append(their_name)
 
-    def read(their_names: list[str]) -> Tensor:
-        rows = [_read(stored[their_name]) for their_name in their_names]
+    def read(their_names: list[str], rows: slice) -> Tensor:
+        parts = [_read(stored[their_name]) for their_name in their_names]
         if layout[their_names[0]].is_transposed:
-            rows = [tensor.t() for tensor in rows]
-        return torch.cat(rows).float()
+            parts = [tensor.t() for tensor in parts]
+        first, last, _ = rows.indices(sum(map(len, parts)))
+        pieces = []
+        for part in parts:
+            pieces.append(part[max(first, 0) : max(last, 0)])
+            first -= len(part)
+            last -= len(part)
+        return torch.cat(pieces).float()
 
     tensors = LazyTensors()
     tensors.data |= {name: partial(read, their_names) for name, their_names in parts.items()}

@@ -1,6 +1,7 @@
 """Memory estimates and the micro-batches that they choose."""
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from nanogpt.memory import (
     optimizer_state_numel,
     optimizer_step_bytes,
     pick_micro_batch,
-    raise_if_cpu_memory_is_short,
+    raise_if_memory_is_short,
 )
 from nanogpt.optim import Optimizer
 
@@ -119,6 +120,23 @@ def test_pick_micro_batch_takes_the_largest_that_fits(sharing: int, monkeypatch:
     assert pick_micro_batch(model, "adamw", [8, 4, 2, 1], WORLD) == 4
     monkeypatch.setattr(World, "all_reduce_sum", lambda _, values: values * 0)  # another rank has less
     assert pick_micro_batch(model, "adamw", [8, 4, 2, 1], WORLD) == 1
-    monkeypatch.setattr(memory, "free_memory", lambda _: 0.99 * needed * sharing)
+
+
+@pytest.mark.parametrize("sharing", [1, 2])
+@pytest.mark.parametrize(("rank", "shards", "saves"), [(0, 1, True), (0, 4, True), (0, 1, False), (1, 4, True)])
+def test_memory_of_a_run_is_checked(sharing: int, rank: int, shards: int, saves: bool, monkeypatch: pytest.MonkeyPatch):
+    """What processes need beyond their weights, and the main one's copy of a checkpoint, the others' of their parts."""
+    model = GPT(GPTConfig(**SIZES))
+    mesh = SimpleNamespace(size=lambda _: shards) if shards > 1 else None
+    world = World(rank, 4, CPU, torch.float32, mesh=mesh)
+    numel = model.count_parameters()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(sharing))
+    needed = sharing * (estimate_training_memory(model, "adamw", 4, 16, torch.float32, shards) - 4 * numel)
+    if saves and not rank:
+        needed += 12 * numel * (1 + (shards - 1) / shards)
+    arguments = (model, "adamw", 4, 16, world, "a hint", saves)
+    monkeypatch.setattr(memory, "free_memory", lambda _: needed + 1)
+    raise_if_memory_is_short(*arguments)
+    monkeypatch.setattr(memory, "free_memory", lambda _: needed - 1)
     with pytest.raises(InputError, match=r"a hint; about .* are needed"):
-        raise_if_cpu_memory_is_short(needed, CPU, "a hint")
+        raise_if_memory_is_short(*arguments)

@@ -81,7 +81,7 @@ def test_copy_rows_fills_with_zeros_what_the_source_lacks(world: World):
     assert whole.shape == (128, 8)
     assert (whole[:70] == 1).all()
     assert not whole[70:].any()
-    with pytest.raises(RuntimeError, match="does not fit"):
+    with pytest.raises(RuntimeError, match="do not fit"):
         copy_rows(weight, torch.ones(70, 1))
 
 
@@ -167,6 +167,7 @@ def test_exchange_sends_each_row_to_one_owner_and_back(ranks: int):
 def test_shards_that_cannot_work_are_named():
     assert not check_shards(1, 3, "float16", 8, 5.0)
     assert not check_shards(0, 3, "bfloat16", 0, None)
+    assert not check_shards(0, 1, "float16", 8, 5.0)  # one process has no shards
     (problem,) = check_shards(2, 3, "auto", 0, None)
     assert problem.startswith("shards=2: does not divide 3 process(es); ")
     names = [problem.partition(":")[0] for problem in check_shards(2, 4, "float16", 8, 5.0)]

@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from nanogpt.errors import InputError
 from nanogpt.interop.huggingface import TOKENIZER_FILES, read_tokenizer, read_weights
+from nanogpt.interop.names import LazyTensors
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
 BUILD = {"gpt2": build_gpt2, "qwen3": build_qwen3, "llama": build_llama}
@@ -123,6 +124,18 @@ def test_read_weights_refuses_damaged_and_missing_files(folder: Path):
     assert_refused(folder, r"config\.json: cannot be read")
     config.unlink()
     assert_refused(folder, r"config\.json: cannot be read .*nanoGPT's ckpt\.pt")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_rows_are_those_of_the_whole_tensors(tmp_path: Path, name: str):
+    """Also across the matrices that one of ours joins, and where theirs is transposed."""
+    BUILD[name]().save_pretrained(tmp_path)
+    tensors = read_weights(tmp_path).tensors
+    assert isinstance(tensors, LazyTensors)
+    for key in tensors:
+        whole = tensors[key]
+        for first, last in ((0, 1), (0, len(whole)), (len(whole) // 3, len(whole) - 1), (len(whole), len(whole) + 4)):
+            assert torch.equal(tensors.rows(key, slice(first, last)), whole[first:last]), key
 
 
 def test_read_weights_finds_the_tokenizer(folder: Path):
