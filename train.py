@@ -52,7 +52,7 @@ from nanogpt.metrics import MetricsWriter, StepStats, check_trackers
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.pace import Pace
 from nanogpt.rendezvous import explain_errors, join
-from nanogpt.run_dir import RunDir
+from nanogpt.run_dir import LOCKED_S, RunDir
 from nanogpt.schedule import RowSchedule, StepSchedule
 from nanogpt.sharding import check_shards
 from nanogpt.state import TrainState
@@ -373,7 +373,7 @@ def main() -> int:
     ignore_save_signal()  # until there is something to save
     with contextlib.ExitStack() as stack:  # closes what the run opens
         ranks = join(config.timeout_s)
-        run_dir = RunDir(Path(config.out_dir))
+        run_dir = RunDir(Path(config.out_dir), wait_s=LOCKED_S if ranks.size > 1 else 0.0)
         writes = not (config.eval_only or config.dry_run)
         resume = config.init_from == "resume" or config.resume
         resumed = checkpoint.claim_and_load(run_dir, resume, writes, ranks, stack)

@@ -16,6 +16,8 @@
 # A process for each task, without torchrun: Slurm starts, watches and signals them, and the queue restarts the job.
 export PYTHON="${PYTHON:-.venv/bin/python}"
 MAX_RESTARTS="${MAX_RESTARTS:-100}"
+MAX_STOPS=10
+stops="nanogpt-$SLURM_JOB_ID.stops" # a line for each status 3 in a row
 MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
 export MASTER_ADDR
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
@@ -37,13 +39,17 @@ while kill -0 "$step" 2>/dev/null; do # the signal interrupted the wait
 done
 
 # 0: done. 2: wrong usage; another start would end so too. 3: perhaps a network that failed, perhaps a run that diverged,
-# which ends at once at each start: resume a few times. Others: resume.
+# which ends so at each start: resume a few times. Others: resume.
 echo "status $status after restart ${SLURM_RESTART_COUNT:-0}"
-case "$status" in
-  0 | 2) exit "$status" ;;
-  3) MAX_RESTARTS=10 ;;
-esac
-if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
+if [ "$status" -eq 3 ]; then
+  echo "$(date)" >>"$stops"
+else
+  rm -f "$stops"
+fi
+if [ "$status" -eq 0 ] || [ "$status" -eq 2 ] || [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
+  exit "$status"
+fi
+if [ "$status" -eq 3 ] && [ "$(wc -l <"$stops")" -gt "$MAX_STOPS" ]; then
   exit "$status"
 fi
 scontrol requeue "$SLURM_JOB_ID"

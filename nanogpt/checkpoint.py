@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, TypedDict
 
@@ -258,25 +259,27 @@ def claim_and_load(
     """
     resumed: Checkpoint | None = None
 
-    def claim() -> list[str]:
+    def claim() -> str:
+        stack.enter_context(run_dir)
+        recover_directories(run_dir.path / "ckpt")  # under the lock: a live run renames there too
+        return run_dir.mark() if ranks.size > 1 else ""
+
+    def find() -> str:
         nonlocal resumed
-        if writes:
-            stack.enter_context(run_dir)
-            recover_directories(run_dir.path / "ckpt")  # under the lock: a live run renames there too
-        if resume == "auto" and (reason := read_stop_reason(run_dir.path)):
+        if writes and resume == "auto" and (reason := read_stop_reason(run_dir.path)):
             raise RunStopped(f"{reason}: --resume=auto does not repeat it; {AFTER_A_STOP}")
         resumed = load_latest(run_dir.path, resume)
-        return [run_dir.mark() if ranks.size > 1 and writes else "", resumed.path.name if resumed else ""]
+        return resumed.path.name if resumed else ""
 
-    def load_same() -> None:
+    def load_same(name: str) -> None:
         nonlocal resumed
-        if mark:
-            run_dir.raise_unless_shared(mark, ranks.hosts[0])
         if name and not resumed:
             resumed = load(run_dir.path / "ckpt" / name, is_verified=True, is_mapped=True)
 
-    mark, name = ranks.run_on_main(claim)
-    ranks.run_on_all(load_same)
+    if writes and (mark := ranks.run_on_main(claim)):
+        ranks.run_on_all(partial(run_dir.raise_unless_shared, mark, ranks.hosts[0]))
+    name = ranks.run_on_main(find)  # compares the hashes of a large checkpoint, which takes minutes
+    ranks.run_on_all(partial(load_same, name))
     return resumed
 
 

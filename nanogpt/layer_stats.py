@@ -1,12 +1,11 @@
 """Gradients and updates of each layer, for the log."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from nanogpt.optim import gradient_norm
 from nanogpt.sharding import local, norm_over_ranks
 
 # Layers whose names in metrics.jsonl are older than their names in model.py.
@@ -32,7 +31,7 @@ class LayerStats:
     def before_update(self, grad_norm: Tensor) -> None:
         self.is_clipped = ((grad_norm > self.grad_clip) & grad_norm.isfinite()).float()
         if self.is_due:
-            self.grad_norms = [gradient_norm(layer) for layer in self.layers.values()]
+            self.grad_norms = self._norms([[local(p.grad) for p in layer] for layer in self.layers.values()])
             self.old_weights = [[local(p).clone() for p in layer] for layer in self.layers.values()]
 
     @torch.no_grad()
@@ -40,9 +39,14 @@ class LayerStats:
         """Scalars: whether the update was clipped; then, if due, each layer's gradient norm and each update's norm."""
         if not self.is_due:
             return [self.is_clipped]
-        update_norms = []
-        for layer, old in zip(self.layers.values(), self.old_weights, strict=True):
-            own_norm = nn.utils.get_total_norm(torch._foreach_sub([local(p) for p in layer], old))
-            update_norms.append(norm_over_ranks(own_norm, layer[0]))
+        updates = [
+            torch._foreach_sub([local(p) for p in layer], old)
+            for layer, old in zip(self.layers.values(), self.old_weights, strict=True)
+        ]
         self.old_weights = []
-        return [self.is_clipped, *self.grad_norms, *update_norms]
+        return [self.is_clipped, *self.grad_norms, *self._norms(updates)]
+
+    def _norms(self, layers: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The norm of each layer's tensors together (layers,); each rank gives its parts of them."""
+        norms = torch.stack([nn.utils.get_total_norm(tensors) for tensors in layers])
+        return norm_over_ranks(norms, next(iter(self.layers.values()))[0])

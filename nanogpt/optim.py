@@ -143,7 +143,7 @@ class Optimizer:
         for numbers in by_shape.values():
             matrices = torch.stack([wide[i] for i in numbers])
             update = orthogonalize(matrices) if self.world.mesh else self._share_orthogonalization(matrices)
-            for i, one in zip(numbers, update, strict=False):
+            for i, one in zip(numbers, update, strict=True):
                 results[i] = one if wide[i] is maps[i] else one.mT
         return results
 
@@ -153,7 +153,7 @@ class Optimizer:
         mine = matrices[self.world.rank * share :][:share]
         if len(mine) < share:  # all-gather needs equal shares
             mine = torch.cat((mine, mine.new_zeros(share - len(mine), *mine.shape[1:])))
-        return self.world.all_gather(orthogonalize(mine))
+        return self.world.all_gather(orthogonalize(mine))[: len(matrices)]
 
     def zero_grad(self) -> None:
         for p in self.parameters.values():

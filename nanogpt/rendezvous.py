@@ -159,10 +159,16 @@ class Ranks:
             store.set("roll call", "")
             store.set(f"place/{self.rank}", "" if self._has_noticed else _place())
             _count(store, "answers", self.size)
-            places = [f"place/{rank}" for rank in range(self.size)]
-            self._places = [store.get(place).decode() if store.check([place]) else None for place in places]
-            answers = self.size - self._places.count(None)
-            _count(store, "read", answers if self.is_main else 0)  # the main process may host the store
+            if store.add("collectors", 1) == 1:  # one rank asks for all: else requests grow with the square
+                keys = [f"place/{rank}" for rank in range(self.size)]
+                answers = [store.get(key).decode() if store.check([key]) else None for key in keys]
+                store.set("places", json.dumps(answers))
+            store.wait(["places"], timedelta(seconds=ANSWER_S))
+            places: list[str | None] = json.loads(store.get("places"))
+            self._places = places
+            _count(
+                store, "read", self.size - places.count(None) if self.is_main else 0
+            )  # the main process may host the store
 
     def describe_lost(self) -> str:
         """Name the ranks that do not answer; if all do, say where those are that have not noticed the failure."""
@@ -203,7 +209,7 @@ def _count(store: Any, name: str, enough: int) -> None:
     deadline = time.monotonic() + ANSWER_S
     count = store.add(name, 1)
     while count < enough and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.1 + enough / 1000)  # so that thousands of ranks do not flood the store
         count = store.add(name, 0)
 
 
@@ -232,7 +238,7 @@ def read_place() -> tuple[int, int]:
 
 
 def join(timeout_s: float = TIMEOUT_S) -> Ranks:
-    """Meet the other processes of the run, if there are any. Raises InputError where one does not come.
+    """Meet the other processes of the run, if there are any. Raises RunStopped where one does not come.
 
     torchrun's store outlives a restart, with the keys of the ranks before. So the main process draws a prefix for all
     keys, and each rank knows the prefix to be of this start when it finds its own greeting answered.
@@ -250,10 +256,10 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
         greetings = (_gather if ranks.is_main else _greet)(store, ranks, size, greeting)
     except (dist.DistError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise InputError(
-            f"rank {ranks.rank} on {greeting[1]}: {size} processes did not meet at {address} "
-            f"({first_line(error)}): one may have ended at once, see its output; or start torchrun on each node, and "
-            "give it an address of its node that the others reach by --local_addr"
+        raise RunStopped(
+            f"rank {ranks.rank} on {greeting[1]}: {size} processes did not meet at {address} ({first_line(error)}): "
+            "see the output of each; if one ended, fix its error, else start torchrun on each node, with a "
+            "--local_addr that the others reach"
         ) from error
     ranks.hosts = [host for _, host in greetings]
     ranks.listen()

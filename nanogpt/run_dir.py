@@ -15,6 +15,7 @@ from nanogpt.errors import InputError
 from nanogpt.files import is_same_file, lock_file, sync
 
 SHARED_S = 20.0  # that a file of another node may take to appear
+LOCKED_S = 40.0  # that a process which lost the others holds the lock, until it has named them
 
 
 def is_run(out_dir: Path) -> bool:
@@ -28,9 +29,10 @@ class RunDir:
     It is known by its inode, not by its name: `follow` updates `path` after a rename.
     """
 
-    def __init__(self, out_dir: Path):
+    def __init__(self, out_dir: Path, wait_s: float = 0.0):
         has_link = os.path.realpath(out_dir) != os.path.abspath(out_dir)
         self.path = Path(os.path.realpath(out_dir)) if has_link else out_dir  # a link may point elsewhere later
+        self.wait_s = wait_s  # for another run in it to end
         self._lock: IO[bytes] | None = None
         self._directory = -1  # open, so that no other directory gets its inode
         self._created: list[Path] = []
@@ -41,14 +43,16 @@ class RunDir:
 
         Raises InputError where another run is in it, or it cannot be written.
         """
+        deadline = time.monotonic() + self.wait_s
         try:
-            is_free = self._claim(self.path)
+            while not self._claim(self.path):
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"out_dir={self.path}: a run is writing there now; wait for its end, or give another --out_dir"
+                    )
+                time.sleep(0.2)
         except OSError as error:
             raise _not_writable(self.path, error) from error
-        if not is_free:
-            raise InputError(
-                f"out_dir={self.path}: a run is writing there now; wait for its end, or give another --out_dir"
-            )
         return self
 
     def __exit__(self, *_: Any) -> None:

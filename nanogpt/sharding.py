@@ -96,7 +96,7 @@ def gather_rows(copy: Tensor, group: Any) -> None:
 
 
 def norm_over_ranks(norm: Tensor, sharded: Tensor) -> Tensor:
-    """Combine the norms of the ranks' shards into the norm of the whole tensors.
+    """Combine norms of the ranks' shards (any shape) into those of the whole tensors.
 
     sharded: one of the tensors; if it is not sharded, norm is returned as it is. The sum is over all ranks, so that all
     copies of the model get the same bits.

@@ -1,10 +1,13 @@
 """cluster/ and docs/cluster.md: valid shell, options of Slurm, SkyPilot and torchrun, keys of train.py."""
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
+import pytest
 import yaml
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
@@ -61,3 +64,32 @@ def test_cluster_commands_have_options_of_torchrun():
             assert args.rdzv_backend == "c10d"
             num_commands += 1
     assert num_commands == 2
+
+
+@pytest.mark.parametrize(
+    ("statuses", "requeues"),
+    [
+        ([0], 0),
+        ([2], 0),
+        ([143] * 3 + [0], 3),
+        ([3] * 11, 10),  # a run that diverged ends so at each start
+        (([3] * 9 + [143]) * 2 + [0], 20),  # failures far apart
+        ([143] * 25, 20),  # MAX_RESTARTS
+    ],
+)
+def test_slurm_requeues_what_another_start_may_mend(tmp_path: Path, statuses: list[int], requeues: int):
+    """With an srun that ends in each of these statuses in turn."""
+    for name, body in (("srun", 'exit "$STATUS"'), ("scontrol", 'echo "$1" >>scontrol.log')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_ADDR": "a", "SLURM_JOB_ID": "7"}
+    environment["MAX_RESTARTS"] = "20"
+    for count, status in enumerate(statuses):
+        restart = {"STATUS": str(status), "SLURM_RESTART_COUNT": str(count)}
+        done = subprocess.run(["bash", ROOT / "cluster/slurm.sh"], cwd=tmp_path, env=environment | restart)
+        log = tmp_path / "scontrol.log"
+        done_requeues = log.read_text().count("requeue") if log.exists() else 0
+        assert done.returncode == (0 if done_requeues == count + 1 else status)
+        if done_requeues == count:
+            break
+    assert done_requeues == requeues

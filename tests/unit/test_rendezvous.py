@@ -153,7 +153,6 @@ def test_the_rank_that_does_not_answer_is_named(three: list[Ranks]):
         ranks.listen()
     words = "rank 1 on host1 did not answer: it hangs or has died"
     assert three[0].describe_lost() == words
-    three[2].store.delete_key("place/0")
     assert three[2].describe_lost() == words
 
 
