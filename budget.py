@@ -49,21 +49,21 @@ from nanogpt.timing import time_steps
 from nanogpt.train_log import format_losses
 
 WIDTHS = [*range(32, 256, 16), *range(256, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
-MAX_WEIGHTS_PER_TOKEN = 4  # of the text, in the blocks: the law was not fitted far beyond (scaling_laws.ipynb)
+MAX_WEIGHTS_PER_TOKEN = 4  # limit of the blocks' weights: the law was not fitted far beyond (scaling_laws.ipynb)
 MIN_STEPS = 60  # a width whose run would be shorter is not tried: a few of its steps would use up the budget
-EARLY_STOP_SHARE = 0.75  # of the time: if a small text needs less, the run goes by steps and ends early
+EARLY_STOP_SHARE = 0.75  # if a small text needs less of the time, the run goes by steps and ends early
 
 # The pilot: a small model whose loss shows how hard the text is.
 PILOT_WIDTH = scaling.PILOT_WIDTH
-PILOT_SHARE = 0.05  # of the time
+PILOT_SHARE = 0.05  # share of the time for it
 MIN_PILOT_S = 1.5
 MAX_PILOT_S = 20.0
 PILOT_WINDOWS = 512
 
 # Speed trials.
-TYPICAL_WIDTH = 128  # of a run of some minutes: wider ones gain more by bfloat16
+TYPICAL_WIDTH = 128  # width of a run of some minutes: wider ones gain more by bfloat16
 TYPICAL_TOKENS = 1e6
-TRIAL_S = 0.6  # of each width
+TRIAL_S = 0.6  # seconds of measurement per width
 MAX_TRIALS = 5
 EXTRAPOLATION_EXPONENT = 0.85  # a token's seconds grow with its FLOPs to this power beyond the widths that were tried
 
@@ -72,10 +72,10 @@ EXTRAPOLATION_EXPONENT = 0.85  # a token's seconds grow with its FLOPs to this p
 DECAY_SHARE = 0.2
 SHORT_DECAY_PENALTY = 1.009
 
-EVALUATION_SHARE = 0.015  # of the time, for each evaluation
-LONG_MINUTES = 5.0  # from here on the run is also evaluated on its way, with fewer windows each time
-SHUTDOWN_S = 0.5  # for the last save and the end of the interpreter
-IMPORT_S = 2.0  # before the program's first line, where the system does not know
+EVALUATION_SHARE = 0.015  # share of the time for evaluations
+LONG_MINUTES = 5.0  # a longer run is also evaluated on its way, with fewer windows each time
+SHUTDOWN_S = 0.5  # what the last save and the end of the interpreter take
+IMPORT_S = 2.0  # guess of the time before the program's first line, where the system does not know it
 
 # Keys that a time budget sets besides those of `scaling.make_recipe`.
 DEFAULTS: dict[str, Any] = {

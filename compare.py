@@ -2,7 +2,7 @@
 
     python compare.py out-a out-b out-c --out=compare.png
 
-Runs that differ in their seed alone are repeats: they share a row and a curve, mean ± standard error. For runs trained
+Runs that differ only in their seed are repeats: they share a row and a curve, mean ± standard error. For runs trained
 with --log_layers=True the picture also shows the gradient and update norms of each layer.
 """
 
@@ -78,7 +78,11 @@ class LayerNorms(TypedDict):
     layer_update_norms: dict[str, Number]
 
 
-LINES: dict[str, Any] = {"val_loss": Evaluation, "loss": Update, "layer_grad_norms": LayerNorms}  # by what they hold
+LINES: dict[str, Any] = {
+    "val_loss": Evaluation,
+    "loss": Update,
+    "layer_grad_norms": LayerNorms,
+}  # kinds of lines by the key that marks them
 
 
 @dataclass

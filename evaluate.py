@@ -217,7 +217,7 @@ def block_sums(model: GPT, tokens: Tokens, part: MixturePart, stride: int, world
         x, y = world.to_device(x, y)
         has_target = y >= 0
         with world.autocast():
-            # Logits of the targets alone: each row of them is as large as the vocabulary.
+            # Only the targets' logits: each row of them is as large as the vocabulary.
             logits = model.logits(model.norm(model.hidden_states(x)[has_target])).float()
             nats = F.cross_entropy(logits, y[has_target], reduction="none")
         check_finite(nats)  # the softmax spreads a NaN to the whole row

@@ -37,11 +37,11 @@ class ExportConfig(ModelKeys):
     """The model to export, and the folder or file to write."""
 
     to: str = key("", "folder to write, a new or an empty one; or a new NAME.gguf", group="Target")
-    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = key("float32", "of the weights in it; q8_0: .gguf alone")
-    shard_gb: float = key(5.0, "largest file of a folder in gigabytes; larger weights are split", gt=0, le=10**6)
-    adapters: bool = key(
-        False, "of a run with LoRA: write only the adapters, as PEFT does; False: merged with their base"
+    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = key(
+        "float32", "dtype of the written weights; q8_0 only for .gguf"
     )
+    shard_gb: float = key(5.0, "largest file of a folder in gigabytes; larger weights are split", gt=0, le=10**6)
+    adapters: bool = key(False, "write only a LoRA run's adapters, in PEFT's format; False: merge them")
 
 
 def main() -> None:

@@ -162,7 +162,8 @@ def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) ->
 def raise_for_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any], where: str) -> None:
     """Raise InputError for explicit model keys that contradict the sizes of existing weights."""
     raise_problems(
-        f"{name}={explicit[name]}: {where} has {name}={actual[name]}, which cannot change; leave it out, or give that"
+        f"{name}={explicit[name]}: {where} has {name}={actual[name]}, which cannot change; "
+        f"leave it out, or give {name}={actual[name]}"
         for name in conflicting_sizes(explicit, actual)
     )
 
@@ -383,6 +384,6 @@ def choose_dtype(config: Any, model_config: GPTConfig, world: World) -> tuple[An
     """
     rows = micro_batch_sizes(config, world.size)[0] * model_config.block_size
     world = try_dtypes(world, config.dtype, rows, model_config.n_embd, model_config.n_inner)
-    if world.bfloat16_speed or (world.mesh and world.device.type == "cpu"):
+    if world.bfloat16_speedup or (world.mesh and world.device.type == "cpu"):
         config = replace(config, dtype=world.dtype_name)
     return config, world

@@ -4,7 +4,7 @@ Two architectures share all the code they can. `gpt2` is the network of Radford 
 Unsupervised Multitask Learners", as OpenAI released it. `modern` is Qwen3's (Yang et al. 2025): RMSNorm, rotary
 position embeddings (RoPE), QK norm, a gated MLP, grouped-query attention, no biases. Without QK norm it is Llama's
 (Touvron et al. 2023), and with biases on queries, keys and values Qwen2's.
-Needs torch alone: copy this file into another project and it runs.
+Needs only torch: copy this file into another project and it runs.
 
 Letters in shapes: B rows, T positions, C = n_embd channels, D = head_dim, V = vocab_size.
 """

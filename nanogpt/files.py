@@ -169,7 +169,7 @@ def atomic_directory(final: Path, replace: bool = False) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            # As the umask has it; safetensors lets the owner alone read its files.
+            # As the umask has it; safetensors lets only the owner read its files.
             mode = partial.stat().st_mode & 0o666
             for path in partial.iterdir():
                 with contextlib.suppress(OSError):  # a FAT or network drive that has no modes

@@ -95,7 +95,7 @@ class Law:
 
 
 LAW = Law(E=0.95368, A=12.1774, B=33.3436, alpha=0.32501, beta=0.32288, K=0.0218, p=0.779, q=0.269)
-LOOK_BACK_FACTOR = 0.985  # on the losses of the law, whose runs began without look_back
+LOOK_BACK_FACTOR = 0.985  # look_back's gain: the law's runs began without it
 # The loss of a model of this width on the reference text (books) by tokens: another text's shows how hard that one is.
 PILOT_WIDTH = 64
 PILOT_LOSSES = {

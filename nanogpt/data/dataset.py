@@ -37,9 +37,9 @@ from nanogpt.files import read_json
 from nanogpt.schema import Count, Limits, check
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
-FORMAT = 1  # of meta.json
-WEIGHT_SUM = 10**6  # of the parts of a mixture
-MAX_SHARE = 1e9  # of a part, as it is given
+FORMAT = 1  # version of meta.json
+WEIGHT_SUM = 10**6  # sum of the integer weights of a mixture's parts
+MAX_SHARE = 1e9  # largest share that may be given to a part
 
 
 class FileMeta(TypedDict):

@@ -26,7 +26,7 @@ from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer
 
 SPLITS = ("train", "val")
-HASH_KEYS = {".bin": "sha256", ".mask": "mask_sha256"}  # of a shard's files, in meta.json
+HASH_KEYS = {".bin": "sha256", ".mask": "mask_sha256"}  # keys of a shard's hashes in meta.json
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 

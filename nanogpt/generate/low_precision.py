@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
-from nanogpt.trials import recall, round_size, time_call
+from nanogpt.trials import load_or_measure, round_size, time_call
 
 MAX_TRIAL_ROWS = 16
 MAX_TRIAL_CONTEXT = 1024  # tokens in the cache
@@ -87,7 +87,7 @@ def fastest_format(model: Any, rows: int, names: list[str]) -> tuple[str, float]
     speeds = {"float32": 1.0}
     for name in names:
         measure = partial(format_speed, name, model, rows, num_weights)
-        speeds[name] = recall(f"decode-{c.arch}-{name}", shape, measure)
+        speeds[name] = load_or_measure(f"decode-{c.arch}-{name}", shape, measure)
     best = max(speeds, key=lambda name: speeds[name] / (MIN_PACKED_GAIN if name == "float16" else 1))
     return best, speeds[best]
 

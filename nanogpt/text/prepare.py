@@ -2,8 +2,8 @@
 
 Tokens go to shards in `<out>/preparing/`. Each time a shard is finished, the files are synced and `progress.json` is
 replaced: it holds the reading position, the finished shards, and the length of the open shard of each split. After a
-kill, the same command cuts the open shards to these lengths and reads on from this position. So the result depends on
-the text and the settings alone, not on the number of workers or on interruptions, and a kill costs the encoding of one
+kill, the same command cuts the open shards to these lengths and reads on from this position. So the result depends only
+on the text and the settings, not on the number of workers or on interruptions, and a kill costs the encoding of one
 shard at most. When all is written, `move_into_place` moves the dataset to `<out>`.
 """
 
@@ -43,8 +43,8 @@ from nanogpt.text.sources import InputFile
 from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 NO_TEXT = "the input holds no text: give other files, folders or rows with --input"
-SPLIT_SHARE = 0.01  # of documents, for validation
-TAIL_SHARE = 0.1  # of a single text
+SPLIT_SHARE = 0.01  # share of the documents that is for validation
+TAIL_SHARE = 0.1  # the same of a single text: its end
 DEFAULT_BLOCK_SIZE = 1024  # train.py's
 Result = TypeVar("Result")
 
@@ -537,7 +537,7 @@ def check_disk(job: Job, tokenizer: Tokenizer, out: Path) -> None:
 def _fingerprint(tokenizer: Tokenizer) -> str:
     settings = [tokenizer.template, tokenizer.named_tokens, tokenizer.end_of_text]
     content = tokenizer._inner.to_str()
-    # In a GGUF file the split has a name alone; earlier versions spelled it otherwise.
+    # In a GGUF file the split has only a name; earlier versions spelled it otherwise.
     content = content.replace(json.dumps(PATTERNS["gpt2"]), json.dumps(EARLIER_GPT2_PATTERN))
     return _hash(content + json.dumps(settings))
 

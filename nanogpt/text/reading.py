@@ -38,7 +38,7 @@ from nanogpt.text.streams import (
 
 PIECE_BYTES = 2**22  # longer documents are encoded in pieces
 MAX_RECORD_BYTES = 2**28  # a longer line is not JSON but a file without line ends
-TAR_BYTES = 2**16  # of an archive, read at once
+TAR_BYTES = 2**16  # bytes of an archive that are read at once
 READ_ERRORS = (
     *(OSError, EOFError, ValueError, RuntimeError),
     *(zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile),

@@ -245,7 +245,7 @@ def test_format_is_the_fastest_of_the_trial(
     model: GPT, speeds: dict[str, float], compiled: bool, expected: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """`speeds`: over float32, as measured. A key overrides them."""
-    monkeypatch.setattr(low_precision, "recall", lambda name, shape, measure: speeds[name.split("-")[-1]])
+    monkeypatch.setattr(low_precision, "load_or_measure", lambda name, shape, measure: speeds[name.split("-")[-1]])
     world = World(0, 1, torch.device("cpu"), torch.float32)
     plain = GPT.from_tensors(model.config, dict(model.state_dict()))
     with to_inference_precision(model, world, "auto", compiled, rows=3):

@@ -416,6 +416,6 @@ def test_matrices_are_rounded_and_vectors_are_not(tmp_path: Path, dtype: str):
 
 
 def test_write_gguf_refuses_a_scaling_that_llama_cpp_ignores(tmp_path: Path):
-    with pytest.raises(InputError, match=r"Llama 3's rope_scaling for Llama alone, not for qwen3"):
+    with pytest.raises(InputError, match=r"Llama 3's rope_scaling only for Llama, not for qwen3"):
         write_model(tmp_path / "m.gguf", WORDS, **MODERN, rope_scaling=[8.0, 1.0, 4.0, 8.0])
     assert not os.listdir(tmp_path)
