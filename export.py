@@ -59,6 +59,8 @@ def main() -> None:
         raise InputError(f"--dtype=q8_0: {config.to} is a folder, which has no such weights; give --to=NAME.gguf")
     if config.adapters and is_gguf:
         raise InputError(f"--adapters=True: {config.to} is a file, and adapters are a folder; give --to=FOLDER")
+    if "shard_gb" in explicit and (is_gguf or config.adapters):
+        raise InputError(f"--shard_gb={config.shard_gb:g}: a .gguf and adapters are a single file each; leave it out")
     is_empty = os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target)
     if os.path.lexists(target) and (is_gguf or not is_empty):
         raise InputError(f"--to={config.to}: exists and is not overwritten; delete it, or give another name")

@@ -77,8 +77,7 @@ class TrainConfig:
 
     out_dir: str = key("out", "directory for checkpoints and metrics", group="Run")
     init_from: str = key(
-        "scratch",
-        "initial weights: scratch, resume, gpt2 to gpt2-xl, a hub id, a run or model directory, .gguf, ckpt.pt",
+        "scratch", "weights: scratch, resume, gpt2 to gpt2-xl, a hub id, a run or model directory, .gguf, ckpt.pt"
     )
     resume: Literal["auto", True, False] = key(False, "resume the run in out_dir; auto: resume if there is one")
     seed: int = key(1337, "seed of initialization, row order and dropout", ge=0)
@@ -204,7 +203,8 @@ def train_step(
 
     # One all-reduce for the loss, whose weights have the factor world.size, and for the ranks' requests.
     (requests,) = world.to_device(torch.tensor(read_control(), dtype=torch.float32))
-    loss, *control = world.all_reduce_sum(torch.cat((loss[None] / world.size, requests)))
+    shared = torch.cat((loss[None] / world.size, requests))
+    loss, *control = world.all_reduce_sum(shared)
     scaler.unscale_(optimizer)  # type: ignore[arg-type]
     grad_norm = gradient_norm(optimizer.parameters.values())
     skip_update = guard.check(loss, grad_norm)  # a NaN makes this update a no-op; the log stops the run a step later
@@ -362,8 +362,7 @@ def save(run: Run) -> None:
 
 
 def print_sample(run: Run) -> None:
-    """Print a text that the model writes."""
-    # Not of a sharded model: a rank that samples on its own would wait for the others' shards.
+    """Print a text that the model writes; not of a sharded one: a rank alone would wait for the others' shards."""
     if run.writer and run.tokenizer and run.config.sample_chars and not run.world.mesh:
         with run.world.autocast():
             text = sample_text(run.state.model, run.tokenizer, run.config.sample_chars, run.config.seed)
@@ -429,9 +428,7 @@ def check_config(config: TrainConfig) -> None:
         if config.look_back and config.arch != "modern":
             problems.append(f"look_back=True: arch={config.arch} has no RoPE; leave it out")
     elif config.look_back:
-        problems.append(
-            f"look_back=True: is for a new model, but init_from={config.init_from} is trained; leave it out"
-        )
+        problems.append(f"look_back=True: initializes a new model, not init_from={config.init_from}; leave it out")
     if config.rows_per_step % world_size():
         problems.append(
             f"batch_size × gradient_accumulation_steps = {config.rows_per_step} rows per step are not divisible by "

@@ -207,6 +207,17 @@ def replace_non_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_report(flag: str, path: str) -> None:
+    """Raise InputError if no report can be written to the file that a flag names; what it holds is kept."""
+    existed = os.path.lexists(path)
+    try:
+        open(path, "a").close()
+        if not existed:
+            os.remove(path)
+    except OSError as error:
+        raise InputError(f"--{flag}={path}: cannot be written ({error.strerror}); give another file") from error
+
+
 def write_report(flag: str, path: str, report: dict[str, Any]) -> None:
     """Write a JSON object to the file that a flag names. Raises InputError where that fails."""
     try:

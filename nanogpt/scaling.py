@@ -16,7 +16,7 @@ def pick_sizes(n_embd: int) -> dict[str, int]:
     """Sizes of a modern GPT of this width, a multiple of 16: deeper as it is wider, 12 layers at 768 as GPT-2."""
     n_layer = max(2, round(2 * (n_embd / 48) ** 0.65))
     head_dim = next(d for d in (64, 32, 16) if n_embd % d == 0 and (n_embd >= 8 * d or d <= 32))
-    n_inner = -(-8 * n_embd // (3 * 64)) * 64
+    n_inner = math.ceil(8 * n_embd / 3 / 64) * 64
     return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // head_dim, "n_inner": n_inner}
 
 

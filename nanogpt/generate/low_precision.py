@@ -57,7 +57,7 @@ CPU_FORMATS: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {
 
 
 @torch.no_grad()
-def replace_linears(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module] = PackedLinear) -> None:
+def replace_linears(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
     """Replace all linear layers of a GPT in place by `layer(weight, bias)`; embeddings and norms stay.
 
     Tied weights are untied: the output layer becomes a `layer` of its own.
@@ -114,7 +114,7 @@ def format_speed(name: str, model: Any, rows: int, num_other_weights: int) -> fl
 def make_trial_step(name: str, model: Any, rows: int) -> Callable[[], None]:
     """A decode step of `rows` texts through the first block, with its linear layers in one of CPU_FORMATS."""
     c = model.config
-    context = min(-(-c.block_size // 2), MAX_TRIAL_CONTEXT)
+    context = min((c.block_size + 1) // 2, MAX_TRIAL_CONTEXT)
     block = copy.deepcopy(model.blocks[0])
     replace_linears_of_blocks(block, CPU_FORMATS[name])
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanogpt.console import available_cores
-from nanogpt.data.dataset import open_dataset, token_dtype
+from nanogpt.data.dataset import dtype_for, open_dataset
 from nanogpt.data.write import SPLITS, SplitState, SplitWriter, move_into_place, write_meta
 from nanogpt.errors import InputError
 from nanogpt.files import atomic_write, lock_file, output_directory
@@ -49,7 +49,7 @@ DEFAULT_BLOCK_SIZE = 1024  # train.py's
 Result = TypeVar("Result")
 
 
-# ---- encoding, in the workers
+# --- Encoding, in the workers
 
 
 @dataclass
@@ -118,7 +118,7 @@ class BatchEncoder:
             documents[split] += document.is_start
             text_bytes[split] += document.text_bytes
 
-        dtype = token_dtype(self.tokenizer.vocab_size)
+        dtype = dtype_for(self.tokenizer.vocab_size)
         return EncodedBatch(
             {split: _concatenate(ids[split], dtype) for split in SPLITS},
             {split: _concatenate(masks[split], np.dtype(np.uint8)) for split in SPLITS if self.options.chat},
@@ -168,7 +168,7 @@ def sample_texts(options: ReadOptions, split: ValSplit, fraction: float, batch: 
     return texts
 
 
-# ---- reading in order, with many workers
+# --- Reading in order, with many workers
 
 
 class Position(NamedTuple):
@@ -266,7 +266,7 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # type: ignore[union-attr]
 
 
-# ---- resuming
+# --- Resuming
 
 
 @dataclass
@@ -317,7 +317,7 @@ def find_earlier(out: Path) -> list[InputFile]:
     return progress.sources if progress else []
 
 
-# ---- the whole preparation
+# --- The whole preparation
 
 
 def prepare(
@@ -419,7 +419,7 @@ def prepare(
 
 def encode_all(job: Job, tokenizer: Tokenizer, shard_tokens: int, progress: Progress) -> None:
     """Encode and write everything after progress.position. Raises InputError for an empty split."""
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = dtype_for(tokenizer.vocab_size)
     writers = {}
     for split, state in progress.splits.items():
         writers[split] = SplitWriter(
@@ -524,7 +524,7 @@ def check_disk(job: Job, tokenizer: Tokenizer, out: Path) -> None:
     """Raises InputError if the tokens will not fit on the disk, at one for each character or for four bytes of text."""
     bytes_per_token = 1 if tokenizer.name in ("byte", "char") else 4
     text_bytes = sum(source.text_bytes for source in job.sources)
-    total = text_bytes * token_dtype(tokenizer.vocab_size).itemsize // bytes_per_token
+    total = text_bytes * dtype_for(tokenizer.vocab_size).itemsize // bytes_per_token
     needed = total - sum(path.stat().st_size for path in job.staging.glob("*-*.bin"))
     free = shutil.disk_usage(out).free
     if needed > free:

@@ -155,7 +155,7 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-# ---- the hub
+# --- The hub
 
 
 def _find_on_hub(name: str, earlier: Sequence[InputFile]) -> Iterator[tuple[Any, InputFile]]:
