@@ -428,7 +428,7 @@ def check_config(config: TrainConfig) -> None:
         if config.look_back and config.arch != "modern":
             problems.append(f"look_back=True: arch={config.arch} has no RoPE; leave it out")
     elif config.look_back:
-        problems.append(f"look_back=True: initializes a new model, not init_from={config.init_from}; leave it out")
+        problems.append(f"look_back=True: init_from={config.init_from} loads trained weights; leave one of the two out")
     if config.rows_per_step % world_size():
         problems.append(
             f"batch_size × gradient_accumulation_steps = {config.rows_per_step} rows per step are not divisible by "
