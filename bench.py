@@ -30,11 +30,11 @@ from model import GPT, GPTConfig
 from nanogpt import distributed
 from nanogpt.compile import should_compile
 from nanogpt.console import format_bytes, print0
-from nanogpt.data.dataset import Tokens, document_separator_id, open_dataset, token_dtype
+from nanogpt.data.dataset import Tokens, document_separator_id, dtype_for, open_dataset
 from nanogpt.device import describe_device, free_memory, peak_flops, seed_everything
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, run_script
-from nanogpt.files import write_report
+from nanogpt.files import check_report, write_report
 from nanogpt.lora import add_lora
 from nanogpt.memory import memory_hint
 from nanogpt.text.tokenizer import GPT2_VOCAB
@@ -84,8 +84,14 @@ LEGEND = """\
 of peak: FLOP/s of a step over those of matrix products in our dtype; MFU: over the vendor's figure
 memory: the peak of torch's allocations on a GPU; on a CPU that of the process, less its imports"""
 Row = dict[str, Any]  # the measurements of one program
-NANOGPT_HAS = {"arch": "gpt2", "optimizer": "adamw", "n_inner": 0, "lora_rank": 0, "ngram_targets": 0}
-NANOGPT_HAS |= {"mask_documents": False}
+NANOGPT_HAS = {
+    "arch": "gpt2",
+    "optimizer": "adamw",
+    "n_inner": 0,
+    "lora_rank": 0,
+    "ngram_targets": 0,
+    "mask_documents": False,
+}
 
 
 @dataclass
@@ -109,18 +115,19 @@ def main() -> None:
     config, explicit = parse(BenchConfig, description="Measure a training step.")
     if distributed.world_size() > 1:
         raise InputError("bench.py measures one process: start it without torchrun")
+    if config.to:
+        check_report("to", config.to)
     world = distributed.start(config.device, config.dtype)
     recipes = pick_recipes(config, explicit, world.device)
     if config.reference:
         nanogpt_steps.load_model_file(config.reference)  # report its problems before measuring
     # On a CPU each recipe may have a dtype of its own.
-    is_open = config.dtype == "auto" and world.device.type == "cpu"
-    worlds = [replace(world, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)] if is_open else [world]
+    is_dtype_measured = config.dtype == "auto" and world.device.type == "cpu"
+    dtypes = [torch.float32, torch.bfloat16] if is_dtype_measured else [world.dtype]
+    worlds = [replace(world, dtype=dtype) for dtype in dtypes]
     mode = "compiled" if should_compile(config.compile, world.device) else "eager"
     machine = f"{describe_device(world.device)}, {mode}, torch {torch.__version__}"
     report: dict[str, Any] = {"command": shlex.join(sys.argv), "torch": torch.__version__, "machine": machine}
-    if config.to:
-        write_report("to", config.to, report)
 
     peaks = {world.dtype_name: measure_matmul_flops(world) for world in worlds}
     torch.cuda.empty_cache()  # leaves the memory to the workers; does nothing without a GPU
@@ -165,11 +172,12 @@ def pick_recipes(config: BenchConfig, explicit: dict[str, Any], device: torch.de
         raise InputError(f"--only={config.only}: selects rows of the table; add --table=True")
     for name, recipe in recipes.items():
         check_config(recipe)
-        missing = [f"{key}={getattr(recipe, key)}" for key in NANOGPT_HAS if getattr(recipe, key) != NANOGPT_HAS[key]]
-        if config.reference and missing:
+        values = {setting: getattr(recipe, setting) for setting in NANOGPT_HAS}
+        unsupported = [f"{setting}={value}" for setting, value in values.items() if value != NANOGPT_HAS[setting]]
+        if config.reference and unsupported:
             if not config.table:
                 raise InputError(
-                    f"--reference={config.reference}: nanoGPT has no {', '.join(missing)}; leave --reference out"
+                    f"--reference={config.reference}: nanoGPT has no {', '.join(unsupported)}; leave --reference out"
                 )
             recipes[name] = replace(recipe, reference="")
     return recipes
@@ -259,7 +267,7 @@ def print_rows(rows: list[Row], width: int) -> None:
             )
 
 
-# ---- in the worker processes
+# --- In the worker processes
 
 
 def open_our_steps(
@@ -295,7 +303,7 @@ def open_tokens(config: BenchConfig, model_config: GPTConfig) -> Tokens:
     if config.dataset:
         return open_dataset(config.dataset, block_size=T, vocab_size=V, token_dtype=config.token_dtype).train
     ids = np.random.default_rng(config.seed).integers(V, size=1_000_000 + T)
-    return Tokens.of(ids.astype(token_dtype(V)))
+    return Tokens.of(ids.astype(dtype_for(V)))
 
 
 def open_nanogpt_steps(config: BenchConfig, model_config: GPTConfig) -> tuple[World, str, Iterator[list[float]]]:

@@ -49,21 +49,21 @@ from nanogpt.timing import time_steps
 from nanogpt.train_log import format_losses
 
 WIDTHS = [*range(32, 256, 16), *range(256, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
-MAX_WEIGHTS_PER_TOKEN = 4  # of the text, in the blocks: the law was not fitted far beyond (scaling_laws.ipynb)
+MAX_WEIGHTS_PER_TOKEN = 4  # limit of the blocks' weights: the law was not fitted far beyond (scaling_laws.ipynb)
 MIN_STEPS = 60  # a width whose run would be shorter is not tried: a few of its steps would use up the budget
-EARLY_STOP_SHARE = 0.75  # of the time: if a small text needs less, the run goes by steps and ends early
+EARLY_STOP_SHARE = 0.75  # if a small text needs less of the time, the run goes by steps and ends early
 
 # The pilot: a small model whose loss shows how hard the text is.
 PILOT_WIDTH = scaling.PILOT_WIDTH
-PILOT_SHARE = 0.05  # of the time
+PILOT_SHARE = 0.05  # share of the time for it
 MIN_PILOT_S = 1.5
 MAX_PILOT_S = 20.0
 PILOT_WINDOWS = 512
 
 # Speed trials.
-TYPICAL_WIDTH = 128  # of a run of some minutes: wider ones gain more by bfloat16
+TYPICAL_WIDTH = 128  # width of a run of some minutes: wider ones gain more by bfloat16
 TYPICAL_TOKENS = 1e6
-TRIAL_S = 0.6  # of each width
+TRIAL_S = 0.6  # seconds of measurement per width
 MAX_TRIALS = 5
 EXTRAPOLATION_EXPONENT = 0.85  # a token's seconds grow with its FLOPs to this power beyond the widths that were tried
 
@@ -72,10 +72,10 @@ EXTRAPOLATION_EXPONENT = 0.85  # a token's seconds grow with its FLOPs to this p
 DECAY_SHARE = 0.2
 SHORT_DECAY_PENALTY = 1.009
 
-EVALUATION_SHARE = 0.015  # of the time, for each evaluation
-LONG_MINUTES = 5.0  # from here on the run is also evaluated on its way, with fewer windows each time
-SHUTDOWN_S = 0.5  # for the last save and the end of the interpreter
-IMPORT_S = 2.0  # before the program's first line, where the system does not know
+EVALUATION_SHARE = 0.015  # share of the time for evaluations
+LONG_MINUTES = 5.0  # a longer run is also evaluated on its way, with fewer windows each time
+SHUTDOWN_S = 0.5  # what the last save and the end of the interpreter take
+IMPORT_S = 2.0  # guess of the time before the program's first line, where the system does not know it
 
 # Keys that a time budget sets besides those of `scaling.make_recipe`.
 DEFAULTS: dict[str, Any] = {
@@ -140,11 +140,14 @@ class ClockSchedule(StepSchedule):
         return max(round(left / step_s), 1)
 
     def begin_decay(self, step: int, steps: int) -> bool:
-        """Begin the decay at `step`; False if it has begun. One of the `steps` has passed since they were counted."""
+        """Begin a linear decay; False if it has begun. One of the `steps` has passed since they were counted."""
         if self.is_decaying:
             return False
         self.is_decaying = True
-        return super().begin_decay(step, max(steps - 1, 1))
+        self.name = "trapezoid"
+        self.decay_steps = max(steps - 1, 1)
+        self.max_iters = self.end_step = step + self.decay_steps
+        return True
 
     def changed_keys(self) -> dict[str, Any]:
         """The keys of TrainConfig that the decay settles, for checkpoints."""
@@ -228,13 +231,17 @@ def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, World
     chosen, loss, tokens, left_s = _best_run(trial, total_s)
 
     token_s = trial.predict_token_s(chosen.n_embd)
-    ends_early = tokens * token_s < EARLY_STOP_SHARE * left_s
+    run_s = tokens * token_s
+    ends_early = run_s < EARLY_STOP_SHARE * left_s
     if ends_early:
-        total_s += (tokens * token_s - left_s) / (1 - EVALUATION_SHARE)
+        # The evaluations shrink with the run: they keep their share of the total.
+        total_s += (run_s - left_s) / (1 - EVALUATION_SHARE)
         print0(
             f"minutes={config.minutes:g}: stopping after about {format_duration(total_s)}: more epochs over these "
             f"{trial.num_tokens:,} tokens would overfit"
         )
+
+    # Evaluate four times in a long run, else only at the end; read as much of the split as the time allows.
     num_evaluations = 4 if total_s >= 60 * LONG_MINUTES else 1
     evaluation_s = EVALUATION_SHARE * total_s / num_evaluations
     batch_s = token_s / 3 * config.block_size * chosen.batch_size  # forward is a third of a step
@@ -247,18 +254,20 @@ def choose(config: Any, world: World, train_step: TrainStep) -> tuple[Any, World
         eval_interval=chosen.max_iters // num_evaluations if num_evaluations > 1 else 0,
         eval_iters=0 if covers_split else max(num_batches, 1),
     )
+
+    # The law's runs began without look_back, and half of their time was the decay.
     loss *= scaling.LOOK_BACK_FACTOR * SHORT_DECAY_PENALTY
     expected_loss = None if math.isnan(difficulty) else loss * difficulty
     plan = {"minutes": config.minutes, "expected_loss": expected_loss, "evaluation_s": evaluation_s, "spent_s": 0.0}
 
-    hardness = ""
+    comparison = ""
     expected = "no particular loss: the pilot was too short"
     if expected_loss:
-        hardness = f"; this text is {difficulty:.3f} × as hard as the reference text"
+        comparison = f"; this text is {difficulty:.3f} × as hard as the reference text"
         expected = format_losses({"validation": expected_loss}, trial.dataset.val.bits_per_byte(expected_loss))
     pilot_speed = 1 / trial.predict_token_s(PILOT_WIDTH)
     print0(
-        f"tried    {len(trial.speeds)} widths, {pilot_speed:,.0f} to {1 / token_s:,.0f} tokens/s{hardness}",
+        f"tried    {len(trial.speeds)} widths, {pilot_speed:,.0f} to {1 / token_s:,.0f} tokens/s{comparison}",
         f"chosen   {chosen.n_embd} channels, {chosen.n_layer} layers; about {chosen.max_iters:,} steps of "
         f"{chosen.rows_per_step} rows, {tokens:,.0f} tokens = {tokens / trial.num_tokens:.3g} epochs; Muon's learning "
         f"rate {chosen.muon_lr:.2e}",
@@ -317,7 +326,7 @@ class SpeedTrial:
     def make_config(self, width: int, tokens: float, num_processes: int) -> Any:
         """The config of a run of this width and length, its rows shared by num_processes."""
         keys = {**DEFAULTS, **scaling.make_recipe(width, tokens, self.config.block_size)}
-        keys["batch_size"] = -(-keys["batch_size"] // num_processes)
+        keys["batch_size"] = math.ceil(keys["batch_size"] / num_processes)
         keys["gradient_accumulation_steps"] = num_processes
         return replace(self.config, **keys)
 
@@ -396,7 +405,7 @@ class SpeedTrial:
             next(steps)
         T = config.block_size
         rows = config.batch_size
-        windows = EvalWindows(self.dataset.val, T, -(-PILOT_WINDOWS // rows), rows, self.vocab_size)
+        windows = EvalWindows(self.dataset.val, T, math.ceil(PILOT_WINDOWS / rows), rows, self.vocab_size)
         with torch.no_grad():
             loss = evaluate(model, windows, rows, self.single)
         return scaling.estimate_difficulty(loss, config.max_iters * rows * T, self.num_tokens, T)

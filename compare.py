@@ -2,7 +2,7 @@
 
     python compare.py out-a out-b out-c --out=compare.png
 
-Runs that differ in their seed alone are repeats: they share a row and a curve, mean ± standard error. For runs trained
+Runs that differ only in their seed are repeats: they share a row and a curve, mean ± standard error. For runs trained
 with --log_layers=True the picture also shows the gradient and update norms of each layer.
 """
 
@@ -40,8 +40,15 @@ KEYS_WITHOUT_EFFECT = {
     *("activation_checkpointing", "loss_chunk", "deterministic"),
 }
 # The values of keys that checkpoints of version 0.1 lack.
-ADDED_LATER: dict[str, Any] = {"gelu": "tanh", "qk_norm": True, "look_back": False, "ngram_targets": 0}
-ADDED_LATER |= {"lora_rank": 0, "lora_alpha": 32.0, "lora_targets": "attention,mlp"}
+ADDED_LATER: dict[str, Any] = {
+    "gelu": "tanh",
+    "qk_norm": True,
+    "look_back": False,
+    "ngram_targets": 0,
+    "lora_rank": 0,
+    "lora_alpha": 32.0,
+    "lora_targets": "attention,mlp",
+}
 # Keys that --minutes derives from measured speed and free memory, so repeats may differ in them.
 MEASURED_KEYS = {"max_iters", "decay_iters", "eval_iters", "micro_batch_size"}
 
@@ -78,7 +85,11 @@ class LayerNorms(TypedDict):
     layer_update_norms: dict[str, Number]
 
 
-LINES: dict[str, Any] = {"val_loss": Evaluation, "loss": Update, "layer_grad_norms": LayerNorms}  # by what they hold
+LINES: dict[str, Any] = {
+    "val_loss": Evaluation,
+    "loss": Update,
+    "layer_grad_norms": LayerNorms,
+}  # kinds of lines by the key that marks them
 
 
 @dataclass
@@ -136,10 +147,11 @@ def read_run(path: Path) -> Run:
         if record is None and number == len(lines):
             break  # the last line of a live or killed run may be incomplete
         _, problems = check(record, dict[str, Any])
-        for name in () if problems else LINES.keys() & record.keys():
-            checked, line_problems = check(record, LINES[name])
-            records[name].append(checked)
-            problems += line_problems
+        if not problems:
+            for name in LINES.keys() & record.keys():
+                checked, line_problems = check(record, LINES[name])
+                records[name].append(checked)
+                problems += line_problems
         if problems:
             raise InputError(f"{file}:{number}: damaged line ({problems[0]}); remove it or restore the file")
     if not records["val_loss"]:

@@ -82,7 +82,7 @@ def parse(
     return config_class(**values), ExplicitKeys(values, set(flag_values))
 
 
-# ---- flags
+# --- Flags
 
 
 def _split(argv: Sequence[str], hints: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -98,7 +98,11 @@ def _split(argv: Sequence[str], hints: dict[str, Any]) -> tuple[list[str], list[
             if value.startswith("~/"):
                 value = os.path.expanduser(value)
             flags.append((name, [value] if equals else []))
-            takes = 0 if equals else len(argv) if _is_list(hints.get(name)) else 1
+            takes = 1
+            if equals:
+                takes = 0
+            elif _is_list(hints.get(name)):
+                takes = len(argv)  # all words up to the next flag
             is_switch = options(hints.get(name)) == [bool]  # --eval_only, which a config file may follow
         elif takes and not (is_switch and word not in CONSTANTS):
             flags[-1][1].append(word)
@@ -153,7 +157,7 @@ def _parse_text(text: str, annotation: Any) -> Any:
     return text
 
 
-# ---- config files
+# --- Config files
 
 
 def _run_file(file: str, current: dict[str, Any]) -> tuple[list[Entry], list[str]]:
@@ -198,7 +202,7 @@ def _explain_unreadable(file: str, error: OSError) -> str:
     return f"{reason}; did you mean {by_stem[close[0]]}?" if close else reason
 
 
-# ---- help
+# --- Help
 
 
 def _build_help(config_class: Any, description: str, positional: str | None) -> argparse.ArgumentParser:

@@ -41,7 +41,7 @@ from nanogpt.data.rows import SlidingWindows
 from nanogpt.data.token_shards import TokenDtype
 from nanogpt.distributed import World
 from nanogpt.errors import InputError, raise_problems, run_script
-from nanogpt.files import write_report
+from nanogpt.files import check_report, write_report
 from nanogpt.generate.sampling import check_finite
 from nanogpt.memory import MAX_TOKENS_PER_PASS, rows_to_score
 from nanogpt.rendezvous import explain_errors
@@ -98,8 +98,12 @@ def main() -> None:
             loaded.model.to(world.device).eval()
             if world.device.type == "cpu":
                 use_cpu_kernels(loaded.model)
-            name, tokens = open_text(config.text, loaded.tokenizer) if config.text else open_split(config, loaded)
-            results = print_loss(name, tokens, *split_loss(loaded.model, tokens, config.stride, world))
+            if config.text:
+                name, tokens = open_text(config.text, loaded.tokenizer)
+            else:
+                name, tokens = open_split(config, loaded)
+            loss, stderr, num_targets = split_loss(loaded.model, tokens, config.stride, world)
+            results = print_loss(name, tokens, loss, stderr, num_targets)
     if config.json:
         write_report("json", config.json, {"model": loaded.source} | results)
 
@@ -125,17 +129,9 @@ def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
         problems.append(f"--text={config.text}: could not be read (no such file); check its name")
     if config.include_path and not Path(config.include_path).is_dir():
         problems.append(f"--include_path={config.include_path}: is not a folder; give one that holds YAML files")
-    if config.json and (Path(config.json).is_dir() or not Path(config.json).absolute().parent.is_dir()):
-        problems.append(f"--json={config.json}: is a folder, or its folder is missing; give another file")
-    if config.json and not problems:
-        existed = os.path.lexists(config.json)
-        try:
-            open(config.json, "a").close()
-            if not existed:
-                os.remove(config.json)
-        except OSError as error:
-            problems.append(f"--json={config.json}: cannot be written ({error.strerror}); give another file")
     raise_problems(problems)
+    if config.json:
+        check_report("json", config.json)
     if config.dataset:  # before the model is downloaded
         open_dataset(config.dataset, block_size=1, splits=[config.split], token_dtype=config.token_dtype)
 
@@ -186,19 +182,20 @@ def split_loss(model: GPT, tokens: Tokens, stride: int, world: World) -> tuple[f
     block_size = model.config.block_size
     if stride > block_size:
         raise InputError(f"--stride={stride}: would skip tokens between windows; give --stride={block_size} or less")
-    parts = [(part.weight / (part.tokens - 1), block_sums(model, tokens, part, stride, world)) for part in tokens.parts]
-    nats, weight = sum(share * sums.sum(1) for share, sums in parts)
-    if not weight:
+    shares = [part.weight / (part.tokens - 1) for part in tokens.parts]
+    sums = [block_sums(model, tokens, part, stride, world) for part in tokens.parts]
+    nats, targets = sum(share * s.sum(1) for share, s in zip(shares, sums, strict=True))  # of all parts, by weight
+    if not targets:
         raise InputError("the loss mask leaves no token to evaluate on; give another split")
 
     # The variance of a ratio of sums, to first order, is that of the blocks' nats above the mean loss.
-    loss = nats / weight
+    loss = nats / targets
     variance = 0.0
-    for share, (block_nats, block_targets) in parts:
+    for share, (block_nats, block_targets) in zip(shares, sums, strict=True):
         excess = share * (block_nats - loss * block_targets)
         variance += len(excess) * excess.var(ddof=1) if len(excess) > 1 else math.nan
-    num_targets = sum(sums[1].sum() for _, sums in parts)
-    return float(loss), math.sqrt(variance) / float(weight), int(num_targets)
+    num_targets = sum(block_targets.sum() for _, block_targets in sums)
+    return float(loss), math.sqrt(variance) / float(targets), int(num_targets)
 
 
 @torch.inference_mode()
@@ -217,7 +214,7 @@ def block_sums(model: GPT, tokens: Tokens, part: MixturePart, stride: int, world
         x, y = world.to_device(x, y)
         has_target = y >= 0
         with world.autocast():
-            # Logits of the targets alone: each row of them is as large as the vocabulary.
+            # Only the targets' logits: each row of them is as large as the vocabulary.
             logits = model.logits(model.norm(model.hidden_states(x)[has_target])).float()
             nats = F.cross_entropy(logits, y[has_target], reduction="none")
         check_finite(nats)  # the softmax spreads a NaN to the whole row

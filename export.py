@@ -37,11 +37,11 @@ class ExportConfig(ModelKeys):
     """The model to export, and the folder or file to write."""
 
     to: str = key("", "folder to write, a new or an empty one; or a new NAME.gguf", group="Target")
-    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = key("float32", "of the weights in it; q8_0: .gguf alone")
-    shard_gb: float = key(5.0, "largest file of a folder in gigabytes; larger weights are split", gt=0, le=10**6)
-    adapters: bool = key(
-        False, "of a run with LoRA: write only the adapters, as PEFT does; False: merged with their base"
+    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = key(
+        "float32", "dtype of the written weights; q8_0 only for .gguf"
     )
+    shard_gb: float = key(5.0, "largest file of a folder in gigabytes; larger weights are split", gt=0, le=10**6)
+    adapters: bool = key(False, "write only a LoRA run's adapters, in PEFT's format; False: merge them")
 
 
 def main() -> None:
@@ -59,6 +59,8 @@ def main() -> None:
         raise InputError(f"--dtype=q8_0: {config.to} is a folder, which has no such weights; give --to=NAME.gguf")
     if config.adapters and is_gguf:
         raise InputError(f"--adapters=True: {config.to} is a file, and adapters are a folder; give --to=FOLDER")
+    if "shard_gb" in explicit and (is_gguf or config.adapters):
+        raise InputError(f"--shard_gb={config.shard_gb:g}: a .gguf and adapters are a single file each; leave it out")
     is_empty = os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target)
     if os.path.lexists(target) and (is_gguf or not is_empty):
         raise InputError(f"--to={config.to}: exists and is not overwritten; delete it, or give another name")

@@ -60,8 +60,9 @@ class ModelKeys:
 
 def find_two_sources(keys: ModelKeys, explicit: Mapping[str, Any]) -> list[str]:
     """The problems of keys that name a second model beside init_from, a line each."""
-    has_checkpoint = checkpoint.is_checkpoint(Path(keys.init_from))
-    unused = [] if keys.init_from == "resume" else ["out_dir"] if has_checkpoint else ["out_dir", "checkpoint"]
+    if keys.init_from == "resume":
+        return []
+    unused = ["out_dir"] if checkpoint.is_checkpoint(Path(keys.init_from)) else ["out_dir", "checkpoint"]
     reason = f"--init_from={keys.init_from} takes its place; leave it out"
     return [f"--{name}: {reason}" for name in unused if name in explicit]
 
@@ -84,7 +85,7 @@ def load_model(keys: ModelKeys, action: str) -> LoadedModel:
     from_run = keys.init_from == "resume"
     source = Path(keys.out_dir if from_run else keys.init_from)
     end_ids: list[int] = []
-    may_be_gpt2 = True  # the ids, if there is no tokenizer
+    may_be_gpt2 = True  # without a tokenizer the ids may be GPT-2's
     if checkpoint.is_checkpoint(source) or (from_run and not (source / "ckpt.pt").exists()):
         # From here on by the checkpoint's path: a run in progress may have a better one in a moment.
         source = checkpoint.find(source, keys.checkpoint)
@@ -153,7 +154,7 @@ def resume_config(config: Config, explicit: ExplicitKeys, resumed: Checkpoint) -
 
 def is_unset_size(name: str, value: Any) -> bool:
     """True for a model size of 0, which stands for the size that the weights have."""
-    return name in MODEL_KEYS and value == 0 and value is not False
+    return name in MODEL_KEYS and value == 0 and value is not False  # False == 0, but tied=False is a choice
 
 
 def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
@@ -166,7 +167,8 @@ def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) ->
 def raise_for_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any], where: str) -> None:
     """Raise InputError for explicit model keys that contradict the sizes of existing weights."""
     raise_problems(
-        f"{name}={explicit[name]}: {where} has {name}={actual[name]}, which cannot change; leave it out, or give that"
+        f"{name}={explicit[name]}: {where} has {name}={actual[name]}, which cannot change; "
+        f"leave it out, or give {name}={actual[name]}"
         for name in conflicting_sizes(explicit, actual)
     )
 
@@ -184,6 +186,7 @@ def load_data_and_model(
     elif config.init_from != "scratch":
         model, model_tokenizer = load_weights(config, explicit, world)
     else:
+        # For its vocabulary; it is opened again below, with the model's sizes.
         dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
         model = new_model(config, dataset.vocab_size or GPT2_VOCAB, world)
 
@@ -364,8 +367,8 @@ def prepare_training(
     """The model compiled as configured, and the state of a run before its first update."""
     trained: torch.nn.Module = model
     if should_compile(config.compile, world.device):
-        step = StepBatch(rows, 0, micro_batch * world.size, micro_batch, world, config.seed, 0, dropout=0.0)
-        *inputs, _ = next(step.micro_batches())
+        batch = StepBatch(rows, 0, micro_batch * world.size, micro_batch, world, config.seed, 0, dropout=0.0)
+        *inputs, _ = next(batch.micro_batches())
         trained = compile_model(model, world, inputs, is_whole_step=micro_batch == config.rows_per_step)
     return trained, make_state(config, model, world)
 
@@ -408,6 +411,6 @@ def choose_dtype(config: Any, model_config: GPTConfig, world: World) -> tuple[An
     """
     rows = micro_batch_sizes(config, world.size)[0] * model_config.block_size
     world = try_dtypes(world, config.dtype, rows, model_config.n_embd, model_config.n_inner)
-    if world.bfloat16_speed or (world.mesh and world.device.type == "cpu"):
+    if world.bfloat16_speedup or (world.mesh and world.device.type == "cpu"):
         config = replace(config, dtype=world.dtype_name)
     return config, world

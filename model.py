@@ -4,7 +4,7 @@ Two architectures share all the code they can. `gpt2` is the network of Radford 
 Unsupervised Multitask Learners", as OpenAI released it. `modern` is Qwen3's (Yang et al. 2025): RMSNorm, rotary
 position embeddings (RoPE), QK norm, a gated MLP, grouped-query attention, no biases. Without QK norm it is Llama's
 (Touvron et al. 2023), and with biases on queries, keys and values Qwen2's.
-Needs torch alone: copy this file into another project and it runs.
+Needs only torch: copy this file into another project and it runs.
 
 Letters in shapes: B rows, T positions, C = n_embd channels, D = head_dim, V = vocab_size.
 """
@@ -201,12 +201,14 @@ def document_causal_attention(idx: Tensor, separator_id: int, dropout: float) ->
         def is_visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key >= start[b, query]) & (key <= query)
 
+        blocks = create_block_mask(is_visible, B, None, T, T, idx.device)
+
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # under autocast, QK norm leaves q and k in float32
             return flex_attention(q.type_as(v), k.type_as(v), v, block_mask=blocks, enable_gqa=True)
 
-        blocks = create_block_mask(is_visible, B, None, T, T, idx.device)
         return position - start, attend
-    mask = ((position >= start[..., None]) & (position <= position[:, None]))[:, None]  # (B, 1, T, T): query, key
+    visible = (position >= start[..., None]) & (position <= position[:, None])  # (B, T, T): query, key
+    mask = visible[:, None]  # the same for every head
     return position - start, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=True)
 
 
@@ -281,7 +283,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         grad_x = torch.zeros_like(x) if any(ctx.needs_input_grad) else None
         grad_matrix = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
-        dtype = F.linear(x[:1], matrix[:1]).dtype
+        dtype = F.linear(x[:1], matrix[:1]).dtype  # autocast's dtype, or that of the weights
         x, weight = x.to(dtype), matrix[:vocab_size].to(dtype)  # as autocast would, but once
         for first in range(0, len(x), chunk):
             part = slice(first, first + chunk)
@@ -289,7 +291,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             log_probs = F.linear(x[part], weight).float().log_softmax(-1)
             loss -= (probs * log_probs.gather(-1, ids)).sum()
             if grad_x is not None:
-                grad = log_probs.exp_().mul_(probs.sum(-1, keepdim=True)).scatter_add_(-1, ids, -probs).to(dtype)
+                # d loss / d logits = softmax * sum(probs) - probs, in the memory of log_probs
+                grad = log_probs.exp_().mul_(probs.sum(-1, keepdim=True))
+                grad = grad.scatter_add_(-1, ids, -probs).to(dtype)
                 grad_x[part] = grad @ weight
                 if grad_matrix is not None:
                     add_product(grad_matrix[:vocab_size], grad.mT, x[part])
@@ -400,6 +404,7 @@ class GPT(nn.Module):
             # Drop ignored positions. On a GPU the boolean index would make the host wait.
             if x.device.type == "cpu" and not torch.compiler.is_compiling():
                 x, targets, *soft = (t[is_target] for t in (x, targets, *soft))
+            # Under no_grad too, needs_input_grad would be True for a parameter, and its gradient computed.
             weight = self.lm_head_weight if torch.is_grad_enabled() else self.lm_head_weight.detach()
             arguments = (x, weight, self.config.vocab_size, self.loss_chunk, targets, *soft)
             return None, ChunkedCrossEntropy.apply(*arguments) / num_targets

@@ -1,6 +1,6 @@
 """A page to play with a trained GPT: python play.py --out_dir=out-shakespeare-char
 
-The page is served to this machine alone. The model generates one text at a time; further requests wait in a queue.
+The page is served only to this machine. The model generates one text at a time; further requests wait in a queue.
 """
 
 import nanogpt.import_torch  # noqa: F401  # faster than `import torch`

@@ -68,7 +68,7 @@ from nanogpt.train_log import (
 )
 
 OWN_KEYS = ("out_dir", "init_from", "dataset")  # paths, which may differ between machines
-MAX_SIZE = 2**30  # of a model: the product of two fits into 64 bits
+MAX_SIZE = 2**30  # limit of each model size: the product of two fits into 64 bits
 
 
 @dataclass
@@ -76,7 +76,9 @@ class TrainConfig:
     """Every key of a run. Config files and --key=value flags set them; --help lists them."""
 
     out_dir: str = key("out", "directory for checkpoints and metrics", group="Run")
-    init_from: str = key("scratch", "initial weights: scratch, gpt2*, hub id, a directory, a .gguf, nanoGPT's ckpt.pt")
+    init_from: str = key(
+        "scratch", "weights: scratch, resume, gpt2 to gpt2-xl, a hub id, a run or model directory, .gguf, ckpt.pt"
+    )
     resume: Literal["auto", True, False] = key(False, "resume the run in out_dir; auto: resume if there is one")
     seed: int = key(1337, "seed of initialization, row order and dropout", ge=0)
     eval_only: bool = key(False, "evaluate once and exit; writes nothing")
@@ -88,8 +90,8 @@ class TrainConfig:
     new_data: bool = key(False, "resume on data that changed since the run began")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
     mask_documents: bool = key(False, "restrict attention and positions to each document")
-    batch_size: int = key(12, "rows per micro-batch", ge=1, le=2**20)
-    gradient_accumulation_steps: int = key(40, "micro-batches per step, over all processes", ge=1, le=2**20)
+    batch_size: int = key(12, "rows per step = batch_size × gradient_accumulation_steps", ge=1, le=2**20)
+    gradient_accumulation_steps: int = key(40, "multiplies batch_size; counted over all processes", ge=1, le=2**20)
     batch_growth_tokens: int = key(0, "tokens over which the batch grows from batch_size to full size; 0: off", ge=0)
     block_size: int = key(1024, "context length: tokens per row", ge=1, le=MAX_SIZE)
     ngram_targets: int = key(0, "soft targets by n-grams of this order, counted in train; 0: off", ge=0, le=64)
@@ -113,7 +115,9 @@ class TrainConfig:
     lora_alpha: float = key(32.0, "LoRA alpha: adapters are scaled by lora_alpha / lora_rank", gt=0)
     lora_targets: str = key("attention,mlp", "LoRA: the layers with adapters; also by name, as in q_proj,v_proj")
 
-    optimizer: Literal["adamw", "muon"] = key("adamw", "muon: for blocks' matrices, AdamW elsewhere", group="Optimizer")
+    optimizer: Literal["adamw", "muon"] = key(
+        "adamw", "adamw, or muon for the blocks' matrices and AdamW for the rest", group="Optimizer"
+    )
     learning_rate: float = key(6e-4, "maximum learning rate", gt=0)
     muon_lr: float | None = key(None, "maximum learning rate of Muon; None: learning_rate", gt=0)
     muon_momentum: float = key(0.95, "Muon momentum", ge=0, lt=1)
@@ -150,8 +154,8 @@ class TrainConfig:
     wandb_run_name: str = key("gpt2", "wandb run name")
 
     always_save_checkpoint: bool = key(True, "save at every evaluation, not only at a new best", group="Checkpoints")
-    checkpoint_minutes: float = key(15.0, "also save this often; 0: only at evaluations", ge=0)
-    keep_every: int = key(0, "also keep checkpoints whose step is a multiple of this; 0: none", ge=0)
+    checkpoint_minutes: float = key(15.0, "minutes between saves beside those at evaluations; 0: none", ge=0)
+    keep_every: int = key(0, "beside the newest two and the best, keep steps divisible by this; 0: none", ge=0)
 
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
@@ -162,7 +166,9 @@ class TrainConfig:
     shards: int = key(1, "processes that share a copy of the model (FSDP2), 0: all; 1: each has its own (DDP)", ge=0)
     timeout_s: float = key(600.0, "seconds that a process waits for the others", gt=0, le=86_400)
     deterministic: bool = key(False, "reproducible results on CUDA; slower")
-    micro_batch_size: int | Literal["auto"] | None = key(None, "rows per pass; None: batch_size; auto: what fits", ge=1)
+    micro_batch_size: int | Literal["auto"] | None = key(
+        None, "rows per forward pass; the step stays the same; None: batch_size; auto: what fits into memory", ge=1
+    )
     activation_checkpointing: bool = key(False, "recompute activations in backward: less memory, +1/3 compute")
     loss_chunk: int = key(0, "compute the loss in chunks of this many tokens: less memory; 0: off", ge=0)
 
@@ -197,7 +203,8 @@ def train_step(
 
     # One all-reduce for the loss, whose weights have the factor world.size, and for the ranks' requests.
     (requests,) = world.to_device(torch.tensor(read_control(), dtype=torch.float32))
-    loss, *control = world.all_reduce_sum(torch.cat((loss[None] / world.size, requests)))
+    shared = torch.cat((loss[None] / world.size, requests))
+    loss, *control = world.all_reduce_sum(shared)
     scaler.unscale_(optimizer)  # type: ignore[arg-type]
     grad_norm = gradient_norm(optimizer.parameters.values())
     skip_update = guard.check(loss, grad_norm)  # a NaN makes this update a no-op; the log stops the run a step later
@@ -355,7 +362,7 @@ def save(run: Run) -> None:
 
 
 def print_sample(run: Run) -> None:
-    """Print a text that the model writes."""
+    """Print a text that the model writes; not of a sharded one: a rank alone would wait for the others' shards."""
     if run.writer and run.tokenizer and run.config.sample_chars and not run.world.mesh:
         with run.world.autocast():
             text = sample_text(run.state.model, run.tokenizer, run.config.sample_chars, run.config.seed)
@@ -421,7 +428,7 @@ def check_config(config: TrainConfig) -> None:
         if config.look_back and config.arch != "modern":
             problems.append(f"look_back=True: arch={config.arch} has no RoPE; leave it out")
     elif config.look_back:
-        problems.append(f"look_back=True: init_from={config.init_from} has a first layer already; set look_back=False")
+        problems.append(f"look_back=True: init_from={config.init_from} loads trained weights; leave one of the two out")
     if config.rows_per_step % world_size():
         problems.append(
             f"batch_size × gradient_accumulation_steps = {config.rows_per_step} rows per step are not divisible by "

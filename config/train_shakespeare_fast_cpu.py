@@ -1,4 +1,4 @@
-# Reaches the validation loss of train_shakespeare_char_cpu.py, 1.89 on tiny Shakespeare, 16 to 21 times sooner than nanoGPT:
+# Reaches the validation loss of train_shakespeare_char_cpu.py, 1.89 on tiny Shakespeare, 17 to 24 times sooner than nanoGPT:
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_fast_cpu.py
 # runs/time_to_loss_cpu has the measurement, and what each choice gains.

@@ -32,7 +32,7 @@ class LookConfig:
     """Dataset, and tokens or rows to show."""
 
     dataset: str = key("", "a folder, a name under data/, or a mixture; default: that of --run", group="Dataset")
-    token_dtype: TokenDtype | None = key(None, "as of train.py")
+    token_dtype: TokenDtype | None = key(None, "as in train.py")
     split: Literal["train", "val"] = key("train", "split to show")
     count: int = key(100_000_000, "tokens to count, evenly spread", ge=1)
     windows: int = key(3, "random windows to show", ge=0, le=10**6)
@@ -41,11 +41,11 @@ class LookConfig:
 
     step: int | None = key(None, "show the training rows of the update after this many", group="Step", ge=0)
     run: str = key("", "out_dir of a run, whose settings are the defaults of the keys below and of the seed")
-    batch_size: int = key(12, "as of train.py", ge=1, le=2**20)
-    gradient_accumulation_steps: int = key(40, "as of train.py", ge=1, le=2**20)
-    batch_growth_tokens: int = key(0, "as of train.py", ge=0)
-    block_size: int = key(1024, "as of train.py", ge=1)
-    row_order: Literal["random", "epoch"] = key("random", "as of train.py")
+    batch_size: int = key(12, "as in train.py", ge=1, le=2**20)
+    gradient_accumulation_steps: int = key(40, "as in train.py", ge=1, le=2**20)
+    batch_growth_tokens: int = key(0, "as in train.py", ge=0)
+    block_size: int = key(1024, "as in train.py", ge=1)
+    row_order: Literal["random", "epoch"] = key("random", "as in train.py")
 
     @property
     def row_schedule(self) -> RowSchedule:

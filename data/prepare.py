@@ -27,7 +27,7 @@ class PrepareConfig:
     input: list[str] = key([], f"{SUPPORTED}; folders, globs; hf:OWNER/NAME[@CONFIG][:SPLIT]", group="Input")
     text_key: str = key("text", "column of rows that holds the text")
     chat: bool = key(False, "rows are conversations, with messages, or with prompt and completion")
-    encoding: str = key("utf-8", "of text files and JSON lines")
+    encoding: str = key("utf-8", "encoding of text files and JSON lines")
     document_separator: str = key("", "split texts into documents at this string; \\n stands for a newline")
     skip_bad: bool = key(False, "count bad rows and files and leave them out, instead of an error")
     docs: int | None = key(None, "read only this many documents", ge=1)

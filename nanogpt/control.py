@@ -17,7 +17,7 @@ class Control(NamedTuple):
     interrupt: float = 0.0  # ranks that got SIGINT
     terminate: float = 0.0  # ranks that got SIGTERM
     save: float = 0.0  # ranks that want a checkpoint
-    decay_steps: float = 0.0  # updates of the final decay that is to begin now; 0: not yet (the main process alone)
+    decay_steps: float = 0.0  # updates of the final decay that is to begin now; 0: not yet (only the main process)
 
 
 class EvaluationStopped(Exception):

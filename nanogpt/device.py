@@ -10,7 +10,7 @@ import torch
 
 from nanogpt.errors import InputError
 
-CGROUP = Path("/sys/fs/cgroup")  # of the container, where there is one
+CGROUP = Path("/sys/fs/cgroup")  # the container's limits, where there is one
 
 # Dense bfloat16 peak of one GPU in FLOP/s, by a part of the device's name; the first match wins.
 # Source: NVIDIA's data sheets, the figures without sparsity.

@@ -169,7 +169,7 @@ def atomic_directory(final: Path, replace: bool = False) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            # As the umask has it; safetensors lets the owner alone read its files.
+            # As the umask has it; safetensors lets only the owner read its files.
             mode = partial.stat().st_mode & 0o666
             for path in partial.iterdir():
                 with contextlib.suppress(OSError):  # a FAT or network drive that has no modes
@@ -205,6 +205,17 @@ def replace_non_finite(value: Any) -> Any:
     if isinstance(value, list):
         return [replace_non_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_report(flag: str, path: str) -> None:
+    """Raise InputError if no report can be written to the file that a flag names; what it holds is kept."""
+    existed = os.path.lexists(path)
+    try:
+        open(path, "a").close()
+        if not existed:
+            os.remove(path)
+    except OSError as error:
+        raise InputError(f"--{flag}={path}: cannot be written ({error.strerror}); give another file") from error
 
 
 def write_report(flag: str, path: str, report: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 DISTANCES = 4  # heads attend to the tokens 1, 2, 3 and 0 positions back, in turn
 MIN_FREQUENCY = 0.2  # radians per position; slower rotations hardly differ between neighbors
-STRENGTH = 2.0  # of the keys' and queries' common part: 50/√D times the random rest
+STRENGTH = 2.0  # scale of the keys' and queries' common part: 50/√D times the random rest
 QUERY_GAIN = 1.5  # a higher one makes a narrower peak
 
 

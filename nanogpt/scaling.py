@@ -16,7 +16,7 @@ def pick_sizes(n_embd: int) -> dict[str, int]:
     """Sizes of a modern GPT of this width, a multiple of 16: deeper as it is wider, 12 layers at 768 as GPT-2."""
     n_layer = max(2, round(2 * (n_embd / 48) ** 0.65))
     head_dim = next(d for d in (64, 32, 16) if n_embd % d == 0 and (n_embd >= 8 * d or d <= 32))
-    n_inner = -(-8 * n_embd // (3 * 64)) * 64
+    n_inner = math.ceil(8 * n_embd / 3 / 64) * 64
     return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // head_dim, "n_inner": n_inner}
 
 
@@ -95,7 +95,7 @@ class Law:
 
 
 LAW = Law(E=0.95368, A=12.1774, B=33.3436, alpha=0.32501, beta=0.32288, K=0.0218, p=0.779, q=0.269)
-LOOK_BACK_FACTOR = 0.985  # on the losses of the law, whose runs began without look_back
+LOOK_BACK_FACTOR = 0.985  # look_back's gain: the law's runs began without it
 # The loss of a model of this width on the reference text (books) by tokens: another text's shows how hard that one is.
 PILOT_WIDTH = 64
 PILOT_LOSSES = {

@@ -48,11 +48,8 @@ class StepSchedule:
         return 0
 
     def begin_decay(self, step: int, steps: int) -> bool:
-        """End the run with a linear decay of `steps` updates from `step` on. True if this changed the schedule."""
-        self.name = "trapezoid"
-        self.max_iters = self.end_step = step + steps
-        self.decay_steps = steps
-        return True
+        """End the run with a decay of `steps` updates from `step` on. True if this changed the schedule."""
+        return False
 
     def changed_keys(self) -> dict[str, object]:
         """The keys of TrainConfig that have changed since the run began, for its checkpoints."""

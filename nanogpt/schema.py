@@ -53,7 +53,7 @@ EXPECTED = {
 NOT_IN_FILE_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # NUL, surrogates; not those of bytes
 
 
-COMPARISONS = {  # by the name of a limit
+COMPARISONS = {  # name of a limit: its words and its test
     "ge": ("at least", operator.ge),
     "le": ("at most", operator.le),
     "gt": ("above", operator.gt),

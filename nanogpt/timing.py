@@ -21,7 +21,7 @@ from nanogpt.rendezvous import explain_errors
 
 Steps = Iterator[list[float]]  # next() makes one step and returns the losses that became known during it
 SMALL = 256  # rows of a product that is fast enough to try
-SLOW_FLOPS = 1e10  # at which a product of 2048 × 2048 takes two seconds
+SLOW_FLOPS = 1e10  # here a product of 2048 × 2048 takes two seconds
 OpenSteps = Callable[..., tuple[World, Any, Steps]]  # the Any is for the parent process
 
 

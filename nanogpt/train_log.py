@@ -25,7 +25,7 @@ from nanogpt.trials import describe_dtype
 
 CPU_FLOPS = 3e10  # FLOP/s that a small model's step reaches on one core; only for a guess before the first step
 LONG_ON_CPU_S = 30 * 60
-MAX_SECONDS = 1e11  # of an ETA: more is no date
+MAX_SECONDS = 1e11  # largest ETA: a later one is no date
 
 
 class StepLabel(NamedTuple):
@@ -60,8 +60,8 @@ class StepLogger:
         self.layer_names = list(layer_stats.layers) if layer_stats else []
         self.deferred = DeferredRead(state.clock)
         self.first_step = state.step
-        self.last_line = (state.samples * self.block_size, state.clock.seconds)  # tokens, training seconds
-        self.after_warmup = self.last_line  # the same after the first step, which includes warmup
+        self.last_point = (state.samples * self.block_size, state.clock.seconds)  # tokens, training seconds
+        self.after_first_step = self.last_point  # the first step takes longer: it compiles and allocates
         self.skipped = int(state.guard.skipped.item())
 
     def put(self, step: int, first_row: int, samples: int, lr: float, stats: StepStats) -> None:
@@ -79,7 +79,7 @@ class StepLogger:
             if stats.layers:
                 self.state.clipped += int(stats.layers[0])
             if label.step == self.first_step + 1:
-                self.after_warmup = (label.samples * self.block_size, seconds)
+                self.after_first_step = (label.samples * self.block_size, seconds)
                 print0(f"first step done {time.perf_counter() - START_TIME:.1f} s after the start")
             if label.step % self.log_interval == 0:
                 self._log_step(label, stats, seconds)
@@ -125,8 +125,8 @@ class StepLogger:
 
     def _log_step(self, label: StepLabel, stats: StepStats, seconds: float) -> None:
         tokens = label.samples * self.block_size
-        tokens_per_s = tokens_per_second(self.last_line, (tokens, seconds))
-        self.last_line = (tokens, seconds)
+        tokens_per_s = tokens_per_second(self.last_point, (tokens, seconds))
+        self.last_point = (tokens, seconds)
         peak = peak_flops(self.world.device, self.world.dtype)  # None: unknown
         mfu = self.state.model.flops_per_token() * tokens_per_s / (peak * self.world.size) if peak else None
         line = {
@@ -162,7 +162,7 @@ class StepLogger:
 
     def _print_eta(self, label: StepLabel, seconds: float) -> None:
         tokens = label.samples * self.block_size
-        left = self._seconds_left(tokens, tokens_per_second(self.after_warmup, (tokens, seconds)))
+        left = self._seconds_left(tokens, tokens_per_second(self.after_first_step, (tokens, seconds)))
         end = datetime.now() + timedelta(seconds=left)
         suffix = ", excluding evaluations" if self.deadline is None else ""
         day = "%a" if left < 6 * 86_400 else "%a %d %b"
@@ -186,7 +186,7 @@ def print_model_summary(model: Any, world: World) -> None:
         parameters += f", of which {trained:,} are LoRA adapters and train"
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
     if world.shards > 1:
-        processes += f", {world.shards} sharing a copy of the model (so no samples are printed),"
+        processes += f", a copy of the model per {world.shards} of them (no samples are printed),"
     print0(
         f"{processes} on {describe_device(world.device)}, {describe_dtype(world)}",
         f"model       {parameters}",

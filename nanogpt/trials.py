@@ -18,12 +18,12 @@ from nanogpt.device import pick_dtype
 from nanogpt.distributed import World
 from nanogpt.files import atomic_write, cache_folder, read_json
 
-MIN_BFLOAT16_SPEED = 1.4  # of products, from which on whole steps are faster too (runs/cpu_step)
-MAX_ROWS = 2048  # of a product: more are hardly faster
-MAX_MULTIPLICATIONS = 2**30  # of a product: about 20 ms in float32
+MIN_BFLOAT16_SPEEDUP = 1.4  # products must gain this much before whole steps are faster too (runs/cpu_step)
+MAX_ROWS = 2048  # limit of a product's rows: more are hardly faster
+MAX_MULTIPLICATIONS = 2**30  # limit of a product: about 20 ms in float32
 SMALL_SIZE = 256  # emulated, a larger product may take seconds
 HOPELESS = 0.7  # bfloat16's speed over float32's: below it on small products, the large ones are skipped
-TRIAL_S = 0.1  # of computing
+TRIAL_S = 0.1  # least seconds of measurement
 MIN_ROUNDS = 3
 
 
@@ -34,26 +34,26 @@ def try_dtypes(world: World, dtype: str, rows: int, n_embd: int, n_inner: int) -
     """
     if dtype != "auto" or world.device.type != "cpu" or world.mesh:
         return replace(world, dtype=pick_dtype(dtype, world.device))
-    outcome = bfloat16_speed(rows, n_embd, n_inner) if world.is_main else 0.0
-    speed = world.all_reduce_sum(torch.tensor(outcome, dtype=torch.float64)).item()
-    faster = torch.bfloat16 if speed >= MIN_BFLOAT16_SPEED else torch.float32
-    return replace(world, dtype=faster, bfloat16_speed=speed)
+    outcome = bfloat16_speedup(rows, n_embd, n_inner) if world.is_main else 0.0
+    speedup = world.all_reduce_sum(torch.tensor(outcome, dtype=torch.float64)).item()
+    faster = torch.bfloat16 if speedup >= MIN_BFLOAT16_SPEEDUP else torch.float32
+    return replace(world, dtype=faster, bfloat16_speedup=speedup)
 
 
 def describe_dtype(world: World) -> str:
     """The dtype and, where a trial chose it, the outcome: float32 (bfloat16: 0.5 × float32 here)."""
-    trial = f" (bfloat16: {world.bfloat16_speed:.2g} × float32 here)" if world.bfloat16_speed else ""
+    trial = f" (bfloat16: {world.bfloat16_speedup:.2g} × float32 here)" if world.bfloat16_speedup else ""
     return world.dtype_name + trial
 
 
-def bfloat16_speed(rows: int, n_embd: int, n_inner: int) -> float:
+def bfloat16_speedup(rows: int, n_embd: int, n_inner: int) -> float:
     """The speed of a linear layer in bfloat16 on this CPU over that in float32: forward and backward, by autocast.
 
     No flag of a CPU determines it: by AVX-512's dot products (avx512_bf16) an Intel Xeon takes twice as long in
     bfloat16 as in float32 (runs/cpu_step), an AMD EPYC half as long.
     """
     shape = trial_shape(rows, n_embd, n_inner)
-    return recall("bfloat16", shape, lambda: measure_bfloat16_speed(shape))
+    return load_or_measure("bfloat16", shape, lambda: measure_bfloat16_speedup(shape))
 
 
 def trial_shape(rows: int, n_embd: int, n_inner: int) -> list[int]:
@@ -69,7 +69,7 @@ def round_size(size: int) -> int:
     return min((power, 3 * power // 2, 2 * power), key=lambda rounded: abs(rounded - size))
 
 
-def recall(name: str, shape: Sequence[int], measure: Callable[[], float]) -> float:
+def load_or_measure(name: str, shape: Sequence[int], measure: Callable[[], float]) -> float:
     """The outcome of the trial `name` on this machine: as stored in ~/.cache/nanogpt, else of `measure()`."""
     trial = {"trial": name, "cpu": cpu_model(), "torch": torch.__version__, "shape": list(shape)}
     file = f"{name}-{hashlib.sha256(json.dumps(trial).encode()).hexdigest()[:16]}.json"
@@ -103,10 +103,10 @@ def cpu_info() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in fields}
 
 
-def measure_bfloat16_speed(shape: Sequence[int]) -> float:
+def measure_bfloat16_speedup(shape: Sequence[int]) -> float:
     """Compare the dtypes on `shape` (rows, inputs, outputs), or only on less where bfloat16 is slow."""
-    speed = compare_dtypes([min(size, SMALL_SIZE) for size in shape])
-    return speed if speed < HOPELESS else compare_dtypes(shape)
+    speedup = compare_dtypes([min(size, SMALL_SIZE) for size in shape])
+    return speedup if speedup < HOPELESS else compare_dtypes(shape)
 
 
 def compare_dtypes(shape: Sequence[int]) -> float:

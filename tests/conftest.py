@@ -148,8 +148,8 @@ def run_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
 @pytest.fixture(autouse=True)
 def no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing depends on this machine's speed, nor writes to the home directory."""
-    monkeypatch.setattr(trials, "bfloat16_speed", lambda *_: 1.0)
-    monkeypatch.setattr(low_precision, "recall", lambda *_: 1.0)
+    monkeypatch.setattr(trials, "bfloat16_speedup", lambda *_: 1.0)
+    monkeypatch.setattr(low_precision, "load_or_measure", lambda *_: 1.0)
 
 
 @pytest.fixture

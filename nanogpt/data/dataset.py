@@ -37,9 +37,9 @@ from nanogpt.files import read_json
 from nanogpt.schema import Count, Limits, check
 from nanogpt.text.tokenizer import GPT2_VOCAB, Tokenizer
 
-FORMAT = 1  # of meta.json
-WEIGHT_SUM = 10**6  # of the parts of a mixture
-MAX_SHARE = 1e9  # of a part, as it is given
+FORMAT = 1  # version of meta.json
+WEIGHT_SUM = 10**6  # sum of the integer weights of a mixture's parts
+MAX_SHARE = 1e9  # largest share that may be given to a part
 
 
 class FileMeta(TypedDict):
@@ -66,12 +66,12 @@ class Meta(TypedDict):
     splits: dict[str, FileMeta]
 
 
-def token_dtype(vocab_size: int | None) -> np.dtype:
+def dtype_for(vocab_size: int | None) -> np.dtype:
     """The type of ids on disk."""
     return np.dtype("<u4" if vocab_size and vocab_size > 65_536 else "<u2")
 
 
-# ---- a split
+# --- A split
 
 
 class Shard(NamedTuple):
@@ -215,7 +215,7 @@ def _max_maps() -> int:
     return (min(limit, 2**14) if limit > 0 else 2**14) // 4  # below 0: unlimited
 
 
-# ---- a dataset
+# --- A dataset
 
 
 class Dataset:
@@ -399,7 +399,7 @@ def _open_split(dataset: Dataset, split: str, verify: bool, dtype: str | None) -
 
 def _described(dataset: Dataset, split: str) -> Iterator[tuple[Path, Layout, dict[str, Any]]]:
     """The files of a split by meta.json, with their hashes."""
-    dtype = token_dtype(dataset.vocab_size)
+    dtype = dtype_for(dataset.vocab_size)
     for file in _files(split, dataset.meta["splits"].get(split, {})):
         path = dataset.folder / file["file"]
         raise_for_missing(path)
@@ -418,7 +418,7 @@ def _recognized(dataset: Dataset, split: str, dtype: str | None) -> Iterator[tup
         raise InputError(f"{missing} is missing: {AGAIN}; files of another program need {split!r} in their names")
     for path in files:
         raise_for_missing(path)
-        yield path, read_layout(path, dtype, token_dtype(dataset.vocab_size)), {}
+        yield path, read_layout(path, dtype, dtype_for(dataset.vocab_size)), {}
 
 
 def _part(shard: Shard, split: str) -> Shard:
@@ -431,7 +431,7 @@ def _part(shard: Shard, split: str) -> Shard:
     )
 
 
-# ---- a mixture
+# --- A mixture
 
 
 def _parse_mixture(dataset: str) -> dict[str, float]:
@@ -491,7 +491,7 @@ def _open_mixture(
     return mixture
 
 
-# ---- meta.json
+# --- Meta.json
 
 
 def _files(split: str, meta: Any) -> list[dict[str, Any]]:
@@ -518,7 +518,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 def _inconsistencies(meta: dict[str, Any]) -> list[str]:
     problems = []
-    if meta["largest_id"] >= meta["vocab_size"] or meta["dtype"] != token_dtype(meta["vocab_size"]).name:
+    if meta["largest_id"] >= meta["vocab_size"] or meta["dtype"] != dtype_for(meta["vocab_size"]).name:
         problems.append("vocab_size, largest_id and dtype contradict each other")
     for split, split_meta in meta["splits"].items():
         files = _files(split, split_meta)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2**22  # counted, from the middle of the split: bounds time and memory
 MIN_COUNT = 2  # a context seen less often has the distribution of the shorter one
 NUM_CANDIDATES = 32  # tokens of a distribution, the most probable ones
-VAL_TOKENS = 2**15  # of the validation split, on which the counts themselves are measured
-UNIFORM_SHARE = 0.03  # of the probability there, at least, for tokens without any
+VAL_TOKENS = 2**15  # tokens of the validation split on which the counts themselves are measured
+UNIFORM_SHARE = 0.03  # uniform distribution's share there, for tokens that the counts lack
 
 
 def count_ngrams(dataset: Dataset, order: int, block_size: int, vocab_size: int) -> "NgramTargets | None":

@@ -192,7 +192,7 @@ class EvalWindows:
         available = [(part.tokens - 1) // block_size for part in parts]
 
         # The most windows of which each part can give its share. Rounding moves a share by less than len(parts) rows:
-        # begin above, and step down.
+        # begin above, and step down. In integers, as a product may exceed the 53 bits of a float.
         limit = min(-(-n * sum(weights) // weight) for n, weight in zip(available, weights, strict=True)) + len(parts)
         while (_rows_per_part(np.array([limit]), weights)[:, 0] > available).any():
             limit -= 1

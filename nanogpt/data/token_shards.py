@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     mask: Path | None = None  # a byte per token, 0 where it is no target of the loss
 
 
-# ---- files of a split
+# --- Files of a split
 
 
 def token_files(folder: Path, split: str) -> list[Path]:
@@ -81,7 +81,7 @@ def list_folder(folder: Path) -> list[Path]:
         raise InputError(f"{folder} cannot be read ({error.strerror}): change its permissions") from error
 
 
-# ---- formats
+# --- Formats
 
 
 def read_layout(path: Path, token_dtype: str | None, default_dtype: np.dtype) -> Layout:
@@ -244,7 +244,7 @@ def _read_index(index: Path, mtime_ns: int) -> dict[str, Any]:
     return read_json(index)  # once for all the files that it describes
 
 
-# ---- documents
+# --- Documents
 
 
 def find_separator(ids: np.ndarray, starts: np.ndarray) -> int | None:
@@ -260,7 +260,7 @@ def find_separator(ids: np.ndarray, starts: np.ndarray) -> int | None:
     return None
 
 
-# ---- opening
+# --- Opening
 
 
 MapFile = Callable[[], np.ndarray]

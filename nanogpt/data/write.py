@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from nanogpt.data.dataset import FORMAT, token_dtype
+from nanogpt.data.dataset import FORMAT, dtype_for
 from nanogpt.errors import InputError
 from nanogpt.files import atomic_write, file_sha256, lock_file, output_directory, sync
 from nanogpt.text.omissions import Omissions
@@ -26,7 +26,7 @@ from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer
 
 SPLITS = ("train", "val")
-HASH_KEYS = {".bin": "sha256", ".mask": "mask_sha256"}  # of a shard's files, in meta.json
+HASH_KEYS = {".bin": "sha256", ".mask": "mask_sha256"}  # keys of a shard's hashes in meta.json
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -124,7 +124,7 @@ def write_meta(
     folder: Path,
     tokenizer: Tokenizer,
     splits: Mapping[str, SplitState],
-    omissions: Omissions | None = None,
+    omissions: Omissions | None,
     made_from: str = "",
 ) -> dict[str, Any]:
     """Write meta.json for splits whose shards are finished; return its contents.
@@ -154,7 +154,7 @@ def write_meta(
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
         "largest_id": largest_id,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "dtype": dtype_for(tokenizer.vocab_size).name,
         "end_of_text": tokenizer.end_of_text,
         "replaced": [*omissions.get("replaced")],  # these two again for readers of version 0.1
         "bad": [*omissions.get("bad")],
@@ -220,7 +220,7 @@ def write_dataset(
             states = {}
             for split, pieces in splits.items():
                 state = SplitState(bytes=text_bytes[split] if text_bytes else None, documents=None)
-                writer = SplitWriter(staging, split, token_dtype(tokenizer.vocab_size), state=state)
+                writer = SplitWriter(staging, split, dtype_for(tokenizer.vocab_size), state=state)
                 for piece in pieces:
                     writer.append(piece)
                 writer.finish_shard()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nanogpt.distributed import World
 from nanogpt.errors import InputError
-from nanogpt.trials import recall, round_size, time_call
+from nanogpt.trials import load_or_measure, round_size, time_call
 
 MAX_TRIAL_ROWS = 16
 MAX_TRIAL_CONTEXT = 1024  # tokens in the cache
@@ -57,7 +57,7 @@ CPU_FORMATS: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {
 
 
 @torch.no_grad()
-def replace_linears(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module] = PackedLinear) -> None:
+def replace_linears(model: Any, layer: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
     """Replace all linear layers of a GPT in place by `layer(weight, bias)`; embeddings and norms stay.
 
     Tied weights are untied: the output layer becomes a `layer` of its own.
@@ -87,7 +87,7 @@ def fastest_format(model: Any, rows: int, names: list[str]) -> tuple[str, float]
     speeds = {"float32": 1.0}
     for name in names:
         measure = partial(format_speed, name, model, rows, num_weights)
-        speeds[name] = recall(f"decode-{c.arch}-{name}", shape, measure)
+        speeds[name] = load_or_measure(f"decode-{c.arch}-{name}", shape, measure)
     best = max(speeds, key=lambda name: speeds[name] / (MIN_PACKED_GAIN if name == "float16" else 1))
     return best, speeds[best]
 
@@ -114,7 +114,7 @@ def format_speed(name: str, model: Any, rows: int, num_other_weights: int) -> fl
 def make_trial_step(name: str, model: Any, rows: int) -> Callable[[], None]:
     """A decode step of `rows` texts through the first block, with its linear layers in one of CPU_FORMATS."""
     c = model.config
-    context = min(-(-c.block_size // 2), MAX_TRIAL_CONTEXT)
+    context = min((c.block_size + 1) // 2, MAX_TRIAL_CONTEXT)
     block = copy.deepcopy(model.blocks[0])
     replace_linears_of_blocks(block, CPU_FORMATS[name])
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32

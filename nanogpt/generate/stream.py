@@ -11,7 +11,7 @@ from nanogpt.generate.sampling import Sampling, Token
 from nanogpt.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one
-COLORS = (196, 208, 220, 154, 46)  # for probabilities, from red to green, among a terminal's 256
+COLORS = (196, 208, 220, 154, 46)  # terminal colors of probabilities, from red to green
 
 
 class TextStream:

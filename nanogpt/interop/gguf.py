@@ -52,11 +52,16 @@ MODERN_SIZES = SIZES | {
     "rope_theta": "rope.freq_base",
     "norm_eps": "attention.layer_norm_rms_epsilon",
 }
-ORIGINAL_CONTEXT = "rope.scaling.original_context_length"  # llama.cpp uses it for YaRN alone
+ORIGINAL_CONTEXT = "rope.scaling.original_context_length"  # llama.cpp uses it only for YaRN
 IGNORED = (ORIGINAL_CONTEXT, "rope.scaling.finetuned", "tensor_data_layout")
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling: a divisor of each frequency
 LARGEST = {"F16": 65_504.0, "Q8_0": 127 * 65_504.0}  # Q8_0: whole numbers up to 127 times a float16
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # of written matrices
+DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "q8_0": "Q8_0",
+}  # GGUF's names of the dtypes of matrices
 
 
 def check_installed(purpose: str) -> None:
@@ -322,7 +327,7 @@ def write_gguf(
 
     name = find_architecture(model_config).model_type
     if model_config["rope_scaling"] and name != "llama":
-        raise InputError(f"--to: llama.cpp has Llama 3's rope_scaling for Llama alone, not for {name}")
+        raise InputError(f"--to: llama.cpp has Llama 3's rope_scaling only for Llama, not for {name}")
     ends = [end for end in dict.fromkeys([*end_ids(tokenizer), *extra_end_ids]) if end < model_config["vocab_size"]]
     settings = to_settings(tokenizer, model_config["vocab_size"], ends)
 

@@ -1,6 +1,6 @@
 """Tokenizers as GGUF states them, read into ours and written from ours.
 
-A file holds tokens with types, and merges or scores, but of the expression that splits text into words its name alone,
+A file holds tokens with types, and merges or scores, but of the expression that splits text into words only its name,
 `tokenizer.ggml.pre`. `SPLITS` has what llama.cpp does by each name; a tokenizer that is none of these is refused.
 
 llama.cpp knows two kinds that we need. "gpt2" is byte-level BPE. "llama" is SentencePiece's BPE, which merges the two
@@ -45,7 +45,7 @@ class Split(NamedTuple):
     patterns: list[str]  # applied one after the other
     ignore_merges: bool = False  # a word that is a token becomes it, whatever its merges would make
     nfc: bool = False  # the models of this name were trained on text in NFC, which llama.cpp leaves as it is
-    is_exact: bool = True  # llama.cpp splits all text as the pattern does
+    is_exact: bool = True  # False: llama.cpp splits some text otherwise, so `_find_split` must match no tokenizer
 
 
 SPLITS = {

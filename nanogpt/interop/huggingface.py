@@ -302,7 +302,7 @@ def _to_their_config(model_config: dict[str, Any], dtype: torch.dtype) -> dict[s
         config["n_ctx"] = model_config["block_size"]
         config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model_config["dropout"])
     else:
-        # transformers 5 reads the rotary base here alone, transformers 4 at the top level alone.
+        # transformers 5 reads the rotary base only here, transformers 4 only at the top level.
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": model_config["rope_theta"]}
         if model_config["rope_scaling"]:
             scaling = dict(zip(ROPE_SCALING, model_config["rope_scaling"], strict=True))

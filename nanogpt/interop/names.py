@@ -23,7 +23,9 @@ from nanogpt.schema import Count, matches
 from nanogpt.text.tokenizer import Tokenizer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")  # of DDP, torch.compile, the headed model
+WRAPPERS = re.compile(
+    r"((module|_orig_mod)\.)*((transformer|model)\.)?"
+)  # prefixes by DDP, torch.compile, the headed model
 # Buffers, not parameters: the causal masks of old GPT-2 files, the rotary frequencies of old Llama files.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 MAX_LAYERS = 1000  # each layer takes memory for its tensors' names, before any file is looked at
@@ -56,7 +58,7 @@ class Architecture:
     written: dict[str, Any] = field(default_factory=dict)  # further keys of an exported config.json
 
 
-ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of Llama 3
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Llama 3's keys
 
 GPT2 = Architecture(
     fields={"arch": "gpt2"},

@@ -15,7 +15,7 @@ from nanogpt.schema import Limits, matches
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-# Settings that are read, say which layers there are, or matter in PEFT's training alone. All others must be empty.
+# Settings that are read, say which layers there are, or matter only in PEFT's training. All others must be empty.
 HARMLESS = (
     *("r", "lora_alpha", "use_rslora", "base_model_name_or_path", "fan_in_fan_out", "task_type", "peft_version"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping"),

@@ -45,8 +45,8 @@ from nanogpt.text.tokenizer import Tokenizer, replace_surrogates
 
 NUM_ALTERNATIVES = 5  # probable tokens that come with each generated one
 MAX_REQUEST_BYTES = 2**20
-MAX_IDS = 50_000  # in a text to continue, or as many as the context holds
-SEND_TIMEOUT_S = 10.0  # for which the model waits for a client to read, over a whole text
+MAX_IDS = 50_000  # limit of a text to continue, or as many as the context holds
+SEND_TIMEOUT_S = 10.0  # how long the model waits, over a whole text, for a client to read
 FRAME_S = 1 / 30  # tokens generated within one frame of the screen are sent together
 EXAMPLE = '{"prompt": "ROMEO:", "temperature": 0.8}'
 
@@ -103,7 +103,7 @@ class Playground:
         self.encode_lock = threading.Lock()  # requests are parsed in threads, and share the tokenizer's switches
         self.queue: list[asyncio.Event] = []  # the first is served; an event is set when its place may have changed
 
-        # The model runs in this thread alone: the last step of an abandoned text ends before the next text begins.
+        # The model runs only in this thread: the last step of an abandoned text ends before the next text begins.
         self.thread = ThreadPoolExecutor(1, initializer=context.__enter__)
         self.decoder = self.thread.submit(Decoder, model, compiled=compiled).result()
 

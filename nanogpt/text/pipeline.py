@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nanogpt.data.dataset import token_dtype
+from nanogpt.data.dataset import dtype_for
 from nanogpt.data.write import SPLITS, SplitState, SplitWriter, move_into_place, write_meta
 from nanogpt.errors import InputError
 from nanogpt.files import atomic_write, output_directory, read_json
@@ -38,7 +38,7 @@ class Shards:
         folder = task_folder(self.out, rank)
         shutil.rmtree(folder, ignore_errors=True)
         with output_directory(folder):
-            dtype = token_dtype(self.encoder.tokenizer.vocab_size)
+            dtype = dtype_for(self.encoder.tokenizer.vocab_size)
             writers = {split: SplitWriter(folder, split, dtype, shard_tokens=self.shard_tokens) for split in SPLITS}
             omissions = Omissions()
             for chunk in _chunks(data, f"task {rank}"):

@@ -2,8 +2,8 @@
 
 Tokens go to shards in `<out>/preparing/`. Each time a shard is finished, the files are synced and `progress.json` is
 replaced: it holds the reading position, the finished shards, and the length of the open shard of each split. After a
-kill, the same command cuts the open shards to these lengths and reads on from this position. So the result depends on
-the text and the settings alone, not on the number of workers or on interruptions, and a kill costs the encoding of one
+kill, the same command cuts the open shards to these lengths and reads on from this position. So the result depends only
+on the text and the settings, not on the number of workers or on interruptions, and a kill costs the encoding of one
 shard at most. When all is written, `move_into_place` moves the dataset to `<out>`.
 """
 
@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanogpt.console import available_cores
-from nanogpt.data.dataset import open_dataset, token_dtype
+from nanogpt.data.dataset import dtype_for, open_dataset
 from nanogpt.data.write import SPLITS, SplitState, SplitWriter, move_into_place, write_meta
 from nanogpt.errors import InputError
 from nanogpt.files import atomic_write, lock_file, output_directory
@@ -43,13 +43,13 @@ from nanogpt.text.sources import InputFile
 from nanogpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 NO_TEXT = "the input holds no text: give other files, folders or rows with --input"
-SPLIT_SHARE = 0.01  # of documents, for validation
-TAIL_SHARE = 0.1  # of a single text
+SPLIT_SHARE = 0.01  # share of the documents that is for validation
+TAIL_SHARE = 0.1  # the same of a single text: its end
 DEFAULT_BLOCK_SIZE = 1024  # train.py's
 Result = TypeVar("Result")
 
 
-# ---- encoding, in the workers
+# --- Encoding, in the workers
 
 
 @dataclass
@@ -118,7 +118,7 @@ class BatchEncoder:
             documents[split] += document.is_start
             text_bytes[split] += document.text_bytes
 
-        dtype = token_dtype(self.tokenizer.vocab_size)
+        dtype = dtype_for(self.tokenizer.vocab_size)
         return EncodedBatch(
             {split: _concatenate(ids[split], dtype) for split in SPLITS},
             {split: _concatenate(masks[split], np.dtype(np.uint8)) for split in SPLITS if self.options.chat},
@@ -168,7 +168,7 @@ def sample_texts(options: ReadOptions, split: ValSplit, fraction: float, batch: 
     return texts
 
 
-# ---- reading in order, with many workers
+# --- Reading in order, with many workers
 
 
 class Position(NamedTuple):
@@ -266,7 +266,7 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # type: ignore[union-attr]
 
 
-# ---- resuming
+# --- Resuming
 
 
 @dataclass
@@ -317,7 +317,7 @@ def find_earlier(out: Path) -> list[InputFile]:
     return progress.sources if progress else []
 
 
-# ---- the whole preparation
+# --- The whole preparation
 
 
 def prepare(
@@ -419,7 +419,7 @@ def prepare(
 
 def encode_all(job: Job, tokenizer: Tokenizer, shard_tokens: int, progress: Progress) -> None:
     """Encode and write everything after progress.position. Raises InputError for an empty split."""
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = dtype_for(tokenizer.vocab_size)
     writers = {}
     for split, state in progress.splits.items():
         writers[split] = SplitWriter(
@@ -524,7 +524,7 @@ def check_disk(job: Job, tokenizer: Tokenizer, out: Path) -> None:
     """Raises InputError if the tokens will not fit on the disk, at one for each character or for four bytes of text."""
     bytes_per_token = 1 if tokenizer.name in ("byte", "char") else 4
     text_bytes = sum(source.text_bytes for source in job.sources)
-    total = text_bytes * token_dtype(tokenizer.vocab_size).itemsize // bytes_per_token
+    total = text_bytes * dtype_for(tokenizer.vocab_size).itemsize // bytes_per_token
     needed = total - sum(path.stat().st_size for path in job.staging.glob("*-*.bin"))
     free = shutil.disk_usage(out).free
     if needed > free:
@@ -537,7 +537,7 @@ def check_disk(job: Job, tokenizer: Tokenizer, out: Path) -> None:
 def _fingerprint(tokenizer: Tokenizer) -> str:
     settings = [tokenizer.template, tokenizer.named_tokens, tokenizer.end_of_text]
     content = tokenizer._inner.to_str()
-    # In a GGUF file the split has a name alone; earlier versions spelled it otherwise.
+    # In a GGUF file the split has only a name; earlier versions spelled it otherwise.
     content = content.replace(json.dumps(PATTERNS["gpt2"]), json.dumps(EARLIER_GPT2_PATTERN))
     return _hash(content + json.dumps(settings))
 

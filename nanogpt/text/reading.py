@@ -38,7 +38,7 @@ from nanogpt.text.streams import (
 
 PIECE_BYTES = 2**22  # longer documents are encoded in pieces
 MAX_RECORD_BYTES = 2**28  # a longer line is not JSON but a file without line ends
-TAR_BYTES = 2**16  # of an archive, read at once
+TAR_BYTES = 2**16  # bytes of an archive that are read at once
 READ_ERRORS = (
     *(OSError, EOFError, ValueError, RuntimeError),
     *(zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile),
@@ -212,7 +212,7 @@ class _Reader:
             file.seek(0)
             yield file
 
-    # ---- archives
+    # --- Archives
 
     def _read_zip(self, stream: _Stream, omissions: Omissions) -> Iterator[Chunk]:
         with self._on_disk(stream) as file, zipfile.ZipFile(file) as archive:
@@ -261,7 +261,7 @@ class _Reader:
             # tarfile takes a damaged header for the end, but after the end are only zeros, or another archive.
             rest = skip_zeros(blocks.from_position(archive.offset), rest)
 
-    # ---- rows
+    # --- Rows
 
     def _read_parquet(self, stream: _Stream, omissions: Omissions) -> Iterator[Chunk]:
         try:
@@ -320,7 +320,7 @@ class _Reader:
         for start in range(0, len(rows), 128):
             yield Chunk("rows", stream.name, start + 1, rows[start : start + 128])
 
-    # ---- texts
+    # --- Texts
 
     def _read_text(self, stream: _Stream, omissions: Omissions) -> Iterator[Chunk]:
         blocks = normalize_newlines(self._read_utf8(stream, omissions), omissions, stream.name)

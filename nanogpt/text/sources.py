@@ -24,7 +24,7 @@ FILE_KINDS = {
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 ALIASES = {".tgz": ".tar.gz", ".tbz2": ".tar.bz2", ".txz": ".tar.xz", ".tzst": ".tar.zst"}
 SUPPORTED = ".txt .md .jsonl .ndjson .json .parquet .zip .tar, files without a suffix; .gz .bz2 .xz .zst of these"
-OWN_FILES = ("meta.json", "tokenizer.json", "tokenizer_config.json", "progress.json", "done.json")  # of a dataset
+OWN_FILES = ("meta.json", "tokenizer.json", "tokenizer_config.json", "progress.json", "done.json")  # no text
 CONVERTED = "refs/convert/parquet"  # the branch for the hub's own conversions, as CONFIG/SPLIT/NNNN.parquet
 
 
@@ -155,7 +155,7 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-# ---- the hub
+# --- The hub
 
 
 def _find_on_hub(name: str, earlier: Sequence[InputFile]) -> Iterator[tuple[Any, InputFile]]:

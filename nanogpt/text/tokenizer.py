@@ -48,7 +48,7 @@ ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u25
 ENDS_OF_MESSAGE = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<|end|>", "<|return|>")
 TEMPLATE_FILE = "chat_template.jinja"
 SETTINGS_FILE = "tokenizer_config.json"
-MAX_JSON_BYTES = 64 * 2**20  # of a tokenizer.json; the largest published ones have half of that
+MAX_JSON_BYTES = 64 * 2**20  # limit of a tokenizer.json; the largest published ones have half of that
 _UNKNOWN = 2**32 - 1  # marks code points without an id in a lookup table
 _SAMPLE = 100_000  # characters that gigatoken and tokenizers both encode before gigatoken is trusted
 

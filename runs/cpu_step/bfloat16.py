@@ -65,7 +65,7 @@ def measure(flags: str) -> dict[str, Any]:
     model_config = new_model_config(config, config.vocab_size)
     rows = micro_batch_sizes(config, 1)[0] * model_config.block_size
     sizes = trials.trial_shape(rows, model_config.n_embd, model_config.n_inner)
-    outcomes = [round(trials.measure_bfloat16_speed(sizes), 2) for _ in range(TRIALS)]
+    outcomes = [round(trials.measure_bfloat16_speedup(sizes), 2) for _ in range(TRIALS)]
     sides = []
     for dtype in (torch.float32, torch.bfloat16):
         world = World(0, 1, torch.device("cpu"), dtype)
@@ -79,7 +79,7 @@ def measure(flags: str) -> dict[str, Any]:
         for side, (steps, world) in zip(seconds, sides, strict=True):
             side += time_steps(steps, 1, world)[0]
     ratios = [float32 / bfloat16 for float32, bfloat16 in zip(*seconds, strict=True)]
-    auto = "bfloat16" if statistics.median(outcomes) >= trials.MIN_BFLOAT16_SPEED else "float32"
+    auto = "bfloat16" if statistics.median(outcomes) >= trials.MIN_BFLOAT16_SPEEDUP else "float32"
     return {
         "trial": outcomes,
         "trial shape": sizes,

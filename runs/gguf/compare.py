@@ -153,7 +153,7 @@ def compare_texts(model: GPT, llama: Llama, prompts: list[list[int]], count: int
     return {"prompts": len(prompts), "tokens": count, "equal": equal, "different": differ, "smallest_gap": smallest}
 
 
-# ---- the real file
+# --- The real file
 
 
 def compare_real(path: Path, folder: Path, python: str, count: int) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def compare_real(path: Path, folder: Path, python: str, count: int) -> dict[str,
     return result
 
 
-# ---- our files
+# --- Our files
 
 
 def find_tokenizers(folder: Path | None) -> dict[str, Tokenizer]:
@@ -254,7 +254,7 @@ def ends_by_name(tokenizer: Tokenizer) -> set[int]:
     return {tokenizer.special_tokens[name] for name in names if name in tokenizer.special_tokens}
 
 
-# ---- SentencePiece
+# --- SentencePiece
 
 SENTENCEPIECE = """
 import json, sys, sentencepiece

@@ -136,7 +136,7 @@ def device_type(config: MeasureConfig) -> str:
     return "cpu" if config.trial else "cuda"
 
 
-# ---- single operations and steps
+# --- Single operations and steps
 
 
 def attention(config: MeasureConfig) -> dict[str, dict[str, float]]:
@@ -197,7 +197,7 @@ def measure_step(flags: str) -> dict[str, Any]:
         return json.loads(Path(folder, "bench.json").read_text())["rows"][0]
 
 
-# ---- whole programs
+# --- Whole programs
 
 
 def table(config: MeasureConfig) -> Any:

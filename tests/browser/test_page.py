@@ -192,7 +192,7 @@ def test_page_is_dark_and_narrow(page: Page):
     assert page.page.evaluate("() => document.documentElement.scrollWidth") == 360
 
 
-# ---- conversations
+# --- Conversations
 
 
 class ChatPage(Page):

@@ -60,7 +60,7 @@ def edit_tensors(folder: Path, change: Callable[[str, torch.Tensor], dict[str, t
     save_file(edited, folder / "model.safetensors")
 
 
-# ---- read
+# --- Read
 
 
 def with_causal_masks(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -162,7 +162,7 @@ def test_from_pretrained_drops_nanogpts_padding_in_the_old_format(tmp_path: Path
     assert difference(GPT.from_tensors(GPTConfig(**weights.config), weights.tensors), oracle) < 1e-5
 
 
-# ---- write
+# --- Write
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_export_keeps_the_end_tokens_and_template_of_a_folder(run_export: Export
     assert transformers.AutoConfig.from_pretrained(again).eos_token_id == stop
 
 
-# ---- evaluate
+# --- Evaluate
 
 
 @pytest.mark.parametrize("sizes", [SMALL, EXPORTED["modern, untied"]], ids=["gpt2", "modern"])

@@ -118,7 +118,7 @@ def test_gigatoken_agrees_with_tiktoken_but_for_unicode_17(points: range, encodi
         assert converted.encode_ordinary(text).tolist() == encoding.encode_ordinary(text)
 
 
-# ---- published tokenizers, downloaded by runs/tokenizers/download.sh
+# --- Published tokenizers, downloaded by runs/tokenizers/download.sh
 
 FOLDER = Path(os.environ.get("NANOGPT_TOKENIZERS", "/nonexistent"))
 FOUND = fuzz.find_tokenizers(FOLDER, SOURCE) if FOLDER.exists() else {}

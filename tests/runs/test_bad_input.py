@@ -57,7 +57,7 @@ def refuse(run: Run, **keys: Any) -> str:
     return str(caught.value)
 
 
-# ---- settings
+# --- Settings
 
 
 def test_train_reports_all_problems_and_status_2(letters: Path, tmp_path: Path):
@@ -110,7 +110,7 @@ def test_too_little_memory_is_refused_with_flags_that_keep_the_steps(
         assert batch_size * accumulation % smaller == 0
 
 
-# ---- data
+# --- Data
 
 
 def test_data_that_is_not_there_is_refused(run: Run, used: Path):
@@ -162,7 +162,7 @@ def test_a_bad_id_in_mid_run_stops_the_run(run: Run, used: Path):
     assert [path.name for path in checkpoint.list_checkpoints(Path("broken"))] == ["step-000003", "step-000002"]
 
 
-# ---- folders and checkpoints
+# --- Folders and checkpoints
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])

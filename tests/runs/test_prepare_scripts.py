@@ -38,7 +38,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# ---- one text
+# --- One text
 
 
 @needs_gpt2
@@ -105,7 +105,7 @@ def test_pydocs(tmp_path: Path):
     assert "Assert statements are a convenient way" in data.tokenizer.decode(data.train[:2000].tolist())
 
 
-# ---- many documents
+# --- Many documents
 
 
 def documents(tokens: Tokens, end_of_text: int) -> list[str]:

@@ -31,7 +31,7 @@ def damage(step: int) -> None:
     path.write_bytes(content)
 
 
-# ---- one run at a time
+# --- One run at a time
 
 
 def test_a_locked_folder_is_refused_and_unchanged(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -225,7 +225,7 @@ def test_a_folder_renamed_amid_a_save_gets_it(run: Run, monkeypatch: pytest.Monk
     assert not Path("out").exists()
 
 
-# ---- the previous run
+# --- The previous run
 
 
 def test_a_previous_run_is_archived(run: Run, capsys: pytest.CaptureFixture[str]):
@@ -263,7 +263,7 @@ def test_the_current_directory_cannot_be_archived(run: Run):
     assert run(out_dir=".", max_iters=2, resume=True) == 0
 
 
-# ---- what is saved
+# --- What is saved
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_saves_by_the_clock_change_nothing(run: Run, saved: list[int]):
     assert_same_checkpoint("often", "whole", 6)
 
 
-# ---- damaged checkpoints
+# --- Damaged checkpoints
 
 
 def test_damaged_checkpoints_displace_no_intact_one(run: Run, capsys: pytest.CaptureFixture[str]):
@@ -329,7 +329,7 @@ def test_a_damaged_best_is_not_the_best(run: Run, monkeypatch: pytest.MonkeyPatc
     assert steps("out") == [8, 12, 16]  # of those that are left 8 has the lowest loss
 
 
-# ---- on a file system of its own
+# --- On a file system of its own
 
 # Runs in a mount namespace of its own: nothing else sees what it mounts.
 DISKS = """

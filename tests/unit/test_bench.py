@@ -22,7 +22,7 @@ from load import new_model_config
 from model import GPT, GPTConfig
 from nanogpt import timing
 from nanogpt.console import format_bytes
-from nanogpt.data.dataset import token_dtype
+from nanogpt.data.dataset import dtype_for
 from nanogpt.errors import InputError, run_script
 from nanogpt.timing import Worker, time_steps
 
@@ -149,7 +149,7 @@ def test_random_ids_reach_the_end_of_the_vocabulary():
     config, _ = parse(BenchConfig, ["--n_layer=1", "--n_head=1", "--n_embd=1", "--block_size=16"])
     model_config = new_model_config(config, vocab_size=70_000)
     tokens = open_tokens(config, model_config)[:]
-    assert tokens.dtype == token_dtype(70_000)
+    assert tokens.dtype == dtype_for(70_000)
     assert 65_536 < tokens.max() < 70_000
     assert np.array_equal(tokens, open_tokens(config, model_config)[:])
 

@@ -61,7 +61,7 @@ def newest(out_dir: Path) -> Path:
     return out_dir / "ckpt/step-000024"
 
 
-# ---- save, find, prune
+# --- Save, find, prune
 
 
 def test_checkpoint_holds_what_was_saved(tmp_path: Path):
@@ -186,7 +186,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert checkpoint.load(tmp_path / "ckpt/step-000001").state["step"] == 1
 
 
-# ---- the writer
+# --- The writer
 
 
 def write(writer: checkpoint.Writer, step: int, size: int = 3) -> None:
@@ -252,7 +252,7 @@ def test_writer_reports_a_failed_save_and_tries_again(
     assert steps(tmp_path) == [1, 4]
 
 
-# ---- damage
+# --- Damage
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_collectives_are_those_of_fully_shard(
     assert traffic.sent == pytest.approx(sent, abs=calls.total())
 
 
-# ---- the simulator
+# --- The simulator
 
 
 @pytest.mark.parametrize(("blocks", "ahead"), [(1, 1), (5, 1), (5, 2), (5, 0)])

@@ -65,7 +65,7 @@ def losses_one_by_one(model: GPT, ids: np.ndarray, stride: int) -> np.ndarray:
     return np.array(losses)
 
 
-# ---- the loss of a split
+# --- The loss of a split
 
 
 @pytest.mark.parametrize("tokens", [2, 17, 18, 70])
@@ -142,7 +142,7 @@ def test_split_loss_in_bfloat16_is_autocasts(source: Source, model: GPT):
         evaluate.split_loss(model, make_split(ids), 0, CPU)
 
 
-# ---- the command
+# --- The command
 
 
 def test_evaluate_a_run_on_its_dataset(
@@ -198,8 +198,8 @@ def test_evaluate_a_text_shorter_than_a_window(run_evaluate: Evaluate):
         (["--tasks="], "^--tasks is empty"),
         (["--text="], "^--text is empty"),
         (["--text=x", "--split=val"], "^--split: --text=x takes its place"),
-        (["--json=nowhere/x.json"], "^--json=nowhere/x.json: .*its folder is missing"),
-        (["--json=."], "^--json=.: is a folder"),
+        (["--json=nowhere/x.json"], "^--json=nowhere/x.json: cannot be written"),
+        (["--json=."], "^--json=.: cannot be written"),
         (["--init_from=gpt2", "--checkpoint=latest", "--out_dir=o"], "^--out_dir: .*gpt2 takes.*\n--checkpoint: "),
     ],
 )

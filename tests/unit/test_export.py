@@ -85,6 +85,8 @@ def test_names_that_are_no_utf8_are_written_and_read(run_export: Export):
         (["--dtype=q8_0"], "--dtype=q8_0: new/folder is a folder, which has no such weights"),
         (["--to=a/b.gguf", "--out_dir=mute"], "mute.* has no tokenizer"),
         (["--to=a/b.gguf", "--out_dir=nul"], r"no equal of this tokenizer, which has the character NUL"),
+        (["--to=a/b.gguf", "--shard_gb=1"], "--shard_gb=1: .* a single file each; leave it out"),
+        (["--adapters=True", "--shard_gb=5"], "--shard_gb=5: .* leave it out"),
         (["--shard_gb=0", "--dtype=int8"], r"shard_gb=0: .*\n--dtype=int8: "),
     ],
 )

@@ -186,7 +186,7 @@ def test_any_flags_are_accepted_or_refused(tmp_path: Path, monkeypatch: pytest.M
     assert 20 < sum(accepted) < len(accepted) - 20
 
 
-# ---- extreme numbers, for each key of each script
+# --- Extreme numbers, for each key of each script
 
 EXTREME = ["0", "-1", "1e300", "1e-320", "nan", "inf", str(2**63 - 1), str(2**31)]
 look, prepare = (SimpleNamespace(**runpy.run_path(str(ROOT / f"data/{name}.py"))) for name in ("look", "prepare"))

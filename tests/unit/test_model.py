@@ -126,7 +126,7 @@ def test_from_tensors_refuses_other_names_and_shapes():
 
 
 def test_runs_copied_into_another_project(tmp_path: Path):
-    """With torch alone, away from this repository: a training step, and generation."""
+    """With only torch, away from this repository: a training step, and generation."""
     shutil.copy(model_file.__file__, tmp_path)
     code = """
 import sys, torch

@@ -70,7 +70,7 @@ def greedy_run(prompt: str, count: int, folder: str = "out") -> str:
     return greedy(GPT.from_checkpoint(folder).eval(), prompt, count, 16)
 
 
-# ---- the model
+# --- The model
 
 
 def test_sample_continues_the_prompt_greedily(write: Write):
@@ -153,7 +153,7 @@ def test_sample_refuses_wrong_usage(write: Write, arguments: list[str], message:
         write(*arguments)
 
 
-# ---- the text
+# --- The text
 
 
 def test_samples_come_in_groups_where_memory_is_limited(
@@ -201,7 +201,7 @@ def test_sample_compiled_writes_the_same(write: Write):
         assert write(*options, "--compile=True") == write(*options)
 
 
-# ---- an interactive session
+# --- An interactive session
 
 
 def test_interactive_session(write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -264,7 +264,7 @@ def test_interactive_session_in_a_terminal(write: Write):
     assert process.wait(60) == 0
 
 
-# ---- the process
+# --- The process
 
 
 def test_sample_ends_without_complaint_when_its_reader_leaves(write: Write):

@@ -40,7 +40,7 @@ def edit_meta(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-# ---- one dataset
+# --- One dataset
 
 
 def test_ids_above_65536_take_four_bytes(tmp_path: Path):
@@ -130,7 +130,7 @@ def test_resolve_finds_paths_and_names(folder: Path, tmp_path: Path, monkeypatch
         resolve("york")
 
 
-# ---- shards and loss masks
+# --- Shards and loss masks
 
 
 @pytest.mark.parametrize("tokens", [1, 37, 2106])
@@ -260,7 +260,7 @@ def test_many_shards_need_few_file_descriptors(tmp_path: Path):
     assert ((x + 1) % 50 == y).all()
 
 
-# ---- mixtures
+# --- Mixtures
 
 
 def test_a_mixture_is_opened_by_names_and_shares(folder: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ def make_splits(*lengths: int) -> list[Tokens]:
     return [Tokens.of(np.arange(n, dtype=np.uint16) + 10_000 * k) for k, n in enumerate(lengths)]
 
 
-# ---- hashing
+# --- Hashing
 
 
 def test_permute_draws_all_orders_equally_often():
@@ -41,7 +41,7 @@ def test_derive_seed_separates_its_arguments():
     assert derive_seed(2**64 - 1) == derive_seed(-1)
 
 
-# ---- training rows
+# --- Training rows
 
 
 SPLITS = make_splits(1001, 301, 501)
@@ -95,7 +95,7 @@ def test_a_bad_id_that_is_only_a_target_is_named():
         EvalWindows(COUNT[:9], 8, 0, 1, vocab_size=8)[0:1]
 
 
-# ---- mixtures
+# --- Mixtures
 
 
 @pytest.mark.parametrize("weights", [[7, 3], [1, 1, 1], [500_000, 300_000, 199_999, 1], [1, 10**6], [5]])
@@ -123,7 +123,7 @@ def test_a_mixture_reads_each_part_in_its_share(order: str):
                 assert sorted(epoch.tolist()) == [*range(0, windows * 10, 10)]
 
 
-# ---- evaluation
+# --- Evaluation
 
 
 @pytest.mark.parametrize(("batches", "expected"), [(0, 142), (1, 4), (10, 40), (36, 142), (1000, 142)])

@@ -62,7 +62,7 @@ def generate(model: GPT, texts: list[list[int]], count: int, sampling: Sampling,
     return [[token.id for token in row] for row in zip(*tokens, strict=True)]
 
 
-# ---- the cache
+# --- The cache
 
 
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one", "ragged"])
@@ -126,7 +126,7 @@ def test_decoder_rows_that_fit_by_hand(model: GPT):
     assert decoder_rows_that_fit(model, 10, None) > 10**6
 
 
-# ---- compiled
+# --- Compiled
 
 
 @pytest.mark.parametrize("model", ["modern"], indirect=True)
@@ -142,7 +142,7 @@ def test_compiled_decoders_of_any_size_are_eager_ones(model: GPT, monkeypatch: p
             assert [*compiled.generate(texts, count, GREEDY)] == expected
 
 
-# ---- log-probabilities and samples
+# --- Log-probabilities and samples
 
 
 def test_logprobs_of_generated_tokens_are_the_plain_ones(model: GPT):
@@ -184,7 +184,7 @@ def test_sample_text_starts_with_the_end_of_text_if_it_has_a_row(
     assert prompts == [[[start]]]
 
 
-# ---- low precision
+# --- Low precision
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -218,7 +218,7 @@ def test_packed_linears_are_float16(model: GPT):
             if p.dim() == 2 and "embedding" not in name:
                 p.copy_(p.half().float())
         before = model(texts)[0]
-        replace_linears(model)
+        replace_linears(model, PackedLinear)
         after = model(texts)[0]
         x = rounded.norm(
             rounded.hidden_states(texts)[:, -1:]
@@ -245,7 +245,7 @@ def test_format_is_the_fastest_of_the_trial(
     model: GPT, speeds: dict[str, float], compiled: bool, expected: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """`speeds`: over float32, as measured. A key overrides them."""
-    monkeypatch.setattr(low_precision, "recall", lambda name, shape, measure: speeds[name.split("-")[-1]])
+    monkeypatch.setattr(low_precision, "load_or_measure", lambda name, shape, measure: speeds[name.split("-")[-1]])
     world = World(0, 1, torch.device("cpu"), torch.float32)
     plain = GPT.from_tensors(model.config, dict(model.state_dict()))
     with to_inference_precision(model, world, "auto", compiled, rows=3):

@@ -90,7 +90,7 @@ def assert_refused(path: Path, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# ---- read
+# --- Read
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_1", "Q8_0", "MXFP4"])
@@ -198,7 +198,7 @@ def test_the_package_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert_refused(tmp_path / "m.gguf", r"needs the package gguf; pip install -e")
 
 
-# ---- rotary scaling
+# --- Rotary scaling
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_llama_3s_scaling_is_read_back_from_its_divisors(scaling: list[float], t
     assert our_gguf._to_rope_scaling("m", again, None, asdict(config)) == scaling
 
 
-# ---- tokenizers
+# --- Tokenizers
 
 
 def pipelines() -> dict[str, tokenizers.Tokenizer]:
@@ -326,7 +326,7 @@ def test_tokenizers_without_an_equal_are_refused(name: str):
         to_settings(tokenizer, tokenizer.vocab_size, [])
 
 
-# ---- write
+# --- Write
 
 
 def write_model(path: Path, tokenizer: Tokenizer, dtype: str = "float32", **sizes: Any) -> GPT:
@@ -416,6 +416,6 @@ def test_matrices_are_rounded_and_vectors_are_not(tmp_path: Path, dtype: str):
 
 
 def test_write_gguf_refuses_a_scaling_that_llama_cpp_ignores(tmp_path: Path):
-    with pytest.raises(InputError, match=r"Llama 3's rope_scaling for Llama alone, not for qwen3"):
+    with pytest.raises(InputError, match=r"Llama 3's rope_scaling only for Llama, not for qwen3"):
         write_model(tmp_path / "m.gguf", WORDS, **MODERN, rope_scaling=[8.0, 1.0, 4.0, 8.0])
     assert not os.listdir(tmp_path)

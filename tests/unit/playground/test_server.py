@@ -70,7 +70,7 @@ def decode(playground: Playground, ids: list[int], count: int, **sampling: Any) 
     return [(token.id, math.exp(token.logprob or 0)) for (token,) in tokens]
 
 
-# ---- texts
+# --- Texts
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2, "seed": 8}])
@@ -158,7 +158,7 @@ def test_generate_reports_what_the_model_raises(
     assert server.generate(prompt="ab", max_new_tokens=2)
 
 
-# ---- conversations
+# --- Conversations
 
 
 def talk(*contents: str, system: str | None = None) -> list[dict[str, str]]:
@@ -255,7 +255,7 @@ def test_chat_refuses_bad_request(chat_server: Server, request_: Any, problem: s
     assert "\n" not in response["error"]
 
 
-# ---- bad requests
+# --- Bad requests
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_generate_survives_incomplete_body(server: Server):
     assert server.playground.queue == []
 
 
-# ---- other sites
+# --- Other sites
 
 
 def exchange(server: Server, method: str, path: str, body: str = "", **headers: str) -> tuple[Any, bytes]:
@@ -385,7 +385,7 @@ def test_page_has_content_security_policy(server: Server):
     assert "unsafe" not in policy
 
 
-# ---- the queue
+# --- The queue
 
 
 def test_queue_reports_place(own_server: Server):
@@ -470,7 +470,7 @@ def test_event_response_limits_total_time_of_sending(monkeypatch: pytest.MonkeyP
     assert 1 <= len(sent) <= 4
 
 
-# ---- the run's curves
+# --- The run's curves
 
 
 def test_model_file_has_no_curves_and_no_chat(tmp_path: Path, characters: Playground):

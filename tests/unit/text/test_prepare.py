@@ -59,7 +59,7 @@ def make(out: Path, *inputs: object, tokenizer: str = "byte", **settings: Any) -
     return prepare(out, sources, tokenizer, **settings)
 
 
-# ---- the data
+# --- The data
 
 
 @pytest.mark.parametrize("shard_tokens", [1000, 10**6])
@@ -240,7 +240,7 @@ def test_messages_that_the_template_changes_are_counted(tmp_path: Path, capsys: 
     assert "the chat template: 28;" in capsys.readouterr().out
 
 
-# ---- what cannot be used
+# --- What cannot be used
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_two_preparations_of_a_folder_are_an_error(tmp_path: Path, monkeypatch: 
     make(tmp_path / "out", tmp_path / "a.jsonl", val_share=0.2)
 
 
-# ---- resuming
+# --- Resuming
 
 
 @pytest.fixture

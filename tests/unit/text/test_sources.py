@@ -194,7 +194,7 @@ def test_missing_inputs_are_errors(name: str, message: str, tmp_path: Path):
         find_inputs([name if name.startswith("hf:") else str(tmp_path / name)], Omissions())
 
 
-# ---- pieces
+# --- Pieces
 
 
 @needs_gpt2
@@ -261,7 +261,7 @@ def test_the_tail_begins_with_a_whole_character(length: int, tail: float, tmp_pa
     assert len(parts[False]) == max(1, start // 2) * 2  # one character at least
 
 
-# ---- the hub
+# --- The hub
 
 
 class Hub:

@@ -81,7 +81,7 @@ def test_label_shows_the_bytes_of_a_part_of_a_character():
     assert [tokenizer.label(id) for id in (97, 10, 0xE6, 256)] == ["a", "\n", "<0xE6>", END_OF_TEXT]
 
 
-# ---- one encoder
+# --- One encoder
 
 
 def library_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -234,7 +234,7 @@ def test_char_and_byte_are_our_own_pipelines_alone():
     assert lower.changes == ["Lowercase"]
 
 
-# ---- what is lost
+# --- What is lost
 
 
 def test_count_lost_characters_is_exact():
@@ -259,7 +259,7 @@ def test_count_lost_characters_is_exact():
         assert tokenizer._lossy is None
 
 
-# ---- the end of a text
+# --- The end of a text
 
 ENDS = ["<|im_end|>", "</s>", "<stop>", "<|endoftext|>"]
 
@@ -296,7 +296,7 @@ def test_end_of_text_is_what_the_tokenizers_files_state(
         assert loaded.encode(f"x{end}") == [120, loaded.end_of_text] if end else True
 
 
-# ---- files
+# --- Files
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1", '{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}'])
