@@ -1,10 +1,9 @@
 """Load what a script starts from: a model with its tokenizer, the data and the model of a training run."""
 
-import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from nanogpt.guard import MAX_OVERFLOWS, UpdateGuard
 from nanogpt.interop.huggingface import read_weights
 from nanogpt.interop.names import LazyTensors
 from nanogpt.look_back import look_back
-from nanogpt.lora import add_lora
+from nanogpt.lora import add_lora, tensors_sha256
 from nanogpt.memory import pick_micro_batch
 from nanogpt.optim import Optimizer
 from nanogpt.schedule import StepSchedule
@@ -63,8 +62,9 @@ def find_two_sources(keys: ModelKeys, explicit: Mapping[str, Any]) -> list[str]:
     if keys.init_from == "resume":
         return []
     unused = ["out_dir"] if checkpoint.is_checkpoint(Path(keys.init_from)) else ["out_dir", "checkpoint"]
-    reason = f"--init_from={keys.init_from} takes its place; leave it out"
-    return [f"--{name}: {reason}" for name in unused if name in explicit]
+    return [
+        f"--{name}: --init_from={keys.init_from} takes its place; leave it out" for name in unused if name in explicit
+    ]
 
 
 class LoadedModel(NamedTuple):
@@ -167,8 +167,7 @@ def conflicting_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any]) ->
 def raise_for_sizes(explicit: Mapping[str, Any], actual: Mapping[str, Any], where: str) -> None:
     """Raise InputError for explicit model keys that contradict the sizes of existing weights."""
     raise_problems(
-        f"{name}={explicit[name]}: {where} has {name}={actual[name]}, which cannot change; "
-        f"leave it out, or give {name}={actual[name]}"
+        f"{name}={explicit[name]}: {where} has {name}={actual[name]}, which cannot change; leave it out"
         for name in conflicting_sizes(explicit, actual)
     )
 
@@ -186,9 +185,8 @@ def load_data_and_model(
     elif config.init_from != "scratch":
         model, model_tokenizer = load_weights(config, explicit, world)
     else:
-        # For its vocabulary; it is opened again below, with the model's sizes.
         dataset = open_dataset(config.dataset, block_size=config.block_size, token_dtype=config.token_dtype)
-        model = new_model(config, dataset.vocab_size or GPT2_VOCAB, world)
+        model = new_model(config, dataset.vocab_size or GPT2_VOCAB, world)  # whose sizes the dataset needs, below
 
     if config.lora_rank:
         if not resumed and checkpoint.has_adapters(Path(config.init_from)):
@@ -241,8 +239,7 @@ def compare_data(config: Any, resumed: Checkpoint, dataset: Dataset) -> None:
 
 def new_model_config(config: Any, vocab_size: int) -> GPTConfig:
     """The GPTConfig of a new model by the keys of TrainConfig."""
-    sizes = {name: getattr(config, name) for name in MODEL_KEYS}
-    return GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
+    return GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **{n: getattr(config, n) for n in MODEL_KEYS})
 
 
 def new_model(config: Any, vocab_size: int, world: World) -> GPT:
@@ -266,7 +263,7 @@ def build_model(
     """
     if tensors is not None and not world.mesh:
         model = GPT.from_tensors(config, dict(tensors), block_size=block_size)
-        model.first_rows_hash = hash_tensors(parameter[:1] for parameter in model.parameters())
+        model.first_rows_hash = tensors_sha256({name: p[:1] for name, p in model.named_parameters()})
         return model
     with torch.device("meta"):
         model = GPT(config)
@@ -275,7 +272,7 @@ def build_model(
     if world.mesh:
         shard_model(model, world.mesh, world.dtype)
     model.to_empty(device=world.device if world.mesh else "cpu")
-    first_rows = []
+    first_rows = {}
     for name, parameter in model.named_parameters():
         if tensors is None:
             whole = model.initial_value(name, parameter.shape)
@@ -285,17 +282,9 @@ def build_model(
         else:
             read = partial(tensors.rows, name) if isinstance(tensors, LazyTensors) else tensors[name].__getitem__
             copy_rows(parameter, read)
-            first_rows.append(read(slice(1)))
-    model.first_rows_hash = hash_tensors(first_rows)
+            first_rows[name] = read(slice(1))
+    model.first_rows_hash = tensors_sha256(first_rows)
     return model
-
-
-def hash_tensors(tensors: Iterable[Tensor]) -> str:
-    """The SHA-256 of float32 tensors, in order."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load_weights(config: Any, explicit: Mapping[str, Any], world: World) -> tuple[GPT, Tokenizer | None]:
@@ -308,10 +297,8 @@ def load_weights(config: Any, explicit: Mapping[str, Any], world: World) -> tupl
     try:
         if checkpoint.is_checkpoint(Path(init_from)):
             folder = checkpoint.find(Path(init_from))
-            is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of a machine compares the hashes
-            loaded = checkpoint.load(
-                folder, with_optimizer=False, is_verified=not is_first_here, is_mapped=world.mesh is not None
-            )
+            is_verified = os.environ.get("LOCAL_RANK", "0") != "0"  # by the first process on this machine
+            loaded = checkpoint.load(folder, with_optimizer=False, is_verified=is_verified, is_mapped=bool(world.mesh))
             whole = loaded.build_model(GPT, GPTConfig)
             sizes, tensors = whole.config, whole.state_dict()
             tokenizer = Tokenizer.load(folder)

@@ -207,8 +207,7 @@ def document_causal_attention(idx: Tensor, separator_id: int, dropout: float) ->
             return flex_attention(q.type_as(v), k.type_as(v), v, block_mask=blocks, enable_gqa=True)
 
         return position - start, attend
-    visible = (position >= start[..., None]) & (position <= position[:, None])  # (B, T, T): query, key
-    mask = visible[:, None]  # the same for every head
+    mask = ((position >= start[..., None]) & (position <= position[:, None]))[:, None]  # (B, 1, T, T): query, key
     return position - start, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=True)
 
 

@@ -76,9 +76,7 @@ class TrainConfig:
     """Every key of a run. Config files and --key=value flags set them; --help lists them."""
 
     out_dir: str = key("out", "directory for checkpoints and metrics", group="Run")
-    init_from: str = key(
-        "scratch", "weights: scratch, resume, gpt2 to gpt2-xl, a hub id, a run or model directory, .gguf, ckpt.pt"
-    )
+    init_from: str = key("scratch", "weights: scratch, resume, gpt2 to gpt2-xl, hub id, directory, .gguf, ckpt.pt")
     resume: Literal["auto", True, False] = key(False, "resume the run in out_dir; auto: resume if there is one")
     seed: int = key(1337, "seed of initialization, row order and dropout", ge=0)
     eval_only: bool = key(False, "evaluate once and exit; writes nothing")
@@ -115,9 +113,7 @@ class TrainConfig:
     lora_alpha: float = key(32.0, "LoRA alpha: adapters are scaled by lora_alpha / lora_rank", gt=0)
     lora_targets: str = key("attention,mlp", "LoRA: the layers with adapters; also by name, as in q_proj,v_proj")
 
-    optimizer: Literal["adamw", "muon"] = key(
-        "adamw", "adamw, or muon for the blocks' matrices and AdamW for the rest", group="Optimizer"
-    )
+    optimizer: Literal["adamw", "muon"] = key("adamw", "muon: for blocks' matrices, AdamW elsewhere", group="Optimizer")
     learning_rate: float = key(6e-4, "maximum learning rate", gt=0)
     muon_lr: float | None = key(None, "maximum learning rate of Muon; None: learning_rate", gt=0)
     muon_momentum: float = key(0.95, "Muon momentum", ge=0, lt=1)
@@ -166,9 +162,7 @@ class TrainConfig:
     shards: int = key(1, "processes that share a copy of the model (FSDP2), 0: all; 1: each has its own (DDP)", ge=0)
     timeout_s: float = key(600.0, "seconds that a process waits for the others", gt=0, le=86_400)
     deterministic: bool = key(False, "reproducible results on CUDA; slower")
-    micro_batch_size: int | Literal["auto"] | None = key(
-        None, "rows per forward pass; the step stays the same; None: batch_size; auto: what fits into memory", ge=1
-    )
+    micro_batch_size: int | Literal["auto"] | None = key(None, "rows per pass; None: batch_size; auto: what fits", ge=1)
     activation_checkpointing: bool = key(False, "recompute activations in backward: less memory, +1/3 compute")
     loss_chunk: int = key(0, "compute the loss in chunks of this many tokens: less memory; 0: off", ge=0)
 
@@ -203,8 +197,7 @@ def train_step(
 
     # One all-reduce for the loss, whose weights have the factor world.size, and for the ranks' requests.
     (requests,) = world.to_device(torch.tensor(read_control(), dtype=torch.float32))
-    shared = torch.cat((loss[None] / world.size, requests))
-    loss, *control = world.all_reduce_sum(shared)
+    loss, *control = world.all_reduce_sum(torch.cat((loss[None] / world.size, requests)))
     scaler.unscale_(optimizer)  # type: ignore[arg-type]
     grad_norm = gradient_norm(optimizer.parameters.values())
     skip_update = guard.check(loss, grad_norm)  # a NaN makes this update a no-op; the log stops the run a step later
@@ -463,8 +456,7 @@ def prepare_and_train(
     """Load data and model, check memory, set up out_dir, restore the state; then train. Returns the exit status."""
     seed_everything(config.seed, config.deterministic)
     dataset, gpt, tokenizer = world.ranks.run_on_all(lambda: load_data_and_model(config, explicit, resumed, world))
-    world.ranks.raise_unless_equal(dataset.fingerprints, of="data.")
-    world.ranks.raise_unless_equal({"the hash of the weights": gpt.first_rows_hash})
+    world.ranks.raise_unless_equal({**dataset.fingerprints, "weights": gpt.first_rows_hash}, of="hash of ")
     config = replace(config, **{name: getattr(gpt.config, name) for name in MODEL_KEYS})
     config, world = choose_dtype(config, gpt.config, world)
     gpt.document_separator_id = document_separator_id(dataset, config.mask_documents)

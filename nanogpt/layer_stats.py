@@ -31,7 +31,8 @@ class LayerStats:
     def before_update(self, grad_norm: Tensor) -> None:
         self.is_clipped = ((grad_norm > self.grad_clip) & grad_norm.isfinite()).float()
         if self.is_due:
-            self.grad_norms = self._norms([[local(p.grad) for p in layer] for layer in self.layers.values()])
+            grads = [[local(p.grad) for p in layer if p.grad is not None] for layer in self.layers.values()]
+            self.grad_norms = self._norms(grads)
             self.old_weights = [[local(p).clone() for p in layer] for layer in self.layers.values()]
 
     @torch.no_grad()

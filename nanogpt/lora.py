@@ -8,7 +8,7 @@ Qwen and Mistral, one below the other, and each has an A and a B of its own.
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,8 +156,13 @@ def crop(tensors: dict[str, Tensor], model_config: dict[str, Any]) -> dict[str, 
 
 def base_sha256(tensors: dict[str, Tensor], model_config: dict[str, Any]) -> str:
     """The SHA-256 of a base's names and weights, in float32, without padding."""
+    return tensors_sha256(crop(tensors, model_config))
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of the names and values of tensors in float32, in the order of the names."""
     sha256 = hashlib.sha256()
-    for name, tensor in sorted(crop(tensors, model_config).items()):
+    for name, tensor in sorted(tensors.items()):
         sha256.update(name.encode())
         sha256.update(tensor.contiguous().numpy().data)
     return sha256.hexdigest()

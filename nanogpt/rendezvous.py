@@ -166,9 +166,8 @@ class Ranks:
             store.wait(["places"], timedelta(seconds=ANSWER_S))
             places: list[str | None] = json.loads(store.get("places"))
             self._places = places
-            _count(
-                store, "read", self.size - places.count(None) if self.is_main else 0
-            )  # the main process may host the store
+            readers = self.size - places.count(None)
+            _count(store, "read", readers if self.is_main else 0)  # the main process may host the store
 
     def describe_lost(self) -> str:
         """Name the ranks that do not answer; if all do, say where those are that have not noticed the failure."""

@@ -276,7 +276,7 @@ def test_impossible_budgets_are_refused(run: Run, monkeypatch: pytest.MonkeyPatc
     assert not Path("out").exists()
     problems = r"minutes: .*--init_from=gpt2.*\nlora_rank: .*\npatience: .*\n(.*\n)*minutes: chooses small models"
     with pytest.raises(InputError, match=problems):
-        run(minutes=1, patience=1, lora_rank=8, init_from="gpt2", shards=0)
+        run(minutes=1, patience=1, lora_rank=8, init_from="gpt2", shards=2)
     run(out_dir="steps", max_iters=2)
     with pytest.raises(InputError, match="minutes: this run has no time budget"):
         run(out_dir="steps", resume=True, minutes=1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ import pytest
 import torch
 from conftest import MIXTURE, NO_SIZES, ROOT, Run, environment, flags, metrics, steps, torchrun
 from random_models import build_gpt2
+from torch import Tensor
 
 import train
 from model import Attention
 from nanogpt import checkpoint, pace
 from nanogpt.data.rows import EvalWindows, Rows
+from nanogpt.errors import RunStopped
 from nanogpt.schedule import StepSchedule
+from nanogpt.sharding import local
 
 BASE = {"max_iters": 20, "eval_interval": 10, "eval_iters": 3, "lr_decay_iters": 20, "n_layer": 2}
 MODERN = {
@@ -41,15 +46,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "split": BASE | {"batch_size": 12, "gradient_accumulation_steps": 1, "row_order": "epoch"},
     "muon": BASE | MODERN | {"batch_size": 4, "gradient_accumulation_steps": 3},
     "masked": BASE | MIXTURE | {"batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 3e-3},
-    "sharded": BASE | {"shards": 2, "batch_size": 4, "gradient_accumulation_steps": 4},
+    "sharded": BASE | {"shards": 2, "batch_size": 4, "gradient_accumulation_steps": 4, "micro_batch_size": "auto"},
+    "sharded masked": BASE | MIXTURE | {"shards": 2, "batch_size": 2, "gradient_accumulation_steps": 4},
     "sharded muon": BASE | MODERN | {"shards": 2, "batch_size": 4, "gradient_accumulation_steps": 3} | LEVERS,
     "sharded base": BASE | FROM_BASE | {"shards": 2, "block_size": 8},  # cropped
     "lora": BASE | FROM_BASE | {"lora_rank": 2, "block_size": ...},
     "stopped": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1},
-    "stopped in an evaluation": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2},
+    "stopped in an evaluation": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "shards": 2},
+    "broken": BASE | {"batch_size": 2, "gradient_accumulation_steps": 2, "shards": 2},
 }
 SLOW = {"split": "data", "sharded": "data", "sharded muon": "blocks"}  # runs in which this is slow on the second rank
 STOP_AT = 6  # the second rank gets SIGTERM in the update after this step of "stopped"
+BREAK_AT = 3  # the second rank's part of a gradient is NaN in this step of "broken"
 
 
 def train_all(folder: Path) -> None:
@@ -59,6 +67,10 @@ def train_all(folder: Path) -> None:
     read: list[tuple[int, int]] = []
     pending: list[str] = []  # names of runs to be stopped
     out_dirs: list[str] = []
+    norms: list[Tensor] = []  # of the gradients in "broken"
+    weights: list[Tensor] = []  # there, this rank's parts before the broken update
+    after: list[Tensor] = []  # there, the parameters
+    original_norm = train.gradient_norm
     original_getitem = Rows.__getitem__
     original_windows = EvalWindows.__getitem__
     original_lr_scale = StepSchedule.lr_scale
@@ -75,6 +87,16 @@ def train_all(folder: Path) -> None:
         if rank == 1 and SLOW.get(out_dirs[-1]) == "blocks":
             time.sleep(0.01)
         return original_attend(*arguments)
+
+    def gradient_norm(parameters: Collection[Tensor]) -> Tensor:
+        if out_dirs[-1] == "broken":
+            if len(norms) == BREAK_AT - 1:
+                weights[:] = [local(p.detach()).clone() for p in parameters]
+                next(iter(parameters)).grad.mul_(math.nan if rank == 1 else 1.0)  # type: ignore[union-attr]
+            norms.append(original_norm(parameters))
+            after[:] = parameters
+            return norms[-1]
+        return original_norm(parameters)
 
     def windows(windows: EvalWindows, span: slice) -> Any:
         if rank == 1 and read and pending == ["stopped in an evaluation"]:
@@ -99,6 +121,7 @@ def train_all(folder: Path) -> None:
     Attention.forward = attend  # type: ignore[method-assign]
     checkpoint.Writer.save = save  # type: ignore[method-assign]
     Rows.__getitem__ = getitem  # type: ignore[method-assign]
+    train.gradient_norm = gradient_norm
     EvalWindows.__getitem__ = windows  # type: ignore[method-assign]
     StepSchedule.lr_scale = lr_scale  # type: ignore[method-assign]
     for name, keys in RUNS.items():
@@ -109,8 +132,12 @@ def train_all(folder: Path) -> None:
         pace.PERIOD_S = 0.1 if name in SLOW else 60.0
         pending[:] = [name] if name.startswith("stopped") else []
         sys.argv = ["train.py", *flags(**{"dataset": "letters"} | keys, out_dir=name)]
-        status = train.main()
-        if status:
+        try:
+            status: int | str = train.main()
+        except RunStopped as error:  # in the last run, since it leaves the process group
+            status = str(error)
+            assert all(torch.equal(local(p.detach()), old) for p, old in zip(after, weights, strict=True))
+        if status == 143:
             sys.argv.append("--resume=True")
             train.main()
         Path(f"{name}-{rank}.json").write_text(json.dumps({"status": status, "rows": read}))
@@ -131,7 +158,8 @@ def two(letters: Path, one_and_two: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize(
-    "name", ["accumulated", "split", "muon", "masked", "sharded", "sharded muon", "sharded base", "lora"]
+    "name",
+    ["accumulated", "split", "muon", "masked", "sharded", "sharded masked", "sharded muon", "sharded base", "lora"],
 )
 def test_two_processes_equal_one(two: Path, run: Run, name: str):
     for folder in ("one", "two", "base"):
@@ -179,6 +207,14 @@ def test_a_signal_to_one_rank_stops_an_evaluation_of_both(two: Path):
         assert json.loads((two / f"stopped in an evaluation-{rank}.json").read_text())["status"] == 143
     lines = metrics(two / "stopped in an evaluation", "step")
     assert [step for (step,) in lines] == sorted([*range(1, 21), 0, 10, 20])
+
+
+def test_a_gradient_that_is_broken_on_one_rank_stops_both_and_changes_no_weights(two: Path):
+    for rank in (0, 1):
+        status = json.loads((two / f"broken-{rank}.json").read_text())["status"]
+        assert str(status).startswith(f"step {BREAK_AT}, ")
+        assert "not finite" in status
+    assert steps(two / "broken") == []
 
 
 def test_a_slow_rank_is_named(two: Path):
