@@ -62,9 +62,8 @@ def find_two_sources(keys: ModelKeys, explicit: Mapping[str, Any]) -> list[str]:
     if keys.init_from == "resume":
         return []
     unused = ["out_dir"] if checkpoint.is_checkpoint(Path(keys.init_from)) else ["out_dir", "checkpoint"]
-    return [
-        f"--{name}: --init_from={keys.init_from} takes its place; leave it out" for name in unused if name in explicit
-    ]
+    reason = f"--init_from={keys.init_from} takes its place; leave it out"
+    return [f"--{name}: {reason}" for name in unused if name in explicit]
 
 
 class LoadedModel(NamedTuple):
@@ -304,8 +303,7 @@ def load_weights(config: Any, explicit: Mapping[str, Any], world: World) -> tupl
             tokenizer = Tokenizer.load(folder)
         else:
             weights = read_weights(init_from)
-            for note in weights.notes:
-                print0(note)
+            print0(*weights.notes)
             tokenizer = weights.tokenizer
             sizes, tensors = GPTConfig(**weights.config), weights.tensors
         model = build_model(replace(sizes, dropout=config.dropout), tensors, world, block_size)

@@ -20,8 +20,8 @@ def available_cores() -> int:
 
 
 def print0(*lines: str) -> None:
-    """Print lines from the first process only."""
-    if is_main():
+    """Print lines, if any, from the first process only."""
+    if lines and is_main():
         print(*lines, sep="\n", flush=True)
 
 
