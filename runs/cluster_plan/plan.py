@@ -298,10 +298,11 @@ def cast_bytes(c: Any, shards: int, step: Step) -> float:
     return step.itemsize * (c.padded_vocab_size * c.n_embd + (hidden_numel(c) if shards == 1 else 0))
 
 
-def memory_bytes(c: Any, shards: int, step: Step) -> float:
+def memory_bytes(c: Any, shards: int, step: Step, scatter_copies: int = 0) -> float:
     """Peak of a step: weights and moments, beside the most that forward, backward or the update need.
 
     The largest matrix's gradient is whole before it reaches its bucket or unit; tied, those of its two uses are.
+    scatter_copies: of a tensor, that the backend makes while it is reduced and scattered.
     """
     state = state_bytes(c, shards, step.optimizer)
     kept = state["weights"] + state["moments"]
@@ -311,5 +312,6 @@ def memory_bytes(c: Any, shards: int, step: Step) -> float:
     if shards == 1:  # DDP's buckets hold the gradients from the start
         return kept + state["gradients"] + max(activations + matrix, uses * matrix, update_bytes(c, 1, step))
     units = unit_bytes(c, shards, step.itemsize)
-    end = state["gradients"] + max(units + (uses - 1) * matrix, update_bytes(c, shards, step))
+    scatter = units + (uses - 1) * matrix + scatter_copies * FLOAT32 * numel(root_shapes(c), shards)
+    end = state["gradients"] + max(scatter, update_bytes(c, shards, step))
     return kept + max(units + activations, end)
