@@ -57,7 +57,7 @@ def test_model_with_cpu_kernels_equals_the_plain_model(sizes: dict[str, Any], T:
 
 
 @pytest.mark.parametrize(
-    ("arch", "n_embd", "arrays"), [("gpt2", 256, (2, 1)), ("modern", 256, (4, 2)), ("modern", 128, (4, 4))]
+    ("arch", "n_embd", "arrays"), [("gpt2", 768, (2, 1)), ("modern", 768, (4, 2)), ("modern", 128, (4, 4))]
 )
 def test_backward_keeps_half_of_a_wide_mlp(arch: str, n_embd: int, arrays: tuple[int, int]):
     """arrays: as wide as the MLP, in the plain model and with the kernels. A narrow one stays as it is."""

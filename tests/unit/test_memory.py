@@ -104,7 +104,7 @@ def test_estimate_has_what_dropout_keeps(sizes: dict[str, Any]):
 
 @pytest.mark.parametrize(("arch", "arrays"), [("gpt2", 1), ("modern", 2)])
 def test_estimate_leaves_out_what_a_cpu_computes_again(arch: str, arrays: int):
-    config = GPTConfig(**SIZES | {"arch": arch, "bias": False, "n_embd": 256, "n_inner": 1024})
+    config = GPTConfig(**SIZES | {"arch": arch, "bias": False, "n_embd": 768, "n_inner": 1024})
     with torch.device("meta"):
         other = GPT(config)
     estimates = [estimate_training_memory(model, "adamw", 8, 16, torch.float32) for model in (other, GPT(config))]
