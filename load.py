@@ -296,7 +296,7 @@ def load_weights(config: Any, explicit: Mapping[str, Any], world: World) -> tupl
     try:
         if checkpoint.is_checkpoint(Path(init_from)):
             folder = checkpoint.find(Path(init_from))
-            is_verified = os.environ.get("LOCAL_RANK", "0") != "0"  # by the first process on this machine
+            is_verified = world.size > 1 and os.environ.get("LOCAL_RANK", "0") != "0"  # by the machine's first process
             loaded = checkpoint.load(folder, with_optimizer=False, is_verified=is_verified, is_mapped=bool(world.mesh))
             whole = loaded.build_model(GPT, GPTConfig)
             sizes, tensors = whole.config, whole.state_dict()

@@ -345,7 +345,7 @@ class GPT(nn.Module):
         self.loss_chunk = 0
         self.document_separator_id: int | None = None
         self.lora: dict[str, Any] | None = None
-        self.first_rows_hash = ""  # of the weights that were loaded, by which ranks know that theirs are the same
+        self.first_rows_hash = ""  # SHA-256 of the first row of each loaded tensor, which ranks compare
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if not parameter.is_meta:

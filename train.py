@@ -88,7 +88,7 @@ class TrainConfig:
     new_data: bool = key(False, "resume on data that changed since the run began")
     row_order: Literal["random", "epoch"] = key("random", "random windows, or each window once an epoch")
     mask_documents: bool = key(False, "restrict attention and positions to each document")
-    batch_size: int = key(12, "rows per step = batch_size × gradient_accumulation_steps", ge=1, le=2**20)
+    batch_size: int = key(12, "rows per micro-batch; a step has gradient_accumulation_steps of them", ge=1, le=2**20)
     gradient_accumulation_steps: int = key(40, "multiplies batch_size; counted over all processes", ge=1, le=2**20)
     batch_growth_tokens: int = key(0, "tokens over which the batch grows from batch_size to full size; 0: off", ge=0)
     block_size: int = key(1024, "context length: tokens per row", ge=1, le=MAX_SIZE)
@@ -373,7 +373,7 @@ def main() -> int:
     ignore_save_signal()  # until there is something to save
     with contextlib.ExitStack() as stack:  # closes what the run opens
         ranks = join(config.timeout_s)
-        run_dir = RunDir(Path(config.out_dir), wait_s=LOCKED_S if ranks.size > 1 else 0.0)
+        run_dir = RunDir(Path(config.out_dir), wait_s=min(LOCKED_S, ranks.timeout_s) * (ranks.size > 1))
         writes = not (config.eval_only or config.dry_run)
         resume = config.init_from == "resume" or config.resume
         resumed = checkpoint.claim_and_load(run_dir, resume, writes, ranks, stack)

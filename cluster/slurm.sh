@@ -42,7 +42,7 @@ done
 # which ends so at each start: resume a few times. Others: resume.
 echo "status $status after restart ${SLURM_RESTART_COUNT:-0}"
 if [ "$status" -eq 3 ]; then
-  echo "$(date)" >>"$stops"
+  date >>"$stops"
 else
   rm -f "$stops"
 fi

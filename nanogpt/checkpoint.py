@@ -186,7 +186,7 @@ class Checkpoint:
         raise InputError(f"{self.path} has adapters of another base: {source} is not what the run started from")
 
 
-# ---- find and load
+# --- Find and load
 
 
 def is_checkpoint(source: Path) -> bool:
@@ -260,11 +260,13 @@ def claim_and_load(
     resumed: Checkpoint | None = None
 
     def claim() -> str:
+        if not writes:
+            return ""
         stack.enter_context(run_dir)
         recover_directories(run_dir.path / "ckpt")  # under the lock: a live run renames there too
         return run_dir.mark() if ranks.size > 1 else ""
 
-    def find() -> str:
+    def find_latest() -> str:
         nonlocal resumed
         if writes and resume == "auto" and (reason := read_stop_reason(run_dir.path)):
             raise RunStopped(f"{reason}: --resume=auto does not repeat it; {AFTER_A_STOP}")
@@ -276,9 +278,9 @@ def claim_and_load(
         if name and not resumed:
             resumed = load(run_dir.path / "ckpt" / name, is_verified=True, is_mapped=True)
 
-    if writes and (mark := ranks.run_on_main(claim)):
+    if mark := ranks.run_on_main(claim):
         ranks.run_on_all(partial(run_dir.raise_unless_shared, mark, ranks.hosts[0]))
-    name = ranks.run_on_main(find)  # compares the hashes of a large checkpoint, which takes minutes
+    name = ranks.run_on_main(find_latest)  # compares the hashes of a large checkpoint, which takes minutes
     ranks.run_on_all(partial(load_same, name))
     return resumed
 
@@ -393,7 +395,7 @@ def _damaged(path: Path, reason: str) -> InputError:
     return InputError(f"{path} is damaged: {reason}{hint}")
 
 
-# ---- save and prune
+# --- Save and prune
 
 
 def save(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MIN_WIDE_LAYER = 3 * 2**18  # weights; narrower layers have small activations, and a step would be 5% slower
+MIN_WIDE_LAYER = 3 * 2**18  # weights; narrower layers have small activations, but computing them again takes long
 MAX_PLAIN_ATTENTION = 128  # positions; for longer rows torch's fused kernel is faster
 MAX_PLAIN_BACKWARD = 512  # positions; up to here, in bfloat16, the fused kernel's backward is slower than a plain one
 

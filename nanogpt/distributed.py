@@ -25,7 +25,7 @@ class World:
     size: int
     device: torch.device
     dtype: torch.dtype
-    bfloat16_speedup: float | None = None  # over float32's, where the dtype was chosen by it
+    bfloat16_speedup: float | None = None  # over float32, where it decided the dtype
     mesh: Any = None  # copies × shards, where several ranks share a copy of the model (nanogpt/sharding.py)
     save_group: Any = None  # of the ranks that share the first copy, for their host memory
     ranks: Ranks = field(default_factory=Ranks, compare=False)

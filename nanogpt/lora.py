@@ -160,7 +160,7 @@ def base_sha256(tensors: dict[str, Tensor], model_config: dict[str, Any]) -> str
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of the names and values of tensors in float32, in the order of the names."""
+    """The SHA-256 of the names and values of float32 tensors, in the order of the names."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha256.update(name.encode())

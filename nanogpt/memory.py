@@ -111,11 +111,11 @@ def checkpoint_bytes(model: Any, optimizer: str) -> int:
     return 4 * (trained_numel(model) + optimizer_state_numel(model, optimizer))
 
 
-def fits_in_memory(needed: float, device: torch.device, share: float = USABLE_SHARE) -> bool:
-    """True if an estimate for each process on this machine fits into a share of its free memory."""
+def fits_in_memory(needed: float, device: torch.device) -> bool:
+    """True if an estimate for each process on this machine fits into the usable share of its free memory."""
     free = free_memory(device)
     processes = local_processes() if device.type == "cpu" else 1
-    return free is None or needed * processes < share * free
+    return free is None or needed * processes < USABLE_SHARE * free
 
 
 def local_processes() -> int:
@@ -126,20 +126,30 @@ def local_processes() -> int:
 def raise_if_memory_is_short(
     model: Any, optimizer: str, B: int, T: int, world: World, hint: str, has_checkpoints: bool = True
 ) -> None:
-    """Raise InputError with `hint` where this machine lacks the memory of training on micro-batches of B rows.
+    """Raise InputError with `hint` where a CPU lacks the memory of training on micro-batches of B rows.
 
-    On a CPU its processes need what is estimated, beyond the weights, which they have. Beside any device the main
-    process needs the copy of a checkpoint, and with shards the others that of their parts.
+    That is what its processes are estimated to need, beyond the weights, which they have; and the copy of a checkpoint
+    by the main process, with shards those of their parts by the others. A GPU's machine needs the copies alone.
     """
-    needed = 0.0
+    free = free_memory(torch.device("cpu"))
+    if free is None:
+        return
+    copies = 0.0
+    if has_checkpoints and world.is_main:
+        others = min(local_processes(), world.shards) - 1
+        copies = checkpoint_bytes(model, optimizer) * (1 + others / world.shards)
+    if copies > free:
+        raise InputError(
+            f"not enough memory of the host to save: the copy of a checkpoint takes {format_bytes(copies)}, "
+            f"{format_bytes(free)} are free; use a machine with more"
+        )
     if world.device.type == "cpu":
         loaded = sum(local(p).nbytes for p in model.parameters())
         needed = estimate_training_memory(model, optimizer, B, T, world.dtype, world.shards) - loaded
-        needed *= local_processes()
-    copy = checkpoint_bytes(model, optimizer) * (2 - 1 / world.shards) if has_checkpoints and world.is_main else 0
-    free = free_memory(torch.device("cpu"))
-    if free is not None and needed + copy > free:
-        raise InputError(f"{hint}; about {format_bytes(needed + copy)} are needed, with a checkpoint's copy")
+        needed = needed * local_processes() + copies
+        if needed > free:
+            suffix = f", {format_bytes(copies)} of it for the copy of a checkpoint" if copies else ""
+            raise InputError(f"{hint}; about {format_bytes(needed)} are needed{suffix}")
 
 
 def pick_micro_batch(model: Any, optimizer: str, sizes: Sequence[int], world: World) -> int:

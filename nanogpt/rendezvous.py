@@ -159,11 +159,14 @@ class Ranks:
             store.set("roll call", "")
             store.set(f"place/{self.rank}", "" if self._has_noticed else _place())
             _count(store, "answers", self.size)
-            if store.add("collectors", 1) == 1:  # one rank asks for all: else requests grow with the square
+            # One rank asks for all, else requests grow with the square; the others do if it is lost meanwhile.
+            if store.add("collectors", 1) > 1:
+                with contextlib.suppress(dist.DistError):
+                    store.wait(["places"], timedelta(seconds=ANSWER_S))
+            if not store.check(["places"]):
                 keys = [f"place/{rank}" for rank in range(self.size)]
                 answers = [store.get(key).decode() if store.check([key]) else None for key in keys]
                 store.set("places", json.dumps(answers))
-            store.wait(["places"], timedelta(seconds=ANSWER_S))
             places: list[str | None] = json.loads(store.get("places"))
             self._places = places
             readers = self.size - places.count(None)
@@ -237,7 +240,9 @@ def read_place() -> tuple[int, int]:
 
 
 def join(timeout_s: float = TIMEOUT_S) -> Ranks:
-    """Meet the other processes of the run, if there are any. Raises RunStopped where one does not come.
+    """Meet the other processes of the run, if there are any.
+
+    Raises RunStopped where one does not come, and InputError without an address.
 
     torchrun's store outlives a restart, with the keys of the ranks before. So the main process draws a prefix for all
     keys, and each rank knows the prefix to be of this start when it finds its own greeting answered.
@@ -246,6 +251,12 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     ranks.rank, size = read_place()
     if size == 1:
         return ranks
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not address or not port.isdecimal():
+        raise InputError(
+            f"MASTER_ADDR={address}, MASTER_PORT={port}: must be the address and the port at which {size} processes "
+            "meet; start them by torchrun"
+        )
     greeting = [os.urandom(8).hex(), socket.gethostname()]
     runs_already = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     timeout = timedelta(seconds=min(timeout_s, STORE_S) if runs_already else timeout_s)
@@ -254,11 +265,10 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
         store.set_timeout(timedelta(seconds=timeout_s))
         greetings = (_gather if ranks.is_main else _greet)(store, ranks, size, greeting)
     except (dist.DistError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunStopped(
-            f"rank {ranks.rank} on {greeting[1]}: {size} processes did not meet at {address} ({first_line(error)}): "
-            "see the output of each; if one ended, fix its error, else start torchrun on each node, with a "
-            "--local_addr that the others reach"
+            f"rank {ranks.rank} on {greeting[1]}: {size} processes did not meet at {address}:{port} "
+            f"({first_line(error)}): see the output of each; if one ended, fix its error, else start torchrun on each "
+            "node, with a --local_addr that the others reach"
         ) from error
     ranks.hosts = [host for _, host in greetings]
     ranks.listen()

@@ -45,14 +45,18 @@ class RunDir:
         """
         deadline = time.monotonic() + self.wait_s
         try:
-            while not self._claim(self.path):
-                if time.monotonic() > deadline:
-                    raise InputError(
-                        f"out_dir={self.path}: a run is writing there now; wait for its end, or give another --out_dir"
-                    )
-                time.sleep(0.2)
+            is_free = self._claim(self.path)
+            if not is_free and self.wait_s:
+                print0(f"out_dir={self.path}: a run is writing there now; waiting {self.wait_s:.0f} s for its end")
+            while not is_free and time.monotonic() < deadline:
+                time.sleep(min(1.0, self.wait_s))
+                is_free = self._claim(self.path)
         except OSError as error:
             raise _not_writable(self.path, error) from error
+        if not is_free:
+            raise InputError(
+                f"out_dir={self.path}: a run is writing there now; wait for its end, or give another --out_dir"
+            )
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -48,7 +48,7 @@ class StepSchedule:
         return 0
 
     def begin_decay(self, step: int, steps: int) -> bool:
-        """End the run with a decay of `steps` updates from `step` on. True if this changed the schedule."""
+        """Begin the final decay, of `steps` updates. True if this changed the schedule; one by steps has its own."""
         return False
 
     def changed_keys(self) -> dict[str, object]:

@@ -197,10 +197,12 @@ def print_model_summary(model: Any, world: World) -> None:
 def warn_of_slow_shards(world: World) -> None:
     """Print a warning if ranks that share one of several copies of the model lie on more machines than they need."""
     hosts, shards = world.ranks.hosts, world.shards
+    if shards == world.size:
+        return
     needed = math.ceil(shards / max(Counter(hosts).values()))
     for first in range(0, world.size, shards):
         used = len(set(hosts[first : first + shards]))
-        if used > needed and shards < world.size:
+        if used > needed:
             print0(
                 f"warning: ranks {first} to {first + shards - 1}, which share a copy of the model, lie on {used} "
                 f"machines where {needed} would do: rank the processes machine by machine, and let --shards divide "

@@ -491,7 +491,7 @@ def _open_mixture(
     return mixture
 
 
-# --- Meta.json
+# --- meta.json
 
 
 def _files(split: str, meta: Any) -> list[dict[str, Any]]:

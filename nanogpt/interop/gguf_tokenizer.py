@@ -45,7 +45,7 @@ class Split(NamedTuple):
     patterns: list[str]  # applied one after the other
     ignore_merges: bool = False  # a word that is a token becomes it, whatever its merges would make
     nfc: bool = False  # the models of this name were trained on text in NFC, which llama.cpp leaves as it is
-    is_exact: bool = True  # False: llama.cpp splits some text otherwise, so `_find_split` must match no tokenizer
+    is_exact: bool = True  # False: llama.cpp splits some text otherwise; then it is read, but never written
 
 
 SPLITS = {

@@ -23,9 +23,8 @@ from nanogpt.schema import Count, matches
 from nanogpt.text.tokenizer import Tokenizer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-WRAPPERS = re.compile(
-    r"((module|_orig_mod)\.)*((transformer|model)\.)?"
-)  # prefixes by DDP, torch.compile, the headed model
+# Prefixes by DDP, torch.compile, the headed model.
+WRAPPERS = re.compile(r"((module|_orig_mod)\.)*((transformer|model)\.)?")
 # Buffers, not parameters: the causal masks of old GPT-2 files, the rotary frequencies of old Llama files.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 MAX_LAYERS = 1000  # each layer takes memory for its tensors' names, before any file is looked at
@@ -218,7 +217,7 @@ class LazyTensors(UserDict[str, Any]):
         return self.rows(name, slice(None))
 
     def rows(self, name: str, rows: slice) -> Tensor:
-        """Some rows of a tensor; of a mapped file no others are read."""
+        """Some rows of a tensor; of a mapped file in our layout no others are read."""
         value = self.data[name]
         return value(rows) if callable(value) else value[rows]
 
@@ -336,15 +335,15 @@ def translate(
         parts.setdefault(place.name, []).append(their_name)
 
     def read(their_names: list[str], rows: slice) -> Tensor:
-        parts = [_read(stored[their_name]) for their_name in their_names]
+        matrices = [_read(stored[their_name]) for their_name in their_names]
         if layout[their_names[0]].is_transposed:
-            parts = [tensor.t() for tensor in parts]
-        first, last, _ = rows.indices(sum(map(len, parts)))
+            matrices = [matrix.t() for matrix in matrices]
+        first, last, _ = rows.indices(sum(map(len, matrices)))
         pieces = []
-        for part in parts:
-            pieces.append(part[max(first, 0) : max(last, 0)])
-            first -= len(part)
-            last -= len(part)
+        for matrix in matrices:
+            pieces.append(matrix[max(first, 0) : max(last, 0)])
+            first -= len(matrix)
+            last -= len(matrix)
         return torch.cat(pieces).float()
 
     tensors = LazyTensors()

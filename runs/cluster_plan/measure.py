@@ -41,7 +41,7 @@ SIZES = {
     "350M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
 }
 UPDATES = 2  # before the bytes of the next are counted
-GLOO_COPIES = 1  # of a tensor, that gloo's reduce-scatter makes; by hand, it takes 1.02 of the tensor's size
+GLOO_COPIES = 1  # of the whole tensor, that gloo's reduce-scatter makes (findings/gloo_copies_what_it_gathers.sh: 1.02)
 
 
 class Traffic(TorchDispatchMode):

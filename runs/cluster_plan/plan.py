@@ -75,7 +75,7 @@ class Collective(NamedTuple):
     among: str = "shards"  # of one copy, or "replicas": the ranks with the same shard
 
 
-# ---- parameters
+# --- Parameters
 
 
 def block_shapes(c: Any) -> list[tuple[int, ...]]:
@@ -122,7 +122,7 @@ def hidden_numel(c: Any) -> int:
     return c.n_layer * sum(r * s for r, s in maps(c))
 
 
-# ---- arithmetic
+# --- Arithmetic
 
 
 def flops_per_token(c: Any, checkpointing: bool = False) -> float:
@@ -156,7 +156,7 @@ def arithmetic_seconds(c: Any, cluster: Cluster, shards: int, step: Step) -> flo
     return flops / cluster.flops
 
 
-# ---- communication
+# --- Communication
 
 
 def collectives(c: Any, gpus: int, shards: int, step: Step) -> list[Collective]:
@@ -231,7 +231,7 @@ def balance_tokens(c: Any, cluster: Cluster, shards: int, step: Step) -> tuple[f
     return best / per_token, worst / per_token
 
 
-# ---- memory
+# --- Memory
 
 
 def state_bytes(c: Any, shards: int, optimizer: str) -> dict[str, float]:

@@ -108,7 +108,7 @@ def require(condition: bool, problem: str) -> None:
         raise Mismatch(problem)
 
 
-# ---- in the process that is killed
+# --- In the process that is killed
 
 
 def instrument(journal: Path, kill: Kill | None) -> None:
@@ -237,7 +237,7 @@ def fork(journal: Path, kill: Kill | None, arguments: list[str], log: Path) -> i
     os._exit(status)
 
 
-# ---- in the process that watches
+# --- In the process that watches
 
 
 class Witness:

@@ -71,7 +71,7 @@ def start(home: Path, seed: int, log: Path, **keys: Any) -> int:
     os._exit(1)
 
 
-# ---- the deeds
+# --- The deeds
 
 
 def second_run(home: Path) -> int:
@@ -126,7 +126,7 @@ DEEDS: list[Callable[[Path], int | None]] = [
 ]
 
 
-# ---- what came of them
+# --- What came of them
 
 
 def check_ends(home: Path, runs: list[tuple[int, int, str]]) -> str:

@@ -132,7 +132,7 @@ def assert_same_run(undisturbed: Path, out_dir: Path) -> None:
     assert metrics(out_dir) == metrics(undisturbed)
 
 
-# ---- scenarios; each returns what it saw
+# --- Scenarios; each returns what it saw
 
 
 def train(home: Path) -> str:
@@ -196,6 +196,7 @@ def elastic(home: Path) -> str:
 
 def sharded(home: Path) -> str:
     """Two nodes of two processes: all four share a copy of the model, or those of each node do."""
+    resumes = 0
     for shards in (4, 2):
         keys = KEYS | {"gradient_accumulation_steps": 4, "shards": shards}
         undisturbed, out_dir = (home / f"{name}-{shards}" for name in ("undisturbed", "sharded"))
@@ -208,7 +209,9 @@ def sharded(home: Path) -> str:
         nodes[1] = Node(home, 1, nodes[0].port, arguments, processes=2, restarts=3)
         assert [node.wait() for node in nodes] == [0, 0], nodes[0].end() + nodes[1].end()
         assert_same_run(undisturbed, out_dir)
-    resumes = count_resumes(nodes)
+        resumes += count_resumes(nodes)
+        for node in nodes:
+            node.log.unlink()
     return f"--shards=4, and 2, on two nodes of two processes, one of which is killed: {resumes} resumes, the same bits"
 
 

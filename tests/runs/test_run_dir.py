@@ -1,5 +1,6 @@
 """The directory of a run: locked, archived, what is saved in it and when, damaged checkpoints, small disks."""
 
+import contextlib
 import errno
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,18 @@ def test_a_locked_folder_is_refused_and_unchanged(run: Run, tmp_path: Path, monk
         assert run(out_dir="out", resume=True, eval_only=True) == 0  # which only reads
     assert snapshot(tmp_path) == before
     assert run(out_dir="out", resume=True, max_iters=4) == 0
+
+
+def test_a_restarted_run_waits_for_one_that_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(RunDir(tmp_path))
+        with pytest.raises(InputError, match=IS_LOCKED), RunDir(tmp_path, wait_s=0.1):
+            pass
+        timer = threading.Timer(0.2, stack.close)
+        timer.start()
+        with RunDir(tmp_path, wait_s=60.0):
+            timer.join()
+    assert capsys.readouterr().out.count("waiting") == 2
 
 
 def refuse(out_dir: Path) -> None:

@@ -122,21 +122,44 @@ def test_pick_micro_batch_takes_the_largest_that_fits(sharing: int, monkeypatch:
     assert pick_micro_batch(model, "adamw", [8, 4, 2, 1], WORLD) == 1
 
 
-@pytest.mark.parametrize("sharing", [1, 2])
-@pytest.mark.parametrize(("rank", "shards", "saves"), [(0, 1, True), (0, 4, True), (0, 1, False), (1, 4, True)])
-def test_memory_of_a_run_is_checked(sharing: int, rank: int, shards: int, saves: bool, monkeypatch: pytest.MonkeyPatch):
-    """What processes need beyond their weights, and the main one's copy of a checkpoint, the others' of their parts."""
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "rank", "sharing", "shards", "saves", "processes", "copies"),
+    [
+        (CPU, 0, 1, 1, True, 1, 1.0),
+        (CPU, 0, 2, 1, True, 2, 1.0),
+        (CPU, 0, 4, 4, True, 4, 1.75),  # the others' parts
+        (CPU, 1, 4, 4, True, 4, 0.0),  # which the main process has counted
+        (CPU, 0, 2, 8, True, 2, 1.125),  # of eight only one other is on this machine
+        (CPU, 0, 1, 1, False, 1, 0.0),  # a dry run
+        (GPU, 0, 1, 1, True, 0, 1.0),
+        (GPU, 0, 8, 64, True, 0, 1 + 7 / 64),
+    ],
+)
+def test_memory_of_a_run_is_checked(
+    device: torch.device,
+    rank: int,
+    sharing: int,
+    shards: int,
+    saves: bool,
+    processes: int,
+    copies: float,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """processes, copies: what counts on this machine, beyond the weights, and in copies of a checkpoint."""
     model = GPT(GPTConfig(**SIZES))
     mesh = SimpleNamespace(size=lambda _: shards) if shards > 1 else None
-    world = World(rank, 4, CPU, torch.float32, mesh=mesh)
+    world = World(rank, 64, device, torch.float32, mesh=mesh)
     numel = model.count_parameters()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(sharing))
-    needed = sharing * (estimate_training_memory(model, "adamw", 4, 16, torch.float32, shards) - 4 * numel)
-    if saves and not rank:
-        needed += 12 * numel * (1 + (shards - 1) / shards)
+    needed = processes * (estimate_training_memory(model, "adamw", 4, 16, torch.float32, shards) - 4 * numel)
+    needed += copies * 12 * numel
     arguments = (model, "adamw", 4, 16, world, "a hint", saves)
     monkeypatch.setattr(memory, "free_memory", lambda _: needed + 1)
     raise_if_memory_is_short(*arguments)
     monkeypatch.setattr(memory, "free_memory", lambda _: needed - 1)
-    with pytest.raises(InputError, match=r"a hint; about .* are needed"):
+    message = r"^a hint; about .* are needed" if processes else "^not enough memory of the host to save: .* takes"
+    with pytest.raises(InputError, match=message):
         raise_if_memory_is_short(*arguments)

@@ -1,9 +1,11 @@
 """Ranks as threads with one store: they meet, agree, fail together, and name those that are lost."""
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nanogpt import distributed, pace, rendezvous
+from nanogpt.checkpoint import claim_and_load
 from nanogpt.errors import InputError, RunStopped
 from nanogpt.rendezvous import Ranks
 from nanogpt.run_dir import RunDir
@@ -154,6 +157,47 @@ def test_the_rank_that_does_not_answer_is_named(three: list[Ranks]):
     words = "rank 1 on host1 did not answer: it hangs or has died"
     assert three[0].describe_lost() == words
     assert three[2].describe_lost() == words
+
+
+def test_a_rank_that_is_lost_while_it_collects_answers_hides_no_other(
+    three: list[Ranks], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 0.5)
+    three[0].store.add("collectors", 1)  # by the rank that does not answer
+    for ranks in (three[0], three[2]):
+        ranks.listen()
+    assert three[0].describe_lost() == "rank 1 on host1 did not answer: it hangs or has died"
+
+
+def test_processes_without_an_address_are_refused(monkeypatch: pytest.MonkeyPatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "2950")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match=r"^MASTER_ADDR=, MASTER_PORT=2950: must be the address"):
+        rendezvous.join()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    with pytest.raises(RunStopped, match=r"^rank 0 on .* did not meet at localhost:0 \(Timed out"):
+        rendezvous.join(timeout_s=0.2)
+
+
+@pytest.mark.parametrize("writers", [(0,), (1, 2), (0, 1, 2), ()])
+def test_ranks_that_write_and_ranks_that_only_read_stay_in_step(
+    three: list[Ranks], writers: tuple[int, ...], tmp_path: Path
+):
+    """Until their settings are compared, which names the difference."""
+
+    def claim(ranks: Ranks) -> None:
+        with contextlib.ExitStack() as stack:
+            run_dir = RunDir(tmp_path / "out")
+            assert claim_and_load(run_dir, "auto", ranks.rank in writers, ranks, stack) is None
+            ranks.raise_unless_equal({"eval_only": ranks.rank not in writers})
+
+    answers = call(three, claim)
+    if len(writers) in (0, 3):
+        assert answers == [None] * 3
+    else:
+        assert "eval_only=" in str(answers[0])
 
 
 @pytest.mark.parametrize(

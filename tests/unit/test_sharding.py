@@ -17,7 +17,17 @@ from nanogpt import cpu_kernels, sharding
 from nanogpt.cpu_kernels import use_cpu_kernels
 from nanogpt.distributed import World
 from nanogpt.errors import RunStopped
-from nanogpt.sharding import MapExchange, check_shards, copy_rows, gather_rows, is_sharded, local, make_mesh, own_rows
+from nanogpt.sharding import (
+    MapExchange,
+    check_shards,
+    copy_rows,
+    equalize_copies,
+    gather_rows,
+    is_sharded,
+    local,
+    make_mesh,
+    own_rows,
+)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 8, 9, 50])
@@ -108,6 +118,22 @@ def test_sharded_model_computes_what_a_plain_one_does(
     for name, gradient in gradients[0].items():
         difference = (gradients[1][name] - gradient).norm()
         assert difference < 0.02 * gradient.norm(), name
+
+
+def test_copies_get_the_weights_of_the_first(world: World, monkeypatch: pytest.MonkeyPatch):
+    model = build_model(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=70, block_size=4), None, world)
+    sent: list[torch.Tensor] = []
+
+    def broadcast(tensor: torch.Tensor, group: str, group_src: int) -> None:
+        assert (group, group_src) == ("copies", 0)
+        sent.append(tensor)
+        tensor.fill_(3.0)
+
+    monkeypatch.setattr(sharding.dist, "broadcast", broadcast)
+    for copies in (1, 2):
+        equalize_copies(model, SimpleNamespace(size=lambda _, n=copies: n, get_group=str))
+        assert len(sent) == (len([*model.parameters()]) if copies == 2 else 0)
+    assert all((local(p) == 3.0).all() for p in model.parameters())
 
 
 class Exchange(MapExchange):
