@@ -37,6 +37,7 @@ from nanogpt.errors import InputError, run_script
 from nanogpt.files import check_report, write_report
 from nanogpt.lora import add_lora
 from nanogpt.memory import memory_hint
+from nanogpt.rendezvous import world_size
 from nanogpt.text.tokenizer import GPT2_VOCAB
 from nanogpt.timing import Round, Worker, measure_matmul_flops
 from runs.bench_cpu import nanogpt_steps
@@ -113,7 +114,7 @@ class BenchConfig(TrainConfig):
 
 def main() -> None:
     config, explicit = parse(BenchConfig, description="Measure a training step.")
-    if distributed.world_size() > 1:
+    if world_size() > 1:
         raise InputError("bench.py measures one process: start it without torchrun")
     if config.to:
         check_report("to", config.to)

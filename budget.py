@@ -37,11 +37,12 @@ from nanogpt.console import START_TIME, format_duration, print0
 from nanogpt.data.dataset import Tokens, document_separator_id, open_dataset
 from nanogpt.data.ngrams import NgramTargets
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
-from nanogpt.distributed import World, world_size
+from nanogpt.distributed import World
 from nanogpt.errors import InputError, raise_problems
 from nanogpt.evaluation import evaluate
 from nanogpt.memory import estimate_training_memory, fits_in_memory
 from nanogpt.metrics import DeferredRead, StepStats, Stopwatch
+from nanogpt.rendezvous import world_size
 from nanogpt.schedule import StepSchedule
 from nanogpt.sharding import check_shards
 from nanogpt.text.tokenizer import GPT2_VOCAB

@@ -44,7 +44,7 @@ from nanogpt.errors import InputError, raise_problems, run_script
 from nanogpt.files import check_report, write_report
 from nanogpt.generate.sampling import check_finite
 from nanogpt.memory import MAX_TOKENS_PER_PASS, rows_to_score
-from nanogpt.rendezvous import explain_errors
+from nanogpt.rendezvous import explain_errors, world_size
 from nanogpt.text.streams import read_text
 from nanogpt.text.tokenizer import Tokenizer
 from nanogpt.trials import describe_dtype, try_dtypes
@@ -120,7 +120,7 @@ def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
     problems += find_two_sources(config, explicit)
 
     problems += [f"--{name} is empty; leave it out" for name in ("tasks", "text") if getattr(config, name) == ""]
-    if distributed.world_size() > 1:
+    if world_size() > 1:
         problems.append("evaluation runs in one process; start it by `python evaluate.py`, without torchrun")
     missing = [name for name in ("lm_eval", "accelerate") if config.tasks and find_spec(name) is None]
     if missing:

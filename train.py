@@ -40,7 +40,7 @@ from nanogpt.data.ngrams import count_ngrams
 from nanogpt.data.rows import EvalWindows, Rows, StepBatch
 from nanogpt.data.token_shards import TokenDtype
 from nanogpt.device import free_memory, seed_everything
-from nanogpt.distributed import World, world_size
+from nanogpt.distributed import World
 from nanogpt.errors import InputError, raise_problems, run_script
 from nanogpt.evaluation import eval_batch_size, evaluate
 from nanogpt.generate.stream import sample_text
@@ -51,7 +51,7 @@ from nanogpt.memory import memory_hint, raise_if_memory_is_short
 from nanogpt.metrics import MetricsWriter, StepStats, check_trackers
 from nanogpt.optim import Optimizer, clip_divisor, gradient_norm
 from nanogpt.pace import Pace
-from nanogpt.rendezvous import explain_errors, join
+from nanogpt.rendezvous import explain_errors, join, world_size
 from nanogpt.run_dir import LOCKED_S, RunDir
 from nanogpt.schedule import RowSchedule, StepSchedule
 from nanogpt.sharding import check_shards

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nanogpt import sharding
 from nanogpt.device import disable_malloc_trim, pick_device, pick_dtype
 from nanogpt.errors import InputError
-from nanogpt.rendezvous import Ranks, join, read_place
+from nanogpt.rendezvous import Ranks, join
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class World:
 
     @property
     def shards(self) -> int:
-        """The number of ranks that share one copy of the model."""
         return self.mesh.size(1) if self.mesh else 1
 
     @property
@@ -90,11 +89,6 @@ class World:
         self.ranks.leave()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def world_size() -> int:
-    """The number of processes that torchrun started."""
-    return read_place()[1]
 
 
 def start(

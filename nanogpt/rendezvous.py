@@ -239,6 +239,11 @@ def read_place() -> tuple[int, int]:
     return int(rank), int(size)
 
 
+def world_size() -> int:
+    """The number of processes that torchrun started."""
+    return read_place()[1]
+
+
 def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     """Meet the other processes of the run, if there are any.
 

@@ -41,15 +41,14 @@ def shard_model(model: Any, mesh: Any, dtype: torch.dtype) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)  # what is left, in float32: so is the residual stream
-    # Nothing changes the logits in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # logits; never changed
 
 
 def check_shards(shards: int, size: int, dtype: str, lora_rank: int, minutes: float | None) -> list[str]:
     """Return the problems of `shards` with other keys and `size` processes, a line each."""
-    problems: list[str] = []
     if (shards or size) == 1:
-        return problems
+        return []
+    problems = []
     if size % (shards or size):
         problems.append(f"shards={shards}: does not divide {size} process(es); set 0 for all, 1 for none, or a divisor")
     if dtype == "float16":
@@ -98,8 +97,7 @@ def gather_rows(copy: Tensor, group: Any) -> None:
 def norm_over_ranks(norm: Tensor, sharded: Tensor) -> Tensor:
     """Combine norms of the ranks' shards (any shape) into those of the whole tensors.
 
-    sharded: one of the tensors; if it is not sharded, norm is returned as it is. The sum is over all ranks, so that all
-    copies of the model get the same bits.
+    sharded: one of the tensors, perhaps whole. The sum is over all ranks, so that all copies get the same bits.
     """
     if not is_sharded(sharded):
         return norm
@@ -119,8 +117,7 @@ def own_rows(num_rows: int, rank: int, shards: int) -> slice:
 def copy_rows(target: Tensor, source: Tensor | Callable[[slice], Tensor]) -> None:
     """Copy a whole tensor, or what this rank keeps of it, into a parameter or a state.
 
-    source: the tensor or, for a sharded target, what reads rows of it. Rows that it lacks become zero: the padding of
-    the vocabulary.
+    source: the tensor or, if sharded, what reads rows of it. Rows that it lacks become zero: the vocabulary's padding.
     """
     if not is_sharded(target):
         target.copy_(source)  # type: ignore[arg-type]
