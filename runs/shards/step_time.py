@@ -7,7 +7,7 @@ ratio of the pairs. DDP: a small model on two processes, in both checkouts. Shar
 four processes, by DDP in the old checkout (every rank has all weights; updates are gathered) and with --shards=0 here
 (rows of the maps go to their owners and back). Predictions, before the first run: DDP 1.00 ± 0.02; Muon 1.5 times as
 fast sharded, since the Newton-Schulz products are shared by both, and everything else is not. Writes step_time.json
-beside itself.
+beside itself: DDP 1.03 (AdamW) and 1.09 (Muon) times as fast as before, with kernels that are faster since; Muon 1.34.
 """
 
 import argparse
