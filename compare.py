@@ -85,11 +85,12 @@ class LayerNorms(TypedDict):
     layer_update_norms: dict[str, Number]
 
 
+# Kinds of lines by the field that marks them.
 LINES: dict[str, Any] = {
     "val_loss": Evaluation,
     "loss": Update,
     "layer_grad_norms": LayerNorms,
-}  # kinds of lines by the key that marks them
+}
 
 
 @dataclass

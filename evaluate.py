@@ -129,9 +129,12 @@ def validate(config: EvaluateConfig, explicit: ExplicitKeys) -> None:
         problems.append(f"--text={config.text}: could not be read (no such file); check its name")
     if config.include_path and not Path(config.include_path).is_dir():
         problems.append(f"--include_path={config.include_path}: is not a folder; give one that holds YAML files")
-    raise_problems(problems)
     if config.json:
-        check_report("json", config.json)
+        try:
+            check_report("json", config.json)
+        except InputError as error:
+            problems.append(str(error))
+    raise_problems(problems)
     if config.dataset:  # before the model is downloaded
         open_dataset(config.dataset, block_size=1, splits=[config.split], token_dtype=config.token_dtype)
 

@@ -129,7 +129,7 @@ def raise_if_memory_is_short(
     """Raise InputError with `hint` where a CPU lacks the memory of training on micro-batches of B rows.
 
     That is what its processes are estimated to need, beyond the weights, which they have; and the copy of a checkpoint
-    by the main process, with shards those of their parts by the others. A GPU's machine needs the copies alone.
+    by the main process, with shards those of their parts by the others. A GPU's machine needs only the copies.
     """
     free = free_memory(torch.device("cpu"))
     if free is None:

@@ -56,12 +56,7 @@ ORIGINAL_CONTEXT = "rope.scaling.original_context_length"  # llama.cpp uses it o
 IGNORED = (ORIGINAL_CONTEXT, "rope.scaling.finetuned", "tensor_data_layout")
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling: a divisor of each frequency
 LARGEST = {"F16": 65_504.0, "Q8_0": 127 * 65_504.0}  # Q8_0: whole numbers up to 127 times a float16
-DTYPES = {
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "q8_0": "Q8_0",
-}  # GGUF's names of the dtypes of matrices
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # GGUF's names of them
 
 
 def check_installed(purpose: str) -> None:

@@ -120,6 +120,17 @@ def test_sharded_model_computes_what_a_plain_one_does(
         assert difference < 0.02 * gradient.norm(), name
 
 
+def test_the_hash_of_the_weights_is_that_of_what_was_loaded(world: World):
+    """Equal with shards and without; another first row of any tensor shows."""
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=64, block_size=4)
+    plain = World(0, 1, torch.device("cpu"), torch.float32)
+    tensors = build_model(config, None, plain).state_dict()
+    hashes = {build_model(config, tensors, one).first_rows_hash for one in (plain, world)}
+    for name in tensors:
+        hashes.add(build_model(config, tensors | {name: tensors[name] + 1}, plain).first_rows_hash)
+    assert len(hashes) == 1 + len(tensors)
+
+
 def test_copies_get_the_weights_of_the_first(world: World, monkeypatch: pytest.MonkeyPatch):
     model = build_model(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=70, block_size=4), None, world)
     sent: list[torch.Tensor] = []
