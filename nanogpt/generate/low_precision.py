@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ MAX_TRIAL_CONTEXT = 1024  # tokens in the cache
 MAX_OTHER_WEIGHTS = 2**24  # that pass through the caches before a block is timed
 TRIAL_ROUNDS = 9
 MIN_PACKED_GAIN = 1.2  # over another format: packing 124M weights takes three seconds, some hundred tokens
+MAX_BAG = 448  # columns of a table of embedding bags whose sums a CPU holds in registers
 
 
 class PackedLinear(nn.Module):
@@ -32,6 +34,40 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class BagLinear(nn.Module):
+    """A linear layer for one token at a time on x86 CPUs: float16 weights, inputs and outputs, float32 sums.
+
+    An embedding bag adds rows of a table, each times a factor: with the columns of a matrix and the numbers of a vector
+    that is their product. FBGEMM's kernel for bags reads weights faster than its products of one row do.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        # A bag for each block of outputs; equally many for each thread.
+        threads = torch.get_num_threads()
+        self.num_bags = math.ceil(self.out_features / MAX_BAG / threads) * threads
+        width = math.ceil(self.out_features / self.num_bags / 16) * 16
+        padding = self.num_bags * width - self.out_features
+        blocks = F.pad(weight.detach().half(), (0, 0, 0, padding)).view(self.num_bags, width, self.in_features)
+        self.table = blocks.mT.reshape(-1, width)
+        self.rows = torch.arange(len(self.table), dtype=torch.int32)
+        self.offsets = torch.arange(0, len(self.table) + 1, self.in_features, dtype=torch.int32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > self.in_features:  # a prompt
+            blocks = self.table.view(self.num_bags, self.in_features, -1).float()
+            sums = (x.reshape(-1, self.in_features) @ blocks).transpose(0, 1)
+        else:
+            factors = self.table.new_empty(self.num_bags, self.in_features).copy_(x.view(1, -1)).view(-1)
+            sums = torch.embedding_bag(
+                self.table, self.rows, self.offsets, per_sample_weights=factors, include_last_offset=True
+            )[0]
+        y = sums.reshape(*x.shape[:-1], -1)[..., : self.out_features]
+        return y.float() if self.bias is None else y + self.bias
 
 
 def can_pack() -> bool:
@@ -48,12 +84,11 @@ def rounded_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> n
     return linear
 
 
-# The formats of linear layers on a CPU. bfloat16 runs in an autocast.
-CPU_FORMATS: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {
-    "float32": partial(rounded_linear, dtype=torch.float32),
-    "float16": PackedLinear,
-    "bfloat16": partial(rounded_linear, dtype=torch.bfloat16),
-}
+def cpu_layer(name: str, rows: int) -> Callable[[Tensor, Tensor | None], nn.Module]:
+    """Return what makes a CPU's linear layer in a format to decode `rows` texts. bfloat16 runs in an autocast."""
+    if name == "float16":
+        return BagLinear if rows == 1 else PackedLinear
+    return partial(rounded_linear, dtype=getattr(torch, name))
 
 
 @torch.no_grad()
@@ -76,7 +111,7 @@ def replace_linears_of_blocks(blocks: nn.Module, layer: Callable[[Tensor, Tensor
 
 
 def fastest_format(model: Any, rows: int, names: list[str]) -> tuple[str, float]:
-    """Find the fastest of float32 and the CPU_FORMATS `names` to decode `rows` texts. Returns its speed over float32's.
+    """Find the fastest of float32 and the formats `names` to decode `rows` texts. Returns its speed over float32's.
 
     The outcome is kept, so the same seed writes the same text each time.
     """
@@ -87,13 +122,13 @@ def fastest_format(model: Any, rows: int, names: list[str]) -> tuple[str, float]
     speeds = {"float32": 1.0}
     for name in names:
         measure = partial(format_speed, name, model, rows, num_weights)
-        speeds[name] = load_or_measure(f"decode-{c.arch}-{name}", shape, measure)
-    best = max(speeds, key=lambda name: speeds[name] / (MIN_PACKED_GAIN if name == "float16" else 1))
+        speeds[name] = load_or_measure(f"decode-step-{c.arch}-{name}", shape, measure)
+    best = max(speeds, key=lambda name: speeds[name] / (MIN_PACKED_GAIN if name == "float16" and rows > 1 else 1))
     return best, speeds[best]
 
 
 def format_speed(name: str, model: Any, rows: int, num_other_weights: int) -> float:
-    """The speed of a block in one of CPU_FORMATS over that in float32, in one thread, in the middle of the context.
+    """The speed of a block in a format over that in float32, in one thread, in the middle of the context.
 
     Weights as many as the model's others are read before each block: a large model's weights come from memory, a
     small one's from the caches.
@@ -112,11 +147,11 @@ def format_speed(name: str, model: Any, rows: int, num_other_weights: int) -> fl
 
 
 def make_trial_step(name: str, model: Any, rows: int) -> Callable[[], None]:
-    """A decode step of `rows` texts through the first block, with its linear layers in one of CPU_FORMATS."""
+    """A decode step of `rows` texts through the first block, with its linear layers in a format."""
     c = model.config
     context = min((c.block_size + 1) // 2, MAX_TRIAL_CONTEXT)
     block = copy.deepcopy(model.blocks[0])
-    replace_linears_of_blocks(block, CPU_FORMATS[name])
+    replace_linears_of_blocks(block, cpu_layer(name, rows))
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
     cached = torch.ones(rows, c.n_kv_head, context, c.head_dim, dtype=dtype)
     x = torch.ones(rows, 1, c.n_embd)
@@ -134,7 +169,7 @@ def make_trial_step(name: str, model: Any, rows: int) -> Callable[[], None]:
 
 
 def autocast_for(name: str) -> contextlib.AbstractContextManager[None]:
-    """The context in which a model runs whose linear layers have this one of CPU_FORMATS."""
+    """The context in which a model runs whose linear layers have this format."""
     return torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16")
 
 
@@ -157,7 +192,7 @@ def to_inference_precision(
             gain = "" if dtype == "float32" else f": {speed:.1f} × float32 here"
             print(f"weights in {dtype}{gain}", file=sys.stderr)
         if dtype != "float32":
-            replace_linears(model, CPU_FORMATS[dtype])
+            replace_linears(model, cpu_layer(dtype, rows))
         return autocast_for(dtype)
 
     if world.dtype != torch.float32:

@@ -50,7 +50,13 @@ from nanogpt.data.rows import EvalWindows  # noqa: E402
 from nanogpt.device import describe_device, synchronize  # noqa: E402
 from nanogpt.evaluation import evaluate  # noqa: E402
 from nanogpt.generate.decoder import Decoder  # noqa: E402
-from nanogpt.generate.low_precision import can_pack, replace_linears, rounded_linear, to_inference_precision  # noqa: E402
+from nanogpt.generate.low_precision import (  # noqa: E402
+    PackedLinear,
+    can_pack,
+    replace_linears,
+    rounded_linear,
+    to_inference_precision,
+)
 from nanogpt.generate.sampling import Sampling, sample_tokens  # noqa: E402
 from nanogpt.trials import cpu_info, cpu_model  # noqa: E402
 
@@ -184,6 +190,7 @@ def make_programs(size: str, rows: int, reference: str | None, world: Any) -> tu
             name = "ours" if dtype == "auto" else f"ours {dtype}"
             add(name, lambda model, dtype=dtype: to_inference_precision(model, world, dtype, False, rows))
         if can_pack():
+            add("packed float16", lambda model: replace_linears(model, PackedLinear))
             add("int8", lambda model: replace_linears(model, Int8Linear))
     else:
         add("ours", lambda model: to_inference_precision(model, world, "auto", True, rows))
@@ -218,7 +225,7 @@ def losses(out_dir: str, world: Any) -> dict[str, float]:
         amp = torch.autocast(world.device.type, dtype)
         formats[str(dtype).removeprefix("torch.")] = partial(replace_linears, layer=layer), amp
     if world.device.type == "cpu" and can_pack():
-        formats["float16 packed"] = replace_linears, contextlib.nullcontext()
+        formats["float16 packed"] = partial(replace_linears, layer=PackedLinear), contextlib.nullcontext()
         formats["int8"] = partial(replace_linears, layer=Int8Linear), contextlib.nullcontext()
     result = {}
     for name, (change, amp) in formats.items():
@@ -267,7 +274,7 @@ def speeds(args: argparse.Namespace, world: Any) -> list[dict[str, Any]]:
                 for _ in range(args.rounds):
                     times["limit"].append(read / large.nbytes * seconds(partial(torch.dot, *large), 2, world))
                     for name, step in steps.items():
-                        count = max(1, args.tokens // (1 if name.startswith(("ours", "int8")) else 5))
+                        count = max(1, args.tokens // (1 if name.startswith(("ours", "packed", "int8")) else 5))
                         times[name].append(seconds(step, count, world))
                 ratios = {
                     name: statistics.median(a / b for a, b in zip(values, times["ours"], strict=True))

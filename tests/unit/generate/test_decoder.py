@@ -17,6 +17,7 @@ from nanogpt.distributed import World
 from nanogpt.generate import decoder, low_precision
 from nanogpt.generate.decoder import Decoder
 from nanogpt.generate.low_precision import (
+    BagLinear,
     PackedLinear,
     can_pack,
     replace_linears,
@@ -231,34 +232,65 @@ def test_packed_linears_are_float16(model: GPT):
     assert generate(model, [[2, 3]], 30, Sampling(), sample_indices=[1]) == together[1:]
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [1, 33, 1000])
+def test_bag_linear_rounds_weights_inputs_and_outputs_to_float16(outputs: int, bias: bool):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, outputs, bias)
+    layer = BagLinear(linear.weight.detach(), linear.bias)
+    with torch.inference_mode():
+        for tokens in (1, 7):  # a prompt's are not rounded
+            x = 3 * torch.randn(1, tokens, 48)
+            rounded = (x.half() if tokens == 1 else x).double()
+            expected = rounded @ linear.weight.half().double().T
+            y = layer(x)
+            assert y.dtype == torch.float32
+            assert y.shape == (1, tokens, outputs)
+            tolerance = 2**-11 * expected.abs() + 1e-5 if tokens == 1 else 1e-5
+            assert ((y - (linear.bias if bias else 0) - expected).abs() <= tolerance).all()
+
+
+def test_bags_decode_as_the_plain_model(model: GPT):
+    text = TEXTS[3]
+    expected = model(torch.tensor([text]))[0][0, -1]
+    replace_linears(model, BagLinear)
+    decoder = Decoder(model)
+    decoder.prefill([text[:-3]])
+    for token in text[-3:]:
+        logits = decoder.decode_step(torch.tensor([token]))
+    assert 0 < (logits[0] - expected).abs().max() < 5e-3 * expected.abs().max()
+
+
 @pytest.mark.parametrize(
-    ("speeds", "compiled", "expected"),
+    ("speeds", "compiled", "rows", "expected"),
     [
-        ({"float16": 2.0, "bfloat16": 1.5}, False, PackedLinear),
-        ({"float16": 2.0, "bfloat16": 1.5}, True, torch.bfloat16),
-        ({"float16": 1.7, "bfloat16": 1.5}, False, torch.bfloat16),  # packing takes time, so it must gain a fifth
-        ({"float16": 0.9, "bfloat16": 0.5}, False, torch.float32),
+        ({"float16": 2.0, "bfloat16": 1.5}, False, 3, PackedLinear),
+        ({"float16": 2.0, "bfloat16": 1.5}, True, 3, torch.bfloat16),
+        ({"float16": 1.7, "bfloat16": 1.5}, False, 3, torch.bfloat16),  # packing takes time, so it must gain a fifth
+        ({"float16": 1.7, "bfloat16": 1.5}, False, 1, BagLinear),  # which takes none
+        ({"float16": 0.9, "bfloat16": 0.5}, False, 3, torch.float32),
     ],
 )
 @pytest.mark.skipif(not can_pack(), reason="needs FBGEMM, which torch has on x86 alone")
 def test_format_is_the_fastest_of_the_trial(
-    model: GPT, speeds: dict[str, float], compiled: bool, expected: Any, monkeypatch: pytest.MonkeyPatch
+    model: GPT, speeds: dict[str, float], compiled: bool, rows: int, expected: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """`speeds`: over float32, as measured. A key overrides them."""
     monkeypatch.setattr(low_precision, "load_or_measure", lambda name, shape, measure: speeds[name.split("-")[-1]])
     world = World(0, 1, torch.device("cpu"), torch.float32)
     plain = GPT.from_tensors(model.config, dict(model.state_dict()))
-    with to_inference_precision(model, world, "auto", compiled, rows=3):
+    with to_inference_precision(model, world, "auto", compiled, rows):
         assert torch.is_autocast_enabled("cpu") == (expected is torch.bfloat16)
         layer = model.blocks[1].mlp.up
-        assert isinstance(layer, PackedLinear) if expected is PackedLinear else layer.weight.dtype == expected
-    to_inference_precision(plain, world, "float32", compiled, rows=3)
+        assert layer.weight.dtype == expected if isinstance(expected, torch.dtype) else isinstance(layer, expected)
+    to_inference_precision(plain, world, "float32", compiled, rows)
     assert plain.blocks[1].mlp.up.weight.dtype == torch.float32
 
 
 def test_format_speeds_are_measured(model: GPT):
     for name in ("bfloat16", *["float16"] * can_pack()):
-        assert 0 < low_precision.format_speed(name, model, 2, 1000) < math.inf
+        for rows in (1, 2):
+            assert 0 < low_precision.format_speed(name, model, rows, 1000) < math.inf
     assert model.blocks[0].mlp.up.weight.dtype == torch.float32  # untouched
 
 
