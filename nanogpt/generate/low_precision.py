@@ -178,8 +178,8 @@ def to_inference_precision(
 ) -> contextlib.AbstractContextManager[None]:
     """Move a GPT to its device with linear layers in `dtype`, or in the one that decodes `rows` texts fastest there.
 
-    Returns the context to run it in. On a CPU "float16" means packed weights and float32 arithmetic, and "auto" what
-    is fastest in a trial. Raises InputError if this machine cannot do that.
+    Returns the context to run it in. On a CPU "float16" means float16 weights and float32 sums, and "auto" what is
+    fastest in a trial. Raises InputError if this machine cannot do that.
     """
     model.to(world.device).eval()
     if world.device.type == "cpu":
