@@ -41,7 +41,6 @@ SIZES = {
     "350M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
 }
 UPDATES = 2  # before the bytes of the next are counted
-GLOO_COPIES = 1  # of the whole tensor, that gloo's reduce-scatter makes (findings/gloo_copies_what_it_gathers.sh: 1.02)
 
 
 class Traffic(TorchDispatchMode):
@@ -135,7 +134,7 @@ def expect(config: GPTConfig, processes: int, shards: int, step: plan.Step) -> d
     sent: Counter[str] = Counter()
     for part in plan.collectives(config, processes, shards, step):
         sent[part.kind] += round(plan.sent_bytes(part))
-    return {"sent": sent, "memory": plan.memory_bytes(config, shards, step, GLOO_COPIES)}
+    return {"sent": sent, "memory": plan.memory_bytes(config, shards, step)}
 
 
 def compare(name: str, processes: int, shards: int, optimizer: str, dtype: str, dataset: Path) -> dict[str, Any]:

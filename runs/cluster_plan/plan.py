@@ -298,20 +298,25 @@ def cast_bytes(c: Any, shards: int, step: Step) -> float:
     return step.itemsize * (c.padded_vocab_size * c.n_embd + (hidden_numel(c) if shards == 1 else 0))
 
 
-def memory_bytes(c: Any, shards: int, step: Step, scatter_copies: int = 0) -> float:
+def memory_bytes(c: Any, shards: int, step: Step) -> float:
     """Peak of a step: weights and moments, beside the most that forward, backward or the update need.
 
-    The largest matrix's gradient is whole before it reaches its bucket or unit; tied, those of its two uses are.
-    scatter_copies: of a tensor, that the backend makes while it is reduced and scattered.
+    When the output layer's gradient comes, two of the loss's three arrays of logits are gone, except in chunks. Tied,
+    the gradients of the matrix's two uses are added at the end of backward: in float32 into a third one. FSDP2 then
+    copies the root's gradients to reduce and scatter them.
     """
     state = state_bytes(c, shards, step.optimizer)
     kept = state["weights"] + state["moments"]
-    activations = activation_bytes(c, step) + cast_bytes(c, shards, step)
     matrix = FLOAT32 * c.padded_vocab_size * c.n_embd
-    uses = 2 if c.tied else 1
+    chunk = 0 if step.loss_chunk else 2 * FLOAT32 * c.vocab_size * step.rows * c.block_size
+    backward = activation_bytes(c, step) + cast_bytes(c, shards, step) + max(matrix - chunk, 0)
+    uses = matrix
+    if c.tied:
+        uses *= 3 if step.itemsize == FLOAT32 else 2
+    update = update_bytes(c, shards, step)
     if shards == 1:  # DDP's buckets hold the gradients from the start
-        return kept + state["gradients"] + max(activations + matrix, uses * matrix, update_bytes(c, 1, step))
-    units = unit_bytes(c, shards, step.itemsize)
-    scatter = units + (uses - 1) * matrix + scatter_copies * FLOAT32 * numel(root_shapes(c), shards)
-    end = state["gradients"] + max(scatter, update_bytes(c, shards, step))
-    return kept + max(units + activations, end)
+        return kept + state["gradients"] + max(backward, uses, update)
+    root = FLOAT32 * numel(root_shapes(c), shards)
+    units = unit_bytes(c, shards, step.itemsize) - root  # without the root's gradients
+    end = state["gradients"] + max(units + max(uses, 2 * root), update)
+    return kept + max(units + backward, end)

@@ -83,7 +83,7 @@ def test_memory_is_what_a_run_foretells(name: str, optimizer: str, shards: int):
         model = GPT(GPTConfig(**{key: value for key, value in vars(c).items() if key != "padded_vocab_size"}))
     model.activation_checkpointing, model.loss_chunk = step.checkpointing, step.loss_chunk
     estimate = estimate_training_memory(model, optimizer, step.rows, c.block_size, torch.bfloat16, shards)
-    assert 0.9 < estimate / plan.memory_bytes(c, shards, step) < 1.25
+    assert 0.9 < estimate / plan.memory_bytes(c, shards, step) < 1.3
 
 
 @pytest.mark.parametrize(("shards", "fewer"), [(4, 2), (64, 4)])
