@@ -241,6 +241,7 @@ def write_text(
     omissions: of reading the text. What the tokenizer loses is counted too, and all is printed.
     Raises InputError as `write_dataset` does.
     """
+    tokenizer.print_changes()
     cut = int(len(text) * 0.9)
     texts = {"train": text[:cut], "val": text[cut:]}
     ids = {split: [tokenizer.encode_ordinary(part)] for split, part in texts.items()}

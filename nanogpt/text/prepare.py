@@ -393,8 +393,7 @@ def prepare(
             if options.chat:
                 tokenizer.template = template_for(tokenizer)
                 Chat(tokenizer)  # raises InputError for a broken template
-            if tokenizer.changes:
-                print(f"the tokenizer's normalizer changes some characters: {', '.join(tokenizer.changes)}")
+            tokenizer.print_changes()
             if not (staging / "tokenizer.json").exists():  # a kill amid writing it again would leave half of it
                 tokenizer.save(staging)
             check_disk(job, tokenizer, out)

@@ -421,6 +421,11 @@ class Tokenizer:
         kinds = re.findall(r'"type": "(\w+)"', json.dumps(self.to_json()["normalizer"]))
         return [kind for kind in kinds if kind not in ("Sequence", "Prepend", "Replace")]
 
+    def print_changes(self) -> None:
+        """Name the normalizers that change the text of a dataset, if there are any."""
+        if self.changes:
+            print(f"the tokenizer's normalizer changes some characters: {', '.join(self.changes)}")
+
     def count_lost_characters(self, text: str) -> int:
         """The number of characters that are not in the ids of `text`: dropped, or replaced by the unknown token.
 

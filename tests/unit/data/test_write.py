@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from nanogpt.data.dataset import open_dataset
 from nanogpt.data.write import download, write_dataset, write_text
@@ -50,6 +51,13 @@ def test_a_broken_write_keeps_the_old_dataset(folder: Path, monkeypatch: pytest.
         with pytest.raises(InputError, match="could not be written"):
             write_text(folder, "0123456789" * 99, other)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_normalizer_that_changes_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    inner.normalizer = tokenizers.normalizers.Lowercase()
+    write_text(tmp_path, "abAB" * 100, Tokenizer(inner))
+    assert "the tokenizer's normalizer changes some characters: Lowercase" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("moment", range(10))
