@@ -74,6 +74,13 @@ def test_a_text_with_the_tokenizer_of_another_model(tmp_path: Path, capsys: Any)
     assert data.tokenizer.decode([*data.train[:].tolist(), *data.val[:].tolist()]) == text
 
 
+def test_changed_line_ends_are_counted(tmp_path: Path, capsys: Any):
+    (tmp_path / "mine.txt").write_bytes(b"\xef\xbb\xbf" + b"a\r\nb\n" * 9)
+    assert run_script("data/shakespeare_char/prepare.py", f"--input={tmp_path / 'mine.txt'}", f"--out={tmp_path}") == 0
+    assert "made newlines: 10;" in capsys.readouterr().out
+    assert open_dataset(tmp_path, block_size=1).meta["omitted"]["normalized"][0] == 10
+
+
 def test_a_text_that_is_not_utf8_is_an_error(tmp_path: Path, capsys: Any):
     (tmp_path / "mine.txt").write_bytes(b"caf\xe9")
     assert run_script("data/shakespeare_char/prepare.py", f"--input={tmp_path / 'mine.txt'}", f"--out={tmp_path}") == 2

@@ -39,6 +39,15 @@ def test_surrogates_of_json_are_replaced(tmp_path: Path):
     assert omissions.get("replaced") == (3, f"{tmp_path}/a.jsonl, line 2, byte 0")
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 99])
+def test_line_ends_are_newlines_also_between_blocks(size: int):
+    text = b"a\r\nb\rc\n\r\r\nd\r"
+    blocks = [text[i : i + size] for i in range(0, len(text), size)]
+    omissions = Omissions()
+    assert b"".join(streams.normalize_newlines(iter([*blocks, b""]), omissions, "")) == b"a\nb\nc\n\n\nd\n"
+    assert omissions.get("normalized") == (5, "")
+
+
 BAD = [
     ("binary.txt", b"ELF\0\1\2" * 100, "binary.txt: is binary, not text: byte 0 at offset 3"),
     ("windows.txt", "Ünder\r\n".encode("utf-16-le") * 9, "looks like utf-16-le (data/prepare.py --encoding=utf-16-le)"),

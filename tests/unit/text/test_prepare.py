@@ -90,6 +90,12 @@ def test_the_end_of_a_single_text_is_for_validation(
     assert expected <= len(val.encode()) < expected + 4
 
 
+def test_one_character_at_least_is_for_training(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("日本", encoding="utf-8")
+    meta = make(tmp_path / "out", tmp_path / "a.txt", tokenizer="char", val_share=0.999)
+    assert [meta["splits"][split]["bytes"] for split in ("train", "val")] == [3, 3]
+
+
 def test_a_limit_takes_the_first_documents(tmp_path: Path):
     """And counts what was left out before it."""
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json_lines(DOCS))
