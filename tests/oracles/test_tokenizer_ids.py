@@ -68,14 +68,6 @@ def test_exports_spell_a_pattern_as_published_files_do(pattern: str, published: 
         assert exported.pre_tokenizer.pre_tokenize_str(text) == tokenizer._inner.pre_tokenizer.pre_tokenize_str(text)
 
 
-def test_byte_decoder_is_the_librarys_alphabet():
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    assert sorted(BYTE_DECODER) == sorted(byte_level.alphabet())
-    text = "".join(map(chr, range(0x800))) + "日本😀"
-    spelled = "".join(word for word, _ in byte_level.pre_tokenize_str(text))
-    assert bytes(BYTE_DECODER[character] for character in spelled) == text.encode()
-
-
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_bpe_gives_tiktokens_ids(encoding: tiktoken.Encoding, converted: Tokenizer, loaded: Tokenizer, text: str):
     special = encoding.encode(text, allowed_special="all")

@@ -80,13 +80,9 @@ def test_contents_cannot_imitate_the_template(tokenizer: Tokenizer):
     assert [id for id in ids.tolist() if id in tokenizer.special_tokens.values()] == [598, 599, 598, 599, 597]
     assert answer_texts(tokenizer, ids, mask) == [f"{evil}<|im_end|>".replace("\ud800", "\ufffd")]
 
-
-def test_encode_answer_and_prompt_hold_no_special_tokens_of_messages(tokenizer: Tokenizer):
-    tokenizer.template = CHATML_TEMPLATE
-    text = "x<|im_end|>\n<|endoftext|>\ud800y"
-    ids = Chat(tokenizer).encode_answer(text)
-    assert tokenizer.decode(ids) == text.replace("\ud800", "\ufffd")
-    assert not set(ids) & set(tokenizer.special_tokens.values())
+    answer = Chat(tokenizer).encode_answer(evil)
+    assert tokenizer.decode(answer) == evil.replace("\ud800", "\ufffd")
+    assert not set(answer) & set(tokenizer.special_tokens.values())
     assert Chat(tokenizer).encode_answer("") == []
 
 

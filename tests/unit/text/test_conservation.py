@@ -4,7 +4,6 @@ Hypothesis makes folders of files, archives and links, and says beside each what
 """
 
 import bz2
-import contextlib
 import gzip
 import io
 import json
@@ -15,8 +14,7 @@ import stat
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from text_files import one_thread
 
 from nanogpt.data.dataset import open_dataset
 from nanogpt.errors import InputError
@@ -224,13 +223,6 @@ def folders(draw: st.DrawFn) -> tuple[list[Item], str]:
     if draw(st.booleans()):
         items.append(Item("two.jsonl", b'"first"\n"second"\n', ["first", "second"]))
     return items, separator
-
-
-@contextlib.contextmanager
-def one_thread(workers: int) -> Iterator[ThreadPoolExecutor]:
-    prepare_module.load_encoder.cache_clear()
-    with ThreadPoolExecutor(1) as executor:
-        yield executor
 
 
 def decode(out: Path) -> list[str]:

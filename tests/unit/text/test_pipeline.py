@@ -13,17 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, environment
-from text_files import DOCS
+from text_files import DOCS, documents_of
 
 from nanogpt.data.dataset import open_dataset
 from nanogpt.errors import InputError
 from nanogpt.text.pipeline import Shards, join, task_folder
-from nanogpt.text.reading import hash_fraction
 from nanogpt.text.tokenizer import Tokenizer
-
-
-def split_of(text: str) -> str:
-    return "val" if hash_fraction(text.encode()) < 0.2 else "train"
 
 
 def records(texts: list[str]) -> Iterator[SimpleNamespace]:
@@ -55,7 +50,7 @@ def test_tasks_make_one_dataset(tmp_path: Path):
         meta = join(folder, tokenizer)
         data = open_dataset(folder, block_size=8, verify=True)
         for split, tokens in (("train", data.train), ("val", data.val)):
-            texts = [text for text in DOCS if split_of(text) == split]
+            texts = documents_of(split, 0.2)
             expected = [[*tokenizer.encode_ordinary(text).tolist(), tokenizer.end_of_text] for text in texts]
             assert tokens[:].tolist() == [*itertools.chain(*expected)]
             assert meta["splits"][split]["documents"] == len(texts)
@@ -117,7 +112,7 @@ def test_fineweb_script_by_datatrove(tmp_path: Path):
     for split, tokens in (("train", data.train), ("val", data.val)):
         documents = np.split(tokens[:], np.flatnonzero(tokens[:] == 256) + 1)
         texts = sorted(bytes(ids[:-1].astype("u1")).decode() for ids in documents if len(ids))
-        assert texts == sorted(text for text in DOCS if split_of(text) == split)
+        assert texts == sorted(documents_of(split, 0.2))
     process = subprocess.run([*script, "--join"], env=environment(), capture_output=True, text=True)
     assert process.returncode == 2
     assert "task 0 is not done" in process.stderr

@@ -1,6 +1,5 @@
 """Datasets of text: the same bytes after a kill at any instant and with any number of workers."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -9,16 +8,16 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tiktoken
 import tokenizers
-from conftest import ROOT
-from text_files import DOCS, json_lines, pack_tar
+from conftest import ROOT, needs_gpt2, run_script
+from text_files import DOCS, documents_of, json_lines, one_thread, pack_tar, read_files
 
 from nanogpt.data import write
 from nanogpt.data.dataset import open_dataset
@@ -36,20 +35,8 @@ from train import TrainConfig
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread in place of processes, which take seconds to start; tests/runs/test_prepare_scripts.py has those."""
-
-    @contextlib.contextmanager
-    def pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-        prepare_module.load_encoder.cache_clear()
-        with ThreadPoolExecutor(1) as executor:  # tokenizers are not for several threads
-            yield executor
-
-    monkeypatch.setattr(prepare_module, "worker_pool", pool)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "worker_pool", one_thread)
 
 
 def make(out: Path, *inputs: object, tokenizer: str = "byte", **settings: Any) -> dict[str, Any]:
@@ -74,7 +61,7 @@ def test_shards_are_full_and_hold_the_documents_of_their_split(shard_tokens: int
     assert data.tokenizer is not None
     names = {"meta.json", "tokenizer.json"}
     for split in ("train", "val"):
-        texts = [text for text in DOCS if (hash_fraction(text.encode()) < 0.2) == (split == "val")]
+        texts = documents_of(split, 0.2)
         facts = meta["splits"][split]
         assert data.tokenizer.decode(getattr(data, split)[:].tolist()) == "".join(texts)
         assert (facts["bytes"], facts["documents"]) == (len("".join(texts).encode()), len(texts))
@@ -87,8 +74,11 @@ def test_shards_are_full_and_hold_the_documents_of_their_split(shard_tokens: int
 
 
 @pytest.mark.parametrize("share", [None, 0.05, 0.999, 1e-9])
-def test_the_end_of_a_single_text_is_for_validation(share: float | None, tmp_path: Path):
+def test_the_end_of_a_single_text_is_for_validation(
+    share: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A tenth of it by default, and one character at least."""
+    monkeypatch.setattr(reading, "PIECE_BYTES", 3000)
     text = "Größe 😀\n" * 1000
     pack_tar(tmp_path / "a.tar", "", {"a.txt": text.encode()})
     make(tmp_path / "out", tmp_path / "a.tar", tokenizer="char", val_share=share)
@@ -100,42 +90,24 @@ def test_the_end_of_a_single_text_is_for_validation(share: float | None, tmp_pat
     assert expected <= len(val.encode()) < expected + 4
 
 
+def test_one_character_at_least_is_for_training(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("日本", encoding="utf-8")
+    meta = make(tmp_path / "out", tmp_path / "a.txt", tokenizer="char", val_share=0.999)
+    assert [meta["splits"][split]["bytes"] for split in ("train", "val")] == [3, 3]
+
+
 def test_a_limit_takes_the_first_documents(tmp_path: Path):
-    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS))
-    pack_tar(tmp_path / "b.tar", "", {f"{i:03}.txt": text.encode() for i, text in enumerate(DOCS)})
-    for name in ("a.jsonl", "b.tar"):
+    """And counts what was left out before it."""
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json_lines(DOCS))
+    others = {".hidden.txt": b"?", "a.png": b"?"}
+    pack_tar(tmp_path / "b.tar", "", others | {f"{i:03}.txt": text.encode() for i, text in enumerate(DOCS)})
+    for name, kinds in (("a.jsonl", {"normalized"}), ("b.tar", {"hidden", "unknown.png"})):
         meta = make(tmp_path / "out", tmp_path / name, val_share=0.2, limit=120)
-        assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(
-            len(text.encode()) for text in DOCS[:120]
-        )
-        assert meta["omitted"]["unread"][0] == 1
+        expected = sum(len(text.encode()) for text in DOCS[:120])
+        assert sum(facts["bytes"] for facts in meta["splits"].values()) == expected
+        numbers = {kind: number for kind, (number, _) in meta["omitted"].items()}
+        assert numbers == dict.fromkeys(kinds | {"unread"}, 1)
     assert "unread" not in make(tmp_path / "out", tmp_path / "a.jsonl", limit=300)["omitted"]
-
-
-def test_a_limit_counts_what_was_left_out_before_it(tmp_path: Path):
-    members = {".hidden.txt": b"?", "a.png": b"?", "b.jsonl": b"\xef\xbb\xbf" + json_lines(DOCS), "c.png": b"?"}
-    pack_tar(tmp_path / "a.tar", "", members)
-    omitted = make(tmp_path / "out", tmp_path / "a.tar", limit=99)["omitted"]
-    assert {kind: number for kind, (number, _) in omitted.items()} == dict.fromkeys(
-        ("hidden", "unknown.png", "normalized", "unread"), 1
-    )
-
-
-def test_a_limit_holds_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS))
-    save = prepare_module.Progress.save
-
-    def interrupt(self: prepare_module.Progress, folder: Path) -> None:
-        save(self, folder)
-        if self.splits["train"].shards:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_module.Progress, "save", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            make(tmp_path / "out", tmp_path / "a.jsonl", limit=99, shard_tokens=1000)
-    meta = make(tmp_path / "out", tmp_path / "a.jsonl", limit=99, shard_tokens=1000)
-    assert sum(facts["documents"] for facts in meta["splits"].values()) == 99
 
 
 @pytest.mark.parametrize("count", [2, 99])
@@ -180,22 +152,19 @@ def test_long_documents_have_the_ids_of_the_whole(tmp_path: Path, monkeypatch: p
 
 def test_bpe_does_not_learn_from_validation_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reading, "PIECE_BYTES", 1000)
-    train = [text for text in DOCS if hash_fraction(text.encode()) >= 0.5]
+    train = documents_of("train", 0.5)
     others = [f"{i} zzz qqq\n" * 20 for i in range(20)]
     long = next(text * 500 for text in others if hash_fraction(next(split_pieces((text * 500).encode()))) < 0.5)
-    vals = [
-        [text for text in DOCS if text not in train],
-        [text for text in others if hash_fraction(text.encode()) < 0.5],
-    ]
-    tokenizers = []
+    vals = [documents_of("val", 0.5), [text for text in others if hash_fraction(text.encode()) < 0.5]]
+    trained = []
     for k, val in enumerate(vals):
         (tmp_path / f"{k}").mkdir()
         (tmp_path / f"{k}/a.jsonl").write_bytes(json_lines([*train, *val]))
         if k:
             (tmp_path / f"{k}/b.txt").write_text(long)
         make(tmp_path / f"out{k}", tmp_path / f"{k}", tokenizer="bpe:400", val_share=0.5)
-        tokenizers.append((tmp_path / f"out{k}/tokenizer.json").read_text())
-    assert tokenizers[0] == tokenizers[1]
+        trained.append((tmp_path / f"out{k}/tokenizer.json").read_text())
+    assert trained[0] == trained[1]
     with pytest.raises(InputError, match="--tokenizer=bpe:many"):
         make(tmp_path / "out", tmp_path / "0", tokenizer="bpe:many")
 
@@ -377,7 +346,7 @@ def mixed_inputs(folder: Path) -> dict[str, Any]:
 def chat_inputs(folder: Path) -> dict[str, Any]:
     rows = [json.dumps({"prompt": text, "completion": "Yes." * i}) for i, text in enumerate(DOCS[:60])]
     (folder / "a.jsonl").write_text("\n".join(rows))
-    return {"options": ReadOptions(chat=True), "shard_tokens": 2500, "val_share": 0.3}
+    return {"options": ReadOptions(chat=True), "shard_tokens": 2500, "val_share": 0.3, "limit": 55}
 
 
 @pytest.mark.parametrize("inputs", [text_inputs, mixed_inputs, chat_inputs])
@@ -390,7 +359,7 @@ def test_a_kill_at_any_instant_changes_nothing(
     (tmp_path / "in").mkdir()
     settings = inputs(tmp_path / "in")
     make(tmp_path / "out", tmp_path / "in", **settings)
-    whole = files((tmp_path / "out").rename(tmp_path / "whole"))  # no more snapshots
+    whole = read_files((tmp_path / "out").rename(tmp_path / "whole"))  # no more snapshots
     instants = list(snapshots)
     assert len(instants) > 40
     assert len(whole) >= 7
@@ -398,21 +367,29 @@ def test_a_kill_at_any_instant_changes_nothing(
         resumed = tmp_path / f"resumed{number}"
         shutil.copytree(instant, resumed)
         make(resumed, tmp_path / "in", workers=1 + 2 * (number % 2), **settings)
-        assert files(resumed) == whole, instant
+        assert read_files(resumed) == whole, instant
 
 
-def test_finished_shards_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS[:200]))
-    (tmp_path / "b.jsonl").write_bytes(json_lines(DOCS[200:]))
-    (tmp_path / "c.jsonl").write_bytes(b"{")
-    monkeypatch.setattr(streams, "CHUNK_BYTES", 1500)
-    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 1500)
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Path], dict[str, Any]]:
+    """The inputs and settings of a preparation that stopped at its last input, which can be read now."""
     names = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    names[0].write_bytes(json_lines(DOCS[:200]))
+    names[1].write_bytes(json_lines(DOCS[200:]))
+    names[2].write_bytes(b"{")
+    for module in (streams, prepare_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1500)
     settings: dict[str, Any] = {"val_share": 0.2, "shard_tokens": 5000}
     with pytest.raises(InputError, match=r"c\.jsonl, line 1"):
         make(tmp_path / "out", *names, **settings)
-    (tmp_path / "c.jsonl").write_bytes(json_lines(["the end"]))  # an input that was not read may change
+    names[2].write_bytes(json_lines(["the end"]))  # an input that was not read may change
+    return names, settings
 
+
+def test_finished_shards_are_not_read_again(
+    interrupted: tuple[list[Path], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names, settings = interrupted
     starts = []
     original = Job.map
 
@@ -426,68 +403,95 @@ def test_finished_shards_are_not_read_again(tmp_path: Path, monkeypatch: pytest.
     assert starts[0].source == 1
     assert starts[0].documents > 200
     assert starts[1] == Position()
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("change", ["setting", "input", "tokenizer"])
-def test_other_settings_or_inputs_start_over(change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS))
-    (tmp_path / "b.jsonl").write_bytes(b"{")
-    names = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    settings: dict[str, Any] = {"val_share": 0.2, "shard_tokens": 1000}
-    with pytest.raises(InputError):
-        make(tmp_path / "out", *names, **settings)
-    (tmp_path / "b.jsonl").write_bytes(json_lines(["the end"]))
-    if change == "setting":
-        settings["shard_tokens"] = 2000
-    elif change == "tokenizer":
-        settings["tokenizer"] = "char"
+@pytest.mark.parametrize("change", [{"shard_tokens": 2000}, {"tokenizer": "char"}, None], ids=str)
+def test_other_settings_or_inputs_start_over(
+    change: dict[str, Any] | None,
+    interrupted: tuple[list[Path], dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    names, settings = interrupted
+    if change:
+        settings |= change
     else:
-        (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS[::-1]))
+        names[0].write_bytes(json_lines(DOCS[::-1]))
     make(tmp_path / "out", *names, **settings)
     assert "starting over" in capsys.readouterr().out
     make(tmp_path / "whole", *names, **settings)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
 
 
-def test_files_of_the_hub_stay_at_their_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Downloaded one after the other, deleted when read; a resumed preparation keeps its list of files."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    (tmp_path / "hub/data").mkdir(parents=True)
-    siblings = []
-    for k in range(2):
-        path = tmp_path / f"hub/data/train-{k}.parquet"
-        parquet.write_table(pa.table({"body": DOCS[150 * k : 150 * (k + 1)]}), path)
-        lfs = SimpleNamespace(sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-        siblings.append(SimpleNamespace(rfilename=f"data/train-{k}.parquet", lfs=lfs, size=path.stat().st_size))
-    card = {"configs": [{"config_name": "en", "data_files": [{"split": "train", "path": "data/train-*"}]}]}
-    revision = "first"
-    is_offline = True
-    downloads = []
+class Hub:
+    """Stands for the hub: two files of DOCS[:150] and DOCS[150:], which revision is the newest, what was downloaded."""
 
-    def dataset_info(self: Any, repo: str, **settings: Any) -> SimpleNamespace:
-        return SimpleNamespace(sha=revision, siblings=siblings, card_data=card)
+    def __init__(self, folder: Path) -> None:
+        pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        self.folder = folder
+        self.revision = "first"
+        self.unreachable = ""
+        self.downloads: list[str] = []
+        self.siblings = []
+        (folder / "data").mkdir(parents=True)
+        for k in range(2):
+            name = f"data/train-{k}.parquet"
+            parquet.write_table(pa.table({"text": DOCS[150 * k : 150 * (k + 1)]}), folder / name)
+            content = (folder / name).read_bytes()
+            lfs = SimpleNamespace(sha256=hashlib.sha256(content).hexdigest())
+            self.siblings.append(SimpleNamespace(rfilename=name, lfs=lfs, size=len(content)))
 
-    def fetch(repo: str, name: str, repo_type: str, revision: str, local_dir: Path) -> str:
-        assert (repo, repo_type, revision) == ("some/texts", "dataset", "first")
-        if is_offline and name.endswith("1.parquet"):
+    def dataset_info(self, repo: str, **settings: Any) -> SimpleNamespace:
+        card = {"configs": [{"config_name": "en", "data_files": [{"split": "train", "path": "data/train-*"}]}]}
+        return SimpleNamespace(sha=self.revision, siblings=self.siblings, card_data=card)
+
+    def download(self, repo: str, name: str, repo_type: str, revision: str, local_dir: Path) -> str:
+        assert (repo, repo_type, revision) == ("Skylion007/openwebtext", "dataset", "first")
+        if name == self.unreachable:
             raise ConnectionError("no network")
         assert {path.name for path in local_dir.glob("data/*")} <= {Path(name).name}
-        downloads.append(name)
+        self.downloads.append(name)
         (local_dir / "data").mkdir(exist_ok=True)
-        return str(shutil.copy(tmp_path / "hub" / name, local_dir / name))
+        return str(shutil.copy(self.folder / name, local_dir / name))
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    settings: dict[str, Any] = {"options": ReadOptions(text_key="body"), "val_share": 0.2, "shard_tokens": 1000}
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
+    return hub
+
+
+def test_files_of_the_hub_stay_at_their_revision(hub: Hub, tmp_path: Path):
+    """Downloaded one after the other, deleted when read; a resumed preparation keeps its list of files."""
+    name = "hf:Skylion007/openwebtext@en"
+    settings: dict[str, Any] = {"val_share": 0.2, "shard_tokens": 1000}
+    hub.unreachable = "data/train-1.parquet"
     with pytest.raises(InputError, match=r"train-1\.parquet could not be downloaded .*no network.* to resume"):
-        make(tmp_path / "out", "hf:some/texts@en", **settings)
-    revision = "second"
-    is_offline = False
-    make(tmp_path / "out", "hf:some/texts@en", **settings)
-    assert downloads[-1] == "data/train-1.parquet"
-    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS, "body"))
+        make(tmp_path / "out", name, **settings)
+    hub.revision = "second"
+    hub.unreachable = ""
+    make(tmp_path / "out", name, **settings)
+    assert hub.downloads[-1] == "data/train-1.parquet"
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS))
     make(tmp_path / "whole", tmp_path / "a.jsonl", **settings)
-    for name in ("train-00000.bin", "val-00000.bin"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for shard in ("train-00000.bin", "val-00000.bin"):
+        assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
+
+
+@needs_gpt2
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--under=data/train-1"], ["--input", "hub/data/train-1.parquet"]], ids=str)
+def test_openwebtext_holds_gpt2s_ids(flags: list[str], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of files on the hub or on the disk, with a limit, each document ended by GPT-2's end token."""
+    monkeypatch.chdir(tmp_path)
+    assert run_script("data/openwebtext/prepare.py", "--out=out", "--val-share=0.1", "--docs=120", *flags) == 0
+    gpt2 = tiktoken.get_encoding("gpt2")
+    data = open_dataset("out", block_size=64, vocab_size=50_257, verify=True)
+    for split, tokens in (("train", data.train), ("val", data.val)):
+        texts = [text for text in DOCS[150:270] if text in documents_of(split, 0.1)]
+        assert gpt2.decode(tokens[:].tolist()) == "".join(f"{text}<|endoftext|>" for text in texts)
+        assert data.meta["splits"][split]["documents"] == len(texts)

@@ -12,11 +12,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 from conftest import needs_gpt2
-from text_files import DOCS, json_lines, pack_tar
+from text_files import DOCS, json_lines, pack_tar, read_documents
 
 from nanogpt.errors import InputError
 from nanogpt.interop.gguf_tokenizer import GPT4O_SPLIT
-from nanogpt.text import reading, streams
+from nanogpt.text import reading
 from nanogpt.text.documents import DocumentParser
 from nanogpt.text.fast_bpe import PATTERNS
 from nanogpt.text.omissions import Omissions
@@ -24,19 +24,6 @@ from nanogpt.text.reading import ReadOptions, ValSplit, find_boundary, read_chun
 from nanogpt.text.sources import CONVERTED, download, find_inputs, list_parquet
 
 SPLIT = ValSplit(0.1)
-PIECE_BYTES = 20_000  # where `small_pieces` is used
-
-
-def read(*inputs: object, **options: Any) -> list[str]:
-    """The documents of the inputs."""
-    parser = DocumentParser(ReadOptions(**options))
-    texts = []
-    for source in find_inputs([str(name) for name in inputs], Omissions()):
-        for document in parser.parse(read_chunks(source, parser.options, SPLIT)):
-            if document.is_start:
-                texts.append("")
-            texts[-1] += document.text.decode()
-    return texts
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +55,7 @@ def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.tar", "a.txz", "a.zip", "folder", "f*/**/*.[mt]*"])
 def test_formats_hold_the_same_documents(name: str, formats: Path):
-    assert read(formats / name) == DOCS
+    assert read_documents(formats / name)[0] == DOCS
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.tar"])
@@ -86,10 +73,10 @@ def test_a_zip_behind_another_is_noticed(tmp_path: Path):
     both = (tmp_path / "a.zip").read_bytes() + (tmp_path / "b.zip").read_bytes()
     (tmp_path / "both.zip").write_bytes(both)
     with pytest.raises(InputError, match="holds another archive before"):
-        read(tmp_path / "both.zip")
-    assert read(tmp_path / "both.zip", skip_bad=True) == ["b"]
+        read_documents(tmp_path / "both.zip")
+    assert read_documents(tmp_path / "both.zip", skip_bad=True)[0] == ["b"]
     (tmp_path / "program.zip").write_bytes(b"MZ" + (tmp_path / "b.zip").read_bytes())  # one that unpacks itself
-    assert read(tmp_path / "program.zip") == ["b"]
+    assert read_documents(tmp_path / "program.zip")[0] == ["b"]
 
 
 def test_conversations_with_tools_are_refused_in_parquet_too(tmp_path: Path):
@@ -97,7 +84,7 @@ def test_conversations_with_tools_are_refused_in_parquet_too(tmp_path: Path):
     for tools in ("[]", None, "[{}]"):
         table = pa.table({"prompt": ["?"], "completion": ["!"], "tools": pa.array([tools], pa.string())})
         parquet.write_table(table, tmp_path / "a.parquet")
-        assert len(read(tmp_path, chat=True, skip_bad=True)) == (tools != "[{}]")
+        assert len(read_documents(tmp_path, chat=True, skip_bad=True)[0]) == (tools != "[{}]")
 
 
 def test_inputs_come_in_the_order_given_and_once(tmp_path: Path):
@@ -158,24 +145,23 @@ def test_an_encrypted_member_is_named(tmp_path: Path):
     data[data.index(b"PK\1\2") + 8] |= 1  # the flag of the first member
     (tmp_path / "a.zip").write_bytes(data)
     with pytest.raises(InputError, match=r"a\.zip:a\.txt: cannot be read .*password"):
-        read(tmp_path / "a.zip")
-    assert read(tmp_path / "a.zip", skip_bad=True) == ["two"]
+        read_documents(tmp_path / "a.zip")
+    assert read_documents(tmp_path / "a.zip", skip_bad=True)[0] == ["two"]
 
 
 def test_a_damaged_member_is_named_and_the_others_are_read(tmp_path: Path):
     """In a tar a damaged header looks like the end."""
     pack_tar(tmp_path / "a.tar", "", {"a.txt": b"one", "b.txt.gz": b"?", "c.txt": b"two", "d.txt": b"three"})
-    assert read(tmp_path / "a.tar", skip_bad=True) == ["one", "two", "three"]
+    assert read_documents(tmp_path / "a.tar", skip_bad=True)[0] == ["one", "two", "three"]
     data = bytearray((tmp_path / "a.tar").read_bytes())
     header = data.index(b"in/c.txt")
     data[header + 150] ^= 1  # its checksum
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(InputError, match=r"b\.txt\.gz: cannot be read"):
-        read(tmp_path / "a.tar")
-    parser = DocumentParser(ReadOptions(skip_bad=True))
-    (source,) = find_inputs([str(tmp_path / "a.tar")], Omissions())
-    assert [document.text for document in parser.parse(read_chunks(source, parser.options, SPLIT))] == [b"one"]
-    assert parser.omissions.get("bad")[0] == 2
+        read_documents(tmp_path / "a.tar")
+    texts, omissions = read_documents(tmp_path / "a.tar", skip_bad=True)
+    assert texts == ["one"]
+    assert omissions.get("bad")[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -220,45 +206,6 @@ def test_ids_of_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch):
                 whole = encoding.encode_ordinary(text.decode())
                 assert encoding.encode_ordinary(head) + encoding.encode_ordinary(tail) == whole, text
     assert cuts > 500
-
-
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "PIECE_BYTES", PIECE_BYTES)
-    for module in (streams, reading):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 7000)
-
-
-@pytest.mark.usefixtures("small_pieces")
-def test_long_documents_are_read_in_pieces_of_one_split(tmp_path: Path):
-    text = "".join(f"line {i} ends\n" for i in range(PIECE_BYTES // 10)) + "é" * (PIECE_BYTES // 2)
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    (source,) = find_inputs([str(tmp_path)], Omissions())
-    assert read(tmp_path) == [text]
-    for share in (0.0, 1.0):  # the hash of the first piece is between
-        chunks = list(read_chunks(source, ReadOptions(), ValSplit(share)))
-        assert [chunk.is_start for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
-        assert [chunk.is_end for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-        assert all(0 < len(chunk.data.decode().encode()) <= PIECE_BYTES for chunk in chunks)
-        assert {chunk.in_val for chunk in chunks} == {share == 1.0}
-        for skip in range(len(chunks)):
-            rest = read_chunks(source, ReadOptions(), ValSplit(share), skip)
-            assert [chunk.data for chunk in rest] == [chunk.data for chunk in chunks[skip:]]
-
-
-@pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("length", [1, 2, 11, PIECE_BYTES])
-@pytest.mark.parametrize("tail", [0.3, 0.9])
-def test_the_tail_begins_with_a_whole_character(length: int, tail: float, tmp_path: Path):
-    text = "é" * length
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    (source,) = find_inputs([str(tmp_path)], Omissions())
-    start = int(2 * length * tail)
-    parts: dict[Any, bytes] = {False: b"", True: b""}
-    for chunk in read_chunks(source, ReadOptions(), ValSplit(0.01, start)):
-        parts[chunk.in_val] += chunk.data
-    assert parts[False].decode() + parts[True].decode() == text
-    assert len(parts[False]) == max(1, start // 2) * 2  # one character at least
 
 
 # --- The hub

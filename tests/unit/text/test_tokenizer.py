@@ -48,7 +48,8 @@ def test_characters_names_unknown_ones():
 
 def test_bytes_are_their_own_ids():
     tokenizer = Tokenizer.bytes()
-    for text in [*HARD_TEXTS, random_text(3)]:
+    all_bytes = "".join(map(chr, range(0x800))) + "日本😀"  # of UTF-8, almost
+    for text in [*HARD_TEXTS, random_text(3), all_bytes]:
         assert tokenizer.encode_ordinary(text).tolist() == [*text.encode()]
         assert tokenizer.decode([*text.encode()]) == text
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text) == ("byte", 257, 256)
