@@ -61,9 +61,13 @@ def test_formats_hold_the_same_documents(name: str, formats: Path):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.tar"])
 def test_reading_resumes_after_any_item(name: str, formats: Path):
     (source,) = find_inputs([str(formats / name)], Omissions())
-    for skip in (1, 127, 128, 150, 299):
+    places = []
+    for skip in (0, 1, 127, 128, 150, 299):
         chunks = read_chunks(source, ReadOptions(), SPLIT, skip)
-        assert [document.text.decode() for document in DocumentParser(ReadOptions()).parse(chunks)] == DOCS[skip:]
+        rest = list(DocumentParser(ReadOptions()).parse(chunks))
+        assert [document.text.decode() for document in rest] == DOCS[skip:]
+        places = places or [document.place for document in rest]
+        assert [document.place for document in rest] == places[skip:]
 
 
 def test_a_zip_behind_another_is_noticed(tmp_path: Path):
