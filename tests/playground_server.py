@@ -66,11 +66,11 @@ class Server:
         self.metrics = metrics
         self.port = port
 
-    def request(self, method: str, path: str, body: Any = b"", **headers: str) -> tuple[int, Any]:
+    def request(self, method: str, path: str, body: Any = b"") -> tuple[int, Any]:
         """The status and the JSON of a response that does not stream."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         with contextlib.closing(connection):
-            connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body), headers)
+            connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body))
             response = connection.getresponse()
             return response.status, json.loads(response.read())
 

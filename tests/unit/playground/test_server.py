@@ -135,27 +135,20 @@ def test_generate_begins_with_the_end_of_text_if_the_prompt_is_empty(server: Ser
     assert first == {"prompt_ids": [256], "prompt_texts": [END_OF_TEXT]}
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (RuntimeError("out of memory"), "the model failed (RuntimeError: out of memory); see the terminal"),
-        (InputError("the logits are not finite; give --dtype=float32"), "the logits are not finite; give --dtype"),
-    ],
-    ids=["failure", "error"],
-)
 def test_generate_reports_what_the_model_raises(
-    server: Server,
-    error: Exception,
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    with monkeypatch.context() as patch:
-        patch.setattr(server.playground.decoder, "generate", Mock(side_effect=error))
-        *_, last = server.stream(prompt="ab", max_new_tokens=5)
-    assert last["error"].startswith(message)
-    assert ("Traceback" in capfd.readouterr().err) == isinstance(error, RuntimeError)
-    assert server.generate(prompt="ab", max_new_tokens=2)
+    """A failure with its traceback in the terminal, bad input without one; the server works on."""
+    for error, message in (
+        (RuntimeError("out of memory"), "the model failed (RuntimeError: out of memory); see the terminal"),
+        (InputError("the logits are not finite"), "the logits are not finite"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(server.playground.decoder, "generate", Mock(side_effect=error))
+            *_, last = server.stream(prompt="ab", max_new_tokens=5)
+        assert last["error"].startswith(message)
+        assert ("Traceback" in capfd.readouterr().err) == isinstance(error, RuntimeError)
+        assert server.generate(prompt="ab", max_new_tokens=2)
 
 
 # --- Conversations
@@ -267,17 +260,9 @@ def test_chat_refuses_bad_request(chat_server: Server, request_: Any, problem: s
         ([], r"needs a prompt, messages or ids"),
         ({"messages": talk("Why?")}, r"messages: the model has no chat template"),
         ({"ids": []}, r"ids: the list is empty"),
-        ({"ids": [0] * 50_001}, r"the text has 50,001 tokens, more than 50,000; shorten it"),
-        ({"ids": [0, True]}, r"ids\.1: expected a whole number"),
         ({"ids": [257]}, r"ids\.0: must be below 257"),
         ({"ids": [-1]}, r"ids\.0: must be at least 0"),
-        ({"prompt": "a", "temperature": -1}, r"temperature: must be at least 0"),
         (b'{"prompt": "a", "temperature": NaN}', r"temperature: expected a finite number"),
-        ({"prompt": "a", "top_k": 0}, r"top_k: must be at least 1"),
-        ({"prompt": "a", "top_p": 0}, r"top_p: must be above 0"),
-        ({"prompt": "a", "min_p": 1}, r"min_p: must be below 1"),
-        ({"prompt": "a", "max_new_tokens": 10**9}, r"max_new_tokens: must be at most 10,000"),
-        ({"prompt": "a", "seed": -1}, r"seed: must be at least 0"),
         ({"prompt": "a", "\ud800": 1}, r"no such key"),
         (b"\xff\xfe\xfa", r"not valid JSON"),
         (b"[" * 100_000, r"not valid JSON"),
@@ -289,6 +274,13 @@ def test_generate_refuses_bad_request(server: Server, body: Any, problem: str):
     assert status == 400
     assert re.search(problem, response["error"])
     assert len(response["error"]) <= 500
+
+
+def test_generate_names_every_setting_beyond_its_limits(server: Server):
+    beyond = {"temperature": -1, "top_k": 0, "top_p": 0, "min_p": 1, "max_new_tokens": 10_001, "seed": -1}
+    status, response = server.request("POST", "/api/generate", {"prompt": "a"} | beyond)
+    assert status == 400
+    assert re.findall(r"^request: (\w+): must be", response["error"], re.MULTILINE) == [*beyond]
 
 
 def test_parse_request_refuses_prompts_without_ids(characters: Playground):
@@ -337,7 +329,6 @@ def test_generate_survives_incomplete_body(server: Server):
         raw.sendall(b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         assert server.generate(prompt="ab", max_new_tokens=2)
     assert server.generate(prompt="ab", max_new_tokens=2)
-    assert server.playground.queue == []
 
 
 # --- Other sites
@@ -353,26 +344,24 @@ def exchange(server: Server, method: str, path: str, body: str = "", **headers: 
         return response, response.read()
 
 
-@pytest.mark.parametrize("host", ["evil.example:{port}", "127.0.0.1.evil.example", ""])
-def test_app_refuses_other_hosts(server: Server, host: str):
-    """DNS rebinding: a name of another site that resolves to this machine."""
-    assert exchange(server, "GET", "/", Host=host)[0].status == 400
-
-
 @pytest.mark.parametrize(
-    ("origin", "expected"),
+    ("header", "value", "expected"),
     [
-        ("http://127.0.0.1:{port}", 200),
-        ("http://evil.example", 403),
-        ("http://127.0.0.1:1", 403),
-        ("http://127.0.0.1:{port}.evil.example", 403),
-        ("null", 403),
-        ("https://127.0.0.1:{port}", 403),
+        ("Origin", "http://127.0.0.1:{port}", 200),
+        ("Origin", "http://evil.example", 403),
+        ("Origin", "http://127.0.0.1:1", 403),
+        ("Origin", "http://127.0.0.1:{port}.evil.example", 403),
+        ("Origin", "null", 403),
+        ("Origin", "https://127.0.0.1:{port}", 403),
+        # DNS rebinding: a name of another site that resolves to this machine.
+        ("Host", "evil.example:{port}", 400),
+        ("Host", "127.0.0.1.evil.example", 400),
+        ("Host", "", 400),
     ],
 )
-def test_generate_refuses_other_origins(server: Server, origin: str, expected: int):
+def test_generate_refuses_other_sites(server: Server, header: str, value: str, expected: int):
     body = json.dumps({"prompt": "a", "max_new_tokens": 1})
-    response, content = exchange(server, "POST", "/api/generate", body, Origin=origin)
+    response, content = exchange(server, "POST", "/api/generate", body, **{header: value})
     assert response.status == expected
     assert (b"prompt_ids" in content) == (expected == 200)
 
