@@ -66,13 +66,20 @@ class Server:
         self.metrics = metrics
         self.port = port
 
-    def request(self, method: str, path: str, body: Any = b"") -> tuple[int, Any]:
-        """The status and the JSON of a response that does not stream."""
+    def exchange(
+        self, method: str, path: str, body: Any = b"", **headers: str
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """A whole response and its content, whatever that is."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         with contextlib.closing(connection):
-            connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body))
+            connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body), headers)
             response = connection.getresponse()
-            return response.status, json.loads(response.read())
+            return response, response.read()
+
+    def request(self, method: str, path: str, body: Any = b"") -> tuple[int, Any]:
+        """The status and the JSON of a response that does not stream."""
+        response, content = self.exchange(method, path, body)
+        return response.status, json.loads(content)
 
     def connect(self, **request: Any) -> http.client.HTTPConnection:
         """A connection on which a text has been requested."""
