@@ -193,16 +193,6 @@ def test_evaluate_a_text_shorter_than_a_window(run_evaluate: Evaluate):
         (["--text="], "^--text is empty"),
         (["--text=x", "--split=val"], "^--split: --text=x takes its place"),
         (["--json=nowhere/x.json"], "^--json=nowhere/x.json: cannot be written"),
-    ],
-)
-def test_evaluate_refuses_flags(run_evaluate: Evaluate, flags: list[str], message: str):
-    with pytest.raises(InputError, match=message):
-        run_evaluate(*flags)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
         (["--stride=25"], "^--stride=25: .*give --stride=24 or less"),
         (["--dataset=other"], "^--dataset=other: its tokenizer is not the model's"),
         (["--dataset=five"], "id 4, but the model's vocab_size is 4"),
@@ -213,7 +203,7 @@ def test_evaluate_refuses_flags(run_evaluate: Evaluate, flags: list[str], messag
         (["--init_from=exported"], "^--dataset is unknown"),
     ],
 )
-def test_evaluate_refuses_data(run_evaluate: Evaluate, letters: Path, flags: list[str], message: str):
+def test_evaluate_refuses(run_evaluate: Evaluate, letters: Path, flags: list[str], message: str):
     save_random_run("out", LETTERS, {"dataset": str(letters)})
     save_random_run("exported", LETTERS, {"dataset": None})
     write_dataset(Path("other"), {"train": [np.arange(4)], "val": [np.arange(4)]}, Tokenizer.characters("abce"))
