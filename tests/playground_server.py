@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import socket
 import string
 import threading
@@ -111,7 +112,9 @@ def read_events(connection: http.client.HTTPConnection) -> Iterator[dict[str, An
 @contextlib.contextmanager
 def serve(playground: Playground, metrics: Path, listener: socket.socket | None = None) -> Iterator[Server]:
     listener = listener or socket.create_server(("127.0.0.1", 0))
-    server = create_server(create_app(playground, {"name": "tiny", "parameters": 12_345, "device": "cpu"}, metrics))
+    # The name is that of a folder, which need not be UTF-8.
+    heading = {"name": os.fsdecode(b"tiny\xff"), "parameters": 12_345, "device": "cpu"}
+    server = create_server(create_app(playground, heading, metrics))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
