@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import socket
 import string
 import threading
@@ -66,13 +67,20 @@ class Server:
         self.metrics = metrics
         self.port = port
 
-    def request(self, method: str, path: str, body: Any = b"", **headers: str) -> tuple[int, Any]:
-        """The status and the JSON of a response that does not stream."""
+    def exchange(
+        self, method: str, path: str, body: Any = b"", **headers: str
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """A whole response and its content, whatever that is."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         with contextlib.closing(connection):
             connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body), headers)
             response = connection.getresponse()
-            return response.status, json.loads(response.read())
+            return response, response.read()
+
+    def request(self, method: str, path: str, body: Any = b"") -> tuple[int, Any]:
+        """The status and the JSON of a response that does not stream."""
+        response, content = self.exchange(method, path, body)
+        return response.status, json.loads(content)
 
     def connect(self, **request: Any) -> http.client.HTTPConnection:
         """A connection on which a text has been requested."""
@@ -104,7 +112,9 @@ def read_events(connection: http.client.HTTPConnection) -> Iterator[dict[str, An
 @contextlib.contextmanager
 def serve(playground: Playground, metrics: Path, listener: socket.socket | None = None) -> Iterator[Server]:
     listener = listener or socket.create_server(("127.0.0.1", 0))
-    server = create_server(create_app(playground, {"name": "tiny", "parameters": 12_345, "device": "cpu"}, metrics))
+    # The name is that of a folder, which need not be UTF-8.
+    heading = {"name": os.fsdecode(b"tiny\xff"), "parameters": 12_345, "device": "cpu"}
+    server = create_server(create_app(playground, heading, metrics))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

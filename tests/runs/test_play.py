@@ -11,7 +11,6 @@ import sys
 import pytest
 from conftest import ROOT, Run, call_main, environment
 
-import export
 import play
 from nanogpt.errors import InputError
 from nanogpt.text.chat import PLAIN_TEMPLATE
@@ -45,13 +44,9 @@ def test_play_chats_where_a_template_works(capsys: pytest.CaptureFixture[str]):
         assert re.search(problem, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(
-    ("source", "place"), [("--out_dir=out", "out/ckpt/step-000002"), ("--init_from=out.gguf", "out.gguf")]
-)
-def test_play_stops_on_ctrl_c(run: Run, source: str, place: str):
+def test_play_stops_on_ctrl_c(run: Run):
     run(out_dir="out", max_iters=2, eval_interval=2)
-    call_main(export.main, "--out_dir=out", "--to=out.gguf")
-    command = [sys.executable, ROOT / "play.py", source, "--port=0", "--device=cpu"]
+    command = [sys.executable, ROOT / "play.py", "--out_dir=out", "--port=0", "--device=cpu"]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stderr
@@ -61,9 +56,9 @@ def test_play_stops_on_ctrl_c(run: Run, source: str, place: str):
     connection.request("POST", "/api/generate", json.dumps({"prompt": "ab", "max_new_tokens": 10_000}))
     assert b"prompt_ids" in connection.getresponse().readline()
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
+    assert process.wait(timeout=60) == 130
     lines = process.stderr.read().splitlines()
-    assert (lines[0], lines[-1]) == (f"playing with {place}", "interrupted")
+    assert (lines[0], lines[-1]) == ("playing with out/ckpt/step-000002", "interrupted")
     assert "Traceback" not in "".join(lines)
     assert process.stdout.read() == ""
     connection.close()

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import platform
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, flags, metrics
+from conftest import Run, call_main, flags, metrics
 
 import bench
 from bench import BenchConfig, open_our_steps, open_tokens, pick_recipes
@@ -73,9 +72,8 @@ def run_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     (tmp_path / "checkout" / "model.py").write_text(CHECKOUT)
 
     def run(**keys: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["bench.py", *flags(**{"warmup": 2, "steps": 3, "vocab_size": 50} | keys)])
         capfd.readouterr()
-        bench.main()
+        call_main(bench.main, *flags(**{"warmup": 2, "steps": 3, "vocab_size": 50} | keys))
         return capfd.readouterr().out
 
     return run

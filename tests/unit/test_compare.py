@@ -29,6 +29,7 @@ from nanogpt.files import read_json
 from train import TrainConfig
 
 MakeRun = Callable[..., Path]
+EVALUATION: dict[str, Any] = {"step": 20, "tokens": 2000, "time_s": 20.0, "val_loss": 1.0}
 
 
 @pytest.fixture
@@ -138,36 +139,27 @@ def test_table_compares_up_to_the_end_of_the_shortest_run(make_run: MakeRun):
     ]
 
 
-def test_read_run_forgives_only_an_incomplete_last_line(make_run: MakeRun):
+def test_read_run_forgives_an_incomplete_last_line(make_run: MakeRun):
     run = read_run(make_run("a", [4.0, 3.0], tail='{"step": 20, "val_'))
     assert run.evals["val_loss"].tolist() == [4.0, 3.0]
-    for name, line in {"b": '{"step": 20, "val_', "c": '{"step": 20, "val_loss": 1.0}', "d": "[1]"}.items():
-        with pytest.raises(InputError, match=r"metrics\.jsonl:3: damaged line"):
-            read_run(make_run(name, [4.0], tail=line + '\n{"step": 30}\n'))
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ({"step": None}, "step: expected a whole number"),
-        ({"step": 10**400}, "step: expected a whole number"),
-        ({"time_s": -1.0}, "time_s: must be at least 0"),
-        ({"val_loss": 1e300}, r"val_loss: must be at most 1e\+38"),
-        ({"val_bpb": "0.5"}, "val_bpb: expected a finite number or None"),
-        ({name: [1] for name in NORMS}, "layer_grad_norms: expected an object"),
+        ('{"step": 20, "val_', r":3: damaged line"),
+        ('{"step": 20, "val_loss": 1.0}', r":3: damaged line"),
+        ("[1]", r":3: damaged line"),
+        (json.dumps(EVALUATION | {"step": 10**400}), r":3: damaged line \(step: expected a whole number"),
+        (json.dumps(EVALUATION | {"time_s": -1.0}), r":3: damaged line \(time_s: must be at least 0"),
+        (json.dumps(EVALUATION | {"val_loss": 1e300}), r":3: damaged line \(val_loss: must be at most 1e\+38"),
+        (json.dumps(EVALUATION | {name: [1] for name in NORMS}), r":3: damaged line \(layer_grad_norms: expected an"),
+        (json.dumps(EVALUATION) + "\n" + json.dumps(EVALUATION | {"step": 10}), "step goes back, as in a file of two"),
     ],
 )
-def test_a_line_that_cannot_be_drawn_is_named(make_run: MakeRun, line: dict[str, Any], problem: str):
-    full = {"step": 20, "tokens": 2000, "time_s": 20.0, "val_loss": 1.0} | line
-    with pytest.raises(InputError, match=rf"metrics\.jsonl:5: damaged line \({problem}"):
-        read_run(make_run("a", [4.0, 3.0], tail=json.dumps(full) + "\n\n"))
-
-
-def test_the_lines_of_two_runs_are_refused(make_run: MakeRun):
-    run = make_run("a", [4.0, 3.0])
-    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() * 2)
-    with pytest.raises(InputError, match="step goes back, as in a file of two runs"):
-        read_run(run)
+def test_lines_that_cannot_be_compared_are_named(make_run: MakeRun, line: str, problem: str):
+    with pytest.raises(InputError, match=rf"metrics\.jsonl.*{problem}"):
+        read_run(make_run("a", [4.0], tail=line + '\n{"step": 30}\n'))
 
 
 def test_a_run_counts_once_by_whatever_path(

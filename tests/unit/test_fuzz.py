@@ -226,13 +226,10 @@ def test_large_numbers_that_mean_never_or_all_are_accepted():
     parse(train.TrainConfig, [*flags, "--arch=modern", f"--seed={2**63 - 1}", f"--loss_chunk={2**40}"])
 
 
-TINY_RUN = [flag for flag in flags(max_iters=2, eval_interval=1) if not flag.startswith("--dataset")]
+TRAIN = [*flags(max_iters=2, eval_interval=1), "--dataset=letters", "--out_dir=new"]
 COMMANDS: dict[str, tuple[Any, list[str]]] = {
-    "train": (train.main, [*TINY_RUN, "--dataset=letters", "--out_dir=new"]),
-    "modern": (
-        train.main,
-        [*TINY_RUN, "--dataset=letters", "--out_dir=new", "--arch=modern", "--optimizer=muon", "--bias=False"],
-    ),
+    "train": (train.main, TRAIN),
+    "modern": (train.main, [*TRAIN, "--arch=modern", "--optimizer=muon", "--bias=False"]),
     "sample": (sample.main, ["--start=ab", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]),
     "evaluate": (evaluate.main, ["--device=cpu", "--dtype=float32"]),
     "export": (export.main, ["--to=exported"]),
