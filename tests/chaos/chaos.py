@@ -375,11 +375,10 @@ def draw_kill(random: Random, processes: int, done: int) -> Kill:
 
 def trial(processes: int, recipes: dict[str, dict[str, Any]], kills: int, random: Random, home: Path) -> str:
     """Runs with up to KILLS_PER_RUN kills each. Of one process, every sixth kill hits a second save of a step."""
-    launcher = torchrun(processes) if processes > 1 else [sys.executable]
     for name, recipe in recipes.items():
-        arguments = flags(**recipe, dataset=home / "letters", out_dir=home / name, keep_every=EVERY)
-        command = [*launcher, str(ROOT / "train.py"), *arguments]
-        subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
+        keys = recipe | {"dataset": home / "letters", "keep_every": EVERY}
+        status = Witness(home, name, processes, keys, home / name).run(None)
+        require(status == 0, f"the undisturbed run ended with status {status}")
     done = saves = cuts = runs = 0
     while done < kills:
         name = [*recipes][runs % len(recipes)]
