@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TIMED_FIELDS, TINY, Run, call_main, metrics, run_script
+from conftest import ROOT, TIMED_FIELDS, TINY, Run, call_main, metrics
 
 import budget
 import evaluate
@@ -76,13 +76,6 @@ def test_evaluations_are_the_same(name: str, tmp_path: Path):
     theirs = json.loads((V0_1 / f"expected/{name}.eval.json").read_text())
     assert Path(ours.pop("model")).name == Path(theirs.pop("model")).name
     assert_close(ours, theirs)
-
-
-def test_runs_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    runs = [str(V0_1 / "runs" / run) for run in ("gpt2_adamw", "modern_muon")]
-    assert run_script("compare.py", *runs, f"--out={tmp_path / 'loss.png'}") == 0
-    assert "best validation loss" in capsys.readouterr().out
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("name", "files", "vocab_size"), [("char", 1, 36), ("docs", 4, 300), ("chat", 1, 300)])
