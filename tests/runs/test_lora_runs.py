@@ -173,6 +173,7 @@ def test_another_base_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_
         ({"init_from": "scratch"}, "lora_rank: init_from=scratch has no weights to adapt"),
         ({"optimizer": "muon"}, "lora_rank: optimizer=muon is not for adapters"),
         ({"lora_targets": "mlp,qproj"}, "no layer is called 'qproj'; did you mean q_proj?"),
+        ({"lora_targets": ""}, "no layer is called ''; choose from attention"),
         ({"lora_targets": "q_proj"}, "no layer is called 'q_proj'; did you mean c_proj?"),  # this is GPT-2
         ({"out_dir": "."}, "lora_rank: init_from=base is in out_dir"),
     ],

@@ -137,10 +137,11 @@ def test_time_stands_still_during_evaluation_and_saving(run: Run, monkeypatch: p
 
 
 def test_a_run_prints_its_size_and_samples(run: Run, capsys: pytest.CaptureFixture[str]):
-    run(out_dir="out", sample_chars=30, log_interval=5)
+    run(out_dir="out", sample_chars=30, warmup_iters=50, log_interval=5)
     lines = capsys.readouterr().out.splitlines()
     assert any("4 rows of 16 = 64 tokens, micro-batches of 4" in line for line in lines)
     assert any("20 steps = 1,280 tokens = 0.064 epochs of letters" in line for line in lines)
+    assert any("warning: warmup_iters=50 is longer" in line for line in lines)
     samples = [line.strip() for line in lines if line.startswith("    ")]
     assert len(samples) == 4  # at 0, 8, 16 and 20
     assert all(len(sample) == 30 and set(sample) <= set(LETTERS) for sample in samples)
