@@ -51,6 +51,11 @@ for folder in map(Path, sys.argv[1:]):
 ARGS = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "vocab_size": 8, "bias": False, "dropout": 0.0}
 
 
+class Allocates:
+    def __reduce__(self) -> Any:
+        return bytearray, (2**30,)
+
+
 def write_ckpt(folder: Path, old: bool = False, **content: Any) -> Path:
     content = {"model": {"transformer.wte.weight": torch.zeros(1000)}, "model_args": ARGS} | content
     torch.save(content, folder / "ckpt.pt", _use_new_zipfile_serialization=not old)
@@ -107,6 +112,10 @@ EVIL: dict[str, tuple[Callable[[Path], Any], str]] = {
     "ckpt.pt that swells": (
         lambda f: edit_pickle(write_ckpt(f), lambda content: content + bytes(2 * 10**8), zipfile.ZIP_DEFLATED),
         "it is compressed",
+    ),
+    "ckpt.pt that allocates": (
+        lambda f: write_ckpt(f, config=Allocates()),
+        r"it would run (__builtin__|builtins)\.bytea",
     ),
     "ckpt.pt as a pipe": (lambda f: os.mkfifo(f / "ckpt.pt"), "is not a regular file"),
     "config.json of wide layers": (lambda f: write_huggingface(f, n_embd=12 * HUGE), r"evil\d*/config"),
