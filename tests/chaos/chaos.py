@@ -24,6 +24,8 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -216,8 +218,8 @@ def work(journal: Path, kill: Kill | None, arguments: list[str]) -> None:
     run_script(train.main)
 
 
-def fork(journal: Path, kill: Kill | None, arguments: list[str], log: Path) -> int:
-    """Run train.py with these arguments in a child process; returns its id.
+def fork(function: Callable[[], None], log: Path) -> int:
+    """Call a function in a child process, whose output goes to `log`; returns the child's id.
 
     Forked, because starting Python takes three seconds for the import of torch. This process has one thread and
     computes nothing, so the child finds torch as if it had imported it; the undisturbed run is `python train.py`.
@@ -229,11 +231,13 @@ def fork(journal: Path, kill: Kill | None, arguments: list[str], log: Path) -> i
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        work(journal, kill, arguments)
+        function()
     except SystemExit as end:
         status = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
 
 
@@ -258,7 +262,7 @@ class Witness:
         self.journal.write_text("")
         self.fatal = ""
         if self.processes == 1:
-            child = fork(self.journal, kill, self.arguments, self.log)
+            child = fork(partial(work, self.journal, kill, self.arguments), self.log)
         else:
             worker = [__file__, "--worker", str(self.journal), json.dumps(kill), *self.arguments]
             with self.log.open("a") as file:

@@ -8,16 +8,15 @@ status 1 and leaves its folder for inspection. Needs Linux.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from chaos import Mismatch, compare, require
+from chaos import Mismatch, compare, fork, require
 from conftest import flags, metrics
 from small_data import Source, write_letters
 
@@ -40,35 +39,23 @@ STEPS = 40
 STEP_S = 0.01  # a step is made this long, so that the instants fall into all phases
 
 
+def train_slowly(home: Path, seed: int, keys: dict[str, Any]) -> None:
+    os.chdir(home)
+    lr_scale = StepSchedule.lr_scale
+
+    def slow(schedule: StepSchedule, step: int) -> float:
+        time.sleep(STEP_S)
+        return lr_scale(schedule, step)
+
+    StepSchedule.lr_scale = slow  # type: ignore[method-assign]
+    keys = {"out_dir": "out", "eval_interval": 4, "max_iters": STEPS, "lr_decay_iters": STEPS} | keys
+    sys.argv = ["train.py", *flags(dataset=home.parent / "letters", seed=seed, **keys)]
+    run_script(train.main, is_output_expendable=True)
+
+
 def start(home: Path, seed: int, log: Path, **keys: Any) -> int:
     """Run train.py in a fork, which has torch already; returns its process id."""
-    if child := os.fork():
-        return child
-    with contextlib.suppress(BaseException):
-        with log.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        os.chdir(home)
-        lr_scale = StepSchedule.lr_scale
-
-        def slow(schedule: StepSchedule, step: int) -> float:
-            time.sleep(STEP_S)
-            return lr_scale(schedule, step)
-
-        StepSchedule.lr_scale = slow  # type: ignore[method-assign]
-        keys = {"out_dir": "out", "eval_interval": 4, "max_iters": STEPS, "lr_decay_iters": STEPS} | keys
-        sys.argv = ["train.py", *flags(dataset=home.parent / "letters", seed=seed, **keys)]
-        status = 1
-        try:
-            run_script(train.main, is_output_expendable=True)
-        except SystemExit as end:
-            status = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    os._exit(1)
+    return fork(partial(train_slowly, home, seed, keys), log)
 
 
 # --- The deeds

@@ -107,6 +107,10 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def assert_all_end_well(nodes: list[Node]) -> None:
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].end() + nodes[1].end()
+
+
 def wait_for_step(out_dir: Path, step: int) -> None:
     """Wait until the run has a checkpoint of at least this step."""
     deadline = time.monotonic() + PATIENCE_S
@@ -120,6 +124,16 @@ def start_both(home: Path, arguments: list[str], **keys: Any) -> list[Node]:
     first = Node(home, 0, port, arguments, **keys)
     time.sleep(1.0)  # so that it serves the rendezvous
     return [first, Node(home, 1, port, arguments, **keys)]
+
+
+def lose_a_node(home: Path, out_dir: Path, arguments: list[str], processes: int = 1) -> int:
+    """Kill an agent with its processes and start it again, in a run that then ends well; returns its resumes."""
+    nodes = start_both(home, arguments, restarts=3, processes=processes)
+    wait_for_step(out_dir, 100)
+    nodes[1].kill()
+    nodes[1] = Node(home, 1, nodes[0].port, arguments, restarts=3, processes=processes)
+    assert_all_end_well(nodes)
+    return count_resumes(nodes)
 
 
 def count_resumes(nodes: list[Node]) -> int:
@@ -137,7 +151,7 @@ def assert_same_run(undisturbed: Path, out_dir: Path) -> None:
 
 def train(home: Path) -> str:
     nodes = start_both(home, flags(**KEYS, out_dir=home / "undisturbed", keep_every=50))
-    assert [node.wait() for node in nodes] == [0, 0], nodes[0].end()
+    assert_all_end_well(nodes)
     alone = [sys.executable, str(ROOT / "train.py"), *flags(**KEYS, out_dir=home / "alone")]
     subprocess.run(alone, env=environment(), cwd=home, check=True, stdout=subprocess.DEVNULL)
     (two,), (one,) = (metrics(home / name, "val_loss")[-1] for name in ("undisturbed", "alone"))
@@ -150,7 +164,7 @@ def resume(home: Path) -> str:
     for last in (STEPS // 2, STEPS):
         arguments = flags(**KEYS | {"max_iters": last}, out_dir=out_dir, resume="auto")
         nodes = start_both(home, arguments)
-        assert [node.wait() for node in nodes] == [0, 0], nodes[0].end()
+        assert_all_end_well(nodes)
     assert_same_checkpoint(home / "undisturbed", out_dir, STEPS)
     return f"resumed at {STEPS // 2}: the same bits as undisturbed"
 
@@ -163,21 +177,16 @@ def worker(home: Path) -> str:
             wait_for_step(out_dir, step)
             os.kill(nodes[1].workers()[0], signal.SIGKILL)
             wait_for_step(out_dir, step + 50)
-        assert [node.wait() for node in nodes] == [0, 0], nodes[0].end() + nodes[1].end()
+        assert_all_end_well(nodes)
         assert_same_run(home / "undisturbed", out_dir)
     resumes = count_resumes(nodes)
     return f"SIGKILL of a process, twice, with and without a shared store: {resumes} resumes, the same bits"
 
 
 def agent(home: Path) -> str:
-    arguments = flags(**KEYS, out_dir=home / "agent", resume="auto")
-    nodes = start_both(home, arguments, restarts=3)
-    wait_for_step(home / "agent", 100)
-    nodes[1].kill()
-    nodes[1] = Node(home, 1, nodes[0].port, arguments, restarts=3)
-    assert [node.wait() for node in nodes] == [0, 0], nodes[0].end() + nodes[1].end()
+    resumes = lose_a_node(home, home / "agent", flags(**KEYS, out_dir=home / "agent", resume="auto"))
     assert_same_run(home / "undisturbed", home / "agent")
-    return f"SIGKILL of an agent and its process, started again: {count_resumes(nodes)} resume(s), the same bits"
+    return f"SIGKILL of an agent and its process, started again: {resumes} resume(s), the same bits"
 
 
 def elastic(home: Path) -> str:
@@ -201,15 +210,9 @@ def sharded(home: Path) -> str:
         keys = KEYS | {"gradient_accumulation_steps": 4, "shards": shards}
         undisturbed, out_dir = (home / f"{name}-{shards}" for name in ("undisturbed", "sharded"))
         nodes = start_both(home, flags(**keys, out_dir=undisturbed, keep_every=50), processes=2)
-        assert [node.wait() for node in nodes] == [0, 0], nodes[0].end()
-        arguments = flags(**keys, out_dir=out_dir, resume="auto")
-        nodes = start_both(home, arguments, processes=2, restarts=3)
-        wait_for_step(out_dir, 100)
-        nodes[1].kill()
-        nodes[1] = Node(home, 1, nodes[0].port, arguments, processes=2, restarts=3)
-        assert [node.wait() for node in nodes] == [0, 0], nodes[0].end() + nodes[1].end()
+        assert_all_end_well(nodes)
+        resumes += lose_a_node(home, out_dir, flags(**keys, out_dir=out_dir, resume="auto"), processes=2)
         assert_same_run(undisturbed, out_dir)
-        resumes += count_resumes(nodes)
         for node in nodes:
             node.log.unlink()
     return f"--shards=4, and 2, on two nodes of two processes, one of which is killed: {resumes} resumes, the same bits"
@@ -243,7 +246,7 @@ def relative(home: Path) -> str:
     shutil.rmtree(home / "node1", ignore_errors=True)
     (home / "node1").symlink_to(home / "node0")
     nodes = [Node(home, number, port, arguments) for number in (0, 1)]
-    assert [node.wait() for node in nodes] == [0, 0], nodes[0].end()
+    assert_all_end_well(nodes)
     return "a relative out_dir, from the same directory: trains"
 
 

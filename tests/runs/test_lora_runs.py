@@ -76,8 +76,6 @@ def test_checkpoints_hold_adapters_alone(run: Run, capsys: pytest.CaptureFixture
         f"{name}/{key}" for name in saved.model for key in ("step", "exp_avg", "exp_avg_sq")
     }
     numel = sum(tensor.numel() for tensor in saved.model.values())
-    per_block = 2 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)  # c_attn, c_proj, c_fc, c_proj of width 32
-    assert numel == 2 * per_block
     files = Path("out/ckpt/step-000020")
     assert (files / "model.safetensors").stat().st_size < 4 * numel + 4000
     assert (files / "optimizer.safetensors").stat().st_size < 8 * numel + 16_000
