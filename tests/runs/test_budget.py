@@ -2,6 +2,8 @@
 
 import math
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, SignalAt, assert_same_checkpoint, metrics, steps
+from conftest import ROOT, Run, SignalAt, assert_same_checkpoint, metrics, steps
 
 import budget
 from load import make_schedule
@@ -33,6 +35,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(budget.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(budget, "process_age", lambda: now[0])
     return now
+
+
+def test_process_age_counts_from_the_start_of_the_process():
+    code = "import time; time.sleep(1); import budget; print(budget.process_age())"
+    before = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 1 < float(done.stdout) < time.perf_counter() - before + 0.1
 
 
 # --- The choice before a run

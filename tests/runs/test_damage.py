@@ -102,6 +102,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 VIEW = torch.zeros(1).expand(HUGE, 1000)
+SPLITS = {"val": {"tokens": 10**18, "sha256": "0" * 64}}
 PANIC = {"type": "BPE", "continuing_subword_prefix": "long", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
 TOO_LARGE = "is larger than 16,777,216 bytes"
 # The folder's name begins with what is read; (how the folder is filled, the message).
@@ -142,6 +143,7 @@ EVIL: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": PANIC})),
         "tokenizer.json is damaged",
     ),
+    "meta.json of many tokens": (lambda f: write_meta(f, splits=SPLITS), "where meta.json counts 1,000,000,"),
     "meta.json of many ids": (lambda f: write_meta(f, vocab_size=10**18, dtype="uint32"), "vocab_size: must be at"),
     "meta.json, nested": (
         lambda f: write_meta(f) or (f / "meta.json").write_bytes(b"[" * 10**6),

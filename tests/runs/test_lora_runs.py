@@ -76,6 +76,7 @@ def test_checkpoints_hold_adapters_alone(run: Run, capsys: pytest.CaptureFixture
         f"{name}/{key}" for name in saved.model for key in ("step", "exp_avg", "exp_avg_sq")
     }
     numel = sum(tensor.numel() for tensor in saved.model.values())
+    assert numel == 2048
     files = Path("out/ckpt/step-000020")
     assert (files / "model.safetensors").stat().st_size < 4 * numel + 4000
     assert (files / "optimizer.safetensors").stat().st_size < 8 * numel + 16_000

@@ -79,6 +79,18 @@ def test_a_signal_stops_an_evaluation_which_the_resumed_run_makes(
     assert_same_checkpoint(whole, "parts", 20)
 
 
+def test_a_killed_run_repeats_what_it_had_not_saved(run: Run, whole: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(whole, "killed")
+    shutil.rmtree("killed/ckpt/step-000020")
+    with Path("killed/metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "loss"')
+    capsys.readouterr()
+    assert run(out_dir="killed", resume="auto", **KEYS) == 0
+    assert "resuming killed/ckpt/step-000016" in capsys.readouterr().out
+    assert metrics("killed") == metrics(whole)
+    assert_same_checkpoint(whole, "killed", 20)
+
+
 def test_resume_with_another_batch_size_continues_with_the_next_row(
     run: Run, signal_at: SignalAt, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -70,6 +70,15 @@ def test_reading_resumes_after_any_item(name: str, formats: Path):
         assert [document.place for document in rest] == places[skip:]
 
 
+def test_text_key_names_the_column(tmp_path: Path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCS, "body"))
+    parquet.write_table(pa.table({"n": [1], "body": ["a"]}), tmp_path / "b.parquet")
+    assert read_documents(tmp_path, text_key="body")[0] == [*DOCS, "a"]
+    with pytest.raises(InputError, match=r"b\.parquet: has no column 'text', but n, body"):
+        read_documents(tmp_path / "b.parquet")
+
+
 def test_a_zip_behind_another_is_noticed(tmp_path: Path):
     for name in "ab":
         with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
