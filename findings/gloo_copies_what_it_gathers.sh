@@ -2,7 +2,7 @@
 # torch 2.13.0, gloo: an all-gather and a reduce-scatter of one tensor each allocate the size of the whole tensor again.
 #
 # Both read and write memory that the caller has allocated and touched before, so in a plan of a sharded model's memory
-# one would count neither. The peak of FSDP2 on CPU processes is higher by the largest unit of parameters.
+# one would count neither. FSDP2 on CPU processes then holds the largest unit of parameters once more while it scatters.
 #
 # Exits with 0 while this is so, with 1 if it has changed. Linux.
 set -euo pipefail

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU: backward through tied embeddings holds three matrices of the weight's size in float32, two in autocast.
 #
-# The gradients of a tied matrix's two uses are added before they reach .grad. One would expect that in place. But that of
-# the linear layer comes first and is a transposed view, so the sum is a third matrix: 154 MB more for GPT-2 (124M), 622 MB
-# for Qwen3-0.6B, at the very end of backward. Under autocast the layer's gradient passes through a cast, which makes it
-# contiguous, and the sum is made in place. So a plan of memory that fits float32 is a whole matrix too high for bfloat16.
-# Written as (weight @ x.T).T the product gives a contiguous gradient, and float32 takes two as well.
+# The gradients of a tied matrix's two uses are added before they reach .grad. One would expect that in place. But with
+# F.linear in float32 the sum is a third matrix: 154 MB more for GPT-2 (124M), 622 MB for Qwen3-0.6B, at the very end of
+# backward. Under autocast, where the layer's gradient passes through a cast, the sum is made in place. So a plan of memory
+# that fits float32 is a whole matrix too high for bfloat16. Written as (weight @ x.T).T, float32 takes two as well.
 #
 # Exits with 0 while this is so, with 1 if it has changed.
 set -euo pipefail

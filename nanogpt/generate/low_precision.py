@@ -22,7 +22,9 @@ MAX_TRIAL_CONTEXT = 1024  # tokens in the cache
 MAX_OTHER_WEIGHTS = 2**24  # that pass through the caches before a block is timed
 TRIAL_ROUNDS = 9
 MIN_PACKED_GAIN = 1.2  # over another format: packing 124M weights takes three seconds, some hundred tokens
-MAX_BAG = 448  # columns of a table of embedding bags whose sums a CPU holds in registers
+MIN_BAG_OUTPUTS = 64  # outputs that one embedding bag computes, so that padding to 16 and indices cost little
+MAX_BAG_OUTPUTS = 448  # 28 of the 32 registers of AVX-512 hold their sums
+BAG_SCALE = 64.0  # divides inputs: SmolLM2-135M's last product of an MLP has 23,616, and float16 ends at 65,504
 
 
 class PackedLinear(nn.Module):
@@ -39,8 +41,9 @@ class PackedLinear(nn.Module):
 class BagLinear(nn.Module):
     """A linear layer for one token at a time on x86 CPUs: float16 weights, inputs and outputs, float32 sums.
 
-    An embedding bag adds rows of a table, each times a factor: with the columns of a matrix and the numbers of a vector
-    that is their product. FBGEMM's kernel for bags reads weights faster than its products of one row do.
+    An embedding bag adds rows of a table, each times a factor: with the columns of a matrix as the rows and the
+    elements of a vector as the factors, that is their product. FBGEMM's kernel for bags reads weights faster than its
+    products of one row do. Inputs and outputs up to four million fit; those of a prompt are not rounded.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -48,13 +51,13 @@ class BagLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         # A bag for each block of outputs; equally many for each thread.
-        threads = torch.get_num_threads()
-        self.num_bags = math.ceil(self.out_features / MAX_BAG / threads) * threads
+        threads = min(torch.get_num_threads(), math.ceil(self.out_features / MIN_BAG_OUTPUTS))
+        self.num_bags = math.ceil(self.out_features / MAX_BAG_OUTPUTS / threads) * threads
         width = math.ceil(self.out_features / self.num_bags / 16) * 16
         padding = self.num_bags * width - self.out_features
         blocks = F.pad(weight.detach().half(), (0, 0, 0, padding)).view(self.num_bags, width, self.in_features)
         self.table = blocks.mT.reshape(-1, width)
-        self.rows = torch.arange(len(self.table), dtype=torch.int32)
+        self.indices = torch.arange(len(self.table), dtype=torch.int32)
         self.offsets = torch.arange(0, len(self.table) + 1, self.in_features, dtype=torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,12 +65,14 @@ class BagLinear(nn.Module):
             blocks = self.table.view(self.num_bags, self.in_features, -1).float()
             sums = (x.reshape(-1, self.in_features) @ blocks).transpose(0, 1)
         else:
-            factors = self.table.new_empty(self.num_bags, self.in_features).copy_(x.view(1, -1)).view(-1)
-            sums = torch.embedding_bag(
-                self.table, self.rows, self.offsets, per_sample_weights=factors, include_last_offset=True
+            scaled = x.reshape(1, -1) / BAG_SCALE
+            factors = self.table.new_empty(self.num_bags, self.in_features).copy_(scaled).view(-1)
+            scaled_sums = torch.embedding_bag(
+                self.table, self.indices, self.offsets, per_sample_weights=factors, include_last_offset=True
             )[0]
+            sums = scaled_sums.float() * BAG_SCALE
         y = sums.reshape(*x.shape[:-1], -1)[..., : self.out_features]
-        return y.float() if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias
 
 
 def can_pack() -> bool:
@@ -178,8 +183,8 @@ def to_inference_precision(
 ) -> contextlib.AbstractContextManager[None]:
     """Move a GPT to its device with linear layers in `dtype`, or in the one that decodes `rows` texts fastest there.
 
-    Returns the context to run it in. On a CPU "float16" means float16 weights and float32 sums, and "auto" what is
-    fastest in a trial. Raises InputError if this machine cannot do that.
+    Returns the context to run it in. On a CPU "float16" means float16 weights and float32 sums, for one text also
+    rounded inputs and outputs, and "auto" what is fastest in a trial. Raises InputError if this machine cannot do that.
     """
     model.to(world.device).eval()
     if world.device.type == "cpu":

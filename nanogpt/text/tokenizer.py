@@ -423,8 +423,9 @@ class Tokenizer:
 
     def print_changes(self) -> None:
         """Name the normalizers that change the text of a dataset, if there are any."""
-        if self.changes:
-            print(f"the tokenizer's normalizer changes some characters: {', '.join(self.changes)}")
+        changes = self.changes
+        if changes:
+            print(f"the tokenizer's normalizer changes some characters: {', '.join(changes)}")
 
     def count_lost_characters(self, text: str) -> int:
         """The number of characters that are not in the ids of `text`: dropped, or replaced by the unknown token.

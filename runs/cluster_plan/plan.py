@@ -302,21 +302,22 @@ def memory_bytes(c: Any, shards: int, step: Step) -> float:
     """Peak of a step: weights and moments, beside the most that forward, backward or the update need.
 
     When the output layer's gradient comes, two of the loss's three arrays of logits are gone, except in chunks. Tied,
-    the gradients of the matrix's two uses are added at the end of backward: in float32 into a third one. FSDP2 then
-    copies the root's gradients to reduce and scatter them.
+    the gradients of the matrix's two uses are added at the end of backward: in float32 into a third one
+    (findings/torch_tied_weight_third_gradient.sh). FSDP2 then copies the root's gradients to reduce and scatter them;
+    a copy by gloo (findings/gloo_copies_what_it_gathers.sh) takes the place of the gradients, which are freed by then.
     """
     state = state_bytes(c, shards, step.optimizer)
     kept = state["weights"] + state["moments"]
     matrix = FLOAT32 * c.padded_vocab_size * c.n_embd
-    chunk = 0 if step.loss_chunk else 2 * FLOAT32 * c.vocab_size * step.rows * c.block_size
-    backward = activation_bytes(c, step) + cast_bytes(c, shards, step) + max(matrix - chunk, 0)
-    uses = matrix
+    freed_logits = 0 if step.loss_chunk else 2 * FLOAT32 * c.vocab_size * step.rows * c.block_size
+    backward = activation_bytes(c, step) + cast_bytes(c, shards, step) + max(matrix - freed_logits, 0)
+    gradients = matrix
     if c.tied:
-        uses *= 3 if step.itemsize == FLOAT32 else 2
+        gradients *= 3 if step.itemsize == FLOAT32 else 2
     update = update_bytes(c, shards, step)
     if shards == 1:  # DDP's buckets hold the gradients from the start
-        return kept + state["gradients"] + max(backward, uses, update)
+        return kept + state["gradients"] + max(backward, gradients, update)
     root = FLOAT32 * numel(root_shapes(c), shards)
     units = unit_bytes(c, shards, step.itemsize) - root  # without the root's gradients
-    end = state["gradients"] + max(units + max(uses, 2 * root), update)
+    end = state["gradients"] + max(units + max(gradients, 2 * root), update)
     return kept + max(units + backward, end)

@@ -7,7 +7,8 @@ For each size, batch and context every program in turn generates a few tokens wi
 several times over; the weights are random. `limit` is the time to read the bytes that our program needs for a token,
 weights and KV cache, at the speed at which this machine multiplies two halves of 1 GiB (`dot`, which reads faster than
 a sum), measured in the same turns; `read_gb_per_s` is that speed. A shared L3 cache larger than the weights may hold a
-part of them: `caches` has its size. "ours" is what sample.py does by itself, in the format `format`. int8 is FBGEMM's
+part of them: `caches` has its size. "ours" is what sample.py does by itself, in the format `format`. At batch 1 "ours float16" are embedding
+bags, and "packed float16" what several texts take. int8 is FBGEMM's
 (weights and activations in 8 bits, one scale a row); it stays here, docs/optimizations.md says why.
 
     python runs/decode/measure.py --loss=OUT_DIR --to=runs/decode/loss.json
@@ -189,8 +190,9 @@ def make_programs(size: str, rows: int, reference: str | None, world: Any) -> tu
         for dtype in ("auto", "float32", "float16", "bfloat16"):
             name = "ours" if dtype == "auto" else f"ours {dtype}"
             add(name, lambda model, dtype=dtype: to_inference_precision(model, world, dtype, False, rows))
-        if can_pack():
+        if can_pack() and rows == 1:
             add("packed float16", lambda model: replace_linears(model, PackedLinear))
+        if can_pack():
             add("int8", lambda model: replace_linears(model, Int8Linear))
     else:
         add("ours", lambda model: to_inference_precision(model, world, "auto", True, rows))

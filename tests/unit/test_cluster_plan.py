@@ -1,5 +1,6 @@
 """The arithmetic of docs/scaling.md on clusters: against torch's own collectives, the model, and closed forms."""
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -84,6 +85,17 @@ def test_memory_is_what_a_run_foretells(name: str, optimizer: str, shards: int):
     model.activation_checkpointing, model.loss_chunk = step.checkpointing, step.loss_chunk
     estimate = estimate_training_memory(model, optimizer, step.rows, c.block_size, torch.bfloat16, shards)
     assert 0.9 < estimate / plan.memory_bytes(c, shards, step) < 1.3
+
+
+def test_measured_peaks_are_near_the_formula():
+    cases = json.loads((ROOT / "runs/cluster_plan/measured.json").read_text())["cases"]
+    sizes = {"4 layers": (4, 4, 512), "124M": (12, 12, 768), "350M": (24, 16, 1024)}
+    for case in cases:
+        n_layer, n_head, n_embd = sizes[case["model"]]
+        c = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=192, bias=False)
+        step = Step(1, itemsize=2 if case["dtype"] == "bfloat16" else 4, optimizer=case["optimizer"])
+        assert plan.memory_bytes(c, case["shards"], step) == case["formula"]["memory"]
+        assert 0.85 < case["measured"]["memory"] / case["formula"]["memory"] < 1.15
 
 
 @pytest.mark.parametrize(("shards", "fewer"), [(4, 2), (64, 4)])

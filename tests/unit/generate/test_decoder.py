@@ -232,22 +232,37 @@ def test_packed_linears_are_float16(model: GPT):
     assert generate(model, [[2, 3]], 30, Sampling(), sample_indices=[1]) == together[1:]
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("threads", [1, 3, 64])
 @pytest.mark.parametrize("outputs", [1, 33, 1000])
-def test_bag_linear_rounds_weights_inputs_and_outputs_to_float16(outputs: int, bias: bool):
+def test_bag_linear_rounds_weights_inputs_and_outputs_to_float16(
+    outputs: int, threads: int, monkeypatch: pytest.MonkeyPatch
+):
     torch.manual_seed(0)
-    linear = torch.nn.Linear(48, outputs, bias)
-    layer = BagLinear(linear.weight.detach(), linear.bias)
-    with torch.inference_mode():
-        for tokens in (1, 7):  # a prompt's are not rounded
-            x = 3 * torch.randn(1, tokens, 48)
-            rounded = (x.half() if tokens == 1 else x).double()
-            expected = rounded @ linear.weight.half().double().T
-            y = layer(x)
-            assert y.dtype == torch.float32
-            assert y.shape == (1, tokens, outputs)
-            tolerance = 2**-11 * expected.abs() + 1e-5 if tokens == 1 else 1e-5
-            assert ((y - (linear.bias if bias else 0) - expected).abs() <= tolerance).all()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    linear = torch.nn.Linear(48, outputs)
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    plain, biased = BagLinear(weight, None), BagLinear(weight, bias)
+    assert plain.table.numel() < 1.3 * weight.numel() + 15 * 48
+    for scale in (1, 1e-3, 1e5):  # float16 ends at 65,504
+        x = scale * torch.randn(1, 1, 48)
+        rounded = 64 * (x / 64).half().double()
+        expected = rounded @ weight.half().double().T
+        y = plain(x)
+        assert y.dtype == torch.float32
+        assert y.shape == (1, 1, outputs)
+        assert ((y - expected).abs() <= 2**-10.9 * expected.abs() + 64 * 2**-24).all()
+        assert torch.equal(y, 64 * (y / 64).half().float())
+        assert torch.equal(biased(x), y + bias)
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 48), (3, 1, 48)])  # a prompt, and several texts
+def test_bag_linear_computes_more_tokens_in_float32(shape: tuple[int, int, int]):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 1000)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        expected = x.double() @ linear.weight.half().double().T + linear.bias
+        assert (BagLinear(linear.weight, linear.bias)(x) - expected).abs().max() < 1e-5
 
 
 def test_bags_decode_as_the_plain_model(model: GPT):
