@@ -7,9 +7,9 @@ For each size, batch and context every program in turn generates a few tokens wi
 several times over; the weights are random. `limit` is the time to read the bytes that our program needs for a token,
 weights and KV cache, at the speed at which this machine multiplies two halves of 1 GiB (`dot`, which reads faster than
 a sum), measured in the same turns; `read_gb_per_s` is that speed. A shared L3 cache larger than the weights may hold a
-part of them: `caches` has its size. "ours" is what sample.py does by itself, in the format `format`. At batch 1 "ours float16" are embedding
-bags, and "packed float16" what several texts take. int8 is FBGEMM's
-(weights and activations in 8 bits, one scale a row); it stays here, docs/optimizations.md says why.
+part of them: `caches` has its size. "ours" is what sample.py does by itself, in the format `format`. At batch 1 "ours
+float16" are embedding bags, and "packed float16" what several texts take. int8 is FBGEMM's (weights and activations in
+8 bits, one scale a row); it stays here, docs/optimizations.md says why.
 
     python runs/decode/measure.py --loss=OUT_DIR --to=runs/decode/loss.json
 
