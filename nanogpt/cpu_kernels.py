@@ -27,6 +27,7 @@ def use_cpu_kernels(model: Any) -> None:
             module.forward = MethodType(layer_norm_forward, module)  # type: ignore[method-assign]
     for block in model.blocks:
         block.attention.causal_attention = MethodType(causal_attention, block.attention)
+        block.attention.forward = MethodType(attention_forward, block.attention)
         if block.mlp.down.weight.numel() >= MIN_WIDE_LAYER:
             block.mlp.forward = MethodType(mlp_forward, block.mlp)
 
@@ -123,6 +124,18 @@ def causal_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return type(attention).causal_attention(attention, q, k, v)
 
 
+def attention_forward(attention: Any, x: Tensor, cos_sin: Any, attention_fn: Any = None) -> Tensor:
+    """In short rows without RoPE one copy puts queries, keys and values in the order of `short_attention`, not three."""
+    B, T, _ = x.shape
+    is_short = T <= MAX_PLAIN_ATTENTION and torch.is_grad_enabled()
+    if cos_sin is not None or attention_fn is not None or not is_short:
+        return type(attention).forward(attention, x, cos_sin, attention_fn)
+    qkv = attention.qkv(x).view(B, T, 3, attention.n_head, -1).permute(2, 3, 0, 1, 4)
+    q, k, v = qkv.reshape(3, attention.n_head * B, T, -1).unbind()
+    y = short_attention(q, k, v, attention.dropout if attention.training else 0.0)
+    return attention.out(y.view(attention.n_head, B, T, -1).permute(1, 2, 0, 3).reshape(B, T, -1))
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """Causal attention in four batched operations: for short rows in bfloat16 several times as fast as torch's."""
     B, n_head, T, head_dim = q.shape
@@ -132,13 +145,19 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
     q = q.unflatten(1, (n_kv_head, group)).transpose(0, 1).reshape(n_kv_head * B, group * T, head_dim)
     k = k.transpose(0, 1).reshape(n_kv_head * B, T, head_dim)
     v = v.transpose(0, 1).reshape(n_kv_head * B, T, head_dim)
-    mask = torch.full((group, T, T), -math.inf, dtype=v.dtype, device=v.device).triu(1).view(group * T, T)
-    # With beta=0 baddbmm does not read its first argument. To add the mask by it would take longer.
-    scores = torch.baddbmm(mask, q, k.mT, beta=0, alpha=head_dim**-0.5).add_(mask)
-    probs = scores.softmax(-1)  # (n_kv_head · B, group · T, T)
-    y = (F.dropout(probs, dropout) @ v).view(n_kv_head, B, group, T, head_dim)
+    y = short_attention(q, k, v, dropout).view(n_kv_head, B, group, T, head_dim)
     # In memory the heads of a position come together, as the output layer reads them.
     return y.permute(1, 3, 0, 2, 4).reshape(B, T, n_head, head_dim).transpose(1, 2)
+
+
+def short_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention of k, v (N, T, D) and the queries of a group of heads (N, group · T, D) that share them."""
+    T, head_dim = k.shape[1:]
+    mask = torch.full((q.shape[1] // T, T, T), -math.inf, dtype=v.dtype, device=v.device).triu(1).view(-1, T)
+    # With beta=0 baddbmm does not read its first argument. To add the mask by it would take longer.
+    scores = torch.baddbmm(mask, q, k.mT, beta=0, alpha=head_dim**-0.5).add_(mask)
+    probs = scores.softmax(-1)  # (N, group · T, T)
+    return F.dropout(probs, dropout) @ v
 
 
 class FusedForwardAttention(torch.autograd.Function):

@@ -14,6 +14,7 @@ from nanogpt.cpu_kernels import (
     MAX_PLAIN_BACKWARD,
     causal_attention,
     mlp_forward,
+    plain_attention,
     rms_norm_forward,
     use_cpu_kernels,
 )
@@ -164,6 +165,20 @@ def test_evaluation_with_a_chunked_loss_computes_no_gradients(monkeypatch: pytes
         model(idx, idx)
     with pytest.raises(TypeError):
         model(idx, idx)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_one_copy_of_queries_keys_and_values_changes_no_bit(is_training: bool):
+    model = GPT(GPTConfig(**SIZES | {"dropout": 0.3})).train(is_training)
+    use_cpu_kernels(model)
+    attention = model.blocks[0].attention
+    x = torch.randn(3, 20, 32, requires_grad=True)
+    results = []
+    for attention_fn in (None, partial(plain_attention, dropout=0.3 if is_training else 0.0)):
+        torch.manual_seed(1)
+        y = attention(x, None, attention_fn)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])))
+    assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 
 def test_attention_dropout_drops_probabilities_and_keeps_their_mean():
