@@ -125,7 +125,7 @@ def causal_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_forward(attention: Any, x: Tensor, cos_sin: Any, attention_fn: Any = None) -> Tensor:
-    """In short rows without RoPE one copy puts queries, keys and values in the order of `short_attention`, not three."""
+    """Short rows without RoPE take one copy, not three, to the order that `short_attention` reads."""
     B, T, _ = x.shape
     is_short = T <= MAX_PLAIN_ATTENTION and torch.is_grad_enabled()
     if cos_sin is not None or attention_fn is not None or not is_short:
