@@ -170,7 +170,7 @@ def test_two_processes_equal_one(two: Path, run: Run, name: str):
         ours = dict(metrics(two / name, "step", field))
         assert ours == pytest.approx(dict(metrics("alone", "step", field)), rel=1e-3 if field == "grad_norm" else 1e-5)
     assert len(metrics("alone", "loss")) == STEPS
-    ours, theirs = (checkpoint.load(Path(out_dir) / "ckpt/step-000012") for out_dir in (two / name, "alone"))
+    ours, theirs = (checkpoint.load(Path(out_dir) / f"ckpt/step-{STEPS:06}") for out_dir in (two / name, "alone"))
     assert ours.model.keys() == theirs.model.keys()  # without DDP's prefix
     for weight, tensor in theirs.model.items():
         if tensor.dim() == 2:  # keys' biases have only noise as gradients, which AdamW enlarges
@@ -181,7 +181,7 @@ def test_two_processes_equal_one(two: Path, run: Run, name: str):
 
 @pytest.mark.parametrize("name", ["sharded", "sharded muon"])
 def test_saved_shards_are_the_whole_tensors(two: Path, name: str):
-    saved = checkpoint.load(two / name / "ckpt/step-000012")
+    saved = checkpoint.load(two / name / f"ckpt/step-{STEPS:06}")
     for ours, theirs in zip((saved.model, saved.optimizer), torch.load(two / f"{name}-whole.pt"), strict=True):
         assert theirs
         assert {key for key, tensor in ours.items() if tensor.dim()} == theirs.keys()
