@@ -5,8 +5,8 @@
 Each case is a run of train.py under torchrun, with gloo on this machine's CPU. Bytes are those of one update at the
 collectives of the main process: of s bytes among n processes it sends s (n - 1) / n, and twice that in an all-reduce,
 as a ring does. Memory is the growth of the anonymous resident memory (without the pages of libraries and data), from
-the end of the imports to the peak of two updates; the mean of the processes. The allocator returns freed memory at once
-here, so that it measures what is in use.
+the end of the imports to the peak of three updates; the mean of the processes. The allocator returns freed memory at
+once here, so that it measures what is in use.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SIZES = {
     "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "350M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
 }
-UPDATES = 2  # before the bytes of the next are counted
+UPDATES = 3  # before the bytes of the next are counted; in the second, DDP frees its buckets and makes them anew
 
 
 class Traffic(TorchDispatchMode):
