@@ -164,7 +164,7 @@ def do(deed: Callable[[Path], int | None], delay: float, home: Path) -> str:
     is_late = "done: " in (home / "first.log").read_text()
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in (first, second) if child]
     outputs = [(home / name).read_text() for name in ("first.log", "second.log") if (home / name).exists()]
-    if is_late and deed in (delete, delete_metrics):
+    if is_late and deed in (delete, delete_metrics, edit_metrics):
         return "after the end"
     seeds = (1, 1 if deed is delete_lock_and_resume else 2)
     return check_ends(home, list(zip(seeds, statuses, outputs, strict=False)))
