@@ -40,7 +40,6 @@ def main() -> None:
     out = Path(config.out)
     tokenizer = find_tokenizer(config.tokenizer)
     if not config.join:
-        tokenizer.print_changes()
         run_tasks(config, Shards(out, tokenizer, config.val_share, config.shard_tokens))
         if config.slurm or config.machines > 1:
             print("when all tasks are done: the same command with --join")

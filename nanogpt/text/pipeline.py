@@ -32,6 +32,7 @@ class Shards:
         self.out = Path(out).absolute()
         self.shard_tokens = shard_tokens
         self.encoder = BatchEncoder(tokenizer, ReadOptions(), ValSplit(val_share))
+        tokenizer.print_changes()
 
     def __call__(self, data: Iterable[Any], rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """data: datatrove's documents, of which only the text is used. Yields nothing."""

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 from conftest import ROOT, environment
 from text_files import DOCS, documents_of
 
@@ -29,6 +30,13 @@ def records(texts: list[str]) -> Iterator[SimpleNamespace]:
 def interrupted() -> Iterator[SimpleNamespace]:
     yield from records(DOCS[100:150])
     raise RuntimeError
+
+
+def test_a_normalizer_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    inner.normalizer = tokenizers.normalizers.NFC()
+    Shards(tmp_path, Tokenizer(inner))
+    assert "the tokenizer's normalizer changes some characters: NFC" in capsys.readouterr().out
 
 
 def test_tasks_make_one_dataset(tmp_path: Path):
