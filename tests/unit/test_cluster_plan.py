@@ -95,7 +95,7 @@ def test_measured_peaks_are_near_the_formula():
         c = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=192, bias=False)
         step = Step(1, itemsize=2 if case["dtype"] == "bfloat16" else 4, optimizer=case["optimizer"])
         assert plan.memory_bytes(c, case["shards"], step) == case["formula"]["memory"]
-        assert 0.85 < case["measured"]["memory"] / case["formula"]["memory"] < 1.15
+        assert 0.9 < case["measured"]["memory"] / case["formula"]["memory"] < 1.1
 
 
 @pytest.mark.parametrize(("shards", "fewer"), [(4, 2), (64, 4)])
