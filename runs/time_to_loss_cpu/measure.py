@@ -60,6 +60,8 @@ def main() -> None:
     if config.text:
         dataset = prepare(Path(config.text), reference)
         compare_with_nanogpt.DATASET = dataset  # whose validation split its whole_split_loss reads
+    elif not (ROOT / "data" / dataset / "meta.json").is_file():
+        raise InputError(f"{dataset} is not prepared: run python data/{dataset}/prepare.py")
     theirs = f"train.py config/train_shakespeare_char.py {NANOGPT_FLAGS} {LENGTH} --dataset={dataset}"
     ours = f"train.py {RECIPE} --dataset={dataset} {config.ours}".strip()
     print(f"nanoGPT: python {theirs}\nours: python {ours} --seed=N", flush=True)
