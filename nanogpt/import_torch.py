@@ -39,6 +39,16 @@ class DeferredImport(Loader):
         spec.loader, spec.loader_state = spec.loader_state, None
 
 
+def print_interrupt(kind: Any, error: Any, traceback: Any) -> None:
+    """For sys.excepthook: Ctrl-C while the other modules are imported prints no traceback."""
+    if kind is KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = print_interrupt
+
 if "torch" not in sys.modules:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost process are twenty frames of C++
     sys.modules[DEFERRED] = ModuleType(DEFERRED)
@@ -46,9 +56,6 @@ if "torch" not in sys.modules:
     try:
         import torch
         import torch.utils._device  # for `with torch.device(...)`; later it would end the deferral
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
     finally:
         del sys.modules[DEFERRED]
         gc.enable()

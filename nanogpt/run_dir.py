@@ -104,6 +104,11 @@ class RunDir:
                     raise InputError(
                         f"out_dir={self.path} holds a run that cannot move from here: give another --out_dir"
                     )
+                if [*self.path.glob("*.bin")]:
+                    raise InputError(
+                        f"out_dir={self.path} holds a run and .bin files of data, which would move along: give another "
+                        "--out_dir"
+                    )
                 archive = _unused_name(self.path)
                 if os.name != "posix":  # Windows renames no directory in which a file is open
                     self._release()

@@ -320,7 +320,7 @@ def _find(dataset: str | Path) -> Path:
             )
         if token_files(path, "train") or token_files(path, "val"):
             return path
-        for file in (path, path.with_name(f"{path.name}.bin"), path.with_suffix(".bin")):
+        for file in (path, path.parent / f"{path.name}.bin", path.parent / f"{path.stem}.bin"):
             if is_token_file(file) and (file == path or os.path.exists(file.with_suffix(".idx"))):
                 return file
     for path in paths:

@@ -268,6 +268,13 @@ def test_out_dir_in_any_spelling(run: Run, name: str):
     assert steps(name)[-1] == 3
 
 
+def test_data_beside_a_run_is_not_archived(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "train.bin").touch()
+    with RunDir(tmp_path) as run_dir, pytest.raises(InputError, match=r"holds a run and .bin files of data"):
+        run_dir.archive_previous_run()
+
+
 def test_the_current_directory_cannot_be_archived(run: Run):
     run(out_dir=".", max_iters=1)
     for name in (".", Path.cwd()):

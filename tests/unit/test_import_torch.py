@@ -1,6 +1,7 @@
 """nanogpt.import_torch: a faster import of torch, after which torch is complete."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,9 @@ def test_a_run_on_a_cpu_starts_without_torchs_compiler(letters: Path, tmp_path: 
     """In a new home, so that this is the first start on the machine, with its trials."""
     command = [sys.executable, "-c", RUNS, letters, tmp_path / "out"]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"HOME": str(tmp_path)}, check=True, timeout=120)
+
+
+def test_an_interrupt_during_later_imports_prints_no_traceback():
+    code = "import nanogpt.import_torch\nraise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")

@@ -324,3 +324,10 @@ def test_a_wrong_mixture_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatc
     Path("york.txt").touch()
     with pytest.raises(InputError, match=message):
         open_dataset(mixture, block_size=8)
+
+
+@pytest.mark.parametrize("dataset", ["", ".", "/"])
+def test_a_folder_without_a_name_is_no_dataset(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^(there is no dataset '|dataset '.* is not prepared)"):
+        open_dataset(dataset, block_size=8)
